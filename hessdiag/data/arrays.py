@@ -1,0 +1,118 @@
+"""Arrays out of .npz and .safetensors files, and how images in them are turned into [N, C, H, W]."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hessdiag import archives, tensorfiles
+from hessdiag.data.dataset import DataSet, make
+from hessdiag.errors import DataError
+from hessdiag.files import BadFileError, read_bytes, shown, size_text
+
+FILE_BUDGET = 8 * 2**30
+PAIRS = (("inputs", "targets"), ("images", "labels"))
+
+
+def load_npz(path: Path, name: str) -> DataSet:
+    """A data set from the arrays `inputs` and `targets` (or `images` and `labels`) of an .npz; pickles are
+    refused.
+    """
+    wanted = {"num_classes", *(key for pair in PAIRS for key in pair)}
+    return _data_set(read_npz(path, wanted), path, name)
+
+
+def load_safetensors(path: Path, name: str) -> DataSet:
+    """The same from the tensors of a .safetensors file."""
+    try:
+        data = read_bytes(path, budget=FILE_BUDGET)
+        tensorfiles.read_header(data)
+        return _data_set(tensorfiles.read_tensors(data), path, name)
+    except BadFileError as reason:
+        raise DataError(f"{path}: {reason}") from None
+
+
+def read_npz(path: Path, wanted: set[str]) -> dict[str, Tensor]:
+    """Those of the `wanted` arrays that an .npz holds; sizes are checked before anything is unpacked."""
+    try:
+        data = read_bytes(path, budget=FILE_BUDGET)
+        table = archives.entries(data, budget=FILE_BUDGET, compressed=True)
+        found = {}
+        for key in sorted(wanted):
+            if f"{key}.npy" in table:
+                found[key] = torch.from_numpy(parse_npy(archives.content(data, table[f"{key}.npy"]), key))
+        return found
+    except BadFileError as reason:
+        raise DataError(f"{path}: {reason}") from None
+
+
+def parse_npy(data: bytes, key: str) -> np.ndarray:
+    """The array in the bytes of an .npy file (numpy.lib.format, versions 1 to 3), objects refused."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        reader = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}.get(
+            version[0]
+        )
+        if reader is None:
+            raise BadFileError(f"array {key} is in .npy version {version[0]}, which is not read here")
+        shape, fortran, dtype = reader(stream)
+    except BadFileError:
+        raise
+    except Exception:  # the header is text that numpy evaluates as a literal: any of a dozen classes
+        raise BadFileError(f"array {key} has no valid .npy header") from None
+    if dtype.kind not in "fiub" or dtype.hasobject:
+        raise BadFileError(f"array {key} holds {dtype}: only plain numbers are read, never pickles")
+    if len(shape) > 8 or any(n < 0 for n in shape):
+        raise BadFileError(f"array {key} has no valid shape")
+    count = 1
+    for n in shape:
+        count *= n
+    if count * dtype.itemsize != len(data) - stream.tell():
+        raise BadFileError(
+            f"array {key} of shape {shape} needs {size_text(count * dtype.itemsize)}, "
+            f"the file holds {size_text(len(data) - stream.tell())}"
+        )
+    flat = np.frombuffer(data, dtype=dtype, offset=stream.tell()).astype(dtype.newbyteorder("="))
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def to_images(inputs: Tensor, name: str) -> tuple[Tensor, tuple[str, ...]]:
+    """uint8 images as [N, C, H, W]: [N, H, W] gains a channel, [N, H, W, C] turned if only that can be meant.
+
+    C is 1 or 3. Where both the second and the last dimension could be channels, nothing is guessed. Floats
+    are not touched: they may be features, so they are taken as they stand.
+    """
+    if inputs.dtype != torch.uint8 or inputs.ndim not in (3, 4):
+        return inputs, ()
+    if inputs.ndim == 3:
+        return inputs[:, None], ("grey images [N, H, W] were read as [N, 1, H, W]",)
+    first, last = inputs.shape[1] in (1, 3), inputs.shape[3] in (1, 3)
+    if first and last:
+        raise DataError(
+            f"{name}: uint8 images of shape {tuple(inputs.shape)} may have their channels second or last; "
+            "store them as [N, C, H, W] floats in [0, 1]"
+        )
+    if last:
+        return inputs.permute(0, 3, 1, 2).contiguous(), ("channels-last images were turned to [N, C, H, W]",)
+    return inputs, ()
+
+
+def _data_set(table: dict[str, Tensor], path: Path, name: str) -> DataSet:
+    pairs = [pair for pair in PAIRS if pair[0] in table and pair[1] in table]
+    if len(pairs) != 1:
+        held = ", ".join(shown(key) for key in sorted(table)[:8]) or "neither"
+        raise DataError(
+            f"{path}: wants arrays 'inputs' and 'targets', or 'images' and 'labels'; of these it has {held}"
+        )
+    inputs, targets = (table[key] for key in pairs[0])
+    inputs, notes = to_images(inputs, name)
+    classes = table.get("num_classes")
+    if classes is not None and (classes.numel() != 1 or classes.is_floating_point() or int(classes) < 1):
+        raise DataError(f"{path}: num_classes must be one positive integer")
+    count = None if classes is None else int(classes)
+    return make(inputs, targets, name=name, split="all", num_classes=count, notes=notes)

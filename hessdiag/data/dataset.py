@@ -1,0 +1,170 @@
+"""A data set in memory: what was chosen, under which hash, and its batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hessdiag.errors import (
+    ConfigurationError,
+    DataError,
+    DtypeError,
+    EmptyDataError,
+    NonFiniteError,
+    TargetError,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """Inputs and targets, held in memory, with what is known about where they come from.
+
+    `inputs` are torch.uint8 (0 to 255) or floating point, [N, C, H, W] for images; `targets` are int64 class
+    numbers [N], or floating point for regression, where `num_classes` is None. `sha256` covers both, with
+    types and shapes.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    name: str
+    split: str
+    num_classes: int | None
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batches(
+        self, batch_size: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Batches:
+        """Batches in order, as often as they are asked for; uint8 inputs are divided by 255 in `dtype`."""
+        if batch_size < 1:
+            raise ConfigurationError(f"batch size {batch_size}: it must be at least 1")
+        if not dtype.is_floating_point:
+            raise DtypeError(f"batches of {dtype}: inputs must be floating point")
+        return Batches(self.inputs, self.targets, batch_size, torch.device(device), dtype)
+
+    def sample(self, samples: int | None, *, seed: int = 0) -> DataSet:
+        """`samples` of these chosen at random without replacement, in their original order; None is all of
+        them.
+        """
+        if samples is None:
+            return self
+        if samples < 1:
+            raise ConfigurationError(f"samples = {samples}: it must be at least 1")
+        if samples > len(self):
+            raise DataError(
+                f"{self.name} ({self.split}) has {len(self)} samples, fewer than the {samples} asked for"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(self), generator=generator)[:samples].sort().values
+        inputs, targets = self.inputs[chosen], self.targets[chosen]
+        return replace(self, inputs=inputs, targets=targets, sha256=fingerprint(inputs, targets))
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """A re-iterable of (inputs in [0, 1], targets); every pass gives the same batches."""
+
+    inputs: Tensor
+    targets: Tensor
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return -(-len(self.inputs) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.inputs), self.batch_size):
+            inputs = self.inputs[start : start + self.batch_size].to(self.device)
+            targets = self.targets[start : start + self.batch_size].to(self.device)
+            if inputs.dtype == torch.uint8:
+                # Divided in the wanted type: float64 batches carry k/255 to the last bit.
+                inputs = inputs.to(self.dtype).div_(255)
+            yield inputs.to(self.dtype), targets.to(self.dtype) if targets.is_floating_point() else targets
+
+
+def make(
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    name: str,
+    split: str,
+    num_classes: int | None = None,
+    notes: tuple[str, ...] = (),
+) -> DataSet:
+    """A DataSet of checked tensors: finite inputs, one target each, classes counted; refuses what cannot be
+    measured.
+    """
+    if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
+        raise DataError(f"{name}: inputs and targets must be tensors or arrays")
+    inputs, targets = inputs.detach().cpu(), targets.detach().cpu()
+    if inputs.ndim < 2 or targets.ndim < 1:
+        raise DataError(
+            f"{name}: inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} are no [N, ...] and [N]"
+        )
+    if len(inputs) != len(targets):
+        raise DataError(f"{name}: {len(inputs)} inputs and {len(targets)} targets")
+    if inputs.numel() == 0:
+        raise EmptyDataError(f"{name}: no samples in inputs of shape {tuple(inputs.shape)}")
+    if inputs.dtype != torch.uint8 and not inputs.is_floating_point():
+        raise DataError(
+            f"{name}: inputs are {inputs.dtype}; store images as uint8 (0 to 255) or as floats in [0, 1]"
+        )
+    if inputs.dtype in (torch.float16, torch.bfloat16):
+        inputs = inputs.float()
+    if inputs.is_floating_point():
+        _refuse_non_finite(inputs, f"{name}: inputs")
+        low, high = float(inputs.min()), float(inputs.max())
+        if low < 0 or high > 1:
+            notes = (*notes, f"inputs span [{low:.4g}, {high:.4g}], not [0, 1]; they are used as they are")
+    if targets.is_floating_point():
+        _refuse_non_finite(targets, f"{name}: targets")
+        return DataSet(inputs, targets, name, split, None, fingerprint(inputs, targets), notes)
+    targets, num_classes, notes = _class_targets(targets, num_classes, name, notes)
+    return DataSet(inputs, targets, name, split, num_classes, fingerprint(inputs, targets), notes)
+
+
+def fingerprint(inputs: Tensor, targets: Tensor) -> str:
+    """sha256 over type, shape and values (row-major) of inputs, then of targets."""
+    digest = hashlib.sha256()
+    for tensor in (inputs, targets):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _class_targets(
+    targets: Tensor, num_classes: int | None, name: str, notes: tuple[str, ...]
+) -> tuple[Tensor, int, tuple[str, ...]]:
+    if targets.is_complex() or targets.dtype == torch.bool:
+        raise TargetError(f"{name}: targets are {targets.dtype}; class numbers are integers")
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets, notes = targets[:, 0], (*notes, "targets of shape [N, 1] were read as [N]")
+    if targets.ndim != 1:
+        raise TargetError(f"{name}: targets of shape {tuple(targets.shape)}; class numbers are [N]")
+    targets = targets.to(torch.int64)  # uint64 beyond int64 turns negative and is refused below
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= 1_000_000:
+        raise TargetError(f"{name}: class numbers span {low} to {high}; they count from 0")
+    if num_classes is None:
+        num_classes = high + 1
+        notes = (*notes, f"{num_classes} classes, taken from the largest target")
+    if high >= num_classes:
+        raise TargetError(f"{name}: class {high} among the targets of {num_classes} classes")
+    return targets, num_classes, notes
+
+
+def _refuse_non_finite(values: Tensor, what: str) -> None:
+    bad = ~torch.isfinite(values)
+    if bool(bad.any()):
+        first = int(bad.reshape(len(values), -1).any(1).nonzero()[0])
+        raise NonFiniteError(
+            f"{what} hold {int(bad.sum())} NaN or infinite values, the first in sample {first}"
+        )

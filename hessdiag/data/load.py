@@ -1,0 +1,63 @@
+"""From a name to a data set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hessdiag.data.arrays import load_npz, load_safetensors
+from hessdiag.data.cifar import load_cifar
+from hessdiag.data.custom import load_custom
+from hessdiag.data.dataset import DataSet
+from hessdiag.data.digits import load_digits
+from hessdiag.data.fetch import default_root
+from hessdiag.data.folder import load_folder
+from hessdiag.data.registry import SOURCES
+from hessdiag.errors import ConfigurationError, DataError, UnknownNameError, nearest
+from hessdiag.factories import is_factory_name
+
+NAMES = ("digits", *SOURCES)
+SCHEMES = ("npz", "safetensors", "folder")
+
+
+def load(
+    name: str,
+    *,
+    split: str = "test",
+    samples: int | None = None,
+    seed: int = 0,
+    root: str | os.PathLike[str] | None = None,
+) -> DataSet:
+    """The data set `name`, or `samples` of it chosen with `seed` (without replacement, in original order).
+
+    Names: digits, cifar10, cifar100; npz:PATH and safetensors:PATH (arrays `inputs`, `targets`); folder:PATH
+    (one subfolder per class); package.module:factory (your code). `root` is where cifar lies: the argument,
+    else $HESSDIAG_DATA, else ~/.cache/hessdiag. Files without splits of their own report the split "all".
+
+    >>> load("digits", split="test").inputs.shape
+    torch.Size([500, 1, 8, 8])
+    """
+    if split not in ("train", "test"):
+        raise ConfigurationError(f"split {split!r}: it is 'train' or 'test'")
+    return _whole(name, split, seed, Path(root).expanduser() if root is not None else default_root()).sample(
+        samples, seed=seed
+    )
+
+
+def _whole(name: str, split: str, seed: int, root: Path) -> DataSet:
+    if name == "digits":
+        return load_digits(split)
+    if name in SOURCES:
+        return load_cifar(SOURCES[name], split, root)
+    scheme, colon, rest = name.partition(":")
+    if colon and scheme in SCHEMES:
+        if not rest:
+            raise DataError(f"{name!r} names no path; write {scheme}:PATH")
+        path = Path(rest).expanduser()
+        if scheme == "folder":
+            return load_folder(path, split, name)
+        return load_npz(path, name) if scheme == "npz" else load_safetensors(path, name)
+    if is_factory_name(name):
+        return load_custom(name, split=split, seed=seed)
+    known = [*NAMES, *(f"{s}:PATH" for s in SCHEMES), "package.module:factory"]
+    raise UnknownNameError(f"no data set {name!r}; {nearest(name, known)}")
