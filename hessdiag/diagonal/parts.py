@@ -1,0 +1,38 @@
+"""Running sums of Hessian diagonals in float64, split into their Gauss-Newton and functional parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+def zeros(like: Mapping[str, Tensor]) -> Tensors:
+    """One float64 zero tensor per parameter."""
+    return {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in like.items()}
+
+
+def accumulate(into: Tensors, parts: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    """into += scale * parts, name by name."""
+    for name, part in parts.items():
+        into[name].add_(part.detach(), alpha=scale)
+
+
+@dataclass
+class Parts:
+    """Sums over samples (not yet divided by the weight of the data): total = gauss_newton + functional."""
+
+    gauss_newton: Tensors
+    functional: Tensors
+    weight: float = 0.0
+    samples: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def like(cls, parameters: Mapping[str, Tensor]) -> Parts:
+        """Zero sums."""
+        return cls(zeros(parameters), zeros(parameters))

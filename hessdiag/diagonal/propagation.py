@@ -1,0 +1,114 @@
+"""Stochastic diagonals by curvature propagation over sites, split by sign.
+
+After J. Martens, I. Sutskever and K. Swersky, "Estimating the Hessian by Back-propagating Curvature" (ICML 2012), in a
+form that stays real and needs first-order backward passes only. With independent signs s_j per sample and site
+
+    a = sum_{c_j > 0} s_j sqrt(c_j) dz_j/dtheta,   b = sum_{c_j < 0} s_j sqrt(-c_j) dz_j/dtheta,   E[a^2 - b^2] = functional,
+
+each of a and b one backward pass with many roots, squared *per sample* layer by layer. The Gauss-Newton part is exact in
+one pass per column of the loss's Hessian factor (C - 1 for softmax cross-entropy), or takes one signed pass instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..signs import Signs
+from ..sites import Linearisation
+from ..squares import LayerSquares
+from .parts import Tensors, accumulate, zeros
+
+FUNCTIONAL, GAUSS_NEWTON = 0, 1  # streams of signs
+
+
+class Propagator:
+    """Passes over one linearised batch: squares prepared once, then as many replicates as wanted.
+
+    `groups` gives, per layer name, how many neighbouring samples are summed before squaring (1: per sample).
+    `start` is the batch's first sample in the whole data; it keys the signs.
+    """
+
+    def __init__(
+        self, batch: Linearisation, *, start: int = 0, groups: Mapping[str, int] | None = None, keep: bool = False
+    ) -> None:
+        self.batch = batch
+        self.start = start
+        self.squares = [LayerSquares(layer, batch.samples, keep=keep) for layer in batch.layers]
+        self._groups = [(groups or {}).get(layer.name, 1) for layer in batch.layers]
+        self._edges = [layer.edge for layer in batch.layers]
+        self._roots: dict[int, list[Tensor | None]] = {}
+
+    def functional(self, signs: Signs, replicate: int) -> Tensors:
+        """One unbiased replicate of the functional part, summed over the batch's samples."""
+        drawn = [
+            signs.samples(site.c.shape, self.start, replicate, FUNCTIONAL, number, dtype=site.c.dtype)
+            for number, site in enumerate(self.batch.sites)
+        ]
+        out = zeros(self.batch.objective.parameters)
+        for sign in (1, -1):
+            seeds = [None if root is None else root * s for root, s in zip(self._root(sign), drawn)]
+            self._square_pass(seeds, None, out, float(sign), self._groups)
+        return out
+
+    def gauss_newton(self) -> Tensors:
+        """The Gauss-Newton part exactly: one pass per column of the loss's Hessian factor."""
+        out = zeros(self.batch.objective.parameters)
+        curvature = self.batch.curvature
+        single = [1] * len(self.squares)
+        for column, sign in zip(curvature.factor, curvature.signs.tolist()):
+            self._square_pass([None] * len(self.batch.sites), column, out, sign, single)
+        return out
+
+    def gauss_newton_signed(self, signs: Signs, replicate: int) -> Tensors:
+        """One unbiased replicate of the Gauss-Newton part: columns summed under random signs, per eigenvalue sign."""
+        out = zeros(self.batch.objective.parameters)
+        curvature = self.batch.curvature
+        shape = torch.Size((self.batch.samples, len(curvature.signs)))
+        drawn = signs.samples(shape, self.start, replicate, GAUSS_NEWTON, dtype=curvature.factor.dtype).T
+        for sign in (1.0, -1.0):
+            chosen = curvature.signs == sign
+            if bool(chosen.any()):
+                seed = (curvature.factor[chosen] * drawn[chosen][:, :, None]).sum(0)
+                self._square_pass([None] * len(self.batch.sites), seed, out, sign, self._groups)
+        return out
+
+    def each(self, seeds: Sequence[Tensor | None], output_seed: Tensor | None) -> Tensors:
+        """Per-sample gradients [N, ...] of every parameter for given cotangents."""
+        deltas = self.batch.backward(seeds, output_seed, self._edges)
+        out: Tensors = {}
+        for square, delta in zip(self.squares, deltas):
+            if delta is not None:
+                out |= square.each(delta.detach())
+        return out
+
+    def _root(self, sign: int) -> list[Tensor | None]:
+        if sign not in self._roots:
+            roots: list[Tensor | None] = []
+            for site in self.batch.sites:
+                part = (site.c * sign).clamp(min=0)
+                roots.append(part.sqrt_() if bool(part.any()) else None)
+            self._roots[sign] = roots
+        return self._roots[sign]
+
+    def _square_pass(
+        self, seeds: Sequence[Tensor | None], output_seed: Tensor | None, out: Tensors, sign: float, groups: Sequence[int]
+    ) -> None:
+        if output_seed is None and all(seed is None for seed in seeds):
+            return
+        deltas = self.batch.backward(seeds, output_seed, self._edges)
+        for square, delta, group in zip(self.squares, deltas, groups):
+            if delta is not None:
+                accumulate(out, square.summed(delta, group=group), sign)
+
+
+def per_sample_exact(batch: Linearisation, each: Callable[[Tensor], Tensors]) -> Tensors:
+    """Per-sample Gauss-Newton diagonals [N, ...] from per-sample gradients of every factor column."""
+    out: Tensors = {}
+    for column, sign in zip(batch.curvature.factor, batch.curvature.signs.tolist()):
+        for name, gradient in each(column).items():
+            square = sign * gradient.double().square()
+            out[name] = out[name] + square if name in out else square
+    return out

@@ -1,0 +1,278 @@
+"""Per-sample losses with their gradient and the factor of their Hessian, all in float64.
+
+For one sample with outputs f and loss l(f) the measurement needs the value l, the gradient dl/df and a
+factor of the output Hessian: columns s with signs e such that  d2l/df2 = sum_c e_c s_c s_c^T.
+Everything is computed in float64 from the outputs: in float32 the softmax of a well-fitted sample has lost
+the digits of p - 1 that the gradient consists of.
+
+Every loss here is *a sum over samples divided by a weight that is known only when all data were seen*
+(the number of samples, or for class weights the sum of the weights of the targets); the weight of each
+sample is returned beside its loss, and the division is left to whoever sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import ConfigurationError, TargetError, UnknownNameError, nearest
+
+PerSample = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What the loss looks like at the outputs of one batch: `factor` has shape [columns, N, C], `signs` [columns].
+
+    d2l_n/df2 = sum_c signs[c] factor[c, n] factor[c, n]^T, for the loss *summed* over samples.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    factor: Tensor
+    signs: Tensor
+
+
+class Loss:
+    """One named loss: value, gradient and Hessian factor per sample."""
+
+    name: str
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise TargetError if the targets do not fit the outputs."""
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss per sample [N], differentiable, in the dtype of the outputs."""
+        raise NotImplementedError
+
+    def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """What each sample adds to the divisor of the mean: 1 unless classes are weighted."""
+        return torch.ones(len(targets), dtype=torch.float64, device=outputs.device)
+
+    def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
+        """Loss, gradient and Hessian factor at `outputs`, in float64 and shaped [N, C]."""
+        raise NotImplementedError
+
+
+class CrossEntropy(Loss):
+    """Softmax cross-entropy -sum_k q_k log p_k, with class weights and label smoothing as torch defines them.
+
+    With any targets q the Hessian is (sum_k q_k)(diag p - p p^T) = S S^T, S = diag(sqrt p) - p sqrt(p)^T, of
+    rank C - 1: its null direction sqrt(p) is turned onto the last axis by a Householder reflection and dropped.
+    """
+
+    name = "cross_entropy"
+
+    def __init__(self, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> None:
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ConfigurationError(f"label_smoothing must lie in [0, 1], not {label_smoothing}")
+        if class_weights is not None and (class_weights.ndim != 1 or not bool((class_weights >= 0).all())):
+            raise ConfigurationError("class_weights must be one non-negative number per class")
+        self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Outputs [N, C]; targets are class indices [N] in 0..C-1, or probabilities [N, C]."""
+        if outputs.ndim != 2:
+            raise TargetError(
+                f"cross_entropy needs outputs of shape [N, C], the model gave {list(outputs.shape)}; "
+                "flatten them or pass loss=callable"
+            )
+        classes = outputs.shape[1]
+        if self.class_weights is not None and len(self.class_weights) != classes:
+            raise ConfigurationError(f"{len(self.class_weights)} class weights for {classes} outputs")
+        if targets.is_floating_point():
+            if targets.shape != outputs.shape:
+                raise TargetError(
+                    f"probability targets must have the outputs' shape {list(outputs.shape)}, not {list(targets.shape)}"
+                )
+            return
+        if targets.ndim != 1 or len(targets) != len(outputs):
+            raise TargetError(f"class targets must have shape [{len(outputs)}], not {list(targets.shape)}")
+        if targets.dtype == torch.bool or targets.is_complex():
+            raise TargetError(f"class targets must be integers, not {targets.dtype}")
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= classes:
+            wrong = low if low < 0 else high
+            raise TargetError(f"target {wrong} is out of range: the model has {classes} outputs (0 to {classes - 1})")
+
+    def _soft_targets(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        classes, dtype = outputs.shape[1], outputs.dtype
+        weight = None if self.class_weights is None else self.class_weights.to(outputs)
+        if targets.is_floating_point():
+            soft = targets.to(dtype) * (1 - self.label_smoothing) + self.label_smoothing / classes
+            return soft if weight is None else soft * weight
+        soft = F.one_hot(targets.long(), classes).to(dtype) * (1 - self.label_smoothing)
+        soft = soft + self.label_smoothing / classes
+        return soft if weight is None else soft * weight
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """-sum_k q_k log softmax(f)_k."""
+        return -(self._soft_targets(outputs, targets) * F.log_softmax(outputs, 1)).sum(1)
+
+    def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Weights of the target classes, as torch divides by them; 1 for probability targets."""
+        if self.class_weights is None or targets.is_floating_point():
+            return super().weights(outputs, targets)
+        return self.class_weights.to(outputs.device, torch.float64)[targets.long()]
+
+    def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
+        """Closed form; C - 1 columns, all of positive sign."""
+        f = outputs.detach().double()
+        q = self._soft_targets(f, targets)
+        mass = q.sum(1, keepdim=True)
+        log_p = F.log_softmax(f, 1)
+        p = log_p.exp()
+        root = (0.5 * log_p).exp()
+        factor = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]
+        axis = root.clone()
+        axis[:, -1] += 1.0
+        axis = axis / axis.norm(dim=1, keepdim=True)
+        factor = factor - 2.0 * (factor @ axis[:, :, None]) * axis[:, None, :]
+        factor = factor[:, :, :-1] * mass.sqrt()[:, :, None]
+        loss = -(q * log_p).sum(1)
+        columns = factor.permute(2, 0, 1).contiguous()
+        return Curvature(loss, mass * p - q, columns, torch.ones(len(columns), dtype=f.dtype, device=f.device))
+
+
+class SquaredError(Loss):
+    """scale * |f - y|^2 per sample: scale = 1/C is torch's "mse", scale = 1/2 the paper's squared loss (A.1)."""
+
+    def __init__(self, *, half: bool) -> None:
+        self.half = half
+        self.name = "half_mse" if half else "mse"
+
+    def _scale(self, flat: Tensor) -> float:
+        return 0.5 if self.half else 1.0 / flat.shape[1]
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Targets have the outputs' shape."""
+        _same_shape(self.name, outputs, targets)
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Squared error per sample."""
+        difference = (outputs - targets.to(outputs.dtype)).flatten(1) if outputs.ndim > 1 else (
+            outputs - targets.to(outputs.dtype))[:, None]
+        return self._scale(difference) * difference.square().sum(1)
+
+    def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
+        """Hessian 2 scale I: C columns."""
+        f = _rows(outputs.detach().double())
+        difference = f - _rows(targets.double())
+        scale = self._scale(f)
+        eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device) * (2.0 * scale) ** 0.5
+        factor = eye[:, None, :].expand(-1, len(f), -1)
+        loss = scale * difference.square().sum(1)
+        return Curvature(loss, 2.0 * scale * difference, factor, torch.ones(len(factor), dtype=f.dtype, device=f.device))
+
+
+class BinaryCrossEntropy(Loss):
+    """Logistic loss of each output against a target in [0, 1], averaged over the outputs of a sample."""
+
+    name = "bce"
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Targets have the outputs' shape and lie in [0, 1]."""
+        _same_shape(self.name, outputs, targets)
+        if bool((targets < 0).any()) or bool((targets > 1).any()):
+            raise TargetError("bce targets must lie in [0, 1]")
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean over outputs of softplus(f) - y f."""
+        return _rows(F.softplus(outputs, threshold=40.0) - targets.to(outputs.dtype) * outputs).mean(1)
+
+    def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
+        """Diagonal Hessian p (1 - p) / C."""
+        f, y = _rows(outputs.detach().double()), _rows(targets.double())
+        classes = f.shape[1]
+        p = torch.sigmoid(f)
+        root = (p * torch.sigmoid(-f) / classes).sqrt()
+        factor = torch.diag_embed(root).permute(1, 0, 2).contiguous()
+        loss = (F.softplus(f, threshold=40.0) - y * f).mean(1)
+        return Curvature(loss, (p - y) / classes, factor, torch.ones(classes, dtype=f.dtype, device=f.device))
+
+
+class CallableLoss(Loss):
+    """Any twice-differentiable `function(outputs, targets) -> loss per sample [N]`; its C x C Hessian by autograd.
+
+    The Hessian of each sample is eigen-decomposed; columns of negative eigenvalue carry sign -1, so every column
+    index has one sign for all samples: 2C columns, the first C with the positive parts, the last C the negative.
+    """
+
+    def __init__(self, function: PerSample) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The function itself, its shape checked."""
+        loss = self.function(outputs, targets)
+        if loss.shape != (len(outputs),):
+            raise ConfigurationError(
+                f"loss {self.name!r} must return one value per sample, shape [{len(outputs)}], not {list(loss.shape)}; "
+                "use reduction='none'"
+            )
+        return loss
+
+    def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
+        """C Hessian-vector products on the outputs alone, then eigenvectors scaled by sqrt|eigenvalue|."""
+        with torch.enable_grad():
+            f = outputs.detach().double().requires_grad_(True)
+            y = targets.double() if targets.is_floating_point() else targets
+            loss = self.values(f, y)
+            (gradient,) = torch.autograd.grad(loss.sum(), f, create_graph=True)
+            flat = _rows(gradient)
+            rows = []
+            for c in range(flat.shape[1]):
+                if not flat.requires_grad:
+                    rows.append(torch.zeros_like(flat))
+                    continue
+                (row,) = torch.autograd.grad(flat[:, c].sum(), f, retain_graph=True, allow_unused=True)
+                rows.append(torch.zeros_like(flat) if row is None else _rows(row))
+        hessian = torch.stack(rows, 1).detach()
+        values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.transpose(1, 2)))
+        positive = vectors * values.clamp(min=0).sqrt()[:, None, :]
+        negative = vectors * (-values).clamp(min=0).sqrt()[:, None, :]
+        signs = torch.ones(positive.shape[2], dtype=f.dtype, device=f.device)
+        parts, kept = [positive], [signs]
+        if bool((values < 0).any()):
+            parts.append(negative)
+            kept.append(-signs)
+        factor = torch.cat(parts, 2).permute(2, 0, 1).contiguous()
+        return Curvature(loss.detach(), flat.detach(), factor, torch.cat(kept))
+
+
+LOSSES = ("cross_entropy", "mse", "half_mse", "bce")
+
+
+def make_loss(
+    loss: str | PerSample, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Loss:
+    """A loss by its name, or around a per-sample callable."""
+    if (label_smoothing or class_weights is not None) and loss != "cross_entropy":
+        raise ConfigurationError("label_smoothing and class_weights belong to loss='cross_entropy'")
+    if callable(loss):
+        return CallableLoss(loss)
+    if loss == "cross_entropy":
+        return CrossEntropy(label_smoothing=label_smoothing, class_weights=class_weights)
+    if loss in ("mse", "half_mse"):
+        return SquaredError(half=loss == "half_mse")
+    if loss == "bce":
+        return BinaryCrossEntropy()
+    raise UnknownNameError(f"unknown loss {loss!r}; {nearest(str(loss), list(LOSSES))}, or a callable per sample")
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[N, C] from [N] or [N, ...]."""
+    return tensor[:, None] if tensor.ndim == 1 else tensor.flatten(1)
+
+
+def _same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
+    if outputs.shape != targets.shape:
+        raise TargetError(
+            f"{name} needs targets of the outputs' shape {list(outputs.shape)}, not {list(targets.shape)} "
+            "(broadcasting would silently compare every pair)"
+        )

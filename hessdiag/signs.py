@@ -1,0 +1,55 @@
+"""Random signs keyed by what they belong to, so that neither batching nor sharding changes an estimate.
+
+Signs of a site come from a generator seeded by (seed, replicate, site, block), a block being `BLOCK` consecutive
+samples of the whole data. A batch that holds part of a block draws the whole block and keeps its part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 16
+_MASK = (1 << 64) - 1
+
+
+def key(*parts: int) -> int:
+    """One 63-bit seed from several integers (splitmix64 steps, so that neighbours do not collide)."""
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = (state ^ (part & _MASK)) & _MASK
+        state = (state + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+class Signs:
+    """Source of Rademacher signs for one measurement on one device."""
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        self.seed = seed
+        self.device = torch.device(device)
+        self._generator = torch.Generator(device=self.device)
+
+    def plain(self, like: Tensor, *parts: int) -> Tensor:
+        """Signs shaped like a tensor, keyed by (seed, *parts)."""
+        self._generator.manual_seed(key(self.seed, *parts))
+        return self._draw(like.shape, like.dtype)
+
+    def samples(self, shape: torch.Size, start: int, *parts: int, dtype: torch.dtype) -> Tensor:
+        """Signs [n, ...] for samples start..start+n-1 of the whole data, keyed by (seed, *parts, block)."""
+        count, rest = shape[0], shape[1:]
+        first, last = start // BLOCK, (start + count - 1) // BLOCK
+        blocks = []
+        for block in range(first, last + 1):
+            self._generator.manual_seed(key(self.seed, *parts, block))
+            blocks.append(self._draw(torch.Size((BLOCK, *rest)), dtype))
+        drawn = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        offset = start - first * BLOCK
+        return drawn[offset : offset + count]
+
+    def _draw(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        bits = torch.randint(0, 2, shape, generator=self._generator, device=self.device, dtype=torch.int8)
+        return bits.mul_(2).sub_(1).to(dtype)

@@ -1,0 +1,304 @@
+"""Reading a model's autograd graph: which nodes are affine, where it bends, and which node applies each parameter.
+
+Coverage is an allow-list. Between the chosen parameters and the outputs every node must be known: affine, piecewise
+linear, an elementwise curve, a product of two activations, or a layer that applies a parameter affinely. Anything
+else - a normalisation over the batch or over features, softmax, a product of matrices, scripted or custom code, a
+parameter used twice or behind a parametrisation - raises UncoveredModelError with its name and place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from ..errors import StochasticModeError, UncoveredModelError
+from .elementwise import PIECEWISE_LINEAR, is_curved, is_elementwise
+
+AFFINE = frozenset(
+    name + "Backward0"
+    for name in (
+        "View UnsafeView ReshapeAlias Alias Clone ToCopy Add Sub Rsub Neg Mean Sum AvgPool2D AvgPool3D AdaptiveAvgPool2D "
+        "AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D "
+        "AdaptiveMaxPool3D Max Amax Maximum Minimum Cat Stack Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind "
+        "Select Slice Narrow Index IndexSelect Gather Permute Transpose T Mt Squeeze Unsqueeze Expand Repeat "
+        "ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D "
+        "UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D "
+        "UpsampleTrilinear3D PixelShuffle PixelUnshuffle ChannelShuffle Flip Roll MaskedFill Where Cumsum Unfold Im2Col "
+        "Col2Im Threshold Hardsigmoid Softshrink Hardshrink"
+    ).split()
+) | {
+    "AddBackward1", "SubBackward1", "RsubBackward1", "MeanBackward1", "SumBackward1", "SqueezeBackward1", "SqueezeBackward2",
+    "MaxBackward1", "MulBackward1", "DivBackward1", "TransposeBackward1", "ClampMinBackward1", "UnsqueezeBackward1",
+    "ThresholdBackward1",
+}  # fmt: skip
+BATCH_NORM = frozenset({"NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"})
+MATRIX = frozenset({"AddmmBackward0", "MmBackward0", "LinearBackward0"})
+PRODUCTS = frozenset({"MulBackward0"})
+RANDOM = frozenset({"NativeDropoutBackward0", "FusedDropoutBackward0"})
+_TURNED = frozenset({"TBackward0", "TransposeBackward0"})
+
+Edge = tuple[Any, int]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One node that applies parameters affinely: a = weight * x + bias, once in the graph.
+
+    `kind` is linear, conv, norm, shift or scale; `weight` and `bias` are names of *chosen* parameters or None;
+    `transposed` marks a matrix stored [in, out]; `depth` counts the layers below it.
+    """
+
+    kind: str
+    name: str
+    node: Any
+    weight: str | None
+    bias: str | None
+    transposed: bool = False
+
+    @property
+    def edge(self) -> GradientEdge:
+        """The layer's output in the graph."""
+        return GradientEdge(self.node, 0)
+
+
+class Graph:
+    """The part of an autograd graph between chosen parameters and outputs, classified, in forward order.
+
+    After construction: `layers`, `curves` (elementwise nodes), `products` (nodes), `unused` (names of parameters
+    that do not reach the outputs).
+    """
+
+    def __init__(self, outputs: Tensor, parameters: Mapping[str, nn.Parameter], *, names: Mapping[int, str]) -> None:
+        self.outputs = outputs
+        self._chosen = {id(parameter): name for name, parameter in parameters.items()}
+        self._names = names  # every parameter of the model by id, for messages
+        self.nodes = _forward_order(outputs.grad_fn)
+        self._uses: dict[int, list[tuple[Any, int]]] = {}
+        self._live = self._mark()
+        self._below: dict[int, str] = {}
+        self.layers: list[Layer] = []
+        self.curves: list[Any] = []
+        self.products: list[Any] = []
+        for node in self.nodes:
+            if self.is_live(node) and not _is_leaf(node):
+                self._classify(node)
+        reached = {name for layer in self.layers for name in (layer.weight, layer.bias) if name}
+        self.unused = tuple(name for name in parameters if name not in reached)
+        self._check_all_uses(reached)
+
+    def is_live(self, node: Any) -> bool:
+        """True if the node's output depends on a chosen parameter."""
+        return node is not None and id(node) in self._live
+
+    def place(self, node: Any) -> str:
+        """Where a node stands: the layer last passed on the way to it."""
+        below = self._below.get(id(node), "")
+        return f"after {below!r}" if below else "at the model's entrance"
+
+    def parameter_of(self, node: Any) -> str | None:
+        """Name of the chosen parameter that an AccumulateGrad node stands for."""
+        return self._chosen.get(id(node.variable)) if _is_leaf(node) else None
+
+    # -- construction
+
+    def _mark(self) -> set[int]:
+        live: set[int] = set()
+        for node in self.nodes:
+            if _is_leaf(node):
+                if id(node.variable) in self._chosen:
+                    live.add(id(node))
+                continue
+            for slot, (source, _) in enumerate(node.next_functions):
+                if source is not None:
+                    self._uses.setdefault(id(source), []).append((node, slot))
+                    if id(source) in live:
+                        live.add(id(node))
+        return live
+
+    def _classify(self, node: Any) -> None:
+        name, sources = node.name(), [source for source, _ in node.next_functions]
+        live = [self.is_live(source) for source in sources]
+        self._below[id(node)] = next((self._below[id(s)] for s in sources if id(s) in self._below), "")
+        if name in RANDOM:
+            raise StochasticModeError(f"active dropout {self.place(node)}; call model.eval()")
+        if name in BATCH_NORM:
+            self._batch_norm(node)
+        elif name == "ConvolutionBackward0":
+            self._convolution(node)
+        elif name in MATRIX:
+            self._matrix(node)
+        elif name in _TURNED and self._turned(node) is not None:
+            return  # a transposed weight on its way to its layer, read there
+        elif is_elementwise(node):
+            self._refuse_parameters(node)
+            if is_curved(node):
+                self.curves.append(node)
+        elif name in PRODUCTS:
+            if not self._applied(node, "scale") and all(live) and len(live) == 2:
+                self.products.append(node)
+        elif name == "DivBackward0":
+            self._refuse_parameters(node)
+            if len(live) > 1 and live[1]:
+                self._refuse(node, "a quotient whose denominator depends on the parameters")
+        elif name in ("AddBackward0", "SubBackward0"):
+            if not self._applied(node, "shift"):
+                self._refuse_parameters(node)
+        elif name in AFFINE or name in PIECEWISE_LINEAR:
+            self._refuse_parameters(node)
+        elif name == "BmmBackward0" and sum(live) == 1:
+            self._refuse_parameters(node)
+        else:
+            self._refuse(node, "an operation that the site identity does not cover")
+
+    def _add(self, layer: Layer) -> None:
+        self.layers.append(layer)
+        self._below[id(layer.node)] = layer.name
+
+    def _layer_name(self, *parameters: str | None) -> str:
+        first = next(name for name in parameters if name)
+        return first.rpartition(".")[0] or first
+
+    def _batch_norm(self, node: Any) -> None:
+        if node._saved_training:
+            if node._saved_input.shape[0] == 1 != self.outputs.shape[0]:
+                self._refuse(node, "an instance normalisation")
+            raise StochasticModeError(f"BatchNorm on batch statistics {self.place(node)}; call model.eval()")
+        weight, bias = (self._direct(node, slot) for slot in (1, 2))
+        if weight or bias:
+            self._add(Layer("norm", self._layer_name(weight, bias), node, weight, bias))
+
+    def _convolution(self, node: Any) -> None:
+        weight, bias = self._direct(node, 1), self._direct(node, 2)
+        if node._saved_transposed and weight:
+            self._refuse(node, f"a transposed convolution ({weight!r})")
+        if weight or bias:
+            self._add(Layer("conv", self._layer_name(weight, bias), node, weight, bias))
+
+    def _matrix(self, node: Any) -> None:
+        name = node.name()
+        left, right, extra = {"AddmmBackward0": (1, 2, 0), "MmBackward0": (0, 1, None), "LinearBackward0": (0, 1, 2)}[name]
+        sources = [source for source, _ in node.next_functions]
+        bias = None
+        if extra is not None and extra < len(sources) and self.is_live(sources[extra]) and _is_leaf(sources[extra]):
+            bias = self._direct(node, extra)
+        turned = self._turned(sources[right])
+        weight = self._direct(node, right) if _is_leaf(sources[right]) else turned
+        if weight is None and self.is_live(sources[right]):
+            if turned is None and self._through(sources[right]):
+                self._refuse(node, f"a weight computed from {self._through(sources[right])!r} (a parametrisation)")
+            self._refuse(node, "a product of two matrices that both depend on the parameters"
+                         if self.is_live(sources[left]) else "a matrix that is computed from parameters")
+        if _is_leaf(sources[left]) and self.is_live(sources[left]):
+            self._refuse(node, f"parameter {self.parameter_of(sources[left])!r} applied from the left")
+        if name == "AddmmBackward0" and (node._saved_alpha != 1 or node._saved_beta != 1) and (weight or bias):
+            self._refuse(node, "a scaled addmm")
+        if weight or bias:
+            transposed = weight is not None and (turned is None) != (name == "LinearBackward0")
+            self._add(Layer("linear", self._layer_name(weight, bias), node, weight, bias, transposed))
+
+    def _applied(self, node: Any, kind: str) -> bool:
+        """A parameter added or multiplied elementwise: a layer of its own."""
+        found = [slot for slot, (s, _) in enumerate(node.next_functions) if _is_leaf(s) and self.is_live(s)]
+        if not found:
+            return False
+        name = self._direct(node, found[0])
+        assert name is not None
+        if len(found) > 1 or (kind == "scale" and node.next_functions[found[0]][0].variable.numel() == 1):
+            self._refuse(node, f"a learnable factor {name!r} (alpha of an activation, a temperature)")
+        if kind == "shift" and getattr(node, "_saved_alpha", 1) != 1:
+            self._refuse(node, f"parameter {name!r} in a scaled sum")
+        if kind == "shift" and node.name() == "SubBackward0" and found[0] == 1:
+            self._refuse(node, f"parameter {name!r} subtracted")
+        weight, bias = (name, None) if kind == "scale" else (None, name)
+        self._add(Layer(kind, name, node, weight, bias))
+        return True
+
+    def _turned(self, node: Any) -> str | None:
+        """The chosen parameter behind one transposition, if that is all there is."""
+        if node is None or node.name() not in _TURNED:
+            return None
+        source = node.next_functions[0][0]
+        if not (_is_leaf(source) and self.is_live(source) and source.variable.ndim == 2):
+            return None
+        return self._direct(node, 0)
+
+    def _direct(self, node: Any, slot: int) -> str | None:
+        """The chosen parameter that feeds `slot` of `node`; refused if something stands between, or used twice."""
+        if slot >= len(node.next_functions):
+            return None
+        source = node.next_functions[slot][0]
+        if not self.is_live(source):
+            return None
+        if not _is_leaf(source):
+            self._refuse(node, f"a weight computed from {self._through(source)!r} (a parametrisation)")
+        name = self.parameter_of(source)
+        if len(self._uses[id(source)]) > 1:
+            self._refuse(node, f"parameter {name!r} used {len(self._uses[id(source)])} times")
+        return name
+
+    def _through(self, node: Any) -> str:
+        stack, seen = [node], set()
+        while stack:
+            current = stack.pop()
+            if current is None or id(current) in seen or not self.is_live(current):
+                continue
+            seen.add(id(current))
+            if _is_leaf(current):
+                return self.parameter_of(current) or ""
+            stack += [source for source, _ in current.next_functions]
+        return ""
+
+    def _refuse_parameters(self, node: Any) -> None:
+        for source, _ in node.next_functions:
+            if _is_leaf(source) and self.is_live(source):
+                self._refuse(node, f"parameter {self.parameter_of(source)!r} is not the weight or bias of a known layer")
+
+    def _check_all_uses(self, reached: set[str]) -> None:
+        for node in self.nodes:
+            if self.is_live(node) and _is_leaf(node):
+                name = self.parameter_of(node)
+                if name not in reached:
+                    self._refuse(self._uses[id(node)][0][0], f"parameter {name!r} is not the weight or bias of a known layer")
+
+    def _refuse(self, node: Any, what: str) -> None:
+        name = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward") or node.name()
+        raise UncoveredModelError(
+            f"{name} {self.place(node)}: {what}; use method='hutchinson' (or 'auto'), or choose other parameters"
+        )
+
+
+def _is_leaf(node: Any) -> bool:
+    return node is not None and hasattr(node, "variable")
+
+
+def _forward_order(root: Any) -> list[Any]:
+    """All nodes below `root`, every node after those it takes its inputs from; the order is the graph's own."""
+    order: list[Any] = []
+    done: set[int] = set()
+    stack: list[tuple[Any, bool]] = [(root, False)] if root is not None else []
+    while stack:
+        node, expanded = stack.pop()
+        if expanded:
+            order.append(node)
+            continue
+        if id(node) in done:
+            continue
+        done.add(id(node))
+        stack.append((node, True))
+        for source, _ in reversed(node.next_functions):
+            if source is not None and id(source) not in done:
+                stack.append((source, False))
+    return order
+
+
+def detach_guard(outputs: Tensor) -> None:
+    """Refuse outputs that do not depend on any parameter."""
+    if outputs.grad_fn is None:
+        raise UncoveredModelError(
+            "the outputs do not depend on the chosen parameters (no autograd graph); was the forward pass run under no_grad?"
+        )
+
