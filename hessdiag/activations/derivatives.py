@@ -1,0 +1,86 @@
+"""sigma, sigma' and sigma'' of any elementwise function of one variable, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hessdiag.errors import ConfigurationError
+
+
+class Derivatives:
+    """Evaluates a function and its first two derivatives; decides once how to get the second."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+        self._check_elementwise()
+        self._second_by_autograd = self._autograd_agrees()
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """sigma, sigma', sigma'' at the points x."""
+        value, slope, second = self._autograd(x.to(torch.float64), twice=self._second_by_autograd)
+        return value, slope, self._differences(x) if second is None else second
+
+    def bend(self, x: Tensor) -> Tensor:
+        """|sigma''| at the points x."""
+        return self(x)[2].abs()
+
+    def _call(self, x: Tensor) -> Tensor:
+        try:
+            with torch.enable_grad():
+                y = self._function(x)
+        except Exception as error:
+            raise ConfigurationError(f"the function failed on a float64 vector: {error}") from error
+        if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+            shown = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ConfigurationError(
+                f"the function must map a tensor elementwise: float64 {tuple(x.shape)} gave {shown}"
+            )
+        return y
+
+    def _autograd(self, x: Tensor, *, twice: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        x = x.detach().clone().requires_grad_()
+        y = self._call(x)
+        if not y.requires_grad:  # constant, or built of steps
+            return y.detach(), torch.zeros_like(x), torch.zeros_like(x) if twice else None
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=twice, materialize_grads=True)
+        second: Tensor | None = None
+        if twice:
+            second = torch.zeros_like(x)
+            if slope.requires_grad:
+                (second,) = torch.autograd.grad(slope.sum(), x, materialize_grads=True)
+        return y.detach(), slope.detach(), second
+
+    def _differences(self, x: Tensor) -> Tensor:
+        """Central differences of sigma'."""
+        x = x.to(torch.float64)
+        h = 1e-5 * x.abs().clamp(min=1e-2)
+        up, down = x + h, x - h
+        return (self._autograd(up, twice=False)[1] - self._autograd(down, twice=False)[1]) / (up - down)
+
+    def _check_elementwise(self) -> None:
+        """One result per point whatever the others are, and the same one again."""
+        x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+        whole, part = self._call(x).detach(), self._call(x[::3].clone()).detach()
+        if not torch.allclose(whole[::3], part, rtol=1e-10, atol=1e-12, equal_nan=True):
+            raise ConfigurationError("the function is random, or mixes the elements of its input: no curvature")
+
+    def _autograd_agrees(self) -> bool:
+        """False if sigma'' by autograd is missing or contradicts the differences of sigma' at most points."""
+        side = torch.logspace(-7, 1.5, 171, dtype=torch.float64)
+        x = torch.cat([-side, side])
+        try:
+            second = self._autograd(x, twice=True)[2]
+        except ConfigurationError:
+            raise
+        except RuntimeError:  # not twice differentiable by autograd
+            return False
+        assert second is not None
+        h = 1e-4 * x.abs()
+        up, down = x + h, x - h
+        rough = (self._autograd(up, twice=False)[1] - self._autograd(down, twice=False)[1]) / (up - down)
+        tells = rough.isfinite() & second.isfinite() & (rough.abs() > 1e-3 * rough[rough.isfinite()].abs().max())
+        off = (rough - second).abs() > 1e-2 * torch.maximum(rough.abs(), second.abs())
+        return int((tells & off).sum()) * 2 <= int(tells.sum())

@@ -1,0 +1,152 @@
+"""The RCT-AF family as functions: closed forms of every derivative, and the autograd function behind them.
+
+sigma_0 = softplus(alpha·x)/alpha, sigma_{beta+1} = x · sigma_beta' (E[1], E[3], E[5] of arXiv 2603.23860). E[5] as
+printed overflows float32 from alpha·x of about 44 on; the form used here (see `coefficients`) does not overflow at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from hessdiag.activations.coefficients import Polynomial, remainder
+from hessdiag.errors import ConfigurationError, DtypeError
+
+MAX_BETA = 16
+"""Beyond it the alternating sums of the closed form lose more than half of float64's digits."""
+
+# |t| beyond which exp(-|t|) is zero in the working precision, whatever power of t multiplies it.
+_TAIL = {torch.float32: 128.0, torch.float64: 1024.0}
+
+
+def check_alpha(alpha: object) -> float:
+    """`alpha` as a float if it is a positive finite number, else a `ConfigurationError`."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ConfigurationError(
+            f"alpha must be a plain number, got {type(alpha).__name__}: alpha is configuration, never learned"
+        )
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ConfigurationError(f"alpha must be positive and finite, got {alpha}")
+    return float(alpha)
+
+
+def check_beta(beta: object) -> int:
+    """`beta` if it is an integer from 0 to `MAX_BETA`, else a `ConfigurationError`."""
+    if isinstance(beta, bool) or not isinstance(beta, int):
+        raise ConfigurationError(f"beta must be an integer, got {beta!r}")
+    if not 0 <= beta <= MAX_BETA:
+        raise ConfigurationError(f"beta must lie between 0 and {MAX_BETA}, got {beta}")
+    return beta
+
+
+def rct(x: Tensor, alpha: float, beta: int) -> Tensor:
+    """sigma_{alpha,beta}(x): E[1] for beta = 0, E[3] for 1, E[5] for 2, and the recursion beyond."""
+    return derivative(x, check_alpha(alpha), check_beta(beta), 0)
+
+
+def rct_d1(x: Tensor, alpha: float, beta: int) -> Tensor:
+    """sigma'(x). With t = alpha·x, v = s(1-s), u = 1-2s: s; s + t·v; s + t·v·(3 + t·u) for beta = 0, 1, 2."""
+    return derivative(x, check_alpha(alpha), check_beta(beta), 1)
+
+
+def rct_d2(x: Tensor, alpha: float, beta: int) -> Tensor:
+    """sigma''(x): alpha·v·{1; 2 + t·u; 4 + 5·t·u + t²·(3u² - 1)/2} for beta = 0, 1, 2 (E[2], E[4], E[6])."""
+    return derivative(x, check_alpha(alpha), check_beta(beta), 2)
+
+
+def derivative(x: Tensor, alpha: float, beta: int, order: int) -> Tensor:
+    """The derivative of the given order, itself differentiable any number of times."""
+    if not x.is_floating_point():
+        raise DtypeError(f"RCT-AF needs a real floating-point tensor, got {x.dtype}: convert the input first")
+    if torch.compiler.is_compiling():  # the compiler fuses the plain operations and recomputes what it would save
+        return closed_form(x, alpha, beta, order)
+    result: Tensor = RCTFunction.apply(x, alpha, beta, order)
+    return result
+
+
+def working_dtype(x: Tensor, alpha: float, degree: int) -> torch.dtype:
+    """Half types are computed in float32; float32 in float64 where powers of t or alpha leave its range."""
+    if x.dtype == torch.float64 or degree > 12 or not 1e-30 < alpha < 1e30:
+        return torch.float64
+    return torch.float32
+
+
+def closed_form(x: Tensor, alpha: float, beta: int, order: int = 0) -> Tensor:
+    """d^order sigma_{alpha,beta}/dx^order by the formula of `coefficients`, in plain smooth operations."""
+    wide = x.to(working_dtype(x, alpha, beta + order))
+    t = wide * alpha
+    if beta == 0 and order == 0:
+        # F.softplus becomes linear beyond a threshold, which costs it half of its digits there.
+        return (-F.logsigmoid(-t) / alpha).to(x.dtype)
+    s = torch.sigmoid(t)
+    polynomials = _constant_remainder(beta, order)
+    if order == 0:
+        polynomials = polynomials[1:]  # one power of t goes into the factor x below
+    if not polynomials:
+        return (wide * s if order == 0 else s).to(x.dtype)
+    tail = _TAIL[wide.dtype]
+    bend = s * torch.sigmoid(-t) * _polynomial(polynomials, t.clamp(-tail, tail), -torch.tanh(t / 2))
+    if order == 0:
+        return (wide * (s + bend)).to(x.dtype)
+    return (s + bend if order == 1 else bend * alpha ** (order - 1)).to(x.dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_remainder(beta: int, order: int) -> tuple[Polynomial, ...]:
+    """`remainder`, as a constant for the compiler."""
+    return remainder(beta, order)
+
+
+def _polynomial(polynomials: Sequence[Polynomial], t: Tensor, u: Tensor) -> Tensor | float:
+    """Σ_k t^k R_k(u), Horner's rule in t around Horner's rule in u."""
+    total: Tensor | float = 0.0
+    for polynomial in reversed(polynomials):
+        inner: Tensor | float = 0.0
+        for c in reversed(polynomial):
+            inner = inner * u + c if isinstance(inner, Tensor) or inner else c
+        total = total * t + inner if isinstance(total, Tensor) or total else inner
+    return total
+
+
+class RCTFunction(torch.autograd.Function):
+    """Derivative `order` of an RCT-AF as one autograd node; its backward is the node of order + 1.
+
+    The node carries `alpha`, `beta` and `order`, and saves its input and nothing else, for every beta: as much
+    as nn.SiLU saves. Backward is made of such nodes, so it can be differentiated as often as wanted.
+
+    Under torch.func and forward-mode AD, `apply` runs the closed form as plain operations instead: a custom
+    function inside two forward-mode levels loses its second-order term without a word, plain operations do not.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        """One node in eager reverse mode; plain differentiable operations under every other transform."""
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return closed_form(*args, **kwargs)
+        return super().apply(*args, **kwargs)
+
+    @staticmethod
+    def forward(x: Tensor, alpha: float, beta: int, order: int = 0) -> Tensor:
+        """The closed form; nothing of its temporaries outlives the call."""
+        return closed_form(x, alpha, beta, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep x and the configuration."""
+        ctx.save_for_backward(inputs[0])
+        ctx.alpha, ctx.beta = inputs[1], inputs[2]
+        ctx.order = inputs[3] if len(inputs) > 3 else 0
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        """Incoming gradient times the derivative of order + 1, multiplied before rounding to a half type."""
+        (x,) = ctx.saved_tensors
+        (g,) = grad_outputs
+        slope = derivative(x.to(working_dtype(x, ctx.alpha, 0)), ctx.alpha, ctx.beta, ctx.order + 1)
+        return ((g.to(slope.dtype) * slope).to(g.dtype), *[None] * (len(ctx.needs_input_grad) - 1))
