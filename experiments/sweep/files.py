@@ -1,0 +1,97 @@
+"""One directory per run: config.json and result.json, each whole or absent.
+
+The result is on disk before the store calls the run done. A process killed in between leaves a result that
+the next holder of the run adopts instead of computing it again.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.sweep.keys import RunConfig, dumps
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it arose from, says that no more bytes fit."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if "disk is full" in str(error) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write to a temporary file beside `path`, sync, rename: a reader sees the old file or the new, never a
+    part.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def storable(value: Any) -> Any:
+    """`value` as strict JSON can hold it: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): storable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [storable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Say in the run's directory what the run is, before it begins."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".*.json.*.tmp"):  # left by a writer that was killed
+        stale.unlink(missing_ok=True)
+    write_whole(
+        folder / "config.json", (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode()
+    )
+
+
+def write_result(folder: Path, config: RunConfig, record: Mapping[str, Any], seconds: float) -> None:
+    """Put a finished run's record on disk, in one step, with the key and configuration it belongs to."""
+    content = {"key": config.key, "config": config.to_dict(), "seconds": seconds, "record": storable(record)}
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    write_whole(folder / "result.json", text.encode())
+
+
+def read_result(folder: Path, config: RunConfig) -> tuple[dict[str, Any], float] | None:
+    """The record that `folder` holds for this very configuration, with its seconds; None if there is none."""
+    try:
+        content = json.loads((folder / "result.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    if (
+        not isinstance(content, dict)
+        or content.get("key") != config.key
+        or not isinstance(content.get("record"), dict)
+    ):
+        return None
+    if dumps(content.get("config")) != dumps(config.to_dict()):
+        return None
+    return content["record"], float(content.get("seconds", float("nan")))

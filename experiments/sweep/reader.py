@@ -1,0 +1,121 @@
+"""What the store knows, for those who only ask: runs, sweeps, counts, attempts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from experiments.sweep import schema
+from experiments.sweep.keys import RunConfig
+
+S = TypeVar("S", bound="Reader")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run as the store knows it."""
+
+    key: str
+    config: RunConfig
+    label: str
+    state: str
+    failures: int
+    interruptions: int
+    attempt: int
+    owner: str | None
+    lease: float | None
+    started: float | None
+    seconds: float | None
+    error: str | None
+    record: dict[str, Any] | None
+
+
+class Reader:
+    """A store opened for reading; `write` makes or migrates it first."""
+
+    def __init__(self, root: str | Path, *, write: bool = False) -> None:
+        self.root = Path(root)
+        self.path = self.root / schema.NAME
+        self._connection = schema.connect(self.root, write=write)
+
+    def __enter__(self: S) -> S:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the database; the object is of no use afterwards."""
+        self._connection.close()
+
+    def folder(self, key: str) -> Path:
+        """Where a run keeps its files."""
+        return self.root / "runs" / key
+
+    def rows(self, sweep: str | None = None) -> list[Row]:
+        """All runs, or those of one sweep, in the order in which the sweep names them."""
+        if sweep is None:
+            query, values = "SELECT * FROM runs ORDER BY rowid", tuple[str, ...]()
+        else:
+            query, values = (
+                "SELECT r.* FROM members m JOIN runs r USING (key) WHERE m.sweep = ? ORDER BY m.position",
+                (sweep,),
+            )
+        with schema.explained(self.path):
+            return [_row(row) for row in self._connection.execute(query, values)]
+
+    def sweeps(self) -> list[dict[str, Any]]:
+        """Name, tier, figure and title of every sweep."""
+        with schema.explained(self.path):
+            return [
+                dict(row) for row in self._connection.execute("SELECT * FROM sweeps ORDER BY added, name")
+            ]
+
+    def counts(self, sweep: str | None = None) -> dict[str, int]:
+        """How many runs are in each state."""
+        join = "" if sweep is None else "JOIN members m ON m.key = r.key AND m.sweep = :sweep"
+        query = f"SELECT state, count(*) FROM runs r {join} GROUP BY state"
+        counts = dict.fromkeys(("queued", "running", "done", "failed"), 0)
+        with schema.explained(self.path):
+            counts.update(dict(self._connection.execute(query, {"sweep": sweep}).fetchall()))
+        return counts
+
+    def remaining(self, sweep: str | None = None, *, retries: int = 0) -> int:
+        """How many runs are not settled: queued, running, or failed with a retry left."""
+        join = "" if sweep is None else "JOIN members m ON m.key = r.key AND m.sweep = :sweep"
+        query = (
+            f"SELECT count(*) FROM runs r {join} WHERE state IN ('queued', 'running')"
+            " OR (state = 'failed' AND failures <= :retries)"
+        )
+        with schema.explained(self.path):
+            return int(self._connection.execute(query, {"sweep": sweep, "retries": retries}).fetchone()[0])
+
+    def attempts(self, key: str) -> list[dict[str, Any]]:
+        """The history of one run."""
+        with schema.explained(self.path):
+            return [
+                dict(r)
+                for r in self._connection.execute(
+                    "SELECT * FROM attempts WHERE key = ? ORDER BY number", (key,)
+                )
+            ]
+
+
+def _row(row: Any) -> Row:
+    return Row(
+        key=row["key"],
+        config=RunConfig.from_dict(json.loads(row["config"])),
+        label=row["label"],
+        state=row["state"],
+        failures=row["failures"],
+        interruptions=row["interruptions"],
+        attempt=row["attempt"],
+        owner=row["owner"],
+        lease=row["lease"],
+        started=row["started"],
+        seconds=row["seconds"],
+        error=row["error"],
+        record=None if row["record"] is None else json.loads(row["record"]),
+    )

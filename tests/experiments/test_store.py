@@ -1,0 +1,355 @@
+"""The store: claims, leases, failures, foreign and old files, full disks; one process at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.sweep import schema
+from experiments.sweep.files import disk_full, read_result, storable, write_result, write_whole
+from experiments.sweep.keys import RunConfig, canonical
+from experiments.sweep.owner import Owner
+from experiments.sweep.reader import Reader
+from experiments.sweep.store import Store
+from experiments.sweep.worker import do, work
+from hessdiag.errors import ConfigurationError, StoreError
+
+
+def configs(number: int, **extra: object) -> list[RunConfig]:
+    return [
+        RunConfig({"method": "fake", "activation": f"rct:{i}", "seed": 0, **extra}) for i in range(number)
+    ]
+
+
+def dead_owner() -> str:
+    """An owner on this machine whose process has ended."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
+    owner = replace(Owner.current(), pid=process.pid)
+    process.wait()
+    return owner.text
+
+
+def test_key_covers_every_setting_and_ignores_spelling():
+    base = RunConfig({"epochs": 7, "eps": 0.1, "activation": "silu", "seed": 0}, {"aa2": 300}, {"rtol": 0.1})
+    assert base.key == RunConfig.from_dict(json.loads(json.dumps(base.to_dict()))).key
+    assert (
+        base.key
+        == RunConfig(
+            {"seed": 0, "activation": "silu", "eps": 0.1, "epochs": 7.0}, {"aa2": 300.0}, {"rtol": 0.1}
+        ).key
+    )
+    others = [
+        base.replace(train={"epochs": 8}),
+        base.replace(attack={"aa2": 301}),
+        base.replace(measure={"rtol": 0.2}),
+        base.replace(train={"seed": 1}),
+        RunConfig(base.train, base.attack, base.measure, schema=base.schema + 1),
+    ]
+    assert len({base.key, *(other.key for other in others)}) == 6
+    assert base.family == base.replace(train={"seed": 3, "activation": "relu"}).family
+    assert base.family != others[0].family
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {"a": {1, 2}}])
+def test_key_refuses_what_cannot_be_stored(value):
+    with pytest.raises(ConfigurationError):
+        canonical(value)
+
+
+def test_a_run_is_claimed_once_and_finished_once(tmp_path):
+    with Store(tmp_path / "s") as one, Store(tmp_path / "s") as two:
+        assert one.add("sweep", configs(3), tier="smoke") == 3
+        assert two.add("sweep", configs(4), tier="smoke") == 1
+        me, other = Owner.current().text, Owner.current().text
+        claims = [one.claim(me), two.claim(other), one.claim(me), two.claim(other)]
+        assert len({claim.key for claim in claims if claim}) == 4
+        assert one.claim(me) is None
+        assert claims[0] is not None
+        assert claims[0].config.train["activation"] == "rct:0"
+        assert one.finish(claims[0], {"x": 1.5, "bad": float("nan")}, 2.0)
+        assert not one.finish(claims[0], {"x": 2}, 2.0)
+        assert not one.fail(claims[0], "late")
+        row = two.rows("sweep")[0]
+        assert (row.state, row.record, row.seconds) == ("done", {"x": 1.5, "bad": None}, 2.0)
+        assert two.counts("sweep") == {"queued": 0, "running": 3, "done": 1, "failed": 0}
+
+
+def test_the_dead_are_reclaimed_at_once_the_stalled_never_the_distant_by_lease(tmp_path):
+    with Store(tmp_path / "s") as store:
+        store.add("sweep", configs(1), tier="smoke")
+        first = store.claim(dead_owner(), lease=1000.0)
+        second = store.claim(Owner.current().text, lease=-1.0)  # alive on this machine, lease long over
+        assert first is not None
+        assert second is not None
+        assert (second.key, second.attempt) == (first.key, 2)
+        assert store.claim(Owner.current().text) is None
+        assert not store.finish(first, {"late": 1}, 1.0)
+        assert not store.heartbeat(first)
+        assert store.heartbeat(second)
+        assert store.release(second, "test")
+        elsewhere = replace(Owner.current(), machine="elsewhere").text
+        third = store.claim(elsewhere, lease=30.0)
+        assert third is not None
+        assert store.claim(Owner.current().text) is None
+        assert store.heartbeat(third, lease=-1.0)
+        fourth = store.claim(Owner.current().text)
+        assert fourth is not None
+        assert [a["outcome"] for a in store.attempts(first.key)] == [
+            "interrupted",
+            "released",
+            "interrupted",
+            None,
+        ]
+
+
+def test_a_reused_process_id_is_not_taken_for_the_owner():
+    me = Owner.current()
+    assert me.alive is True
+    assert replace(me, started="1").alive is False
+    assert replace(me, machine="elsewhere").alive is None
+    assert Owner.parse(me.text) == me
+
+
+def test_failures_keep_their_error_and_are_retried_as_often_as_asked(tmp_path):
+    calls: list[str] = []
+
+    def runner(config: RunConfig, out: Path) -> dict[str, object]:
+        calls.append(config.key)
+        raise ValueError("the reason")
+
+    with Store(tmp_path / "s") as store:
+        store.add("sweep", configs(2), tier="smoke")
+    assert work(tmp_path / "s", runner, sweep="sweep") == {"failed": 2}
+    assert len(calls) == 2
+    assert work(tmp_path / "s", runner, sweep="sweep") == {}
+    assert work(tmp_path / "s", runner, sweep="sweep", retries=2) == {"failed": 4}
+    assert work(tmp_path / "s", runner, sweep="sweep", retries=2) == {}
+    with Reader(tmp_path / "s") as store:
+        row = store.rows("sweep")[0]
+        assert row.failures == 3
+        assert row.error is not None
+        assert row.error.startswith("ValueError: the reason")
+        assert "runner" in row.error
+
+
+def test_a_run_that_kills_its_workers_ends_as_failed(tmp_path):
+    with Store(tmp_path / "s") as store:
+        store.add("sweep", configs(1), tier="smoke")
+        for _ in range(3):
+            assert store.claim(dead_owner(), interruptions=3) is not None
+        assert store.claim(dead_owner(), interruptions=3) is None
+        row = store.rows()[0]
+        assert (row.state, row.failures) == ("failed", 1)
+        assert "died 3 times" in str(row.error)
+
+
+def test_a_result_on_disk_is_adopted_and_a_torn_or_foreign_one_is_not(tmp_path):
+    runs = configs(4)
+    calls: list[str] = []
+
+    def runner(config: RunConfig, out: Path) -> dict[str, object]:
+        calls.append(config.key)
+        return {"value": config.train["activation"]}
+
+    with Store(tmp_path / "s") as store:
+        store.add("sweep", runs, tier="smoke")
+        for run in runs[:3]:
+            store.folder(run.key).mkdir()
+        write_result(store.folder(runs[0].key), runs[0], {"value": "kept"}, 5.0)
+        write_result(store.folder(runs[1].key), runs[3], {"value": "foreign"}, 5.0)
+        (store.folder(runs[2].key) / "result.json").write_text('{"key": "' + runs[2].key + '", "rec')
+    assert work(tmp_path / "s", runner) == {"adopted": 1, "done": 3}
+    assert calls == [run.key for run in runs[1:]]
+    with Reader(tmp_path / "s") as store:
+        assert [row.record["value"] for row in store.rows()] == ["kept", "rct:1", "rct:2", "rct:3"]
+        assert read_result(store.folder(runs[2].key), runs[2]) is not None
+
+
+def test_writes_are_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+
+    def no_space(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_fails_no_run_and_loses_none(tmp_path, monkeypatch):
+    def runner(config: RunConfig, out: Path) -> dict[str, object]:
+        return {"value": 1}
+
+    def full(config: RunConfig, out: Path) -> dict[str, object]:
+        raise RuntimeError("saving failed") from OSError(28, "No space left on device")
+
+    with Store(tmp_path / "s") as store:
+        store.add("sweep", configs(2), tier="smoke")
+    with pytest.raises(StoreError, match="disk is full"):
+        work(tmp_path / "s", full)
+    with Reader(tmp_path / "s") as store:
+        assert store.counts() == {"queued": 2, "running": 0, "done": 0, "failed": 0}
+    assert work(tmp_path / "s", runner) == {"done": 2}
+
+
+def test_a_database_that_cannot_grow_rolls_back_and_adopts_later(tmp_path):
+    """SQLite's own SQLITE_FULL at the moment of recording: the file is there, the row is not, nothing runs
+    twice.
+    """
+    calls: list[str] = []
+
+    def runner(config: RunConfig, out: Path) -> dict[str, object]:
+        calls.append(config.key)
+        return {"value": "x" * 200_000}
+
+    owner = dead_owner()
+    with Store(tmp_path / "s") as store:
+        store.add("sweep", configs(1), tier="smoke")
+        claim = store.claim(owner)
+        assert claim is not None
+        connection = store._connection
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages + 3}")
+        with pytest.raises(StoreError, match="disk is full") as caught:
+            do(store, claim, runner)
+        assert disk_full(caught.value)
+        assert store.counts()["running"] == 1
+    with Store(tmp_path / "s") as store:
+        assert store.rows()[0].record is None
+    assert work(tmp_path / "s", runner) == {"adopted": 1}
+    assert len(calls) == 1
+
+
+def test_foreign_stores_are_refused(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("precious")
+    with pytest.raises(StoreError, match="holds other files"):
+        Store(other)
+    assert sorted(os.listdir(other)) == ["thesis.tex"]
+
+    garbage = tmp_path / "garbage"
+    garbage.mkdir()
+    (garbage / schema.NAME).write_bytes(b"not a database at all" * 100)
+    with pytest.raises(StoreError, match="not a database of this program"):
+        Store(garbage)
+
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    with sqlite3.connect(foreign / schema.NAME) as connection:
+        connection.execute("CREATE TABLE runs (a)")
+    before = (foreign / schema.NAME).read_bytes()
+    with pytest.raises(StoreError, match="another program"):
+        Store(foreign)
+    assert (foreign / schema.NAME).read_bytes() == before
+
+
+def test_unwritable_and_missing_stores_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be written"):
+        Store(tmp_path / "file" / "store")
+    with pytest.raises(StoreError, match="there is none"):
+        Reader(tmp_path / "nothing")
+    if os.getuid() == 0:
+        pytest.skip("root may write anywhere: the permission bits cannot be tested")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    with pytest.raises(StoreError, match="cannot be written"):
+        Store(locked)
+
+
+def test_a_store_of_version_1_migrates_with_its_results(tmp_path):
+    root = tmp_path / "old"
+    (root / "runs").mkdir(parents=True)
+    runs = configs(3)
+    with sqlite3.connect(root / schema.NAME) as connection:
+        for statement in schema.TABLES[:4]:
+            connection.execute(statement.replace(",\n       interruptions INTEGER NOT NULL DEFAULT 0", ""))
+        connection.execute("INSERT INTO sweeps VALUES ('sweep', 'smoke', '', '', 1.0)")
+        for position, run in enumerate(runs):
+            state = ("done", "failed", "queued")[position]
+            values = (
+                run.key,
+                json.dumps(run.to_dict()),
+                run.label,
+                state,
+                int(position == 1),
+                int(position < 2),
+            )
+            connection.execute(
+                "INSERT INTO runs (key, config, label, state, failures, attempt) VALUES (?,?,?,?,?,?)", values
+            )
+            connection.execute("INSERT INTO members VALUES ('sweep', ?, ?)", (position, run.key))
+        connection.execute("UPDATE runs SET record = '{\"x\": 1}' WHERE state = 'done'")
+        connection.execute(f"PRAGMA application_id = {schema.APPLICATION}")
+        connection.execute("PRAGMA user_version = 1")
+    assert (
+        "interruptions"
+        not in connection.execute("SELECT sql FROM sqlite_master WHERE name = 'runs'").fetchone()[0]
+    )
+    connection.close()
+    with pytest.raises(StoreError, match="migrates it to 2"):
+        Reader(root)
+    with Store(root) as store:
+        assert [row.state for row in store.rows("sweep")] == ["done", "failed", "queued"]
+        assert store.rows("sweep")[0].record == {"x": 1}
+        assert [attempt["outcome"] for attempt in store.attempts(runs[1].key)] == ["failed"]
+        claim = store.claim(Owner.current().text)
+        assert claim is not None
+        assert claim.key == runs[2].key
+    with Reader(root) as store:
+        assert len(store.rows()) == 3
+
+
+def test_a_newer_store_is_refused(tmp_path):
+    with Store(tmp_path / "s"):
+        pass
+    with sqlite3.connect(tmp_path / "s" / schema.NAME) as connection:
+        connection.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
+    connection.close()
+    with pytest.raises(StoreError, match="newer than this code"):
+        Store(tmp_path / "s")
+
+
+def test_edited_settings_leave_a_sweep_and_new_seeds_join_it(tmp_path):
+    with Store(tmp_path / "s") as store:
+        store.add("sweep", configs(2), tier="smoke")
+        store.add("sweep", [run.replace(train={"seed": 1}) for run in configs(2)], tier="smoke")
+        assert len(store.rows("sweep")) == 4
+        store.add("sweep", configs(2, epochs=5), tier="smoke")
+        assert len(store.rows("sweep")) == 2
+        assert len(store.rows()) == 6
+
+
+def test_storable_is_strict_json():
+    assert storable({"a": [1.0, float("inf"), {"b": float("nan")}], 2: (True, None)}) == {
+        "a": [1.0, None, {"b": None}],
+        "2": [True, None],
+    }
+
+
+def test_a_thousand_runs_are_listed_quickly(tmp_path):
+    with Store(tmp_path / "s") as store:
+        store.add("sweep", configs(1000), tier="smoke")
+        owner = Owner.current().text
+        begin = time.perf_counter()
+        for _ in range(20):
+            claim = store.claim(owner, sweep="sweep")
+            assert claim is not None
+            assert store.finish(claim, {"x": 1}, 1.0)
+        each = (time.perf_counter() - begin) / 20
+        assert each < 0.25  # generous for a busy machine; typically some milliseconds
+        begin = time.perf_counter()
+        assert len(store.rows("sweep")) == 1000
+        assert time.perf_counter() - begin < 2

@@ -1,0 +1,231 @@
+"""Workers and drivers as processes: two drivers at once, SIGKILL at random moments, a disk that takes no
+more.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.sweep import local
+from experiments.sweep.files import read_result
+from experiments.sweep.keys import RunConfig
+from experiments.sweep.reader import Reader
+from experiments.sweep.store import Store
+from hessdiag.errors import ConfigurationError, StoreError
+
+RUNNER = """
+import os, time
+from pathlib import Path
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+def note(out, word):
+    line = f"{word} {out.name} {os.getpid()}\\n".encode()
+    handle = os.open(out.parent.parent / "logs" / "events", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(handle, line)
+    os.close(handle)
+
+def run_one(config, out):
+    busy = out / "busy"
+    if busy.exists() and int(busy.read_text() or 0) and alive(int(busy.read_text())):
+        note(out, "TWICE")
+    busy.write_text(str(os.getpid()))
+    note(out, "start")
+    time.sleep(config.train["sleep"])
+    note(out, "end")
+    busy.unlink()
+    return {"value": config.train["number"] ** 2}
+
+def run_big(config, out):
+    (out / "weights").write_bytes(b"x" * config.train["bytes"])
+    return {"value": 1}
+
+def run_badly(config, out):
+    os._exit(9) if config.train["number"] == 1 else None
+    return {"value": config.train["number"] ** 2}
+"""
+
+DRIVER = """
+import sys
+from pathlib import Path
+from experiments.sweep.local import Workers, execute
+execute(Path(sys.argv[1]), sweep="sweep", workers=Workers(int(sys.argv[2])), runner=sys.argv[3],
+        interruptions=int(sys.argv[4]), interval=0.05)
+"""
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    (tmp_path / "fakes").mkdir()
+    (tmp_path / "fakes" / "fake_runs.py").write_text(RUNNER)
+    (tmp_path / "fakes" / "driver.py").write_text(DRIVER)
+    paths = [str(tmp_path / "fakes"), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    return tmp_path
+
+
+def fill(root: Path, number: int, **extra: object) -> list[RunConfig]:
+    runs = [RunConfig({"number": i, "activation": "a", "seed": i, **extra}) for i in range(number)]
+    with Store(root) as store:
+        store.add("sweep", runs, tier="smoke")
+    (root / "logs").mkdir(exist_ok=True)
+    return runs
+
+
+def drive(
+    house: Path, root: Path, workers: int, runner: str = "run_one", interruptions: int = 1000
+) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        str(house / "fakes" / "driver.py"),
+        str(root),
+        str(workers),
+        f"fake_runs:{runner}",
+    ]
+    return subprocess.Popen([*command, str(interruptions)])
+
+
+def events(root: Path) -> collections.Counter[tuple[str, str]]:
+    lines = (root / "logs" / "events").read_text().splitlines()
+    return collections.Counter((line.split()[0], line.split()[1]) for line in lines)
+
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def check_all_done(root: Path, runs: list[RunConfig]) -> None:
+    """Every run is done, with the right value, in the store and on disk, recorded once, never run by two at
+    once.
+    """
+    with Reader(root) as store:
+        rows = store.rows("sweep")
+        assert [row.state for row in rows] == ["done"] * len(runs)
+        for run, row in zip(runs, rows, strict=True):
+            assert row.record == {"value": run.train["number"] ** 2}
+            found = read_result(store.folder(run.key), run)
+            assert found is not None
+            assert found[0] == row.record
+            assert [attempt["outcome"] for attempt in store.attempts(run.key)].count("done") == 1
+            assert not list(store.folder(run.key).glob("*.tmp"))
+    assert not [word for word, _ in events(root) if word == "TWICE"]
+
+
+def test_two_drivers_on_one_store_do_every_run_once(house):
+    root = house / "store"
+    runs = fill(root, 24, sleep=0.05)
+    drivers = [drive(house, root, 2) for _ in range(2)]
+    assert [driver.wait(120) for driver in drivers] == [0, 0]
+    check_all_done(root, runs)
+    counted = events(root)
+    assert all(counted["start", run.key] == 1 and counted["end", run.key] == 1 for run in runs)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the workers")
+def test_sigkill_of_workers_and_drivers_loses_nothing(house):
+    """Eight kills at random moments, the driver's own among them; a worker never outlives its driver by
+    long.
+    """
+    root, dice = house / "store", random.Random(6)
+    runs = fill(root, 20, sleep=0.5)
+    driver = drive(house, root, 2)
+    orphans: list[int] = []
+    for kill in range(8):
+        time.sleep(0.3 + dice.random() * 0.7)
+        if kill % 3 == 2:
+            orphans += children(driver.pid)
+            driver.kill()
+            driver.wait()
+            driver = drive(house, root, 2)
+        else:
+            for worker in dice.sample(children(driver.pid), k=min(1, len(children(driver.pid)))):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+    assert driver.wait(120) == 0
+    check_all_done(root, runs)
+    with Reader(root) as store:
+        outcomes = [attempt["outcome"] for run in runs for attempt in store.attempts(run.key)]
+    assert outcomes.count("interrupted") >= 2  # the kills did hit runs under way
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in orphans) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in orphans if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_run_that_ends_its_process_fails_alone(house):
+    root = house / "store"
+    runs = fill(root, 3)
+    assert drive(house, root, 1, "run_badly", interruptions=2).wait(120) == 0
+    with Reader(root) as store:
+        assert [row.state for row in store.rows("sweep")] == ["done", "failed", "done"]
+        assert len(store.attempts(runs[1].key)) == 2
+
+
+def test_a_process_that_may_write_no_more_stops_with_one_line(house):
+    """RLIMIT_FSIZE makes the kernel refuse bytes (EFBIG), as a full disk does (ENOSPC)."""
+    root = house / "store"
+    fill(root, 2, bytes=3_000_000)
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000));"
+        "from experiments.sweep.worker import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, str(root), "--runner", "fake_runs:run_big"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert process.returncode == 3
+    assert "disk is full" in process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1
+    with Reader(root) as store:
+        assert store.counts()["queued"] == 2
+    assert drive(house, root, 1, "run_big").wait(60) == 0
+    with Reader(root) as store:
+        assert store.counts()["done"] == 2
+
+
+def test_workers_that_cannot_start_are_not_started_for_ever(house):
+    root = house / "store"
+    fill(root, 2)
+    with pytest.raises(StoreError, match="no_such_module"):
+        local.execute(root, sweep="sweep", workers=local.Workers(1), runner="no_such_module:run_one")
+
+
+def test_plans_pin_threads_and_spread_over_gpus(monkeypatch):
+    monkeypatch.setattr(local, "visible_gpus", lambda: ("0", "1"))
+    monkeypatch.setattr(local, "cores_here", lambda: 16)
+    plan = local.Workers.plan(per_gpu=3)
+    assert (plan.count, plan.threads) == (6, 2)
+    assert [plan.environment(i)["CUDA_VISIBLE_DEVICES"] for i in range(4)] == ["0", "1", "0", "1"]
+    monkeypatch.setattr(local, "visible_gpus", lambda: ())
+    plan = local.Workers.plan()
+    assert (plan.count, plan.threads) == (16, 1)
+    assert plan.environment(0)["OMP_NUM_THREADS"] == "1"
+    assert local.Workers.plan(threads=4).count == 4
+    with pytest.raises(ConfigurationError, match="--workers 0"):
+        local.Workers.plan(workers=0)
+
+
+def test_records_survive_as_plain_json(house):
+    root = house / "store"
+    runs = fill(root, 1, sleep=0.0)
+    assert drive(house, root, 1).wait(60) == 0
+    content = json.loads((root / "runs" / runs[0].key / "result.json").read_text())
+    assert content["config"] == json.loads((root / "runs" / runs[0].key / "config.json").read_text())
+    assert content["record"] == {"value": 0}
