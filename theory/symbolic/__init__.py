@@ -1,0 +1,38 @@
+"""The paper's mathematics in sympy: derived, proved, or refuted by subtraction. Needs neither torch nor the
+engine.
+"""
+
+from theory.symbolic.deep import DeepNet, MissingPair, Subtraction, chain_rule_gap, subtract
+from theory.symbolic.deep_identities import (
+    LayerIdentity,
+    expansion_identities,
+    parameter_identities,
+    recursion_identities,
+)
+from theory.symbolic.extrema import Extrema, Extremum, extrema
+from theory.symbolic.maxima import MaximumProof, maximum_at_zero
+from theory.symbolic.rct import Identity, curvature_at_zero, rct, second_derivative
+from theory.symbolic.table1 import Curvature, curvatures
+
+__all__ = [
+    "Curvature",
+    "DeepNet",
+    "Extrema",
+    "Extremum",
+    "Identity",
+    "LayerIdentity",
+    "MaximumProof",
+    "MissingPair",
+    "Subtraction",
+    "chain_rule_gap",
+    "curvature_at_zero",
+    "curvatures",
+    "expansion_identities",
+    "extrema",
+    "maximum_at_zero",
+    "parameter_identities",
+    "rct",
+    "recursion_identities",
+    "second_derivative",
+    "subtract",
+]

@@ -1,0 +1,141 @@
+"""Each of E[19]-E[33] on one symbolic deep net, layer by layer: derived minus printed.
+
+Parameters are differentiated in the whole net, from the input to ½(f - y)²; nothing of the derivation is
+assumed. In
+the differences `R` stands for the residual f - y and `h` for the activations that enter as c_k (E[21]).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy as sp
+
+from theory.symbolic.deep import DeepNet, chain_rule_gap
+from theory.symbolic.functions import sigma
+from theory.symbolic.rct import Identity
+
+Expr = Any
+
+R = sp.Symbol("R")
+
+
+@dataclass(frozen=True)
+class LayerIdentity(Identity):
+    """An identity at one layer l of a net with L layers (output included)."""
+
+    layer: int
+    depth: int
+
+    @property
+    def distance(self) -> int:
+        """L - l: the paper's D is exact where this is at most 2."""
+        return self.depth - self.layer
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The whole net from one input x: pre-activations of every layer with z^(1) = W^(1) x + b^(1)."""
+
+    net: DeepNet
+
+    def forward(self) -> dict[tuple[int, int], Expr]:
+        z: dict[tuple[int, int], Expr] = {}
+        for r in range(1, self.net.depth + 1):
+            for t in range(self.net.width(r)):
+                z[r, t] = sp.Symbol(f"b{r}_{t}") + sum(
+                    self.net.weight(r, t, j) * (sigma(z[r - 1, j]) if r > 1 else sp.Symbol("x"))
+                    for j in range(self.net.width(r - 1) if r > 1 else 1)
+                )
+        return z
+
+    def named(self, expression: Expr, z: dict[tuple[int, int], Expr]) -> Expr:
+        """σ', σ'' as u, v; f - y as R; remaining σ(z) as h."""
+        f = z[self.net.depth, 0]
+        polynomial = self.net.named(expression.xreplace({sp.Symbol("y"): f - R}), z)
+        activations = {sigma(v): sp.Symbol(f"h{r}_{i}") for (r, i), v in z.items()}
+        return sp.expand(polynomial.xreplace(activations))
+
+
+def parameter_identities(widths: tuple[int, ...]) -> tuple[LayerIdentity, ...]:
+    """E[22], E[23], E[32], E[33] for one weight and one bias of every layer (all neurons are alike by
+    symmetry).
+    """
+    net = DeepNet(widths)
+    whole = _Whole(net)
+    z = whole.forward()
+    f = z[net.depth, 0]
+    loss = (f - sp.Symbol("y")) ** 2 / 2
+    rows = []
+    for layer in range(1, net.depth + 1):
+        source = sp.Symbol("x") if layer == 1 else sp.Symbol(f"h{layer - 1}_0")
+        delta = net.delta(layer, 0)
+        exact = net.exact_hessian(layer, 0, 0) if layer < net.depth else sp.Integer(0)
+        printed = {"E32": net.paper_recursion(layer, 0, form="E30"), "E33": net.path_sum(layer, 0)}
+        for parameter, c in ((net.weight(layer, 0, 0), source), (sp.Symbol(f"b{layer}_0"), sp.Integer(1))):
+            where = f"{parameter} in hidden widths {widths}"
+            first = whole.named(sp.diff(f, parameter), z)
+            second = whole.named(sp.diff(f, parameter, 2), z)
+            entry = whole.named(sp.diff(loss, parameter, 2), z)
+            derived = {"E22": first - delta * c, "E23": second - exact * c**2}
+            derived |= {name: entry - (delta * c) ** 2 - R * c**2 * d for name, d in printed.items()}
+            rows += [
+                LayerIdentity(name, where, sp.expand(value), layer, net.depth)
+                for name, value in derived.items()
+            ]
+    return tuple(rows)
+
+
+def recursion_identities(widths: tuple[int, ...]) -> tuple[LayerIdentity, ...]:
+    """E[20], E[24]-E[31] at neuron 0 of every hidden layer."""
+    net = DeepNet(widths)
+    rows = []
+    for layer in range(1, net.depth):
+        where = f"layer {layer} of hidden widths {widths}"
+        z = net.forward(layer)
+        u, v = net.u(layer, 0), net.v(layer, 0)
+        exact = net.exact_hessian(layer, 0, 0)
+        upper = range(net.width(layer + 1))
+        gaps = [chain_rule_gap(widths, layer, 0, t)[0] for t in upper]
+        own = {
+            t: net.exact_hessian(layer + 1, t, t) if layer + 1 < net.depth else sp.Integer(0) for t in upper
+        }
+        slopes = [gaps[t] + own[t] * net.weight(layer + 1, t, 0) * u for t in upper]
+        product_rule = v * net.s(layer, 0) + u * sum(slopes[t] * net.weight(layer + 1, t, 0) for t in upper)
+        forward = z[layer + 1, 0]
+        printed = sp.Symbol(f"b{layer + 1}_0") + sum(
+            net.weight(layer + 1, 0, j) * sigma(net.z(layer, j)) for j in range(net.width(layer))
+        )
+        step = net.named(sp.diff(forward, net.z(layer, 0)), z) - net.weight(layer + 1, 0, 0) * u
+        differences = {
+            "E20": net.exact_gradient(layer, 0) - net.delta(layer, 0),
+            "E24": exact - product_rule,
+            "E25": forward - printed,
+            "E26": step,
+            "E27": gaps[0],
+            "E28": exact - net.paper_recursion(layer, 0),
+            "E29": net.s(layer, 0) - sp.cancel(net.delta(layer, 0) / u),
+            "E30": exact - net.paper_recursion(layer, 0, form="E30"),
+            "E31": exact - net.path_sum(layer, 0),
+        }
+        rows += [LayerIdentity(n, where, sp.expand(d), layer, net.depth) for n, d in differences.items()]
+    return tuple(rows)
+
+
+def expansion_identities(widths: tuple[int, ...]) -> tuple[LayerIdentity, ...]:
+    """E[30] and E[31] against E[28], and the exact pair sum against differentiation: what the forms say of
+    each other.
+    """
+    net = DeepNet(widths)
+    rows = []
+    for layer in range(1, net.depth):
+        where = f"layer {layer} of hidden widths {widths}"
+        d = net.paper_recursion(layer, 0)
+        differences = {
+            "E30=E28": d - net.paper_recursion(layer, 0, form="E30"),
+            "E31=E28": d - net.path_sum(layer, 0),
+            "exact=pairs": net.exact_hessian(layer, 0, 0) - net.pair_sum(layer, 0),
+        }
+        rows += [LayerIdentity(n, where, sp.expand(v), layer, net.depth) for n, v in differences.items()]
+    return tuple(rows)

@@ -1,0 +1,135 @@
+"""RCT-AF: the family by its recursion f -> f'·x, against E[1]-E[6] as printed.
+
+Everything is rational in x, α and E = e^{αx} (the symbol `E`), with dE/dx = αE: differences of two closed
+forms are
+decided by polynomial arithmetic, never by sampling. Only β = 0 needs a logarithm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import sympy as sp
+
+from theory._refusals import refuse
+
+Expr = Any
+
+x = sp.Symbol("x", real=True)
+alpha = sp.Symbol("alpha", positive=True)
+E = sp.exp(alpha * x)
+
+PRINTED: dict[str, Expr] = {
+    "E1": sp.log(1 + E) / alpha,
+    "E2": alpha * sp.exp(-alpha * x) / (1 + sp.exp(-alpha * x)) ** 2,
+    "E3": x / (1 + sp.exp(-alpha * x)),
+    "E4": alpha * E * (E * (2 - alpha * x) + alpha * x + 2) / (E + 1) ** 3,
+    "E5": (E**2 + (alpha * x + 1) * E) * x / (E**2 + 2 * E + 1),
+    "E6": alpha
+    * E
+    * (
+        (alpha * x - 1) * (alpha * x - 4) * E**2
+        - 4 * (alpha**2 * x**2 - 2) * E
+        + (alpha * x + 1) * (alpha * x + 4)
+    )
+    / (E + 1) ** 4,
+}
+"""The right-hand sides of E[1]-E[6], character by character."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A printed formula against its derivation: `difference` is derived minus printed, simplified."""
+
+    equation: str
+    statement: str
+    difference: Expr
+
+    @property
+    def holds(self) -> bool:
+        """The two sides are the same function: their difference is the number zero."""
+        return bool(self.difference == 0)
+
+
+def zero(expression: Expr) -> Expr:
+    """Normal form of an expression rational in x, α, e^{αx}: 0 exactly when it vanishes identically."""
+    return sp.cancel(sp.together(sp.expand(expression, power_exp=True)))
+
+
+@lru_cache(maxsize=16)
+def rct(beta: int) -> Expr:
+    """σ_{α,β}(x) from the recursion of section 3.1: ln(1+e^{αx})/α, then β times f -> f'·x."""
+    if beta < 0 or beta != int(beta):
+        refuse(f"beta = {beta} is no order of the recursion; give 0, 1, 2, ...")
+    if beta == 0:
+        return sp.log(1 + E) / alpha
+    return sp.factor(sp.together(sp.diff(rct(beta - 1), x) * x))
+
+
+@lru_cache(maxsize=16)
+def second_derivative(beta: int) -> Expr:
+    """σ''_{α,β}(x), derived."""
+    return sp.factor(sp.together(sp.diff(rct(beta), x, 2)))
+
+
+@lru_cache(maxsize=16)
+def unit_curvature(beta: int) -> Expr:
+    """τ_β(x) = σ''_{1,β}(x); then σ''_{α,β}(x) = α τ_β(αx) (see `rescaling_identity`)."""
+    return second_derivative(beta).subs(alpha, 1)
+
+
+def identities() -> tuple[Identity, ...]:
+    """E[1]-E[6]: recursion and differentiation against print, difference zero each."""
+    rows = []
+    for beta in (0, 1, 2):
+        value, curvature = f"E{2 * beta + 1}", f"E{2 * beta + 2}"
+        difference = rct(beta) - PRINTED[value]
+        rows.append(
+            Identity(value, f"sigma, beta={beta}", difference if difference == 0 else zero(difference))
+        )
+        rows.append(
+            Identity(curvature, f"sigma'', beta={beta}", zero(second_derivative(beta) - PRINTED[curvature]))
+        )
+    return tuple(rows)
+
+
+def recursion_step(beta: int) -> Identity:
+    """The step as the paper writes it in E[3] and E[5]: printed σ_β minus (printed σ_{β-1})'·x."""
+    if beta not in (1, 2):
+        refuse(f"the paper prints the recursion for beta = 1 and 2, not for {beta}")
+    before, after = PRINTED[f"E{2 * beta - 1}"], PRINTED[f"E{2 * beta + 1}"]
+    return Identity(
+        f"E{2 * beta + 1}", "sigma_beta = (sigma_(beta-1))' x", zero(after - sp.diff(before, x) * x)
+    )
+
+
+def curvature_at_zero(beta: int) -> Expr:
+    """σ''_{α,β}(0) = 2^{β-2} α: α/4, α/2, α. (f -> f'·x doubles the coefficient of x².)"""
+    return sp.simplify(second_derivative(beta).subs(x, 0))
+
+
+def evenness(beta: int) -> Identity:
+    """σ''(-x) - σ''(x), which is zero (caption of figure 2)."""
+    curvature = second_derivative(beta)
+    return Identity("F2", f"sigma'' even, beta={beta}", zero(curvature.subs(x, -x) - curvature))
+
+
+def integral(beta: int) -> Expr:
+    """∫σ'' over the real line = σ'(∞) - σ'(-∞) = 1: max|σ''| is the reciprocal of a transition width."""
+    slope = sp.diff(rct(beta), x).subs(alpha, 1)  # α is a change of variable that leaves the integral alone
+    decaying = sp.together(slope.subs(sp.exp(x), 1 / sp.Symbol("e", positive=True)))
+    e = sp.Symbol("e", positive=True)  # e = exp(-x)
+    upper = sp.limit(decaying.subs(e, sp.exp(-x)), x, sp.oo)
+    lower = sp.limit(slope, x, -sp.oo)
+    return upper - lower
+
+
+def rescaling_identity(beta: int) -> Identity:
+    """σ_{α,β}(x) = σ_{1,β}(αx)/α: α is a change of coordinates."""
+    other = rct(beta).subs(alpha, 1).subs(x, alpha * x) / alpha
+    difference = rct(beta) - other
+    return Identity(
+        "S3.1.rescaling", f"alpha rescales, beta={beta}", 0 if difference == 0 else zero(difference)
+    )
