@@ -7,8 +7,7 @@ use - 1) degrees of freedom, `x = t * error` and `r = x / T`, the interval of th
 
 and that of the norm its square roots. The upper end is that of a logarithmic interval as long as the error is
 below the estimate: replicates made of squares are skewed to the right, a low T comes with a low error, and
-the symmetric interval then misses nearly always on the same side (covering 89 to 93% instead of 95% in
-moderate cases).
+the symmetric interval then misses nearly always on the same side.
 
 A plug-in norm (the norm of the mean) is too large by the whole variance of the mean and is nowhere given as a
 norm.
@@ -17,7 +16,7 @@ norm.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -66,7 +65,10 @@ class NormEstimate:
     entries: int
     replicates: int
     dof: int
+    """Degrees of freedom of the quantile used."""
     confidence: float
+    sequential: bool
+    """Whether the interval allows for stopping as soon as it is narrow."""
     status: str
     flags: tuple[str, ...]
     noise_share: float
@@ -100,21 +102,21 @@ class NormEstimate:
         return asdict(self)
 
 
-def from_moments(moments: Moments, *, confidence: float = 0.95) -> NormEstimate:
-    """The estimate for one set of entries."""
+def from_moments(moments: Moments, *, confidence: float = 0.95, sequential: bool = False) -> NormEstimate:
+    """The estimate for one set of entries; `sequential` as in `hessdiag.norm.report.estimate`."""
     u = u_statistic(moments.gram, moments.own, moments.sizes)
+    dof = min(u.dof, len(moments.sizes) // 2) if sequential else u.dof
     square, variance = float(u.square), float(u.variance)
     count = sum(u.sizes)
-    if not np.any(moments.own):
-        # Every replicate is exactly zero, e.g. the functional part of a piecewise-linear network.
-        return replace(exact_square(0.0, 0.0, moments.entries, confidence=confidence), replicates=count)
+    # Every replicate exactly zero, as the functional part of a piecewise-linear network: the norm is zero.
+    zero = not np.any(moments.own)
     error = math.sqrt(variance)
-    low, high = interval(u.square, np.sqrt(u.variance), student_quantile(confidence, u.dof))
+    low, high = interval(u.square, np.sqrt(u.variance), student_quantile(confidence, dof))
     pair = float(u.pair_variance)
     noise_share = pair / variance if variance > 0.0 else (math.nan if math.isnan(variance) else 0.0)
     participation = square**2 / moments.fourth if moments.fourth > 0.0 else math.nan
     flags = []
-    if square <= 0.0:
+    if square <= 0.0 and not zero:
         flags.append("negative")
     if len(u.sizes) < 4 or math.isnan(variance):
         flags.append("few replicates")
@@ -124,7 +126,7 @@ def from_moments(moments: Moments, *, confidence: float = 0.95) -> NormEstimate:
         flags.append("few entries dominate")
     if count * max(variance - pair, 0.0) > (MAX_SPREAD * square) ** 2:
         flags.append("heavy tails")
-    norm = math.sqrt(square) if square > 0.0 else math.nan
+    norm = math.sqrt(square) if square > 0.0 or zero else math.nan
     root = math.sqrt(moments.entries)
     return NormEstimate(
         square=square,
@@ -136,8 +138,9 @@ def from_moments(moments: Moments, *, confidence: float = 0.95) -> NormEstimate:
         high=math.sqrt(float(high)) / root,
         entries=moments.entries,
         replicates=count,
-        dof=u.dof,
+        dof=dof,
         confidence=confidence,
+        sequential=sequential,
         status=flags[0] if flags else "ok",
         flags=tuple(flags),
         noise_share=noise_share,
@@ -163,6 +166,7 @@ def exact_square(square: float, fourth: float, entries: int, *, confidence: floa
         replicates=0,
         dof=0,
         confidence=confidence,
+        sequential=False,
         status="exact",
         flags=("exact",),
         noise_share=0.0,
@@ -175,15 +179,19 @@ def exact_square(square: float, fourth: float, entries: int, *, confidence: floa
 def enough(estimate: NormEstimate, *, rtol: float, min_replicates: int = 10) -> bool:
     """Whether to stop: half the interval of `rms` at most `rtol` of it, and `min_replicates` counted.
 
-    Ten are asked for because stopping at the first narrow interval selects intervals that are narrow by luck:
-    allowed from 3 replicates on, it covers visibly less than it says.
+    Stopping at the first narrow interval selects intervals that are narrow by luck. Two things are done about
+    it: no stop before ten replicates, and an `estimate` made with `sequential=True`, whose quantile has at
+    most half as many degrees of freedom as there are groups. Without the second, 95% intervals cover 92 to
+    94%.
     """
     if not (math.isfinite(rtol) and rtol > 0.0):
         raise ConfigurationError(f"rtol={rtol!r}: a positive number is needed, e.g. 0.05 for five per cent")
     if min_replicates < 2:
         raise ConfigurationError(f"min_replicates={min_replicates!r}: a norm needs at least 2 replicates")
-    if estimate.status == "exact" and estimate.replicates == 0:
+    if estimate.status == "exact":
         return True
+    if not estimate.sequential:
+        raise ConfigurationError("stopping needs estimate(..., sequential=True): others cover too seldom")
     return estimate.replicates >= min_replicates and estimate.half_width <= rtol
 
 

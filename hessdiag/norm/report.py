@@ -46,21 +46,25 @@ def estimate(
     weighted: bool = False,
     groups: Mapping[str, str] | None = None,
     confidence: float = 0.95,
+    sequential: bool = False,
 ) -> NormReport:
     """Norms of `offset + d`, or of its weighted entries: every tensor, every group of `groups`, the total.
 
-    `groups` names the group of each tensor, e.g. {"conv1.weight": "convolutions", ...}.
+    `groups` names the group of each tensor, e.g. {"conv1.weight": "convolutions", ...}. `sequential=True`
+    where the number of replicates is decided by looking at the intervals (`enough`): they are then wide
+    enough to allow for it.
     """
     check_confidence(confidence)
     if replicates.count < 2:
         raise ConfigurationError(f"{replicates.count} replicates: a norm without bias needs at least 2")
     moments = replicates.moments(offset=offset, weighted=weighted)
-    tensors = {name: from_moments(moment, confidence=confidence) for name, moment in moments.items()}
-    by_group = {
-        group: from_moments(_sum(moments[name] for name in names), confidence=confidence)
-        for group, names in _members(list(moments), groups).items()
-    }
-    return NormReport(from_moments(_sum(moments.values()), confidence=confidence), tensors, by_group)
+
+    def of(names: Iterable[str]) -> NormEstimate:
+        together = _sum(moments[name] for name in names)
+        return from_moments(together, confidence=confidence, sequential=sequential)
+
+    by_group = {group: of(names) for group, names in _members(list(moments), groups).items()}
+    return NormReport(of(moments), {name: of([name]) for name in moments}, by_group)
 
 
 def exact_norm(
