@@ -1,0 +1,14 @@
+"""A file becomes a network, and a network a file; tensors and plain values only."""
+
+from hessdiag.checkpoint.load import Checkpoint, load_checkpoint
+from hessdiag.checkpoint.save import save_checkpoint
+from hessdiag.checkpoint.summary import CheckpointSummary, TensorEntry, inspect_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointSummary",
+    "TensorEntry",
+    "inspect_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+]

@@ -1,0 +1,195 @@
+"""The tensor names of public training code, translated into a network's own; nothing is dropped in silence.
+
+Layouts read: kuangliu/pytorch-cifar and its heirs in TRADES, MART and AWP; TRADES' wide networks with their
+dead `sub_block1`; DAJAT's split BatchNorms (`bn1_auto`, `shortcut_bn.0`), of which the test-time set "base"
+is kept; wrappers of DataParallel, torch.compile, AveragedModel and RobustBench. Whatever does not fit in the
+end is listed and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hessdiag.files import BadFileError, shown
+from hessdiag.tensorfiles import TensorFacts
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+# Constants of a normalisation layer stored beside the weights: mean and deviation per channel.
+NORMALISATIONS = (
+    ("normalize.mean", "normalize.std"),
+    ("normalizer.mean", "normalizer.std"),
+    ("0.mean", "0.std"),
+    ("mean", "std"),
+    ("mu", "sigma"),
+    ("mu", "std"),
+)
+MAX_LISTED = 6
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Target name -> name in the file of each tensor of the network; None is filled with zero."""
+
+    names: Mapping[str, str | None]
+    notes: tuple[str, ...]
+
+
+def split_normalisation(
+    names: Mapping[str, TensorFacts],
+) -> tuple[dict[str, TensorFacts], tuple[str, str] | None]:
+    """The weights without the constants of a normalisation layer, and the names of those constants if it has
+    them.
+    """
+    rest = dict(names)
+    for prefix in ("", *PREFIXES):
+        for mean, std in NORMALISATIONS:
+            pair = (prefix + mean, prefix + std)
+            if pair[0] in rest and pair[1] in rest:
+                for key in pair:
+                    del rest[key]
+                return rest, pair
+    return rest, None
+
+
+def translate(source: Mapping[str, TensorFacts], target: Mapping[str, TensorFacts]) -> Translation:
+    """Match the names of a file to those of a network; refuses (BadFileError) what is missing, left over or
+    misshapen.
+    """
+    notes: list[str] = []
+    names = {name: name for name in source}  # name as translated so far -> name in the file
+    for step in (_strip, _drop_dead_blocks, _keep_base_norms, _rename_classifier):
+        names = step(names, target, notes)
+    result: dict[str, str | None] = {name: names[name] for name in target if name in names}
+    counters = [name for name in target if name not in names and name.endswith("num_batches_tracked")]
+    if counters:
+        result.update(dict.fromkeys(counters))
+        notes.append(f"{len(counters)} num_batches_tracked absent (torch before 0.4.1): set to 0")
+    missing = [name for name in target if name not in result]
+    unexpected = [name for name in names if name not in target]
+    if missing or unexpected:
+        raise BadFileError("its tensors are not those of the network: " + _listed(missing, unexpected))
+    _check_shapes({name: source[found] for name, found in result.items() if found is not None}, target)
+    return Translation(result, tuple(notes))
+
+
+def stripped(names: Mapping[str, TensorFacts]) -> dict[str, TensorFacts]:
+    """The same tensors under names without wrappers, for guessing what network they belong to."""
+    table = _strip({name: name for name in names}, {}, [])
+    return {name: names[found] for name, found in table.items()}
+
+
+Names = dict[str, str]
+
+
+def _strip(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) -> Names:
+    """Wrappers' prefixes, as often as they are stacked."""
+    gone: list[str] = []
+    if "n_averaged" in names and "n_averaged" not in target:  # torch.optim.swa_utils.AveragedModel
+        names = _renamed(names, lambda name: None if name == "n_averaged" else name)
+        gone.append("n_averaged")
+    while names and set(names) != set(target):
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in names)), None)
+        if prefix is None or (target and all(name.startswith(prefix) for name in target)):
+            break
+        names = _renamed(names, lambda name, p=prefix: name.removeprefix(p))  # type: ignore[misc]
+        gone.append(prefix)
+    if any("._orig_mod." in name for name in names):  # a compiled part inside
+        names = _renamed(names, lambda name: name.replace("._orig_mod.", "."))
+        gone.append("_orig_mod.")
+    if gone:
+        notes.append(f"names stripped of {' '.join(gone)}")
+    return names
+
+
+def _drop_dead_blocks(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) -> Names:
+    """TRADES' WideResNet builds `sub_block1` and never calls it."""
+    dead = [name for name in names if name.startswith("sub_block1.") and name not in target]
+    if dead and any(name.startswith("block1.") for name in names):
+        notes.append(f"{len(dead)} tensors of sub_block1 dropped: that code never uses them")
+        return _renamed(names, lambda name: None if name in set(dead) else name)
+    return names
+
+
+def _keep_base_norms(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) -> Names:
+    """DAJAT trains two sets of BatchNorm, "base" and "auto", and tests with the base set."""
+    auto = {
+        name
+        for name in names
+        if name not in target and "_auto." in name and name.replace("_auto.", ".") in names
+    }
+    if auto:
+        notes.append(
+            f"{len(auto)} tensors of the *_auto BatchNorms dropped: the base set is the one tested with"
+        )
+        names = _renamed(names, lambda name: None if name in auto else name)
+    moved = {
+        name: name.replace(".shortcut_bn.0.", ".shortcut.1.") for name in names if ".shortcut_bn.0." in name
+    }
+    moved = {name: new for name, new in moved.items() if name not in target and new in target}
+    if moved:
+        notes.append("shortcut_bn.0 read as shortcut.1")
+        names = _renamed(names, lambda name: moved.get(name, name))
+    return names
+
+
+def _rename_classifier(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) -> Names:
+    """The last layer is `linear` in some copies and `fc` in others."""
+    for old, new in (("linear", "fc"), ("fc", "linear")):
+        pair = {f"{old}.{part}": f"{new}.{part}" for part in ("weight", "bias")}
+        if all(key in names and key not in target for key in pair) and all(
+            key in target and key not in names for key in pair.values()
+        ):
+            notes.append(f"{old} read as {new}")
+            return _renamed(names, lambda name: pair.get(name, name))  # noqa: B023 (used before the next turn)
+    return names
+
+
+def _renamed(names: Names, rule: Callable[[str], str | None]) -> Names:
+    table: Names = {}
+    for name, found in names.items():
+        new = rule(name)
+        if new is None:
+            continue
+        if new in table:
+            raise BadFileError(f"two tensors are called {shown(new)} once wrappers are stripped")
+        table[new] = found
+    return table
+
+
+def _listed(missing: list[str], unexpected: list[str]) -> str:
+    parts = []
+    for what, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+            parts.append(
+                f"{len(names)} {what} ({', '.join(shown(n)[1:-1] for n in names[:MAX_LISTED])}{more})"
+            )
+    return "; ".join(parts)
+
+
+def _check_shapes(found: Mapping[str, TensorFacts], target: Mapping[str, TensorFacts]) -> None:
+    wrong = [name for name in found if found[name].shape != target[name].shape]
+    if not wrong:
+        return
+    classes = class_counts(found), class_counts(target)
+    last = {name for name in wrong if name.rpartition(".")[0] == last_layer(target)}
+    if None not in classes and classes[0] != classes[1] and last == set(wrong):
+        raise BadFileError(f"checkpoint has {classes[0]} classes, network built for {classes[1]}")
+    name = wrong[0]
+    more = f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
+    raise BadFileError(
+        f"tensor {shown(name)} has shape {found[name].shape}, the network wants {target[name].shape}{more}"
+    )
+
+
+def last_layer(weights: Mapping[str, TensorFacts]) -> str | None:
+    """The name of the last matrix with a bias or without: in every network known here, the classifier."""
+    matrices = [name for name, facts in weights.items() if name.endswith(".weight") and len(facts.shape) == 2]
+    return matrices[-1].rpartition(".")[0] if matrices else None
+
+
+def class_counts(weights: Mapping[str, TensorFacts]) -> int | None:
+    """How many outputs the last layer has."""
+    layer = last_layer(weights)
+    return None if layer is None else weights[f"{layer}.weight"].shape[0]
