@@ -15,10 +15,10 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .ascent import AttackLoss, check_box, handed_back, linf_ascent, refuse_non_finite
+from .ascent import AttackLoss, Forward, check_box, handed_back, linf_ascent, refuse_non_finite
 from .errors import ConfigurationError, EmptyDataError, UnknownNameError, nearest
 
 _NUMBER = re.compile(r"\d{1,9}/\d{1,9}|(\d{1,9}(\.\d{0,30})?|\.\d{1,30})(e-?\d{1,2})?", re.IGNORECASE)
@@ -116,7 +116,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def keyed_pgd(
-    model: nn.Module,
+    model: Forward,
     inputs: Tensor,
     targets: Tensor,
     indices: Sequence[int],
@@ -140,7 +140,7 @@ def keyed_pgd(
 
 
 def perturb_batches(
-    model: nn.Module,
+    model: Forward,
     batches: Iterable[tuple[Tensor, Tensor]],
     spec: PGDSpec,
     *,

@@ -40,14 +40,15 @@ def plain_radius(eps: float | str | Fraction) -> tuple[float, str]:
     return value, eps if isinstance(eps, str) else str(eps)
 
 
-def check_samples(x: Tensor, y: Tensor) -> None:
-    """Images in [0, 1] and one integer label each."""
+def check_samples(x: Tensor, y: Tensor) -> Tensor:
+    """Images in [0, 1] and one integer label each; returns the labels as int64 beside the images."""
     check_box(x)
     if not isinstance(y, Tensor) or y.ndim != 1 or len(y) != len(x):
         shape = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise TargetError(f"labels must have shape [{len(x)}], one per image, not {shape}")
     if y.is_floating_point() or y.dtype == torch.bool:
         raise TargetError(f"labels must be integers, not {y.dtype}")
+    return y.to(device=x.device, dtype=torch.int64)
 
 
 def check_labels(y: Tensor, classes: int) -> None:

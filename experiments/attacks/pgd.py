@@ -2,8 +2,9 @@
 
     x_0 = start(x);   x_{t+1} = Pi(x_t + step * sign grad l(f(x_t), target)),   t = 0 .. steps-1
 
-Pi projects onto the eps-ball around x and then onto [0, 1]. Starts: "uniform" (x + U(-eps, eps), then the box: Madry
-et al., arXiv 1706.06083), "gauss" (x + 0.001 N(0, 1), not clamped: TRADES and its kin), "none", or a given tensor.
+Pi projects onto the eps-ball around x, then onto [0, 1]. Starts: "uniform" (x + U(-eps, eps), then the box:
+Madry et al., arXiv 1706.06083), "gauss" (x + 0.001 N(0, 1), not clamped: TRADES), "none", or a
+given tensor.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Ascent(Protocol):
         steps: int,
         loss: AttackLoss,
         autocast: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Final points, and per sample whether every loss and gradient was finite."""
+        ...
 
 
 def compiled_ascent(**options: Any) -> Ascent:
@@ -71,7 +74,7 @@ def _traced_autograd() -> AbstractContextManager[Any]:
 
     if not hasattr(dynamo, "trace_autograd_ops"):
         return nullcontext()
-    patch: AbstractContextManager[Any] = dynamo.patch(trace_autograd_ops=True)  # type: ignore[attr-defined]
+    patch: AbstractContextManager[Any] = dynamo.patch(trace_autograd_ops=True)
     return patch
 
 
@@ -107,7 +110,7 @@ def clean_logits(
 ) -> Tensor:
     """The logits at the clean images as the attack would see them, without graph, in at least float32."""
     with handed_back(model, mode=bn):
-        return _logits(_forward_of(model, forward), x.detach(), autocast)
+        return plain_logits(logits_function(model, forward), x.detach(), autocast)
 
 
 def pgd(
@@ -130,12 +133,13 @@ def pgd(
 ) -> Tensor:
     """Adversarial images for `x`, the model handed back as it came (mode, buffers, .grad, requires_grad).
 
-    y: what the loss takes as its target: labels, or for "kl" the cached clean logits (computed here when labels or
-    None are given); a callable loss gets it unread, so it may be a tuple of tensors.
-    bn: mode of the model while crafting, "eval", "train" or "as_is"; with keep_statistics the running statistics of
-    a crafting in training mode stand. forward: what gives the logits, where it is not the model itself (a compiled
-    model, one set of split BatchNorms). ascent: the inner loop, see `compiled_ascent`. check=False leaves out the
-    range and NaN checks, which wait for the device.
+    y: the target of the loss: labels, or for "kl" the cached clean logits (computed here when labels or None
+    are given); a callable loss gets it unread, so it may be a tuple of tensors.
+    bn: mode of the model while crafting, "eval", "train" or "as_is"; with keep_statistics the running
+    statistics of a crafting in training mode stand.
+    forward: what gives the logits, where it is not the model itself (a compiled model, one of two norms).
+    ascent: the inner loop, see `compiled_ascent`.
+    check: False leaves out the range and NaN checks, each of which waits for the device.
     """
     ball, length = radius(eps, look=check), number(step, "step")
     if steps < 1:
@@ -145,8 +149,8 @@ def pgd(
     objective, centre = resolve(loss), x.detach()
     begin = starting_point(centre, start, ball, generator)
     with handed_back(model, mode=bn, keep_statistics=keep_statistics):
-        logits_of = _forward_of(model, forward)
-        target = _logits(logits_of, centre, autocast) if needs_clean_logits(loss, y) else y
+        logits_of = logits_function(model, forward)
+        target = plain_logits(logits_of, centre, autocast) if needs_clean_logits(loss, y) else y
         points, finite = ascent(
             logits_of,
             begin,
@@ -163,14 +167,16 @@ def pgd(
     return points.detach()
 
 
-def _forward_of(model: object, forward: Forward | None) -> Forward:
+def logits_function(model: object, forward: Forward | None) -> Forward:
+    """`forward` if given, else the model itself."""
     chosen = model if forward is None else forward
     if not callable(chosen):
         raise ConfigurationError(f"the model must be callable, not {type(chosen).__name__}")
     return chosen
 
 
-def _logits(forward: Forward, x: Tensor, autocast: torch.dtype | None) -> Tensor:
+def plain_logits(forward: Forward, x: Tensor, autocast: torch.dtype | None = None) -> Tensor:
+    """Logits without graph, in at least float32."""
     context = nullcontext() if autocast is None else torch.autocast(x.device.type, dtype=autocast)
     with torch.no_grad(), context:
         logits = forward(x)
