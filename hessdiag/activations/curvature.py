@@ -17,10 +17,10 @@ Function = str | nn.Module | type[nn.Module] | Callable[[Tensor], Tensor]
 
 
 def curvature(activation: Function) -> Curvature:
-    """sup |sigma''| over the real line and where it is reached; infinite, and where, if sigma' jumps.
+    """The supremum of |sigma''| over the real line and where it is reached; infinite where sigma' jumps.
 
-    RCT-AF of beta <= 2 is known in closed form (E[2], E[4], E[6] of arXiv 2603.23860: alpha/4, alpha/2, alpha, at 0);
-    for everything else see `supremum` for the numerical method and its limits.
+    RCT-AF of beta <= 2 is known in closed form (E[2], E[4], E[6] of arXiv 2603.23860: alpha/4, alpha/2,
+    alpha, at 0); for everything else see `supremum` for the numerical method and its limits.
 
     >>> curvature("rct:beta=2,alpha=5")
     Curvature(value=5.0, at=(0.0,))
@@ -29,17 +29,18 @@ def curvature(activation: Function) -> Curvature:
     """
     if isinstance(activation, str):
         return _of_spec(activation)
-    if isinstance(activation, type) and issubclass(activation, nn.Module):
-        return _of_module(activation())
+    if isinstance(activation, type):
+        return _of_module(build(activation))
     if isinstance(activation, nn.Module):
         return _of_module(copy.deepcopy(activation))
     if not callable(activation):
-        raise ConfigurationError(f"an activation is a name, a module or a function, got {type(activation).__name__}")
+        got = type(activation).__name__
+        raise ConfigurationError(f"an activation is a name, a module or a function, got {got}")
     return supremum(activation)
 
 
 def max_curvature(activation: Function) -> float:
-    """sup |sigma''| over the real line: see `curvature`.
+    """The supremum of |sigma''| over the real line: see `curvature`.
 
     >>> round(max_curvature("mish"), 4)
     0.6442

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import Tensor, nn
 
 from hessdiag.activations.rct import check_alpha, check_beta, rct, rct_d1, rct_d2
@@ -12,8 +14,8 @@ from hessdiag.errors import ConfigurationError
 class RCTAF(nn.Module):
     """Recursive curvature-tunable activation (arXiv 2603.23860, section 3.1): softplus, Swish and beyond.
 
-    `alpha` > 0 sets the curvature, `beta` >= 0 counts the applications of f -> f'·x. Both are configuration: they
-    are plain numbers, not buffers, so a network's state dict has the same keys as with any other activation.
+    `alpha` > 0 sets the curvature, `beta` >= 0 counts the applications of f -> f'·x. Both are configuration:
+    plain numbers, not buffers, so a network's state dict has the same keys as with any other activation.
     """
 
     alpha: float
@@ -38,7 +40,7 @@ class RCTAF(nn.Module):
 
     @property
     def max_curvature(self) -> float:
-        """sup |sigma''|: alpha/4, alpha/2, alpha for beta = 0, 1, 2; always alpha times that of alpha = 1."""
+        """Largest |sigma''|: alpha/4, alpha/2, alpha for beta = 0, 1, 2; alpha times that of alpha = 1."""
         return self.alpha * unit_curvature(self.beta)
 
     def extra_repr(self) -> str:
@@ -46,8 +48,9 @@ class RCTAF(nn.Module):
         return f"alpha={self.alpha:g}, beta={self.beta}"
 
 
+@cache
 def unit_curvature(beta: int) -> float:
-    """sup |sigma''| at alpha = 1: sigma''(0) = 2^beta/4 up to beta = 2, where that is the largest; else numerical."""
+    """Largest |sigma''| at alpha = 1: sigma''(0) = 2^beta/4 for beta <= 2, the numerical supremum beyond."""
     if check_beta(beta) <= 2:
         return 2.0**beta / 4
     return supremum(lambda x: rct(x, 1.0, beta)).value

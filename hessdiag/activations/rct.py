@@ -1,13 +1,12 @@
 """The RCT-AF family as functions: closed forms of every derivative, and the autograd function behind them.
 
-sigma_0 = softplus(alpha·x)/alpha, sigma_{beta+1} = x · sigma_beta' (E[1], E[3], E[5] of arXiv 2603.23860). E[5] as
-printed overflows float32 from alpha·x of about 44 on; the form used here (see `coefficients`) does not overflow at all.
+sigma_0 = softplus(alpha·x)/alpha, sigma_{beta+1} = x · sigma_beta' (E[1], E[3], E[5] of arXiv 2603.23860).
+E[5] as printed overflows float32 beyond alpha·x = 44; the form used here (see `coefficients`) does not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from hessdiag.activations.coefficients import Polynomial, remainder
 from hessdiag.errors import ConfigurationError, DtypeError
 
 MAX_BETA = 16
-"""Beyond it the alternating sums of the closed form lose more than half of float64's digits."""
+"""Up to it sigma'' is right to 1e-10 of its largest value in float64; the alternating sums grow with beta."""
 
 # |t| beyond which exp(-|t|) is zero in the working precision, whatever power of t multiplies it.
 _TAIL = {torch.float32: 128.0, torch.float64: 1024.0}
@@ -56,7 +55,7 @@ def rct_d1(x: Tensor, alpha: float, beta: int) -> Tensor:
 
 
 def rct_d2(x: Tensor, alpha: float, beta: int) -> Tensor:
-    """sigma''(x): alpha·v·{1; 2 + t·u; 4 + 5·t·u + t²·(3u² - 1)/2} for beta = 0, 1, 2 (E[2], E[4], E[6])."""
+    """sigma''(x): alpha·v·{1; 2 + t·u; 4 + 5·t·u + t²·(1 - 6v)} for beta = 0, 1, 2 (E[2], E[4], E[6])."""
     return derivative(x, check_alpha(alpha), check_beta(beta), 2)
 
 
@@ -64,7 +63,7 @@ def derivative(x: Tensor, alpha: float, beta: int, order: int) -> Tensor:
     """The derivative of the given order, itself differentiable any number of times."""
     if not x.is_floating_point():
         raise DtypeError(f"RCT-AF needs a real floating-point tensor, got {x.dtype}: convert the input first")
-    if torch.compiler.is_compiling():  # the compiler fuses the plain operations and recomputes what it would save
+    if torch.compiler.is_compiling():  # it fuses plain operations, and recomputes what they would save
         return closed_form(x, alpha, beta, order)
     result: Tensor = RCTFunction.apply(x, alpha, beta, order)
     return result
@@ -72,7 +71,7 @@ def derivative(x: Tensor, alpha: float, beta: int, order: int) -> Tensor:
 
 def working_dtype(x: Tensor, alpha: float, degree: int) -> torch.dtype:
     """Half types are computed in float32; float32 in float64 where powers of t or alpha leave its range."""
-    if x.dtype == torch.float64 or degree > 12 or not 1e-30 < alpha < 1e30:
+    if x.dtype == torch.float64 or degree > 6 or not 1e-30 < alpha < 1e30:
         return torch.float64
     return torch.float32
 
@@ -86,15 +85,20 @@ def closed_form(x: Tensor, alpha: float, beta: int, order: int = 0) -> Tensor:
         return (-F.logsigmoid(-t) / alpha).to(x.dtype)
     s = torch.sigmoid(t)
     polynomials = _constant_remainder(beta, order)
-    if order == 0:
-        polynomials = polynomials[1:]  # one power of t goes into the factor x below
-    if not polynomials:
+    if not any(polynomials):
         return (wide * s if order == 0 else s).to(x.dtype)
+    v, u = s * torch.sigmoid(-t), -torch.tanh(t / 2)
     tail = _TAIL[wide.dtype]
-    bend = s * torch.sigmoid(-t) * _polynomial(polynomials, t.clamp(-tail, tail), -torch.tanh(t / 2))
-    if order == 0:
-        return (wide * (s + bend)).to(x.dtype)
-    return (s + bend if order == 1 else bend * alpha ** (order - 1)).to(x.dtype)
+    t = t.clamp(-tail, tail)
+    bend: Tensor | float = 0.0
+    for power in range(len(polynomials) - 1, 0 if order == 0 else -1, -1):  # Horner's rule in t
+        part = _polynomial(polynomials[power], v)
+        if (power + order) % 2 and polynomials[power]:
+            part = part * u
+        bend = bend * t + part if isinstance(bend, Tensor) or bend else part
+    if order == 0:  # one power of t is the factor x
+        return (wide * (s + v * bend)).to(x.dtype)
+    return (s + v * bend if order == 1 else v * bend * alpha ** (order - 1)).to(x.dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -103,25 +107,22 @@ def _constant_remainder(beta: int, order: int) -> tuple[Polynomial, ...]:
     return remainder(beta, order)
 
 
-def _polynomial(polynomials: Sequence[Polynomial], t: Tensor, u: Tensor) -> Tensor | float:
-    """Σ_k t^k R_k(u), Horner's rule in t around Horner's rule in u."""
+def _polynomial(coefficients: Polynomial, v: Tensor) -> Tensor | float:
+    """Horner's rule in v; a number where the polynomial is one."""
     total: Tensor | float = 0.0
-    for polynomial in reversed(polynomials):
-        inner: Tensor | float = 0.0
-        for c in reversed(polynomial):
-            inner = inner * u + c if isinstance(inner, Tensor) or inner else c
-        total = total * t + inner if isinstance(total, Tensor) or total else inner
+    for c in reversed(coefficients):
+        total = total * v + c if isinstance(total, Tensor) or total else c
     return total
 
 
 class RCTFunction(torch.autograd.Function):
     """Derivative `order` of an RCT-AF as one autograd node; its backward is the node of order + 1.
 
-    The node carries `alpha`, `beta` and `order`, and saves its input and nothing else, for every beta: as much
-    as nn.SiLU saves. Backward is made of such nodes, so it can be differentiated as often as wanted.
+    The node carries `alpha`, `beta` and `order`, and saves its input and nothing else, for every beta: as
+    nn.SiLU does. Backward is made of such nodes, so it can be differentiated as often as wanted.
 
     Under torch.func and forward-mode AD, `apply` runs the closed form as plain operations instead: a custom
-    function inside two forward-mode levels loses its second-order term without a word, plain operations do not.
+    function inside two forward-mode levels loses its second-order term silently, plain operations do not.
     """
 
     @classmethod
@@ -129,7 +130,7 @@ class RCTFunction(torch.autograd.Function):
         """One node in eager reverse mode; plain differentiable operations under every other transform."""
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return closed_form(*args, **kwargs)
-        return super().apply(*args, **kwargs)
+        return super().apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def forward(x: Tensor, alpha: float, beta: int, order: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Activations by name: "silu", "rct:beta=1,alpha=14", "rct:beta=1,curvature=7", "leaky_relu:negative_slope=0.1"."""
+"""Activations by name: "silu", "rct:beta=1,alpha=14", "rct:beta=1,curvature=7", "elu:alpha=0.5"."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def build(spec: Spec) -> nn.Module:
         inspect.signature(spec).bind()
     except TypeError:
         raise ConfigurationError(
-            f"activation factory {_name_of(spec)} takes arguments: pass a callable of none that returns a module "
-            "(torch.nn.Tanh, not torch.tanh)"
+            f"activation factory {_name_of(spec)} takes arguments: pass a callable of none that "
+            "returns a module (torch.nn.Tanh, not torch.tanh)"
         ) from None
     except ValueError:  # some built-in functions have no signature
         pass
@@ -81,13 +81,13 @@ def build(spec: Spec) -> nn.Module:
 
 
 def factory(spec: Spec) -> Callable[[], nn.Module]:
-    """A callable that returns a new module for each place; a bad spec is refused here, not at the first call."""
+    """A callable that returns a new module for each place; a bad spec is refused here already."""
     build(spec)
     return lambda: build(spec)
 
 
 def spec_of(module: nn.Module) -> str:
-    """The canonical string that rebuilds a module: options that differ from their defaults, and all of RCT-AF's.
+    """The canonical string that rebuilds a module: options away from their defaults, and all of RCT-AF's.
 
     >>> spec_of(nn.LeakyReLU(0.1)), spec_of(RCTAF(14, 1)), spec_of(nn.SiLU())
     ('leaky_relu:negative_slope=0.1', 'rct:beta=1,alpha=14', 'silu')
@@ -117,7 +117,9 @@ def _from_string(spec: str) -> nn.Module:
     name, _, tail = (part.strip() for part in spec.partition(":"))
     name = ALIASES.get(name.lower(), name.lower())
     if spec.startswith(CUSTOM):
-        raise UnknownNameError(f"activation {spec!r} cannot be rebuilt from its name: pass the module or a factory")
+        raise UnknownNameError(
+            f"activation {spec!r} cannot be rebuilt from its name: pass the module or a factory"
+        )
     if name not in REGISTRY:
         raise UnknownNameError(f"unknown activation {name!r}; {nearest(name, [*REGISTRY, *ALIASES])}")
     entry = REGISTRY[name]
@@ -161,7 +163,8 @@ def _parse(spec: str, key: str, text: str, default: Option) -> Option:
 
 def _show(value: object) -> str:
     """Shortest text that reads back as the same value: 14.0 as 14, 0.1 as 0.1."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+    return str(int(value)) if whole and isinstance(value, float) else str(value)
 
 
 def _own(module: nn.Module) -> nn.Module:

@@ -9,53 +9,54 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessdiag.activations.derivatives import Derivatives
+from hessdiag.activations.derivatives import STEP, WIDTH, Derivatives
 from hessdiag.errors import NonFiniteError
 
 RANGE = 1e4
 SMALLEST = 1e-12
+CENTRE = 24.0
 RESOLVED = 1e-9  # an interval is resolved when sigma'' accounts for the change of sigma' up to this, relative
-JUMP = 1e-7  # what remains unaccounted for at rounding distance is a jump of sigma' if larger than this, relative
+JUMP = 1e-7  # what is unaccounted for at rounding distance is a jump of sigma' if larger than this, relative
 WIDEST = 4096  # intervals refined at one level, the worst first
+PLACES = 16  # how many places are told at most, the nearest to 0
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """sup |sigma''| and the points where it is reached (or approached), in increasing order."""
+    """The supremum of |sigma''| and the points where it is reached (or approached), in increasing order."""
 
     value: float
     at: tuple[float, ...]
 
 
 def supremum(function: Callable[[Tensor], Tensor]) -> Curvature:
-    """sup |sigma''| of an elementwise function of a float64 tensor.
+    """The supremum of |sigma''| of an elementwise function of a float64 tensor.
 
-    sigma' and sigma'' come from autograd (sigma'' from central differences of sigma' where autograd has none or
-    contradicts them: about six digits then). On each interval of a grid the change of sigma' is compared with
-    Simpson's integral of sigma''; intervals where they differ are halved until they agree or are as narrow as
-    rounding allows. What still differs there is a jump of sigma' (or of sigma): the supremum is infinite. Elsewhere the
-    largest |sigma''| found is polished between its neighbours.
+    sigma' and sigma'' come from autograd (sigma'' from central differences of sigma' where autograd has none
+    or contradicts them: about six digits then). On each interval of a grid the change of sigma' is compared
+    with Simpson's integral of sigma''; intervals where they differ are halved until they agree or are as
+    narrow as rounding allows. What still differs there is a jump of sigma' (or of sigma): the supremum is
+    infinite. Elsewhere the largest |sigma''| found is polished between its neighbours.
 
-    Limits: looks at |x| <= 1e4, on a grid that is logarithmic down to 1e-12 around 0 and of step 0.01 for |x| <= 24.
-    A feature narrower than the grid is missed if sigma' is the same on both its sides; a jump of sigma' below 1e-7
-    of sigma' is not taken for a kink (torch's softplus has one of 2e-9 at its threshold); a transition
-    narrower than about 1e-15 |x| is. Growth that has not stopped at |x| = 1e4 counts as infinite, reached at ±inf.
+    Limits: looks at |x| <= 1e4, on a grid that is logarithmic down to 1e-12 around 0 and of step 0.01 for
+    |x| <= 24. A feature narrower than the grid is missed if sigma' is the same on both its sides; a jump of
+    sigma' below 1e-7 of sigma' is not taken for a kink (torch's softplus has one of 2e-9 at its threshold); a
+    transition narrower than about 4e-15 |x| is. Growth that has not stopped at |x| = 1e4 counts as infinite,
+    reached at ±inf, and so does growth as a power of the distance from a point (|x|^1.5 at 0).
     """
     at = Derivatives(function)
     x, bend, kinks = _refine(at, _grid())
     if kinks:
-        return Curvature(math.inf, tuple(sorted({_tidy(k) for k in kinks})))
+        return Curvature(math.inf, _places([_tidy(k) for k in kinks]))
+    infinite = bend == math.inf
+    if bool(infinite.any()):
+        places = x[infinite].clamp(-RANGE, RANGE).tolist()
+        return Curvature(math.inf, _places([math.copysign(math.inf, p) if abs(p) > 1 else p for p in places]))
     top = float(bend.max())
-    if math.isinf(top):
-        return Curvature(math.inf, tuple(sorted({_tidy(float(v)) for v in x[bend == math.inf]}))[:16])
-    ends = tuple(
-        side * math.inf
-        for side in (-1.0, 1.0)
-        if float(at.bend(torch.tensor([side * RANGE]))) >= top * (1 - 1e-12)
-        and float(at.bend(torch.tensor([side * RANGE / 2]))) < top * (1 - 1e-6)
-    )
-    if ends:
-        return Curvature(math.inf, ends)
+    edge, inside = (at.bend(torch.tensor([-s, s], dtype=torch.float64)) for s in (RANGE, RANGE / 2))
+    growing = (edge >= top * (1 - 1e-12)) & (inside < top * (1 - 1e-6))
+    if bool(growing.any()):
+        return Curvature(math.inf, _places([s for s, g in zip((-math.inf, math.inf), growing.tolist()) if g]))
     return _polish(at, x, bend)
 
 
@@ -64,30 +65,31 @@ def _grid() -> Tensor:
     decades = round(math.log10(RANGE / SMALLEST))
     side = torch.logspace(math.log10(SMALLEST), math.log10(RANGE), 24 * decades + 1, dtype=torch.float64)
     side[-1] = RANGE
-    uniform = torch.linspace(-24, 24, 4801, dtype=torch.float64)
-    return torch.cat([-side, side, uniform, torch.zeros(1, dtype=torch.float64)]).unique()
+    uniform = torch.arange(-100 * int(CENTRE), 100 * int(CENTRE) + 1, dtype=torch.float64) / 100
+    nodes = torch.cat([-side, side, uniform]).sort().values
+    return nodes[torch.cat([torch.ones(1, dtype=torch.bool), nodes[1:] != nodes[:-1]])]
 
 
 def _refine(at: Derivatives, nodes: Tensor) -> tuple[Tensor, Tensor, list[float]]:
     """All points visited, |sigma''| there, and the places where sigma' or sigma jumps."""
+    value, slope, _ = at(nodes[nodes.abs() <= CENTRE])
+    floors = [1e-4 * float(f[f.isfinite()].abs().max()) for f in (slope, value)]
     low, high = nodes[:-1], nodes[1:]
-    points, bends, kinks = [], [], []
-    floor_of_slope = 0.0
+    points, bends, suspects = [], [], []
     while low.numel():
-        n = low.numel()
         middle = (low + high) / 2
         x = torch.cat([low, middle, high])
         value, slope, second = at(x)
         _refuse_nan(x, value, slope)
         points.append(x)
         bends.append(second.abs())
-        floor_of_slope = floor_of_slope or 1e-4 * float(slope[x.abs() <= 24].abs().max())
         excess = torch.maximum(
-            _unaccounted(slope, second, high - low, n, floor_of_slope),
-            _unaccounted(value, slope, high - low, n, 0.0),
+            _unaccounted(slope, second, high - low, floors[0]),
+            _unaccounted(value, slope, high - low, floors[1]),
         )
         narrow = (high - low) <= torch.clamp(4e-15 * middle.abs(), min=1e-18)
-        kinks += [float(v) for v in middle[narrow & (excess > JUMP)]]
+        found = narrow & (excess > JUMP)
+        suspects += list(zip(middle[found].tolist(), excess[found].tolist()))
         split = ~narrow & (excess > RESOLVED)
         if int(split.sum()) > WIDEST:
             worst = torch.where(split, excess, torch.zeros_like(excess)).topk(WIDEST).indices
@@ -96,55 +98,91 @@ def _refine(at: Derivatives, nodes: Tensor) -> tuple[Tensor, Tensor, list[float]
     x, order = torch.cat(points).sort()
     bend = torch.cat(bends)[order]
     keep = torch.cat([torch.ones(1, dtype=torch.bool), x[1:] != x[:-1]]) & ~bend.isnan()
-    return x[keep], bend[keep], kinks
+    return x[keep], bend[keep], _isolate(suspects)
 
 
-def _unaccounted(f: Tensor, slope: Tensor, width: Tensor, n: int, floor: float) -> Tensor:
+def _unaccounted(f: Tensor, slope: Tensor, width: Tensor, floor: float) -> Tensor:
     """|f(high) - f(low) - Simpson's integral of f'|, relative to the largest |f| of the interval."""
-    simpson = width / 6 * (slope[:n] + 4 * slope[n : 2 * n] + slope[2 * n :])
-    scale = torch.clamp(f.abs().reshape(3, n).amax(0), min=max(floor, 1e-200))
-    off = (f[2 * n :] - f[:n] - simpson).abs() / scale
+    low, middle, high = slope.reshape(3, -1)
+    ends = f.reshape(3, -1)
+    scale = torch.clamp(ends.abs().amax(0), min=max(floor, 1e-200))
+    off = (ends[2] - ends[0] - width / 6 * (low + 4 * middle + high)).abs() / scale
     return torch.where(off.isfinite(), off, torch.zeros_like(off))
+
+
+def _isolate(suspects: list[tuple[float, float]]) -> list[float]:
+    """One place per kink: central differences smear a kink over their step, the true place stands out."""
+    kinks: list[float] = []
+    for place, _ in sorted(suspects, key=lambda pair: -pair[1]):
+        if all(abs(place - kink) > 4 * STEP * max(abs(kink), WIDTH) for kink in kinks):
+            kinks.append(place)
+    return kinks
 
 
 def _refuse_nan(x: Tensor, value: Tensor, slope: Tensor) -> None:
     bad = value.isnan() | slope.isnan()
     if bool(bad.any()):
         raise NonFiniteError(
-            f"the function or its derivative is NaN at x = {float(x[bad][0]):.6g}: give a form that holds on the real line"
+            f"the function or its derivative is NaN at x = {float(x[bad][0]):.6g}: "
+            "give a form that holds for every |x| <= 1e4"
         )
 
 
 def _polish(at: Derivatives, x: Tensor, bend: Tensor) -> Curvature:
     """The local maxima near the top, each searched between its neighbours."""
     padded = torch.cat([bend.new_tensor([-1.0]), bend, bend.new_tensor([-1.0])])
-    peak = (bend >= padded[:-2]) & (bend > padded[2:]) | (bend > padded[:-2]) & (bend >= padded[2:])
-    peak = (peak & (bend >= 0.99 * bend.max())).nonzero().flatten()
-    if peak.numel() == 0:  # constant curvature
-        peak = x.abs().argmin().reshape(1)
-    if peak.numel() > 64:
-        peak = peak[bend[peak].topk(64).indices]
-    start, start_bend = x[peak], bend[peak]
+    high_enough = bend >= 0.99 * bend.max()
+    peak = (high_enough & (bend >= padded[:-2]) & (bend >= padded[2:])).nonzero().flatten()
+    peak = torch.cat([peak[x[peak].abs().argsort()[:64]], bend.argmax().reshape(1)])
     low, high = x[(peak - 1).clamp(min=0)], x[(peak + 1).clamp(max=x.numel() - 1)]
+    best, best_bend = x[peak].clone(), bend[peak].clone()
     fractions = torch.linspace(0, 1, 17, dtype=torch.float64)
-    best, best_bend = start.clone(), start_bend.clone()
     for _ in range(12):
         trial = low[:, None] + (high - low)[:, None] * fractions
-        found = at.bend(trial.flatten()).reshape(trial.shape).nan_to_num(-1.0)
-        value, index = found.max(1)
+        value, index = at.bend(trial.flatten()).reshape(trial.shape).nan_to_num(-1.0).max(1)
         better = value > best_bend
         best = torch.where(better, trial.gather(1, index[:, None])[:, 0], best)
         best_bend = torch.where(better, value, best_bend)
         step = (high - low) / 16
         low, high = torch.maximum(low, best - step), torch.minimum(high, best + step)
     top = float(best_bend.max())
-    # The top is flat to rounding over 1e-8 of its width: a node that reaches it is the better witness.
-    place = torch.where(start_bend >= top * (1 - 1e-13), start, best)[best_bend >= top * (1 - 1e-9)]
-    merged: list[float] = []
-    for point in sorted((float(p) for p in place), key=abs):
-        if all(abs(point - other) > 1e-6 * max(abs(point), 1e-3 * SMALLEST) for other in merged):
-            merged.append(point)
-    return Curvature(top, tuple(sorted({0.0 if abs(p) <= 2 * SMALLEST else p for p in merged[:16]})))
+    every, order = torch.cat([x, best]).sort()
+    slack = 1e-9 if at.exact else 1e-6
+    places = _witnesses(every, torch.cat([bend, best_bend])[order], top, slack)
+    return Curvature(math.inf if all(_diverges(at, p) for p in places) else top, places)
+
+
+def _diverges(at: Derivatives, place: float) -> bool:
+    """Whether |sigma''| grows as a power of the distance, between 0 and -1, close to `place`."""
+    distance = max(1.0, abs(place)) * torch.logspace(-10, -6, 5, dtype=torch.float64)
+    for side in (-1, 1):
+        bend = at.bend(place + side * distance)
+        ratio = bend[:-1] / bend[1:]
+        if bool(((ratio > 1.2) & (ratio < 10)).all()):
+            return True
+    return False
+
+
+def _witnesses(x: Tensor, bend: Tensor, top: float, slack: float) -> tuple[float, ...]:
+    """One point per run of points that reach the top: the best one, or a plateau's nearest to 0."""
+    reached = bend >= top * (1 - slack)
+    runs = (reached.int().diff(prepend=torch.zeros(1, dtype=torch.int32)) > 0).cumsum(0)
+    places = []
+    for run in runs[reached].unique().tolist():  # type: ignore[no-untyped-call]
+        inside = reached & (runs == run)
+        exact = x[inside & (bend >= top * (1 - 1e-12))]
+        if exact.numel() == 0:
+            exact = x[inside]
+        nearest = float(exact[exact.abs().argmin()])
+        plateau = float(exact.max() - exact.min()) > 1e-2 * float(exact.abs().max())
+        place = nearest if plateau else float(x[inside][bend[inside].argmax()])
+        places.append(0.0 if abs(place) <= 2 * SMALLEST else place)
+    return _places(places)
+
+
+def _places(places: list[float]) -> tuple[float, ...]:
+    """The few nearest to 0, each once, in increasing order."""
+    return tuple(sorted(sorted(set(places), key=abs)[:PLACES]))
 
 
 def _tidy(place: float) -> float:

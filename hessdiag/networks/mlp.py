@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ class MLP(nn.Module):
             raise ConfigurationError(f"mlp: squeeze=True needs num_classes=1, got {num_classes}")
         sizes = [in_features, *widths, num_classes]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+        for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out, bias=bias), activation()]
         self.normalize = normalize
         self.layers = nn.Sequential(*layers[:-1])

@@ -1,4 +1,4 @@
-"""Input normalisation as a layer without parameters, so that attacks and checkpoints see raw inputs in [0, 1]."""
+"""Input normalisation as a layer without parameters: attacks and checkpoints see raw inputs in [0, 1]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 
 
 class Normalize(nn.Module):
-    """(x - mean)/std along dimension 1. The statistics are configuration: no state-dict key stands for them."""
+    """(x - mean)/std along dimension 1. The statistics are configuration: no state-dict key is theirs."""
 
     mean: Tensor
     std: Tensor
@@ -23,7 +23,9 @@ class Normalize(nn.Module):
         super().__init__()
         mean, std = [float(m) for m in mean], [float(s) for s in std]
         if len(mean) != len(std) or not mean:
-            raise ConfigurationError(f"normalize: {len(mean)} means and {len(std)} deviations; give one per channel")
+            raise ConfigurationError(
+                f"normalize: {len(mean)} means and {len(std)} deviations; give one of each per channel"
+            )
         if not all(math.isfinite(v) for v in mean) or not all(math.isfinite(s) and s > 0 for s in std):
             raise ConfigurationError("normalize: means must be finite, deviations finite and positive")
         self.register_buffer("mean", torch.tensor(mean), persistent=False)

@@ -1,7 +1,7 @@
-"""Pre-activation ResNet-18 (He et al. 2016, "Identity mappings"), as the public adversarial-training code has it.
+"""Pre-activation ResNet-18 (He et al. 2016, "Identity mappings"), as public adversarial-training code has it.
 
-The shortcut convolution takes the activated input and has no BatchNorm; a BatchNorm and an activation stand before
-the pool. State-dict keys: conv1, layer1.0.bn1, layer1.0.conv1, layer2.0.shortcut.0, bn, linear.
+The shortcut convolution takes the activated input and has no BatchNorm; a BatchNorm and an activation stand
+before the pool. State-dict keys: conv1, layer1.0.bn1, layer1.0.conv1, layer2.0.shortcut.0, bn, linear.
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ class PreActResNet18(nn.Module):
     """Pre-activation ResNet-18: 17 activations, 11,172,170 parameters for 10 classes."""
 
     def __init__(
-        self, activation: Factory, num_classes: int, normalize: nn.Module, *, in_channels: int = 3, width: int = 64
+        self,
+        activation: Factory,
+        num_classes: int,
+        normalize: nn.Module,
+        *,
+        in_channels: int = 3,
+        width: int = 64,
     ) -> None:
         super().__init__()
         self.normalize = normalize
@@ -60,5 +66,6 @@ class PreActResNet18(nn.Module):
 
 def _stage(channels_in: int, channels_out: int, stride: int, activation: Factory) -> nn.Sequential:
     return nn.Sequential(
-        PreActBlock(channels_in, channels_out, stride, activation), PreActBlock(channels_out, channels_out, 1, activation)
+        PreActBlock(channels_in, channels_out, stride, activation),
+        PreActBlock(channels_out, channels_out, 1, activation),
     )

@@ -41,12 +41,13 @@ def build(
 ) -> nn.Module:
     """A new network, its activations made by a factory, one at each place and never in place.
 
-    `activation` is a spec string, a module (copied to each place) or a factory. `normalize` is (mean, std) per channel:
-    a layer without parameters inside the network. `seed` makes the initial weights reproducible and leaves torch's
-    global generator as it was; without it that generator is used. The options are those of the network's class.
+    `activation` is a spec string, a module (copied to each place) or a factory. `normalize` is (mean, std)
+    per channel: a layer without parameters inside the network. `seed` makes the initial weights reproducible
+    and leaves torch's global generator as it was; without it that generator is used. The options are those
+    of the network's class.
 
-    The result carries `config`, plain values from which `build(**config)` makes the same architecture; an activation
-    outside the registry stands there as "custom:CLASS" and has to be given again.
+    The result carries `config`, plain values from which `build(**config)` makes the same architecture; an
+    activation outside the registry stands there as "custom:CLASS" and has to be given again.
     """
     kind = _known(network)
     defaults = _defaults(kind)
@@ -72,13 +73,13 @@ def _known(name: str) -> Callable[..., nn.Module]:
 
 
 def _defaults(kind: Callable[..., nn.Module]) -> dict[str, Any]:
-    """The keyword-only options of a network and their defaults (`inspect.Parameter.empty` where required)."""
+    """The keyword-only options of a network with their defaults (`Parameter.empty` where required)."""
     parameters = inspect.signature(kind).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def _plain(network: str, key: str, value: Any, default: Any) -> Any:
-    """The option as a plain value of its default's type: a bool, a positive int or a list of positive ints."""
+    """The option as a plain value of its default's type: a bool, a positive int or a list of such."""
     if value is inspect.Parameter.empty:
         raise ConfigurationError(f"network {network!r} needs {key}=, the size of one flattened input")
     if isinstance(default, bool):
@@ -87,7 +88,9 @@ def _plain(network: str, key: str, value: Any, default: Any) -> Any:
         return value
     if isinstance(default, tuple):
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise ConfigurationError(f"network {network!r}: {key} must be a sequence of integers, got {value!r}")
+            raise ConfigurationError(
+                f"network {network!r}: {key} must be a sequence of positive integers, got {value!r}"
+            )
         return [_positive(network, key, item) for item in value]
     return _positive(network, key, value)
 

@@ -1,4 +1,4 @@
-"""Post-activation residual networks (He et al. 2016): ResNet-18 for small images, and a small one for the CPU.
+"""Post-activation residual networks (He et al. 2016): ResNet-18 for small images, and a small one.
 
 Attribute names, hence state-dict keys, are those of the public CIFAR code (conv1, bn1, layer1.0.conv1,
 layer1.0.shortcut.0, linear). Initialisation is PyTorch's own.
@@ -21,7 +21,7 @@ def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """act(BN conv) -> BN conv -> + shortcut -> act, the shortcut a 1x1 convolution with BN where shapes differ."""
+    """act(BN conv) -> BN conv -> + shortcut -> act; the shortcut is BN(1x1 conv) where shapes differ."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, activation: Factory) -> None:
         super().__init__()
@@ -34,7 +34,8 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Sequential()
         if stride != 1 or channels_in != channels_out:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False), nn.BatchNorm2d(channels_out)
+                nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False),
+                nn.BatchNorm2d(channels_out),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,10 +46,16 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 with a 3x3 stem and no initial pooling: 17 activations, 11,173,962 parameters for 10 classes."""
+    """ResNet-18 with a 3x3 stem, no initial pool: 17 activations, 11,173,962 parameters for 10 classes."""
 
     def __init__(
-        self, activation: Factory, num_classes: int, normalize: nn.Module, *, in_channels: int = 3, width: int = 64
+        self,
+        activation: Factory,
+        num_classes: int,
+        normalize: nn.Module,
+        *,
+        in_channels: int = 3,
+        width: int = 64,
     ) -> None:
         super().__init__()
         self.normalize = normalize
@@ -85,7 +92,9 @@ class SmallResNet(nn.Module):
     ) -> None:
         super().__init__()
         if not strides:
-            raise ConfigurationError("small_resnet: strides must name one block at least, for instance (1, 2)")
+            raise ConfigurationError(
+                "small_resnet: strides must name one block at least, for instance (1, 2)"
+            )
         self.normalize = normalize
         self.conv1 = conv3x3(in_channels, width)
         self.bn1 = nn.BatchNorm2d(width)
@@ -103,5 +112,6 @@ class SmallResNet(nn.Module):
 
 def _stage(channels_in: int, channels_out: int, stride: int, activation: Factory) -> nn.Sequential:
     return nn.Sequential(
-        BasicBlock(channels_in, channels_out, stride, activation), BasicBlock(channels_out, channels_out, 1, activation)
+        BasicBlock(channels_in, channels_out, stride, activation),
+        BasicBlock(channels_out, channels_out, 1, activation),
     )

@@ -1,8 +1,7 @@
 """Wide residual network 28-10 (Zagoruyko & Komodakis 2016) without the dead block of some public copies.
 
-State-dict keys are those of the public code (conv1, block1.layer.0.bn1, block1.layer.0.convShortcut, bn1, fc), whose
-initialisation this follows too: convolutions N(0, 2/(9·channels_out)) or, 1x1, N(0, 2/channels_out), BatchNorm 1 and
-0, the linear bias 0.
+State-dict keys are those of the public code (conv1, block1.layer.0.bn1, block1.layer.0.convShortcut, bn1,
+fc), and so is the initialisation: convolutions N(0, 2/(k²·channels_out)), BatchNorm 1 and 0, linear bias 0.
 """
 
 from __future__ import annotations
@@ -40,7 +39,9 @@ class WideBlock(nn.Module):
 class WideStage(nn.Module):
     """A run of blocks of one width."""
 
-    def __init__(self, blocks: int, channels_in: int, channels_out: int, stride: int, activation: Factory) -> None:
+    def __init__(
+        self, blocks: int, channels_in: int, channels_out: int, stride: int, activation: Factory
+    ) -> None:
         super().__init__()
         first = WideBlock(channels_in, channels_out, stride, activation)
         rest = [WideBlock(channels_out, channels_out, 1, activation) for _ in range(blocks - 1)]
@@ -67,7 +68,7 @@ class WideResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
-            raise ConfigurationError(f"wrn28_10: depth must be 6n + 4 with n >= 1 (10, 16, 22, 28, ...), got {depth}")
+            raise ConfigurationError(f"wrn28_10: depth must be 6n + 4 (10, 16, 22, 28, ...), got {depth}")
         if widen < 2:
             raise ConfigurationError(f"wrn28_10: widen must be at least 2, got {widen}")
         n = (depth - 4) // 6
