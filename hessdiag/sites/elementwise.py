@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activations import RCTFunction, rct_d1, rct_d2
+from ..activations import RCTAF, RCTFunction, max_curvature, rct_d1, rct_d2
 
 Derivatives = tuple[Tensor, Tensor | None]
 
@@ -207,3 +207,30 @@ def derivatives(node: Any) -> Derivatives:
         table = CURVED if node.name() in CURVED else PIECEWISE_LINEAR
         first, second = table[node.name()](node)
         return first.detach(), None if second is None else second.detach()
+
+
+_REGISTERED = {
+    "SiluBackward0": "silu", "TanhBackward0": "tanh", "SigmoidBackward0": "sigmoid", "MishBackward0": "mish",
+    "ReluBackward0": "relu", "LeakyReluBackward0": "leaky_relu", "LeakyReluBackward1": "leaky_relu",
+}  # fmt: skip
+
+
+def curvature_of(node: Any) -> tuple[str, float]:
+    """(name, max|sigma''|) of the function behind an elementwise node; NaN where no closed bound is known."""
+    name = node.name()
+    label = name.removesuffix("0").removesuffix("1").removesuffix("Backward").lower()
+    if is_rct(node):
+        return f"rct:beta={node.beta},alpha={node.alpha:g}", RCTAF(alpha=node.alpha, beta=node.beta).max_curvature
+    if name in PIECEWISE_LINEAR:
+        return label, math.inf
+    if name in _REGISTERED:
+        return _REGISTERED[name], max_curvature(_REGISTERED[name])
+    if name == "SoftplusBackward0":
+        return label, float(node._saved_beta) / 4
+    if name == "GeluBackward0":
+        return label, max_curvature("gelu" if node._saved_approximate == "none" else "gelu:approximate=tanh")
+    if name in ("EluBackward0", "EluBackward1"):
+        scale, alpha, rate = (float(getattr(node, f"_saved_{k}")) for k in ("scale", "alpha", "input_scale"))
+        kinked = abs(alpha * rate - 1) > 1e-6
+        return label, math.inf if kinked else abs(scale * alpha) * rate * rate
+    return label, math.nan

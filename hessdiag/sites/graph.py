@@ -68,7 +68,7 @@ class Layer:
 class Graph:
     """The part of an autograd graph between chosen parameters and outputs, classified, in forward order.
 
-    After construction: `layers`, `curves` (elementwise nodes), `products` (nodes), `unused` (names of parameters
+    After construction: `layers`, `elementwise` (nodes), of these `curves` (with sigma'' != 0), `products`, `unused` (names of parameters
     that do not reach the outputs).
     """
 
@@ -82,6 +82,7 @@ class Graph:
         self._below: dict[int, str] = {}
         self.layers: list[Layer] = []
         self.curves: list[Any] = []
+        self.elementwise: list[Any] = []
         self.products: list[Any] = []
         for node in self.nodes:
             if self.is_live(node) and not _is_leaf(node):
@@ -98,6 +99,10 @@ class Graph:
         """Where a node stands: the layer last passed on the way to it."""
         below = self._below.get(id(node), "")
         return f"after {below!r}" if below else "at the model's entrance"
+
+    def is_first(self, layer: Layer) -> bool:
+        """True if no other layer stands below this one."""
+        return not any(self._below.get(id(source)) for source, _ in layer.node.next_functions if source is not None)
 
     def parameter_of(self, node: Any) -> str | None:
         """Name of the chosen parameter that an AccumulateGrad node stands for."""
@@ -135,6 +140,7 @@ class Graph:
             return  # a transposed weight on its way to its layer, read there
         elif is_elementwise(node):
             self._refuse_parameters(node)
+            self.elementwise.append(node)
             if is_curved(node):
                 self.curves.append(node)
         elif name in PRODUCTS:

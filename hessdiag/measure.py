@@ -1,0 +1,262 @@
+"""measure(): the norm of a loss's Hessian diagonal, with an interval narrow enough to be trusted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .diagonal import exact
+from .diagonal.result import Diagonal
+from .errors import AuditError, ConfigurationError, ResumeError, UncoveredModelError, UnknownNameError, nearest
+from .guard import as_it_was, memory_errors
+from .measurement.audit import Audit, audit
+from .measurement.loop import Callback, Loop
+from .measurement.plan import METHODS, Plan, make_plan
+from .measurement.population import measure_population
+from .measurement.provenance import provenance
+from .measurement.result import Measurement
+from .measurement.resume import restore
+from .measurement.summary import summarise
+from .measurement.world import World
+from .norm import enough
+from .norm.estimates import check_confidence
+from .objective import Objective
+from .sites import Linearisation
+from .stream import Batches, Numbered, Survey, check_deterministic, numbered, survey
+
+ADVICE = "lower the batch size, choose fewer parameters (parameters=...), or a method that needs less (propagation)"
+AUTO_EXACT_SECONDS = 5.0
+"""method='auto' takes the exact diagonal where the first batch shows that it costs no more than about this."""
+
+
+def measure(
+    objective: Objective,
+    batches: Batches,
+    *,
+    method: str = "auto",
+    rtol: float = 0.05,
+    confidence: float = 0.95,
+    seed: int = 0,
+    min_replicates: int = 10,
+    max_replicates: int = 1000,
+    max_seconds: float | None = None,
+    target: str = "data",
+    plan: Plan | None = None,
+    deterministic_check: bool = True,
+    audit_model: bool = True,
+    keep_diagonal: bool = False,
+    progress: Callback | None = None,
+    resume: str | os.PathLike[str] | None = None,
+) -> Measurement:
+    """Measure ||diag H|| of the objective over the data, until the interval of `rms` is within `rtol` of it.
+
+    `method`: "exact", "propagation", "hutchinson", "reference", or "auto" - exact where it is cheap, propagation
+    where the site identity covers the model, Hutchinson where it does not; the status says which and why.
+    `target`: "data" for the Hessian of the mean loss of these samples; "population" for that of the distribution they
+    come from, replicates then being independent in data as well.
+    Interrupted (Ctrl-C, `max_seconds`, `max_replicates`), the result is what is there, and its status says so.
+    """
+    begun = time.monotonic()
+    _check_arguments(method, rtol, confidence, min_replicates, max_replicates, max_seconds, target)
+    world = World.current()
+    with as_it_was(objective.model), memory_errors(ADVICE):
+        objective.check_modes()
+        facts = check_deterministic(objective, batches) if deterministic_check else survey(objective, batches)
+        first = next(iter(numbered(objective, batches)))
+        checked: Audit | None = None
+        notes: list[str] = []
+        path = None if resume is None else Path(resume)
+        if plan is None and path is not None and path.exists():
+            plan = _stored_plan(path, method)
+        if plan is None:
+            plan, checked = _decide(objective, first, facts, method, seed, audit_model)
+        elif audit_model:
+            checked = audit(objective, first, method=plan.method, seed=seed)
+            checked.require()
+        if facts.shuffled:
+            notes.append("the data come in another order in every pass")
+        if target == "population":
+            return measure_population(
+                objective, batches, plan, facts, checked, seed=seed, confidence=confidence, begun=begun,
+                progress=progress, replicates=max(min_replicates, 10), world=world,
+            )
+        identity = _identity(objective, facts, plan, seed)
+        loop = Loop(
+            objective, batches, plan, facts, seed=seed, world=world, invariant=True, progress=progress,
+            resume=path, identity=identity,
+        )
+        status = _run(loop, rtol, confidence, min_replicates, max_replicates, max_seconds)
+        return summarise(
+            loop, first=first, audit=checked, status=status, notes=notes, confidence=confidence,
+            seconds=time.monotonic() - begun, keep_diagonal=keep_diagonal,
+            provenance=provenance(objective, facts, plan, seed=seed, target=target, world=world),
+        )
+
+
+def diagonal(
+    objective: Objective,
+    batches: Batches,
+    *,
+    method: str = "exact",
+    seed: int = 0,
+    replicates: int = 16,
+    plan: Plan | None = None,
+    per_sample: bool = False,
+    deterministic_check: bool = True,
+    audit_model: bool = True,
+    progress: Callback | None = None,
+) -> Diagonal:
+    """The diagonal itself: total, Gauss-Newton and functional part, by parameter name.
+
+    Stochastic methods average `replicates` and come with per-entry standard errors. `per_sample` gives the
+    diagonals of the single samples' losses (method "exact").
+    """
+    if method != "auto" and method not in METHODS:
+        raise UnknownNameError(f"unknown method {method!r}; {nearest(method, [*METHODS, 'auto'])}")
+    if not isinstance(replicates, int) or replicates < 2:
+        raise ConfigurationError(f"replicates={replicates!r}: at least 2 are needed for an error")
+    world = World.current()
+    with as_it_was(objective.model), memory_errors(ADVICE):
+        objective.check_modes()
+        facts = check_deterministic(objective, batches) if deterministic_check else survey(objective, batches)
+        first = next(iter(numbered(objective, batches)))
+        if plan is None:
+            plan, _ = _decide(objective, first, facts, method, seed, audit_model)
+        if per_sample:
+            return _per_sample(objective, batches, facts, plan)
+        loop = Loop(objective, batches, plan, facts, seed=seed, world=world, invariant=False, progress=progress,
+                    resume=None, identity={})
+        loop.run_known()
+        while loop.streams and loop.done < replicates:
+            loop.run_round(min(plan.at_once, replicates - loop.done))
+        return loop.diagonal(provenance(objective, facts, plan, seed=seed, target="data", world=world))
+
+
+def _check_arguments(
+    method: str, rtol: float, confidence: float, low: int, high: int, seconds: float | None, target: str
+) -> None:
+    if method != "auto" and method not in METHODS:
+        raise UnknownNameError(f"unknown method {method!r}; {nearest(method, [*METHODS, 'auto'])}")
+    if not (isinstance(rtol, (int, float)) and 0.0 < rtol < float("inf")):
+        raise ConfigurationError(f"rtol={rtol!r}: a positive number is needed, e.g. 0.05 for five per cent")
+    check_confidence(confidence)
+    if low < 2 or high < 2 or high < low:
+        raise ConfigurationError(f"min_replicates={low}, max_replicates={high}: at least 2 probes, and min <= max")
+    if seconds is not None and not seconds > 0:
+        raise ConfigurationError(f"max_seconds={seconds!r} must be positive")
+    if target not in ("data", "population"):
+        raise UnknownNameError(f"unknown target {target!r}; {nearest(target, ['data', 'population'])}")
+
+
+def _decide(
+    objective: Objective, first: Numbered, facts: Survey, method: str, seed: int, audit_model: bool
+) -> tuple[Plan, Audit | None]:
+    """Method and plan, audited; with method='auto' what fails falls back to Hutchinson, with the reason kept."""
+    wanted, reason = method, "asked for"
+    if method == "auto":
+        try:
+            wanted, reason = _cheapest(objective, first, facts)
+            checked = audit(objective, first, method=wanted, seed=seed) if audit_model else None
+            if checked is not None:
+                checked.require()
+            return _plan(objective, first, facts, wanted, seed, reason), checked
+        except (UncoveredModelError, AuditError) as error:
+            wanted, reason = "hutchinson", f"the site identity does not serve here: {error}"
+    checked = audit(objective, first, method=wanted, seed=seed) if audit_model else None
+    if checked is not None:
+        checked.require()
+    return _plan(objective, first, facts, wanted, seed, reason), checked
+
+
+def _plan(objective: Objective, first: Numbered, facts: Survey, method: str, seed: int, reason: str) -> Plan:
+    if method in ("exact", "propagation"):
+        Linearisation(objective, first.inputs, first.targets, index=first.index)  # coverage, also without an audit
+    return make_plan(
+        objective, first, method=method, seed=seed, samples=facts.samples, batches=facts.batches, reason=reason
+    )
+
+
+def _cheapest(objective: Objective, first: Numbered, facts: Survey) -> tuple[str, str]:
+    linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
+    cost = exact.cost(linear)
+    seconds = cost.seconds * facts.samples / linear.samples
+    if seconds <= AUTO_EXACT_SECONDS:
+        return "exact", f"covered by the site identity, and exact costs about {max(seconds, 0.1):.1f} s"
+    return "propagation", f"covered by the site identity; exact would cost about {seconds:.0f} s"
+
+
+def _run(
+    loop: Loop, rtol: float, confidence: float, low: int, high: int, seconds: float | None
+) -> str:
+    """The loop to its end; returns the status."""
+    device = loop.objective.device
+    try:
+        loop.run_known()
+        check_at = low
+        while loop.streams:
+            if loop.done >= check_at or loop.done >= high:
+                norm = loop.current(confidence)
+                loop.tell_norm(norm)
+                loop.save()
+                if enough(norm, rtol=rtol, min_replicates=low):
+                    return norm.status
+                if loop.done >= high:
+                    return f"{norm.status}; stopped at {loop.done} replicates before rtol={rtol:g} was reached"
+                check_at = max(loop.done + 1, int(loop.done * 1.1))
+            late = seconds is not None and loop.seconds > seconds
+            if loop.world.agree(late, device) and loop.done >= 2:
+                return f"{loop.current(confidence).status}; stopped after {loop.seconds:.0f} s before rtol={rtol:g} was reached"
+            loop.run_round(min(loop.plan.at_once, max(check_at - loop.done, 1), high - loop.done))
+    except KeyboardInterrupt:
+        loop.save()
+        if loop.done < 2:
+            raise
+        loop.abandon_round()
+        return f"{loop.current(confidence).status}; interrupted before rtol={rtol:g} was reached"
+    return "exact"
+
+
+def _stored_plan(path: Path, method: str) -> Plan:
+    """The plan of a measurement that was begun: a pilot repeated might choose otherwise."""
+    _, progress, _ = restore(path, identity=None)
+    plan = Plan.from_dict(progress["plan"])
+    if method not in ("auto", plan.method):
+        raise ResumeError(f"{path}: was begun with method {plan.method!r}, not {method!r}; remove it to start anew")
+    return plan
+
+
+def _identity(objective: Objective, facts: Survey, plan: Plan, seed: int) -> dict[str, Any]:
+    """What must agree for a resume file to be taken up."""
+    digest = hashlib.sha256()
+    for name, tensor in objective.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {
+        "seed": seed, "samples": facts.samples, "batches": facts.batches, "data": facts.data, "loss": facts.loss,
+        "loss name": objective.loss.name, "l2": objective.l2, "parameters": list(objective.parameters),
+        "weights": digest.hexdigest(), "method": plan.method, "groups": plan.groups,
+    }
+
+
+def _per_sample(objective: Objective, batches: Batches, facts: Survey, plan: Plan) -> Diagonal:
+    if plan.method != "exact":
+        raise ConfigurationError("per-sample diagonals come from method='exact'")
+    outer: dict[str, list[torch.Tensor]] = {name: [] for name in objective.parameters}
+    inner: dict[str, list[torch.Tensor]] = {name: [] for name in objective.parameters}
+    for batch in numbered(objective, batches):
+        linear = Linearisation(objective, batch.inputs, batch.targets, index=batch.index)
+        g, f = exact.batch_diagonal(linear, per_sample=True)
+        for name in objective.parameters:
+            outer[name].append(g[name] + objective.l2)
+            inner[name].append(f[name])
+    gauss_newton = {name: torch.cat(parts) for name, parts in outer.items()}
+    functional = {name: torch.cat(parts) for name, parts in inner.items()}
+    total = {name: gauss_newton[name] + functional[name] for name in gauss_newton}
+    errors = {name: torch.zeros_like(t) for name, t in total.items()}
+    return Diagonal(total, gauss_newton, functional, errors, "exact", facts.samples, per_sample=True)
+

@@ -1,0 +1,7 @@
+"""How a measurement is run: plan, loop, audit, result."""
+
+from .audit import Audit, AuditEntry
+from .plan import Plan
+from .result import Measurement, NormSummary
+
+__all__ = ["Audit", "AuditEntry", "Measurement", "NormSummary", "Plan"]

@@ -1,0 +1,223 @@
+"""A measurement's own check, on a few samples and in float64 wherever the model can be copied.
+
+Three comparisons, each relative to a scale that cancellation cannot shrink:
+identity   u^T H u by one Hessian-vector product against sum c (J u)^2 + the loss term, u random in one layer's parameters,
+           relative to sum |c| (J u)^2 + the Gauss-Newton term;
+squares    the layer functions' per-sample gradients against autograd's, for two samples and random cotangents (a model that
+           mixes the samples of a batch, or uses a layer twice in parallel, fails here), relative to the tensor's norm;
+entries    for the exact method, a few entries against Hessian-vector products, relative to the largest entry.
+Hutchinson needs no identity; there the symmetry v^T (H u) = u^T (H v) of the double backward is checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diagonal import exact
+from ..diagonal.hutchinson import Products
+from ..diagonal.parts import Tensors
+from ..diagonal.propagation import Propagator
+from ..errors import AuditError
+from ..objective import Objective
+from ..signs import Signs
+from ..sites import Layer, Linearisation
+from ..stream import Numbered
+from .plan import as_double, double_copy
+
+SAMPLES = 2
+LAYERS = 8
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3}
+_AUDIT = 1 << 41  # sign streams of the audit
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    """One comparison: `deviation` relative to the scale named in the module's docstring."""
+
+    check: str
+    layer: str
+    deviation: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Within tolerance (NaN is not)."""
+        return self.deviation <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All comparisons of one measurement."""
+
+    entries: tuple[AuditEntry, ...]
+    samples: int
+    dtype: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison agreed."""
+        return all(entry.passed for entry in self.entries)
+
+    @property
+    def worst(self) -> AuditEntry:
+        """The comparison that came nearest to (or went furthest beyond) its tolerance."""
+        return max(self.entries, key=lambda e: float("inf") if e.deviation != e.deviation else e.deviation / e.tolerance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        entries = [asdict(e) | {"passed": e.passed} for e in self.entries]
+        return {"passed": self.passed, "samples": self.samples, "dtype": self.dtype, "entries": entries}
+
+    def require(self) -> None:
+        """Raise AuditError naming the layer, unless everything agreed."""
+        if not self.passed:
+            worst = self.worst
+            raise AuditError(
+                f"the audit failed: {worst.check} of layer {worst.layer!r} is off by {worst.deviation:.2g} "
+                f"(tolerance {worst.tolerance:.0e}): the model does something this method does not cover; use method='hutchinson'"
+            )
+
+
+def audit(objective: Objective, first: Numbered, *, method: str, seed: int) -> Audit:
+    """Check `method` on the first samples of the data."""
+    keep = torch.arange(min(SAMPLES, len(first.targets)), device=first.targets.device)
+    few = first.part(keep)
+    twin, inputs, targets = objective, few.inputs, few.targets
+    if objective.dtype != torch.float64:
+        try:
+            twin = double_copy(objective)
+            inputs, targets = as_double(few.inputs), few.targets
+            if targets.is_floating_point():
+                targets = targets.double()
+            with torch.no_grad():
+                twin.outputs(inputs, targets, index=first.index)
+        except (RuntimeError, TypeError, NotImplementedError):
+            twin, inputs, targets = objective, few.inputs, few.targets
+    signs = Signs(seed, twin.device)
+    products = Products(twin, inputs, targets, index=first.index, parts=False)
+    tolerance = TOLERANCE[twin.dtype]
+    if method in ("hutchinson", "reference"):
+        entries = [_symmetry(twin, products, signs, tolerance)]
+    else:
+        linear = Linearisation(twin, inputs, targets, index=first.index)
+        chosen = choose_layers(linear, signs)
+        entries = [_identity(linear, layer, products, signs, tolerance) for layer in chosen]
+        entries += _squares(linear, signs, tolerance)
+        if method == "exact":
+            entries += _entries(linear, products, chosen, signs, tolerance)
+    return Audit(tuple(entries), len(keep), str(twin.dtype).removeprefix("torch."))
+
+
+def choose_layers(linear: Linearisation, signs: Signs) -> list[Layer]:
+    """Every layer with no layer below it, every parameter outside the known kinds, the last, and a draw of the rest."""
+    layers = linear.layers
+    if len(layers) <= LAYERS:
+        return layers
+    first = [layer for layer in layers if linear.graph.is_first(layer)]
+    odd = [layer for layer in layers if layer.kind in ("shift", "scale")]
+    chosen = {id(layer): layer for layer in [*first, *odd, layers[-1]]}
+    order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(signs.seed)).tolist()
+    for number in order:
+        if len(chosen) >= LAYERS:
+            break
+        chosen.setdefault(id(layers[number]), layers[number])
+    return [layer for layer in layers if id(layer) in chosen]
+
+
+def _direction(objective: Objective, names: list[str], signs: Signs) -> Tensors:
+    return {
+        name: signs.plain(parameter, _AUDIT, number) if name in names else torch.zeros_like(parameter)
+        for number, (name, parameter) in enumerate(objective.parameters.items())
+    }
+
+
+def _identity(linear: Linearisation, layer: Layer, products: Products, signs: Signs, tolerance: float) -> AuditEntry:
+    names = [name for name in (layer.weight, layer.bias) if name]
+    u = _direction(linear.objective, names, signs)
+    curved = products.hessian(u)
+    left = sum(float((u[name].double() * curved[name].double()).sum()) for name in names)
+    pushed, output = push(linear, [linear.objective.parameters[n] for n in names], [u[n] for n in names])
+    value = scale = 0.0
+    for site, along in zip(linear.sites, pushed):
+        weighted = site.c.double() * along.double().square()
+        value += float(weighted.sum())
+        scale += float(weighted.abs().sum())
+    flat = output.double().reshape(linear.samples, -1)
+    loss = (linear.curvature.factor * flat[None]).sum(2).square().sum(1) * linear.curvature.signs
+    value += float(loss.sum())
+    scale += float(loss.abs().sum())
+    return AuditEntry("identity", layer.name, abs(left - value) / scale if scale else abs(left), tolerance)
+
+
+def push(linear: Linearisation, wrt: list[Any], along: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """dz along a direction, for every site, and df: J u as the derivative of <J^T v, u> with respect to v."""
+    with torch.enable_grad():
+        seeds = [torch.zeros_like(site.c, requires_grad=True) for site in linear.sites]
+        output = torch.zeros_like(linear.outputs, requires_grad=True)
+        pulled = linear.backward(seeds, output, wrt, create_graph=True)
+        pairs = [(p, u) for p, u in zip(pulled, along) if p is not None and p.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(s) for s in seeds], torch.zeros_like(output)
+        found = torch.autograd.grad([p for p, _ in pairs], [*seeds, output], [u for _, u in pairs], allow_unused=True,
+                                    retain_graph=True)
+    full = [torch.zeros_like(s) if f is None else f for s, f in zip([*seeds, output], found)]
+    return full[:-1], full[-1]
+
+
+def _squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[AuditEntry]:
+    propagator = Propagator(linear)
+    seeds = [signs.plain(site.c, _AUDIT, 1, number) for number, site in enumerate(linear.sites)]
+    output = signs.plain(linear.outputs, _AUDIT, 2)
+    each = propagator.each(seeds, output)
+    names = [name for layer in linear.layers for name in (layer.weight, layer.bias) if name]
+    worst = dict.fromkeys(names, 0.0)
+    for n in range(linear.samples):
+        only = [_one(seed, n) for seed in seeds]
+        found = linear.backward(only, _one(output, n), [linear.objective.parameters[name] for name in names])
+        for name, truth in zip(names, found):
+            mine = each[name][n] if name in each else torch.zeros_like(linear.objective.parameters[name])
+            expected = torch.zeros_like(mine) if truth is None else truth
+            size = float(expected.double().norm()) or float(mine.double().norm()) or 1.0
+            worst[name] = max(worst[name], float((mine - expected).double().norm()) / size)
+    return [AuditEntry("squares", name, deviation, tolerance) for name, deviation in worst.items()]
+
+
+def _one(seed: Tensor, sample: int) -> Tensor:
+    """The cotangent of one sample alone."""
+    out = torch.zeros_like(seed)
+    out[sample] = seed[sample]
+    return out
+
+
+def _entries(
+    linear: Linearisation, products: Products, layers: list[Layer], signs: Signs, tolerance: float
+) -> list[AuditEntry]:
+    outer, inner = exact.batch_diagonal(linear)
+    generator = torch.Generator().manual_seed(signs.seed)
+    entries = []
+    for layer in layers:
+        for name in (n for n in (layer.weight, layer.bias) if n):
+            total = (outer[name] + inner[name]).reshape(-1)
+            scale = float((outer[name].abs() + inner[name].abs()).max()) or 1.0
+            worst = 0.0
+            for k in torch.randint(0, total.numel(), (2,), generator=generator).tolist():
+                unit = {n: torch.zeros_like(p) for n, p in linear.objective.parameters.items()}
+                unit[name].reshape(-1)[k] = 1
+                truth = float(products.hessian(unit)[name].reshape(-1)[k])
+                worst = max(worst, abs(truth - float(total[k])) / scale)
+            entries.append(AuditEntry("entries", name, worst, tolerance))
+    return entries
+
+
+def _symmetry(objective: Objective, products: Products, signs: Signs, tolerance: float) -> AuditEntry:
+    u = {n: signs.plain(p, _AUDIT, 3, i) for i, (n, p) in enumerate(objective.parameters.items())}
+    v = {n: signs.plain(p, _AUDIT, 4, i) for i, (n, p) in enumerate(objective.parameters.items())}
+    hu, hv = products.hessian(u), products.hessian(v)
+    left = sum(float((v[n].double() * hu[n].double()).sum()) for n in u)
+    right = sum(float((u[n].double() * hv[n].double()).sum()) for n in u)
+    size = sum(float((v[n].double() * hu[n].double()).abs().sum()) for n in u) or 1.0
+    return AuditEntry("symmetry", "the whole model", abs(left - right) / size, tolerance)

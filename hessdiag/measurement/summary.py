@@ -1,0 +1,126 @@
+"""From the sums of a finished loop to a Measurement: norms of everything, per tensor and per group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UncoveredModelError
+from ..norm import NormEstimate, NormReport, TraceEstimate, estimate, exact_norm, share, trace
+from ..objective import Objective
+from ..sites import Linearisation
+from ..sites.elementwise import curvature_of
+from ..stream import Numbered
+from .audit import Audit
+from .loop import Loop
+from .result import EffectiveCurvature, Measurement, NormSummary
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+_CONVS = nn.modules.conv._ConvNd
+
+
+def parameter_groups(objective: Objective) -> dict[str, str]:
+    """Group of each parameter: what a rescaling acts on as one."""
+    owners = {id(p): module for module in objective.model.modules() for p in module.parameters(recurse=False)}
+    groups = {}
+    for name, parameter in objective.parameters.items():
+        owner, last = owners.get(id(parameter)), name.rpartition(".")[2]
+        if isinstance(owner, _NORMS):
+            groups[name] = "norm gain" if last == "weight" else "norm bias"
+        elif last == "bias":
+            groups[name] = "bias"
+        elif isinstance(owner, _CONVS):
+            groups[name] = "convolution"
+        elif isinstance(owner, nn.Linear):
+            groups[name] = "linear"
+        else:
+            groups[name] = "other"
+    return groups
+
+
+def summarise(
+    loop: Loop, *, first: Numbered, audit: Audit | None, status: str, notes: list[str], confidence: float,
+    seconds: float, keep_diagonal: bool, provenance: Mapping[str, Any],
+) -> Measurement:
+    """The result of one measurement."""
+    objective = loop.objective
+    groups = parameter_groups(objective)
+    total, outer, inner, invariant, traces = _reports(loop, groups, confidence)
+    norm = _summary(total.total, outer and outer.total, inner and inner.total, confidence)
+    tensors = {n: _summary(e, outer and outer.tensors[n], inner and inner.tensors[n], confidence)
+               for n, e in total.tensors.items()}
+    by_group = {n: _summary(e, outer and outer.groups[n], inner and inner.groups[n], confidence)
+                for n, e in total.groups.items()}
+    effective, unused = _effective(objective, first)
+    if unused:
+        notes = [*notes, f"parameters that do not reach the outputs (their entries are zero): {', '.join(unused)}"]
+    reason = f"{loop.plan.method}: {loop.plan.reason}" if loop.plan.reason else loop.plan.method
+    weight = sum(float(p.detach().double().square().sum()) for p in objective.parameters.values())
+    return Measurement(
+        norm=norm, layers=tensors, groups=by_group, invariant=invariant.total if invariant else None,
+        invariant_groups=invariant.groups if invariant else {}, trace=traces, effective_curvature=effective,
+        audit=audit, status=status, notes=(reason, *notes), plan=loop.plan,
+        loss=loop.survey.mean_loss + 0.5 * objective.l2 * weight, samples=loop.survey.samples,
+        parameters=objective.size, seconds=seconds, history=tuple(loop.history), provenance=provenance,
+        diagonal=loop.diagonal(dict(provenance)) if keep_diagonal else None,
+    )
+
+
+def _reports(
+    loop: Loop, groups: dict[str, str], confidence: float
+) -> tuple[NormReport, NormReport | None, NormReport | None, NormReport | None, TraceEstimate]:
+    """Norms of total, Gauss-Newton and functional part, of the weighted entries, and the trace."""
+    if loop.plan.deterministic:
+        diagonal = loop.diagonal({})
+        squares = {n: p.detach().double().square() for n, p in loop.objective.parameters.items()}
+        weighted = {n: squares[n] * t for n, t in diagonal.total.items()}
+        value = sum(float(t.sum()) for t in diagonal.total.values())
+        parts = [exact_norm(x, groups=groups, confidence=confidence)
+                 for x in (diagonal.total, diagonal.gauss_newton, diagonal.functional, weighted)]
+        return parts[0], parts[1], parts[2], parts[3], TraceEstimate(value, 0.0, value, value, 0, confidence)
+    offset = loop.offset
+    name = "total" if "total" in loop.streams else "functional"
+    stream = loop.streams[name]
+    total = estimate(stream, offset=offset, groups=groups, confidence=confidence, sequential=True)
+    invariant = estimate(stream, offset=offset, weighted=True, groups=groups, confidence=confidence)
+    traces = trace(stream, offset=offset, confidence=confidence)
+    if "functional" not in loop.streams:
+        return total, None, None, invariant, traces
+    inner = estimate(loop.streams["functional"], groups=groups, confidence=confidence)
+    outer = (
+        estimate(loop.streams["gauss_newton"], offset=offset, groups=groups, confidence=confidence)
+        if "gauss_newton" in loop.streams
+        else exact_norm(offset or {}, groups=groups, confidence=confidence)
+    )
+    return total, outer, inner, invariant, traces
+
+
+def _summary(
+    total: NormEstimate, outer: NormEstimate | None, inner: NormEstimate | None, confidence: float
+) -> NormSummary:
+    return NormSummary(
+        total, outer, inner,
+        None if outer is None else share(outer, total, confidence=confidence),
+        None if inner is None else share(inner, total, confidence=confidence),
+    )
+
+
+def _effective(objective: Objective, first: Numbered) -> tuple[tuple[EffectiveCurvature, ...], tuple[str, ...]]:
+    """|gain| max|sigma''| of each normalisation that feeds an activation directly; parameters that reach nothing."""
+    try:
+        linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
+    except UncoveredModelError:
+        return (), ()
+    norms = {id(layer.node): layer for layer in linear.layers if layer.kind == "norm" and layer.weight}
+    found = []
+    for node in linear.graph.elementwise:
+        layer = norms.get(id(node.next_functions[0][0]))
+        if layer is None or layer.weight is None:
+            continue
+        gain: Tensor = objective.parameters[layer.weight].detach().double().abs()
+        label, largest = curvature_of(node)
+        found.append(EffectiveCurvature(layer.name, label, largest, float(gain.mean()) * largest, float(gain.max()) * largest))
+    return tuple(found), linear.graph.unused
+

@@ -1,0 +1,56 @@
+"""The processes that share a measurement: who takes which batches and replicates, and how sums meet.
+
+Works on torch.distributed where it is initialised (gloo on CPU, nccl on GPU) and is a no-op in a single process.
+A process that dies shows up as a failed or timed-out reduction in the others: DistributedError, never a hang, as long as
+the process group was made with a timeout (the command line does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import DistributedError
+
+
+class World:
+    """This process's place among `size` processes."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @classmethod
+    def current(cls) -> World:
+        """The initialised process group, or a single process."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    def mine(self, batch: int, batches: int, replicate: int = 0) -> bool:
+        """Whether this process computes this batch of this replicate: batches are dealt out, or replicates if scarce."""
+        turn = batch if batches >= self.size else batch + replicate
+        return turn % self.size == self.rank
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Add the tensors of all processes, in place, everywhere."""
+        if self.size == 1:
+            return
+        try:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise DistributedError(
+                f"process {self.rank} of {self.size} lost another one while adding results; start the job again "
+                "(with --resume it continues)"
+            ) from error
+
+    def agree(self, flag: bool, device: torch.device) -> bool:
+        """True everywhere if it is true anywhere."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=device)
+        self.sum_([value])
+        return bool(value.item() > 0)
