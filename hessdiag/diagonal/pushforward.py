@@ -1,0 +1,218 @@
+"""Forward-mode products through the nodes of a recorded autograd graph, many directions at a time.
+
+Tangents carry the directions as a first axis, [K, *shape of the forward value]; one pass moves K directions
+of every sample of the batch. A node that acts elementwise (an activation, BatchNorm in eval mode, a constant
+factor) only changes a pending factor common to all directions; a tangent that lives in a band of channels
+stays in it until something mixes the channels. Node kinds without a rule here are moved by double backward of
+that one node: v -> J^T v is linear, so the gradient of <J^T v, u> with respect to v is J u.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..sites import Graph, Site
+from ..sites.graph import Edge
+from ..sites.linearise import edge_shape
+from .noderules import Cache, double_backward, factor_of, fan_of, move
+
+Key = tuple[int, int]
+Band = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """`factor * value`, [K, N, ...]; with a band, `value` holds only channels low..high-1.
+
+    `factor` is shaped to broadcast against the whole forward value (without the axis of directions).
+    """
+
+    value: Tensor
+    factor: Tensor | None = None
+    band: Band | None = None
+
+    def narrowed(self, whole: Tensor) -> Tensor:
+        """The part of a tensor shaped like the forward value that belongs to the band."""
+        if self.band is None or whole.ndim < 2 or whole.shape[1] == 1:
+            return whole
+        return whole[:, self.band[0] : self.band[1]]
+
+    def scaled(self, factor: Tensor) -> Tangent:
+        """Multiply by a factor that all directions share."""
+        return Tangent(self.value, factor if self.factor is None else self.factor * factor, self.band)
+
+    def settled(self) -> Tangent:
+        """The same tangent without a pending factor."""
+        if self.factor is None:
+            return self
+        return Tangent(self.value * self.narrowed(self.factor), None, self.band)
+
+    def dense(self, shape: Sequence[int]) -> Tensor:
+        """[K, *shape]: every channel, no pending factor."""
+        value = self.settled().value
+        if self.band is None:
+            return value
+        whole = value.new_zeros(len(value), *shape)
+        whole[:, :, self.band[0] : self.band[1]] = value
+        return whole
+
+
+class Route:
+    """The nodes between one edge of the graph and the sites above it, in the order of a forward pass.
+
+    Built once per layer; `run` may be called for any number of chunks of directions.
+    """
+
+    def __init__(self, graph: Graph, start: Edge, sites: Sequence[Site], cache: Cache) -> None:
+        self.start = start
+        self._cache = cache
+        reached: set[int] = {id(start[0])}
+        above: list[Any] = []
+        for node in graph.nodes:
+            if id(node) not in reached and any(id(source) in reached for source, _ in node.next_functions):
+                reached.add(id(node))
+                above.append(node)
+        self.sites = [
+            (number, site)
+            for number, site in enumerate(sites)
+            if any(id(edge[0]) in reached for edge, _ in site.legs)
+        ]
+        needed = {id(edge[0]) for _, site in self.sites for edge, _ in site.legs}
+        self.nodes: list[tuple[Any, list[int]]] = []
+        for node in reversed(above):
+            if id(node) in needed:
+                slots = [
+                    slot for slot, (source, _) in enumerate(node.next_functions) if id(source) in reached
+                ]
+                needed |= {id(node.next_functions[slot][0]) for slot in slots}
+                self.nodes.append((node, slots))
+        self.nodes.reverse()
+        self._plan()
+
+    def _plan(self) -> None:
+        """Which outputs of each node are wanted, when sites are due, and when a tangent has served."""
+        wanted: dict[int, set[int]] = {}
+        last: dict[Key, int] = {}
+        for position, (node, slots) in enumerate(self.nodes):
+            for slot in slots:
+                source, number = node.next_functions[slot]
+                wanted.setdefault(id(source), set()).add(number)
+                last[id(source), number] = position
+        place = {id(node): position for position, (node, _) in enumerate(self.nodes)}
+        place[id(self.start[0])] = -1
+        self._due: dict[int, list[tuple[int, Site]]] = {}
+        for number, site in self.sites:
+            legs = [edge for edge, _ in site.legs if id(edge[0]) in place]
+            when = max(place[id(edge[0])] for edge in legs)
+            self._due.setdefault(when, []).append((number, site))
+            for node, output in legs:
+                wanted.setdefault(id(node), set()).add(output)
+                last[id(node), output] = max(last.get((id(node), output), -1), when)
+        self._wanted = {key: sorted(outputs) for key, outputs in wanted.items()}
+        self._ends: dict[int, list[Key]] = {}
+        for key, position in last.items():
+            self._ends.setdefault(position, []).append(key)
+
+    def cost(self) -> tuple[float, int]:
+        """(multiplications, largest number of tangent entries alive) for one direction of every sample."""
+        work, alive, peak = 0.0, {_key(self.start): edge_shape(self.start).numel()}, 0
+        for position, (node, _) in enumerate(self.nodes):
+            for output in self._wanted.get(id(node), ()):
+                alive[id(node), output] = edge_shape((node, output)).numel()
+                work += alive[id(node), output] * fan_of(node)
+            peak = max(peak, sum(alive.values()))
+            for key in self._ends.get(position, ()):
+                alive.pop(key, None)
+        return work + 4.0 * sum(site.c.numel() for _, site in self.sites), max(peak, sum(alive.values()))
+
+    def run(self, seed: Tangent) -> Iterator[tuple[int, Site, Tangent]]:
+        """Move a tangent of the start up; yield every site's dz as it becomes known: (index, site, dz)."""
+        tangents: dict[Key, Tangent] = {(id(self.start[0]), self.start[1]): seed}
+        yield from self._sites_at(-1, tangents)
+        for key in self._ends.get(-1, ()):
+            tangents.pop(key, None)
+        for position, (node, slots) in enumerate(self.nodes):
+            given = _known([(node.next_functions[slot], slot) for slot in slots], tangents)
+            if given:
+                for output in self._wanted.get(id(node), ()):
+                    tangents[id(node), output] = self._step(node, output, given)
+            yield from self._sites_at(position, tangents)
+            for key in self._ends.get(position, ()):
+                tangents.pop(key, None)
+
+    def _sites_at(self, position: int, tangents: dict[Key, Tangent]) -> Iterator[tuple[int, Site, Tangent]]:
+        for number, site in self._due.get(position, ()):
+            legs = _known(site.legs, tangents)
+            shape = tuple(site.c.shape)
+            if len(legs) == 1 and tuple(edge_shape(legs[0][1])) == shape:
+                factor, _, tangent = legs[0]
+                if isinstance(factor, Tensor):
+                    yield number, site, tangent.scaled(factor.expand(shape))
+                elif factor != 1.0:
+                    yield number, site, Tangent(tangent.value * factor, tangent.factor, tangent.band)
+                else:
+                    yield number, site, tangent
+                continue
+            total: Tensor | None = None
+            for factor, edge, tangent in legs:
+                part = tangent.dense(edge_shape(edge))
+                part = part.reshape(len(part), *(1,) * (len(shape) - part.ndim + 1), *part.shape[1:]) * factor
+                total = part if total is None else total + part
+            assert total is not None
+            yield number, site, Tangent(total.expand(-1, *shape))
+
+    def _step(self, node: Any, output: int, given: list[tuple[int, Edge, Tangent]]) -> Tangent:
+        shape = edge_shape((node, output))
+        if len(given) == 1:
+            slot, edge, tangent = given[0]
+            if tuple(edge_shape(edge)) == tuple(shape):
+                known, factor = self._factor(node, slot)
+                if known:
+                    return tangent if factor is None else tangent.scaled(factor)
+        plain = all(tuple(edge_shape(edge)) == tuple(shape) for _, edge, _ in given)
+        if plain and node.name() in ("AddBackward0", "SubBackward0"):
+            return self._sum(node, given, shape)
+        moved = move(node, output, shape, given)
+        if moved is not None:
+            return moved
+        parts = [(slot, tangent.dense(edge_shape(edge))) for slot, edge, tangent in given]
+        return Tangent(double_backward(node, output, shape, parts, self._cache))
+
+    def _factor(self, node: Any, slot: int) -> tuple[bool, Tensor | None]:
+        key = ("factor", id(node), slot)
+        if key not in self._cache:
+            self._cache[key] = factor_of(node, slot)
+        found: tuple[bool, Tensor | None] = self._cache[key]
+        return found
+
+    def _sum(self, node: Any, given: list[tuple[int, Edge, Tangent]], shape: torch.Size) -> Tangent:
+        signs = []
+        for slot, _, _ in given:
+            alpha = float(getattr(node, "_saved_alpha", 1) or 1) if slot == 1 else 1.0
+            signs.append(-alpha if slot == 1 and node.name() == "SubBackward0" else alpha)
+        tangents = [tangent for _, _, tangent in given]
+        if len({t.band for t in tangents}) == 1:
+            values, band = [t.settled().value for t in tangents], tangents[0].band
+        else:
+            values, band = [t.dense(shape) for t in tangents], None
+        total = values[0] if signs[0] == 1.0 else values[0] * signs[0]
+        for value, sign in zip(values[1:], signs[1:]):
+            total = torch.add(total, value, alpha=sign)
+        return Tangent(total, None, band)
+
+
+T = TypeVar("T")
+
+
+def _known(legs: Iterable[tuple[Edge, T]], tangents: dict[Key, Tangent]) -> list[tuple[T, Edge, Tangent]]:
+    """Those edges that a tangent has reached, with it."""
+    return [(tag, edge, tangents[_key(edge)]) for edge, tag in legs if _key(edge) in tangents]
+
+
+def _key(edge: Edge) -> Key:
+    return id(edge[0]), edge[1]
