@@ -151,15 +151,13 @@ class Directions:
         groups, fan = inputs.shape[1], inputs.shape[2]
         channels = self.shape.channels
         if self.layer.kind == "conv" and fan >= BANDED:
-            for o in range(channels):
-                rows = inputs[:, o * groups // channels].transpose(0, 1)
+            for channel in range(channels):
+                rows = inputs[:, channel * groups // channels].transpose(0, 1)
                 for low in range(0, fan, count):
                     value = rows[low : low + count].reshape(-1, self.samples, 1, *self.out[2:])
-                    yield (
-                        name,
-                        slice(o * fan + low, o * fan + low + len(value)),
-                        Tangent(value, None, (o, o + 1)),
-                    )
+                    first = channel * fan + low
+                    band = (channel, channel + 1)
+                    yield name, slice(first, first + len(value)), Tangent(value, None, band)
             return
         last = self.layer.kind == "linear"
         for low in range(0, channels * fan, count):

@@ -23,7 +23,7 @@ from .collector import Collector
 from .directions import Directions
 from .noderules import Cache
 from .parts import Tensors
-from .propagation import Propagator, per_sample_exact
+from .propagation import Propagator
 from .pushforward import Route
 
 Progress = Callable[[int, int], None]
@@ -71,7 +71,8 @@ def batch_diagonal(
         if budget is not None and price.flops > budget:
             raise BudgetError(
                 f"an exact diagonal of this batch takes {price.flops:.2g} multiplications in "
-                f"{price.passes} passes, more than the budget of {budget:.2g}; use method='propagation', fewer samples, or choose parameters"
+                f"{price.passes} passes, more than the budget of {budget:.2g}; use method='propagation', "
+                "fewer samples, or choose parameters"
             )
         check_separate(batch)
         functional = Collector(batch.objective.parameters, batch.samples, per_sample=per_sample)
@@ -176,14 +177,15 @@ def _gauss_newton(batch: Linearisation, per_sample: bool) -> Tensors:
     if not per_sample:
         return propagator.gauss_newton()
     blank: list[Any] = [None] * len(batch.sites)
-    found = per_sample_exact(batch, lambda column: propagator.each(blank, column))
-    shapes = {name: (batch.samples, *p.shape) for name, p in batch.objective.parameters.items()}
-    return {
-        name: found[name]
-        if name in found
-        else torch.zeros(shape, dtype=torch.float64, device=batch.outputs.device)
-        for name, shape in shapes.items()
+    device, curvature = batch.outputs.device, batch.curvature
+    out = {
+        name: torch.zeros(batch.samples, *p.shape, dtype=torch.float64, device=device)
+        for name, p in batch.objective.parameters.items()
     }
+    for column, sign in zip(curvature.factor, curvature.signs.tolist()):
+        for name, gradient in propagator.each(blank, column).items():
+            out[name].add_(gradient.double().square().reshape(out[name].shape), alpha=sign)
+    return out
 
 
 def _turned(layers: list[Layer]) -> set[str]:

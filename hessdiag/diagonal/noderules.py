@@ -115,7 +115,8 @@ def double_backward(
     with contextlib.suppress(RuntimeError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (found,) = torch.autograd.grad(roots, seed, vectors, retain_graph=True, is_grads_batched=True)
-        return found.detach()
+        batched: Tensor = found.detach()
+        return batched
     rows = [
         torch.autograd.grad(roots, seed, [v[k] for v in vectors], retain_graph=True)[0] for k in range(count)
     ]
@@ -194,7 +195,7 @@ def _linear(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor | 
     if slot != {"AddmmBackward0": 1, "MmBackward0": 0, "LinearBackward0": 0}[node.name()]:
         return None
     matrix = node._saved_weight.detach().T if node.name() == "LinearBackward0" else node._saved_mat2.detach()
-    moved = value @ matrix
+    moved: Tensor = value @ matrix
     alpha = float(getattr(node, "_saved_alpha", 1))
     return moved if alpha == 1.0 else moved * alpha
 
@@ -223,7 +224,7 @@ def _avg_pool(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _adaptive_pool(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    return F.adaptive_avg_pool2d(value.flatten(0, -4), list(shape[-2:])).reshape(len(value), *shape)
+    return F.adaptive_avg_pool2d(value.flatten(0, -4), (shape[-2], shape[-1])).reshape(len(value), *shape)
 
 
 def _max_pool(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
