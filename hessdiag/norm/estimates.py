@@ -39,9 +39,14 @@ STATUS = {
 }
 """Every status and what it says; the first of an estimate's flags is its status."""
 
+# Where coverage was seen to drift (tests/hessdiag/test_norm_coverage.py prints the table): one or four entries
+# that are single squares, not eight; noise ten times the signal.
 MIN_PARTICIPATION = 5.0
+"""Fewer entries than this carrying the norm are a handful."""
 MAX_NOISE_SHARE = 0.5
+"""More of the variance than this made by pairs of noises is noise that dominates."""
 MAX_SPREAD = 1.5
+"""A single replicate that varies by more than this, relative to T, makes tails heavy."""
 
 
 @dataclass(frozen=True)

@@ -342,3 +342,25 @@ def test_the_population_target_takes_no_offset() -> None:
             call(out, offset=replicates[0])  # type: ignore[operator]
     with pytest.raises(ConfigurationError, match="population"):
         out.mean(offset=replicates[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_on_cuda() -> None:
+    """State, replicates or both on the card: what the processor gives, to float64 rounding."""
+    shapes = {"big": (70_001,), "small": (5,)}
+    replicates = draw(9, shapes=shapes)
+    weights, offset = draw(2, seed=5, shapes=shapes)
+    here = filled(replicates, weights=weights)
+    there = [{k: v.cuda() for k, v in r.items()} for r in replicates]
+    for out in (
+        filled(there, weights=weights),
+        filled(replicates, weights=weights, device="cuda"),
+        filled(there[:4], weights=weights, device="cuda").merge(
+            filled(replicates[4:], first=4, weights=weights)
+        ),
+    ):
+        for weighted in (False, True):
+            a, b = (estimate(x, offset=offset, weighted=weighted).total for x in (out, here))
+            assert a.square == pytest.approx(b.square, rel=1e-12)
+            assert a.square_error == pytest.approx(b.square_error, rel=1e-9)
+        torch.testing.assert_close(out.standard_error()["big"].cpu(), here.standard_error()["big"])
