@@ -1,0 +1,190 @@
+"""What α can and cannot do: σ_{α,β}(x) = σ_{1,β}(αx)/α, a net with σ_α *is* one with σ_1 in other
+coordinates.
+
+A `Rule` says by which power of α each entry of a state dict is multiplied to get from the net with
+σ_{α,β} to the net with σ_{1,β} that computes the same function; θ_k becomes c_k θ_k, c_k = α^power. Then
+
+* gradients are divided by c_k, entries of the Hessian diagonal by c_k² (θ² H_kk stays as it is);
+* SGD with momentum and weight decay follows the same trajectory with lr × c_k², decay ÷ c_k², momentum
+  buffers ÷ c_k;
+* running means go × α, running variances and eps × α² wherever a BatchNorm is fed by scaled activations.
+
+Everything works on names and dicts of tensors; no model is needed. To go back, or between two values of
+α, use `factor`: rescale(state, rule, a1 / a2) leads from σ_{a1} to σ_{a2}.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from theory._refusals import refuse
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Powers of α: for parameters, for buffers, and for the eps of each BatchNorm (by module name)."""
+
+    parameters: Mapping[str, int]
+    buffers: Mapping[str, int]
+    eps: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """Learning rate and weight decay of one parameter after rescaling."""
+
+    lr: float
+    weight_decay: float
+
+
+def batchnorms(names: Iterable[str]) -> tuple[str, ...]:
+    """Module names with running statistics, in order: the BatchNorms of a state dict."""
+    suffix = ".running_var"
+    return tuple(name[: -len(suffix)] for name in names if name.endswith(suffix))
+
+
+def mlp_rule(names: Sequence[str], layers: Sequence[str]) -> Rule:
+    """MLP: (W_1, b_1) × α, middle biases × α, middle weights as they are, W_L ÷ α, b_L as it is.
+
+    `layers` names the linear modules from input to output; with L = 1 there is no activation and nothing
+    changes.
+    """
+    _require(names, [f"{layer}.weight" for layer in layers])
+    powers = dict.fromkeys(names, 0)
+    for l, layer in enumerate(layers, 1):
+        if len(layers) == 1:
+            break
+        powers[f"{layer}.weight"] = 1 if l == 1 else -1 if l == len(layers) else 0
+        if f"{layer}.bias" in powers:
+            powers[f"{layer}.bias"] = 0 if l == len(layers) else 1
+    return Rule(powers, {}, {})
+
+
+def resnet_rule(
+    names: Sequence[str], *, stem: str, classifier: str, norms: Sequence[str] | None = None
+) -> Rule:
+    """Post-activation BatchNorm ResNet: BN gain and bias × α, classifier weight ÷ α, convolutions untouched.
+
+    Every BatchNorm but the stem's (`stem`) is fed by scaled activations: running_mean × α, running_var
+    and eps × α².
+    """
+    norms = batchnorms(names) if norms is None else norms
+    if stem not in norms:
+        refuse(f"the stem {stem!r} is no BatchNorm of this net; they are {', '.join(norms)}")
+    return _batchnorm_rule(names, norms, [n for n in norms if n != stem], {f"{classifier}.weight": -1})
+
+
+def preact_rule(
+    names: Sequence[str], *, stem: str, classifier: str, norms: Sequence[str] | None = None
+) -> Rule:
+    """Pre-activation ResNet: as `resnet_rule`, but the stem *convolution* is × α and every BatchNorm sees
+    scaled input.
+    """
+    norms = batchnorms(names) if norms is None else norms
+    extra = {f"{stem}.weight": 1, f"{classifier}.weight": -1}
+    if f"{stem}.bias" in names:
+        extra[f"{stem}.bias"] = 1
+    return _batchnorm_rule(names, norms, norms, extra)
+
+
+def _batchnorm_rule(
+    names: Sequence[str], norms: Sequence[str], scaled: Sequence[str], extra: Mapping[str, int]
+) -> Rule:
+    if not norms:
+        refuse("no BatchNorm (entry ending in .running_var) among the names; an MLP has mlp_rule")
+    _require(names, [f"{n}.{part}" for n in norms for part in ("weight", "bias")])
+    _require(names, list(extra))
+    buffer_ends = ("running_mean", "running_var", "num_batches_tracked")
+    buffers = {name: 0 for name in names if name.rsplit(".", 1)[-1] in buffer_ends}
+    powers = {name: 0 for name in names if name not in buffers} | dict(extra)
+    for n in norms:
+        powers[f"{n}.weight"] = powers[f"{n}.bias"] = 1
+    for n in scaled:
+        buffers |= {f"{n}.running_mean": 1, f"{n}.running_var": 2}
+    return Rule(powers, buffers, {n: 2 if n in scaled else 0 for n in norms})
+
+
+def _require(names: Sequence[str], wanted: Sequence[str]) -> None:
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        refuse(f"the rule needs {missing[0]!r}, no entry of this state dict (a BatchNorm must be affine)")
+
+
+def scales(rule: Rule, factor: float) -> dict[str, float]:
+    """c_k for every parameter tensor."""
+    if not factor > 0:
+        refuse(f"alpha must be positive, got {factor}")
+    return {name: float(factor) ** power for name, power in rule.parameters.items()}
+
+
+def rescale(state: Mapping[str, Tensor], rule: Rule, factor: float) -> dict[str, Tensor]:
+    """The state dict in the new coordinates; `factor` = α leads from σ_{α,β} to σ_{1,β}."""
+    scales(rule, factor)
+    unknown = [n for n in state if n not in rule.parameters and n not in rule.buffers]
+    if unknown:
+        refuse(f"the rule says nothing of {unknown[0]!r}; make it from the names of this state dict")
+    powers = {**rule.parameters, **rule.buffers}
+    return {n: t if powers[n] == 0 else t * float(factor) ** powers[n] for n, t in state.items()}
+
+
+def rescale_eps(eps: Mapping[str, float], rule: Rule, factor: float) -> dict[str, float]:
+    """Eps of each BatchNorm; left alone, the function is equal to O(eps/var) only."""
+    return {name: value * float(factor) ** rule.eps[name] for name, value in eps.items()}
+
+
+def rescale_diagonal(diagonal: Mapping[str, Tensor], rule: Rule, factor: float) -> dict[str, Tensor]:
+    """H_kk -> H_kk / c_k²: the diagonal of the same loss in the new coordinates."""
+    c = scales(rule, factor)
+    return {name: h / c[name] ** 2 for name, h in diagonal.items()}
+
+
+def rescale_optimizer(rule: Rule, factor: float, *, lr: float, weight_decay: float) -> dict[str, StepSizes]:
+    """Lr × c², weight decay ÷ c² per parameter: SGD then takes the same trajectory (eps and buffers
+    rescaled too).
+    """
+    return {n: StepSizes(lr * c**2, weight_decay / c**2) for n, c in scales(rule, factor).items()}
+
+
+def rescale_momentum(buffers: Mapping[str, Tensor], rule: Rule, factor: float) -> dict[str, Tensor]:
+    """Momentum buffers hold gradients: ÷ c."""
+    c = scales(rule, factor)
+    return {name: v / c[name] for name, v in buffers.items()}
+
+
+def invariant_entries(diagonal: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """θ_k² H_kk: the same in all coordinates of a rule."""
+    return {name: state[name] ** 2 * h for name, h in diagonal.items()}
+
+
+def effective_curvature(gain: Tensor, max_curvature: float) -> Tensor:
+    """|γ|·max|σ''| of a BatchNorm-activation pair: the same in all coordinates (γ × α, max|σ''| ÷ α)."""
+    return gain.abs() * max_curvature
+
+
+def root_mean_square(diagonal: Mapping[str, Tensor]) -> float:
+    """Right side of E[8]: sqrt((1/p) Σ h²)."""
+    p = sum(h.numel() for h in diagonal.values())
+    squares = sum(float((h.double() ** 2).sum()) for h in diagonal.values())
+    return math.sqrt(squares / p)
+
+
+def factor_for_norm(diagonal: Mapping[str, Tensor], rule: Rule, ratio: float) -> float:
+    """The factor that makes E[8] `ratio` times as large for the very same function, or a refusal.
+
+    With S_e = Σ h² over the entries of power e, the new sum of squares is S_{-1} q + S_0 + S_1/q, q =
+    factor⁴. Of the
+    two solutions the one with the smaller factor is returned: a factor below 1 blows the scaled groups up.
+    """
+    sums = {-1: 0.0, 0: 0.0, 1: 0.0}
+    for name, h in diagonal.items():
+        sums[rule.parameters[name]] += float((h.double() ** 2).sum())
+    target = ratio**2 * sum(sums.values())
+    rest = target - sums[0]
+    if sums[1] == 0 or rest <= 0 or rest**2 < 4 * sums[-1] * sums[1]:
+        refuse(f"no rescaling by this rule makes the norm {ratio:g} times as large")
+    q = 2 * sums[1] / (rest + (rest**2 - 4 * sums[-1] * sums[1]) ** 0.5)
+    return float(q**0.25)
