@@ -30,8 +30,8 @@ from .sites import Linearisation
 from .stream import Batches, Numbered, Survey, check_deterministic, numbered, survey
 
 ADVICE = "lower the batch size, choose fewer parameters (parameters=...), or a method that needs less (propagation)"
-AUTO_EXACT_SECONDS = 5.0
-"""method='auto' takes the exact diagonal where the first batch shows that it costs no more than about this."""
+AUTO_EXACT_FLOPS = 3e10
+"""method='auto' takes the exact diagonal up to this many multiplications (a count, so that the choice repeats)."""
 
 
 def measure(
@@ -183,11 +183,10 @@ def _plan(objective: Objective, first: Numbered, facts: Survey, method: str, see
 
 def _cheapest(objective: Objective, first: Numbered, facts: Survey) -> tuple[str, str]:
     linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
-    cost = exact.cost(linear)
-    seconds = cost.seconds * facts.samples / linear.samples
-    if seconds <= AUTO_EXACT_SECONDS:
-        return "exact", f"covered by the site identity, and exact costs about {max(seconds, 0.1):.1f} s"
-    return "propagation", f"covered by the site identity; exact would cost about {seconds:.0f} s"
+    flops = exact.cost(linear).flops * facts.samples / linear.samples
+    if flops <= AUTO_EXACT_FLOPS:
+        return "exact", f"covered by the site identity, and exact takes only {flops:.1e} multiplications"
+    return "propagation", f"covered by the site identity; exact would take {flops:.1e} multiplications"
 
 
 def _run(

@@ -45,6 +45,42 @@ class LayerSquares:
                 result[name] = square if name not in result else result[name].add_(square)
         return result
 
+    def weighted(self, c: Tensor) -> dict[str, Tensor]:
+        """{parameter name: sum over samples and positions of c (da/dtheta)^2} for weights c on the layer's outputs."""
+        layer, out = self.layer, {}
+        c = c.reshape(_output_shape(layer))
+        if layer.kind == "linear":
+            flat = c.reshape(-1, c.shape[-1])
+            if layer.weight:
+                x = _matrix_input(layer.node)
+                square = x.reshape(-1, x.shape[-1]).square()
+                out[layer.weight] = square.T @ flat if layer.transposed else flat.T @ square
+            if layer.bias:
+                out[layer.bias] = flat.sum(0)
+        elif layer.kind == "conv":
+            node = layer.node
+            if layer.weight:
+                groups, weight = node._saved_groups, node._saved_weight
+                d = c.reshape(self.samples, groups, weight.shape[0] // groups, -1)
+                step = _chunk_samples(groups * weight[0].numel() * d.shape[3] * d.element_size(), 1)
+                total = torch.zeros(weight.numel(), dtype=torch.float64, device=c.device)
+                for low in range(0, self.samples, step):
+                    patches = (self._kept[low : low + step] if self._kept is not None
+                               else _patches(node._saved_input.detach()[low : low + step], node, groups))
+                    total += torch.einsum("ngas,ngbs->gab", d[low : low + step], patches.square()).reshape(-1)
+                out[layer.weight] = total.reshape(weight.shape)
+            if layer.bias:
+                out[layer.bias] = c.flatten(2).sum((0, 2))
+        elif layer.kind == "norm":
+            if layer.weight:
+                out[layer.weight] = _pixels(c * self._normalised().square()).sum(0)
+            if layer.bias:
+                out[layer.bias] = _pixels(c).sum(0)
+        else:
+            for name, parts in self._elementwise(c, 1, power=2):
+                out[name] = torch.cat(list(parts)).sum(0)
+        return out
+
     def each(self, delta: Tensor) -> dict[str, Tensor]:
         """{parameter name: G_n} with the samples as first axis."""
         out = {}
@@ -111,7 +147,7 @@ class LayerSquares:
         scale = torch.rsqrt(node._saved_running_var + node._saved_eps)
         return (x - node._saved_running_mean.reshape(shape)) * scale.reshape(shape)
 
-    def _elementwise(self, delta: Tensor, group: int) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    def _elementwise(self, delta: Tensor, group: int, *, power: int = 1) -> Iterator[tuple[str, Iterator[Tensor]]]:
         layer = self.layer
         leaf = [slot for slot, (s, _) in enumerate(layer.node.next_functions) if hasattr(s, "variable")][0]
         shape = layer.node.next_functions[leaf][0].variable.shape
@@ -119,13 +155,17 @@ class LayerSquares:
         assert name is not None
         if layer.kind == "scale":
             other = layer.node._saved_other if leaf == 0 else layer.node._saved_self
-            delta = delta * other.detach()
+            delta = delta * other.detach() ** power
         if delta.ndim < 1 or len(delta) != self.samples or (len(shape) == delta.ndim and shape[0] != 1):
             raise UncoveredModelError(f"parameter {name!r} of shape {list(shape)} does not broadcast over the samples")
         full = (1,) * (delta.ndim - len(shape)) + tuple(shape)
         reduce = [axis for axis in range(1, delta.ndim) if full[axis] == 1]
         per_sample = delta.sum(reduce, keepdim=True) if reduce else delta
         yield name, iter([_grouped(per_sample.reshape(self.samples, *shape), group)])
+
+
+def _output_shape(layer: Layer) -> torch.Size:
+    return torch.Size(layer.node._input_metadata[0].shape)
 
 
 def _matrix_input(node: Any) -> Tensor:

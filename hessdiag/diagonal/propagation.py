@@ -5,19 +5,24 @@ form that stays real and needs first-order backward passes only. With independen
 
     a = sum_{c_j > 0} s_j sqrt(c_j) dz_j/dtheta,   b = sum_{c_j < 0} s_j sqrt(-c_j) dz_j/dtheta,   E[a^2 - b^2] = functional,
 
-each of a and b one backward pass with many roots, squared *per sample* layer by layer. The Gauss-Newton part is exact in
-one pass per column of the loss's Hessian factor (C - 1 for softmax cross-entropy), or takes one signed pass instead.
+each of a and b one backward pass with many roots, squared *per sample* layer by layer.
+
+What needs no signs is taken out of them. The Gauss-Newton part is exact in one pass per column of the loss's Hessian
+factor (C - 1 for softmax cross-entropy), or takes one signed pass instead. And a layer that feeds a site tensor by an
+elementwise map (through its normalisation and a residual sum) has its share of that site in closed form,
+sum_j c_j slope_j^2 (da_j/dtheta)^2: `direct`, once; the signed passes then carry the remote sites only, the layer's own
+seed being subtracted from its cotangent before squaring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..signs import Signs
-from ..sites import Linearisation
+from ..sites import Layer, Linearisation
 from ..squares import LayerSquares
 from .parts import Tensors, accumulate, zeros
 
@@ -41,8 +46,18 @@ class Propagator:
         self._edges = [layer.edge for layer in batch.layers]
         self._roots: dict[int, list[Tensor | None]] = {}
 
+    def direct(self) -> Tensors:
+        """The functional part's share of the sites that each layer feeds directly: exact, no pass at all."""
+        out = zeros(self.batch.objective.parameters)
+        for place, direct in self.batch.direct.items():
+            c = self.batch.sites[direct.site].c
+            slope = direct.slope
+            weight = c.reshape(_shape(self.batch.layers[place])) * slope * slope
+            accumulate(out, self.squares[place].weighted(weight))
+        return out
+
     def functional(self, signs: Signs, replicate: int) -> Tensors:
-        """One unbiased replicate of the functional part, summed over the batch's samples."""
+        """One unbiased replicate of the functional part without its `direct` share, summed over the batch's samples."""
         drawn = [
             signs.samples(site.c.shape, self.start, replicate, FUNCTIONAL, number, dtype=site.c.dtype)
             for number, site in enumerate(self.batch.sites)
@@ -99,16 +114,15 @@ class Propagator:
         if output_seed is None and all(seed is None for seed in seeds):
             return
         deltas = self.batch.backward(seeds, output_seed, self._edges)
-        for square, delta, group in zip(self.squares, deltas, groups):
-            if delta is not None:
-                accumulate(out, square.summed(delta, group=group), sign)
+        for place, (square, delta, group) in enumerate(zip(self.squares, deltas, groups)):
+            if delta is None:
+                continue
+            direct = self.batch.direct.get(place)
+            seed = None if direct is None else seeds[direct.site]
+            if direct is not None and seed is not None:
+                delta = delta - seed.reshape(delta.shape) * direct.slope
+            accumulate(out, square.summed(delta, group=group), sign)
 
 
-def per_sample_exact(batch: Linearisation, each: Callable[[Tensor], Tensors]) -> Tensors:
-    """Per-sample Gauss-Newton diagonals [N, ...] from per-sample gradients of every factor column."""
-    out: Tensors = {}
-    for column, sign in zip(batch.curvature.factor, batch.curvature.signs.tolist()):
-        for name, gradient in each(column).items():
-            square = sign * gradient.double().square()
-            out[name] = out[name] + square if name in out else square
-    return out
+def _shape(layer: Layer) -> torch.Size:
+    return torch.Size(layer.node._input_metadata[0].shape)

@@ -62,8 +62,9 @@ class Loop:
         self.begun = self._saved = time.monotonic()
         parameters = objective.parameters
         theta2 = {n: p.detach().square() for n, p in parameters.items()} if invariant else None
-        self.gauss_newton: Tensors | None = zeros(parameters) if self.has_known else None
-        self.functional: Tensors | None = zeros(parameters) if plan.deterministic else None
+        exact_outer = plan.method == "propagation" and plan.gauss_newton == "exact"
+        self.gauss_newton: Tensors | None = zeros(parameters) if plan.deterministic or exact_outer else None
+        self.functional: Tensors | None = zeros(parameters) if plan.deterministic or plan.method == "propagation" else None
         self.streams = {
             name: Replicates(parameters, groups=plan.groups, weights=theta2, device=objective.device)
             for name in self._stream_names()
@@ -81,18 +82,32 @@ class Loop:
     @property
     def has_known(self) -> bool:
         """Whether part of the diagonal comes exactly from one pass."""
-        return self.plan.deterministic or (self.plan.method == "propagation" and self.plan.gauss_newton == "exact")
+        return self.functional is not None
 
-    @property
-    def offset(self) -> Tensors | None:
-        """What is known of the total besides its replicates: the exact Gauss-Newton part, weight decay."""
-        l2 = self.objective.l2
-        if self.gauss_newton is not None:
-            return {name: g + l2 for name, g in self.gauss_newton.items()} if l2 else self.gauss_newton
-        if not l2:
+    def offset(self, stream: str) -> Tensors | None:
+        """What is known exactly besides the replicates of a stream ("total", "gauss_newton" or "functional").
+
+        The Gauss-Newton part where it was taken exactly, the direct share of the functional part, and weight decay.
+        """
+        l2 = self.objective.l2 if stream != "functional" else 0.0
+        parts = [
+            sums for sums, kind in ((self.gauss_newton, "gauss_newton"), (self.functional, "functional"))
+            if sums is not None and stream in ("total", kind)
+        ]
+        if not parts and not l2:
             return None
-        return {n: torch.full(p.shape, l2, dtype=torch.float64, device=p.device)
-                for n, p in self.objective.parameters.items()}
+        out = zeros(self.objective.parameters)
+        for part in parts:
+            accumulate(out, part)
+        for tensor in out.values() if l2 else ():
+            tensor += l2
+        return out
+
+    def stream_of(self, part: str) -> Replicates | None:
+        """The replicates that carry what is random of a part; those of the total are the functional's where g is exact."""
+        if part in self.streams:
+            return self.streams[part]
+        return self.streams.get("functional") if part == "total" else None
 
     @property
     def seconds(self) -> float:
@@ -104,15 +119,13 @@ class Loop:
         if not self.has_known or self.known_done:
             self.known_done = True
             return
-        assert self.gauss_newton is not None
-        sums = {"gauss_newton": self.gauss_newton} | ({"functional": self.functional} if self.functional else {})
         for position, batch in self._mine():
             self._known_batch(batch)
             self._after_batch(position + 1)
             self._tell("exact part" if not self.plan.deterministic else self.plan.method, position + 1, self.survey.batches)
-        for tensors in sums.values():
-            self.world.sum_(tensors.values())
-            for name, tensor in tensors.items():
+        for tensors in (self.gauss_newton, self.functional):
+            self.world.sum_((tensors or {}).values())
+            for name, tensor in (tensors or {}).items():
                 tensor /= self.survey.weight
                 if not bool(torch.isfinite(tensor).all()):
                     raise NonFiniteError(f"the diagonal of {name!r} holds NaN or Inf: overflow in {self.objective.dtype}")
@@ -145,8 +158,9 @@ class Loop:
 
     def current(self, confidence: float) -> NormEstimate:
         """The norm of the whole diagonal as it stands."""
-        stream = "total" if "total" in self.streams else "functional"
-        total = estimate(self.streams[stream], offset=self.offset, confidence=confidence, sequential=True).total
+        stream = self.stream_of("total")
+        assert stream is not None
+        total = estimate(stream, offset=self.offset("total"), confidence=confidence, sequential=True).total
         self.history.append((total.replicates, total.rms, total.low, total.high))
         return total
 
@@ -156,19 +170,18 @@ class Loop:
 
     def diagonal(self, facts: dict[str, Any]) -> Diagonal:
         """The diagonal as it stands, its parts, and standard errors of the total."""
-        l2 = self.objective.l2
+        kind, samples = self.plan.method, self.survey.samples
         if self.plan.deterministic:
-            assert self.gauss_newton is not None and self.functional is not None
-            outer, inner = {n: g + l2 for n, g in self.gauss_newton.items()}, self.functional
-            total = {name: outer[name] + inner[name] for name in outer}
-            errors = {name: torch.zeros_like(t) for name, t in total.items()}
-            return Diagonal(total, outer, inner, errors, self.plan.method, self.survey.samples, provenance=facts)
-        stream = self.streams["total" if "total" in self.streams else "functional"]
-        errors = stream.standard_error()
-        total = stream.mean(offset=self.offset)
-        inner = self.streams["functional"].mean() if "functional" in self.streams else {}
+            parts = {part: self.offset(part) or {} for part in ("total", "gauss_newton", "functional")}
+            errors = {name: torch.zeros_like(t) for name, t in parts["total"].items()}
+            return Diagonal(**parts, standard_errors=errors, method=kind, samples=samples, provenance=facts)
+        stream = self.stream_of("total")
+        assert stream is not None
+        total = stream.mean(offset=self.offset("total"))
+        random = self.streams.get("functional")
+        inner = {} if random is None else random.mean(offset=self.offset("functional"))
         outer = {name: total[name] - inner[name] for name in inner}
-        return Diagonal(total, outer, inner, errors, self.plan.method, self.survey.samples, stream.count,
+        return Diagonal(total, outer, inner, stream.standard_error(), kind, samples, stream.count,
                         status="estimate", provenance=facts)
 
     def save(self) -> None:
@@ -179,24 +192,26 @@ class Loop:
 
     def _known_batch(self, batch: Numbered) -> None:
         plan = self.plan
-        assert self.gauss_newton is not None
+        assert self.functional is not None
         if plan.method == "reference":
+            assert self.gauss_newton is not None
             total, outer, _, _ = reference.batch_diagonal(
                 self.objective, batch.inputs, batch.targets, index=batch.index, progress=self._inner("reference")
             )
-            assert self.functional is not None
             accumulate(self.gauss_newton, outer)
             accumulate(self.functional, {name: total[name] - outer[name] for name in total})
             return
         linear = Linearisation(self.objective, batch.inputs, batch.targets, index=batch.index, balance=plan.balance)
         if plan.method == "exact":
             outer, inner = exact.batch_diagonal(linear, progress=self._inner("exact"))
-            assert self.functional is not None
+            assert self.gauss_newton is not None
             accumulate(self.gauss_newton, outer)
             accumulate(self.functional, inner)
             return
         propagator = self._propagator(linear, batch)
-        accumulate(self.gauss_newton, propagator.gauss_newton())
+        accumulate(self.functional, propagator.direct())
+        if self.gauss_newton is not None:
+            accumulate(self.gauss_newton, propagator.gauss_newton())
 
     def _replicate(self, batch: Numbered, r: int) -> dict[str, Tensors]:
         if self.plan.method == "hutchinson":

@@ -106,6 +106,7 @@ def _shard_part(
         # Signs keyed by the shard and the place in it: every sample is in one shard only, and used once.
         propagator = Propagator(linear, start=seen, groups=plan.sample_groups)
         inner = propagator.functional(signs, shard)
+        accumulate(inner, propagator.direct())
         outer = (propagator.gauss_newton() if plan.gauss_newton == "exact"
                  else propagator.gauss_newton_signed(signs, shard))
     return {name: outer[name] + inner[name] for name in outer}, linear.weight

@@ -80,21 +80,21 @@ def _reports(
         parts = [exact_norm(x, groups=groups, confidence=confidence)
                  for x in (diagonal.total, diagonal.gauss_newton, diagonal.functional, weighted)]
         return parts[0], parts[1], parts[2], parts[3], TraceEstimate(value, 0.0, value, value, 0, confidence)
-    offset = loop.offset
-    name = "total" if "total" in loop.streams else "functional"
-    stream = loop.streams[name]
+    stream = loop.stream_of("total")
+    assert stream is not None
+    offset = loop.offset("total")
     total = estimate(stream, offset=offset, groups=groups, confidence=confidence, sequential=True)
     invariant = estimate(stream, offset=offset, weighted=True, groups=groups, confidence=confidence)
     traces = trace(stream, offset=offset, confidence=confidence)
-    if "functional" not in loop.streams:
-        return total, None, None, invariant, traces
-    inner = estimate(loop.streams["functional"], groups=groups, confidence=confidence)
-    outer = (
-        estimate(loop.streams["gauss_newton"], offset=offset, groups=groups, confidence=confidence)
-        if "gauss_newton" in loop.streams
-        else exact_norm(offset or {}, groups=groups, confidence=confidence)
-    )
-    return total, outer, inner, invariant, traces
+    return total, _part(loop, "gauss_newton", groups, confidence), _part(loop, "functional", groups, confidence), invariant, traces
+
+
+def _part(loop: Loop, part: str, groups: dict[str, str], confidence: float) -> NormReport | None:
+    """Norms of one part: from its replicates, or exact where nothing of it is random, or None where it was not taken."""
+    stream, offset = loop.streams.get(part), loop.offset(part)
+    if stream is not None:
+        return estimate(stream, offset=offset, groups=groups, confidence=confidence)
+    return exact_norm(offset, groups=groups, confidence=confidence) if loop.gauss_newton is not None and offset else None
 
 
 def _summary(

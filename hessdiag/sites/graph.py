@@ -100,6 +100,10 @@ class Graph:
         below = self._below.get(id(node), "")
         return f"after {below!r}" if below else "at the model's entrance"
 
+    def consumers(self, node: Any) -> list[tuple[Any, int]]:
+        """(node, input slot) of everything that takes `node`'s output, dead branches included."""
+        return self._uses.get(id(node), [])
+
     def is_first(self, layer: Layer) -> bool:
         """True if no other layer stands below this one."""
         return not any(self._below.get(id(source)) for source, _ in layer.node.next_functions if source is not None)

@@ -25,7 +25,7 @@ from ..errors import NonFiniteError
 from ..losses import Curvature
 from ..objective import Objective
 from .elementwise import derivatives, is_elementwise
-from .graph import Edge, Graph, Layer, detach_guard
+from .graph import BATCH_NORM, Edge, Graph, Layer, detach_guard
 
 Key = tuple[int, int]
 
@@ -38,6 +38,14 @@ class Site:
     c: Tensor
     legs: tuple[tuple[Edge, float | Tensor], ...]
     product: int | None = None  # index of the product this half of a polarisation belongs to
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A site tensor that one layer feeds by an elementwise affine map alone: dz = slope * da, entry by entry."""
+
+    site: int
+    slope: Tensor
 
 
 class Linearisation:
@@ -64,6 +72,7 @@ class Linearisation:
             raise NonFiniteError(f"batch {index}: the loss {objective.loss.name!r} is not finite; check the targets")
         self.balance = dict(balance or {})
         self.sites: list[Site] = self._find_sites(index)
+        self.direct: dict[int, Direct] = self._find_direct()
 
     @property
     def loss(self) -> float:
@@ -163,6 +172,49 @@ class Linearisation:
             Site(f"{name} (sum)", 0.5 * g, ((a, lam), (b, 1.0 / lam)), product),
             Site(f"{name} (difference)", -0.5 * g, ((a, lam), (b, -1.0 / lam)), product),
         ]
+
+    def _find_direct(self) -> dict[int, Direct]:
+        """For each layer (by its place in `layers`) the site tensor it feeds directly, if any.
+
+        Between a layer and that site nothing but normalisations, sums, constant factors and reshapes, each consumed
+        once: all of the layer's influence then passes through z, and its own share of the site is diagonal.
+        """
+        owners = {_key(site.legs[0][0]): n for n, site in enumerate(self.sites) if len(site.legs) == 1}
+        found: dict[int, Direct] = {}
+        for place, layer in enumerate(self.layers):
+            edge: Edge = (layer.node, 0)
+            while _key(edge) not in owners:
+                users = self.graph.consumers(edge[0])
+                if len(users) != 1 or not self._passes(users[0][0], users[0][1], edge):
+                    break
+                edge = (users[0][0], 0)
+            else:
+                site = owners[_key(edge)]
+                if edge == (layer.node, 0):
+                    found[place] = Direct(site, torch.ones((), dtype=self.outputs.dtype, device=self.outputs.device))
+                    continue
+                ones = torch.ones(edge_shape(edge), dtype=self.outputs.dtype, device=self.outputs.device)
+                (slope,) = torch.autograd.grad(
+                    [GradientEdge(*edge)], [layer.edge], [ones], retain_graph=True
+                )
+                first = slope[:1]
+                found[place] = Direct(site, first if bool((slope == first).all()) else slope)
+        return found
+
+    def _passes(self, node: Any, slot: int, edge: Edge) -> bool:
+        """Whether `node` maps the value of `edge` entry by entry, affinely."""
+        name = node.name()
+        if name in ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0", "NegBackward0"):
+            return True
+        if tuple(edge_shape((node, 0))) != tuple(edge_shape(edge)):
+            return False
+        if name in BATCH_NORM:
+            return slot == 0
+        if name in ("AddBackward0", "SubBackward0"):
+            return True
+        if name == "MulBackward0":
+            return not any(self.graph.is_live(s) for i, (s, _) in enumerate(node.next_functions) if i != slot)
+        return False
 
     def _base(self, edge: Edge) -> tuple[Edge, Tensor]:
         """Follow elementwise nodes and constant factors down from `edge`: the tensor u below and d(edge)/du."""
