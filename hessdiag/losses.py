@@ -155,8 +155,11 @@ class SquaredError(Loss):
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Squared error per sample."""
-        difference = (outputs - targets.to(outputs.dtype)).flatten(1) if outputs.ndim > 1 else (
-            outputs - targets.to(outputs.dtype))[:, None]
+        difference = (
+            (outputs - targets.to(outputs.dtype)).flatten(1)
+            if outputs.ndim > 1
+            else (outputs - targets.to(outputs.dtype))[:, None]
+        )
         return self._scale(difference) * difference.square().sum(1)
 
     def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
@@ -167,7 +170,9 @@ class SquaredError(Loss):
         eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device) * (2.0 * scale) ** 0.5
         factor = eye[:, None, :].expand(-1, len(f), -1)
         loss = scale * difference.square().sum(1)
-        return Curvature(loss, 2.0 * scale * difference, factor, torch.ones(len(factor), dtype=f.dtype, device=f.device))
+        return Curvature(
+            loss, 2.0 * scale * difference, factor, torch.ones(len(factor), dtype=f.dtype, device=f.device)
+        )
 
 
 class BinaryCrossEntropy(Loss):
@@ -248,9 +253,7 @@ class CallableLoss(Loss):
 LOSSES = ("cross_entropy", "mse", "half_mse", "bce")
 
 
-def make_loss(
-    loss: str | PerSample, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None
-) -> Loss:
+def make_loss(loss: str | PerSample, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> Loss:
     """A loss by its name, or around a per-sample callable."""
     if (label_smoothing or class_weights is not None) and loss != "cross_entropy":
         raise ConfigurationError("label_smoothing and class_weights belong to loss='cross_entropy'")

@@ -12,7 +12,14 @@ import torch
 
 from .diagonal import exact
 from .diagonal.result import Diagonal
-from .errors import AuditError, ConfigurationError, ResumeError, UncoveredModelError, UnknownNameError, nearest
+from .errors import (
+    AuditError,
+    ConfigurationError,
+    ResumeError,
+    UncoveredModelError,
+    UnknownNameError,
+    nearest,
+)
 from .guard import as_it_was, memory_errors
 from .measurement.audit import Audit, audit
 from .measurement.loop import Callback, Loop
@@ -82,18 +89,41 @@ def measure(
             notes.append("the data come in another order in every pass")
         if target == "population":
             return measure_population(
-                objective, batches, plan, facts, checked, seed=seed, confidence=confidence, begun=begun,
-                progress=progress, replicates=max(min_replicates, 10), world=world,
+                objective,
+                batches,
+                plan,
+                facts,
+                checked,
+                seed=seed,
+                confidence=confidence,
+                begun=begun,
+                progress=progress,
+                replicates=max(min_replicates, 10),
+                world=world,
             )
         identity = _identity(objective, facts, plan, seed)
         loop = Loop(
-            objective, batches, plan, facts, seed=seed, world=world, invariant=True, progress=progress,
-            resume=path, identity=identity,
+            objective,
+            batches,
+            plan,
+            facts,
+            seed=seed,
+            world=world,
+            invariant=True,
+            progress=progress,
+            resume=path,
+            identity=identity,
         )
         status = _run(loop, rtol, confidence, min_replicates, max_replicates, max_seconds)
         return summarise(
-            loop, first=first, audit=checked, status=status, notes=notes, confidence=confidence,
-            seconds=time.monotonic() - begun, keep_diagonal=keep_diagonal,
+            loop,
+            first=first,
+            audit=checked,
+            status=status,
+            notes=notes,
+            confidence=confidence,
+            seconds=time.monotonic() - begun,
+            keep_diagonal=keep_diagonal,
             provenance=provenance(objective, facts, plan, seed=seed, target=target, world=world),
         )
 
@@ -129,8 +159,18 @@ def diagonal(
             plan, _ = _decide(objective, first, facts, method, seed, audit_model)
         if per_sample:
             return _per_sample(objective, batches, facts, plan)
-        loop = Loop(objective, batches, plan, facts, seed=seed, world=world, invariant=False, progress=progress,
-                    resume=None, identity={})
+        loop = Loop(
+            objective,
+            batches,
+            plan,
+            facts,
+            seed=seed,
+            world=world,
+            invariant=False,
+            progress=progress,
+            resume=None,
+            identity={},
+        )
         loop.run_known()
         while loop.streams and loop.done < replicates:
             loop.run_round(min(plan.at_once, replicates - loop.done))
@@ -177,7 +217,13 @@ def _plan(objective: Objective, first: Numbered, facts: Survey, method: str, see
     if method in ("exact", "propagation"):
         Linearisation(objective, first.inputs, first.targets, index=first.index)  # coverage, also without an audit
     return make_plan(
-        objective, first, method=method, seed=seed, samples=facts.samples, batches=facts.batches, reason=reason
+        objective,
+        first,
+        method=method,
+        seed=seed,
+        samples=facts.samples,
+        batches=facts.batches,
+        reason=reason,
     )
 
 
@@ -189,9 +235,7 @@ def _cheapest(objective: Objective, first: Numbered, facts: Survey) -> tuple[str
     return "propagation", f"covered by the site identity; exact would take {flops:.1e} multiplications"
 
 
-def _run(
-    loop: Loop, rtol: float, confidence: float, low: int, high: int, seconds: float | None
-) -> str:
+def _run(loop: Loop, rtol: float, confidence: float, low: int, high: int, seconds: float | None) -> str:
     """The loop to its end; returns the status."""
     device = loop.objective.device
     try:
@@ -236,9 +280,17 @@ def _identity(objective: Objective, facts: Survey, plan: Plan, seed: int) -> dic
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {
-        "seed": seed, "samples": facts.samples, "batches": facts.batches, "data": facts.data, "loss": facts.loss,
-        "loss name": objective.loss.name, "l2": objective.l2, "parameters": list(objective.parameters),
-        "weights": digest.hexdigest(), "method": plan.method, "groups": plan.groups,
+        "seed": seed,
+        "samples": facts.samples,
+        "batches": facts.batches,
+        "data": facts.data,
+        "loss": facts.loss,
+        "loss name": objective.loss.name,
+        "l2": objective.l2,
+        "parameters": list(objective.parameters),
+        "weights": digest.hexdigest(),
+        "method": plan.method,
+        "groups": plan.groups,
     }
 
 
@@ -258,4 +310,3 @@ def _per_sample(objective: Objective, batches: Batches, facts: Survey, plan: Pla
     total = {name: gauss_newton[name] + functional[name] for name in gauss_newton}
     errors = {name: torch.zeros_like(t) for name, t in total.items()}
     return Diagonal(total, gauss_newton, functional, errors, "exact", facts.samples, per_sample=True)
-

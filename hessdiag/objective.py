@@ -20,8 +20,8 @@ from .errors import (
     DeviceError,
     DtypeError,
     EmptyDataError,
-    NoParametersError,
     NonFiniteError,
+    NoParametersError,
     StochasticModeError,
     TargetError,
 )

@@ -65,8 +65,11 @@ class LayerSquares:
                 step = _chunk_samples(groups * weight[0].numel() * d.shape[3] * d.element_size(), 1)
                 total = torch.zeros(weight.numel(), dtype=torch.float64, device=c.device)
                 for low in range(0, self.samples, step):
-                    patches = (self._kept[low : low + step] if self._kept is not None
-                               else _patches(node._saved_input.detach()[low : low + step], node, groups))
+                    patches = (
+                        self._kept[low : low + step]
+                        if self._kept is not None
+                        else _patches(node._saved_input.detach()[low : low + step], node, groups)
+                    )
                     total += torch.einsum("ngas,ngbs->gab", d[low : low + step], patches.square()).reshape(-1)
                 out[layer.weight] = total.reshape(weight.shape)
             if layer.bias:
@@ -142,10 +145,11 @@ class LayerSquares:
 
     def _normalised(self) -> Tensor:
         node = self.layer.node
-        x = node._saved_input.detach()
+        x: Tensor = node._saved_input.detach()
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        scale = torch.rsqrt(node._saved_running_var + node._saved_eps)
-        return (x - node._saved_running_mean.reshape(shape)) * scale.reshape(shape)
+        scale: Tensor = torch.rsqrt(node._saved_running_var + node._saved_eps)
+        mean: Tensor = node._saved_running_mean
+        return (x - mean.reshape(shape)) * scale.reshape(shape)
 
     def _elementwise(self, delta: Tensor, group: int, *, power: int = 1) -> Iterator[tuple[str, Iterator[Tensor]]]:
         layer = self.layer
@@ -180,7 +184,9 @@ def _patches(x: Tensor, node: Any, groups: int) -> Tensor:
     """[n, groups, C/groups * kernel, positions]: what each output position of a convolution sees, for any dimension."""
     kernel = node._saved_weight.shape[2:]
     dims = len(kernel)
-    stride, padding, dilation = (_per_axis(getattr(node, f"_saved_{k}"), dims) for k in ("stride", "padding", "dilation"))
+    stride, padding, dilation = (
+        _per_axis(getattr(node, f"_saved_{k}"), dims) for k in ("stride", "padding", "dilation")
+    )
     if any(padding):
         x = torch.nn.functional.pad(x, [p for axis in reversed(range(dims)) for p in (padding[axis],) * 2])
     x = x.contiguous()
@@ -188,7 +194,11 @@ def _patches(x: Tensor, node: Any, groups: int) -> Tensor:
     base = x.stride()
     view = x.as_strided(
         (*x.shape[:2], *kernel, *out),
-        (*base[:2], *(base[2 + i] * dilation[i] for i in range(dims)), *(base[2 + i] * stride[i] for i in range(dims))),
+        (
+            *base[:2],
+            *(base[2 + i] * dilation[i] for i in range(dims)),
+            *(base[2 + i] * stride[i] for i in range(dims)),
+        ),
     )
     positions = 1
     for size in out:
@@ -217,7 +227,7 @@ def _joined(x: Tensor, group: int) -> Tensor:
     """Neighbouring samples become further positions: [n, ..., a, s] -> [n/group, ..., a, group * s]."""
     if group == 1:
         return x
-    return x.unflatten(0, (-1, group)).movedim(1, -2).flatten(-2)
+    return x.reshape(-1, group, *x.shape[1:]).movedim(1, -2).flatten(-2)
 
 
 def _grouped(x: Tensor, group: int) -> Tensor:
@@ -225,7 +235,7 @@ def _grouped(x: Tensor, group: int) -> Tensor:
     if group == 1:
         return x.clone()
     full = len(x) // group * group
-    parts = [x[:full].unflatten(0, (-1, group)).sum(1)] if full else []
+    parts = [x[:full].reshape(-1, group, *x.shape[1:]).sum(1)] if full else []
     if full < len(x):
         parts.append(x[full:].sum(0, keepdim=True))
     return torch.cat(parts)

@@ -33,7 +33,9 @@ class Products:
     The graph of the gradient is built once and serves every vector.
     """
 
-    def __init__(self, objective: Objective, inputs: Any, targets: Tensor, *, index: int = 0, parts: bool = True) -> None:
+    def __init__(
+        self, objective: Objective, inputs: Any, targets: Tensor, *, index: int = 0, parts: bool = True
+    ) -> None:
         self.objective = objective
         self.names = list(objective.parameters)
         self._parameters = [objective.parameters[name] for name in self.names]
@@ -59,7 +61,11 @@ class Products:
         if not pairs:
             return {name: torch.zeros_like(vector[name]) for name in self.names}
         found = torch.autograd.grad(
-            [g for g, _ in pairs], self._parameters, [v for _, v in pairs], retain_graph=True, allow_unused=True
+            [g for g, _ in pairs],
+            self._parameters,
+            [v for _, v in pairs],
+            retain_graph=True,
+            allow_unused=True,
         )
         return self._named(found, vector)
 

@@ -17,7 +17,7 @@ def zeros(like: Mapping[str, Tensor]) -> Tensors:
 
 
 def accumulate(into: Tensors, parts: Mapping[str, Tensor], scale: float = 1.0) -> None:
-    """into += scale * parts, name by name."""
+    """Into += scale * parts, name by name."""
     for name, part in parts.items():
         into[name].add_(part.detach(), alpha=scale)
 

@@ -37,7 +37,12 @@ class Propagator:
     """
 
     def __init__(
-        self, batch: Linearisation, *, start: int = 0, groups: Mapping[str, int] | None = None, keep: bool = False
+        self,
+        batch: Linearisation,
+        *,
+        start: int = 0,
+        groups: Mapping[str, int] | None = None,
+        keep: bool = False,
     ) -> None:
         self.batch = batch
         self.start = start
@@ -109,7 +114,12 @@ class Propagator:
         return self._roots[sign]
 
     def _square_pass(
-        self, seeds: Sequence[Tensor | None], output_seed: Tensor | None, out: Tensors, sign: float, groups: Sequence[int]
+        self,
+        seeds: Sequence[Tensor | None],
+        output_seed: Tensor | None,
+        out: Tensors,
+        sign: float,
+        groups: Sequence[int],
     ) -> None:
         if output_seed is None and all(seed is None for seed in seeds):
             return

@@ -23,7 +23,13 @@ Progress = Callable[[int, int], None]
 
 
 def batch_diagonal(
-    objective: Objective, inputs: Any, targets: Tensor, *, index: int = 0, chunk: int = 64, progress: Progress | None = None
+    objective: Objective,
+    inputs: Any,
+    targets: Tensor,
+    *,
+    index: int = 0,
+    chunk: int = 64,
+    progress: Progress | None = None,
 ) -> tuple[Tensors, Tensors, float, int]:
     """(total, Gauss-Newton, weight, samples), summed over one batch: p products for each part."""
     products = Products(objective, inputs, targets, index=index)

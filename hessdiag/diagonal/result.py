@@ -47,8 +47,14 @@ class Diagonal:
             ("standard_error", self.standard_errors),
         ):
             tensors |= {f"{label}|{name}": tensor.detach().cpu().contiguous() for name, tensor in part.items()}
-        facts = {"method": self.method, "samples": self.samples, "replicates": self.replicates,
-                 "per_sample": self.per_sample, "status": self.status, "provenance": dict(self.provenance)}
+        facts = {
+            "method": self.method,
+            "samples": self.samples,
+            "replicates": self.replicates,
+            "per_sample": self.per_sample,
+            "status": self.status,
+            "provenance": dict(self.provenance),
+        }
         try:
             write_bytes(path, save(tensors, metadata={"format": FORMAT, "facts": json.dumps(facts)}))
         except BadFileError as error:

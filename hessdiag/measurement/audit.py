@@ -65,7 +65,10 @@ class Audit:
     @property
     def worst(self) -> AuditEntry:
         """The comparison that came nearest to (or went furthest beyond) its tolerance."""
-        return max(self.entries, key=lambda e: float("inf") if e.deviation != e.deviation else e.deviation / e.tolerance)
+        return max(
+            self.entries,
+            key=lambda e: float("inf") if e.deviation != e.deviation else e.deviation / e.tolerance,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -154,7 +157,7 @@ def _identity(linear: Linearisation, layer: Layer, products: Products, signs: Si
 
 
 def push(linear: Linearisation, wrt: list[Any], along: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """dz along a direction, for every site, and df: J u as the derivative of <J^T v, u> with respect to v."""
+    """Dz along a direction, for every site, and df: J u as the derivative of <J^T v, u> with respect to v."""
     with torch.enable_grad():
         seeds = [torch.zeros_like(site.c, requires_grad=True) for site in linear.sites]
         output = torch.zeros_like(linear.outputs, requires_grad=True)
@@ -162,8 +165,13 @@ def push(linear: Linearisation, wrt: list[Any], along: list[Tensor]) -> tuple[li
         pairs = [(p, u) for p, u in zip(pulled, along) if p is not None and p.requires_grad]
         if not pairs:
             return [torch.zeros_like(s) for s in seeds], torch.zeros_like(output)
-        found = torch.autograd.grad([p for p, _ in pairs], [*seeds, output], [u for _, u in pairs], allow_unused=True,
-                                    retain_graph=True)
+        found = torch.autograd.grad(
+            [p for p, _ in pairs],
+            [*seeds, output],
+            [u for _, u in pairs],
+            allow_unused=True,
+            retain_graph=True,
+        )
     full = [torch.zeros_like(s) if f is None else f for s, f in zip([*seeds, output], found)]
     return full[:-1], full[-1]
 

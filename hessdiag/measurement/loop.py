@@ -53,8 +53,18 @@ class Loop:
     """The state of one measurement; `known`, then `rounds` until `stop` says so."""
 
     def __init__(
-        self, objective: Objective, batches: Batches, plan: Plan, survey: Survey, *, seed: int, world: World,
-        invariant: bool, progress: Callback | None, resume: Path | None, identity: dict[str, Any],
+        self,
+        objective: Objective,
+        batches: Batches,
+        plan: Plan,
+        survey: Survey,
+        *,
+        seed: int,
+        world: World,
+        invariant: bool,
+        progress: Callback | None,
+        resume: Path | None,
+        identity: dict[str, Any],
     ) -> None:
         self.objective, self.batches, self.plan, self.survey = objective, batches, plan, survey
         self.seed, self.world, self.progress = seed, world, progress
@@ -64,7 +74,9 @@ class Loop:
         theta2 = {n: p.detach().square() for n, p in parameters.items()} if invariant else None
         exact_outer = plan.method == "propagation" and plan.gauss_newton == "exact"
         self.gauss_newton: Tensors | None = zeros(parameters) if plan.deterministic or exact_outer else None
-        self.functional: Tensors | None = zeros(parameters) if plan.deterministic or plan.method == "propagation" else None
+        self.functional: Tensors | None = (
+            zeros(parameters) if plan.deterministic or plan.method == "propagation" else None
+        )
         self.streams = {
             name: Replicates(parameters, groups=plan.groups, weights=theta2, device=objective.device)
             for name in self._stream_names()
@@ -91,7 +103,8 @@ class Loop:
         """
         l2 = self.objective.l2 if stream != "functional" else 0.0
         parts = [
-            sums for sums, kind in ((self.gauss_newton, "gauss_newton"), (self.functional, "functional"))
+            sums
+            for sums, kind in ((self.gauss_newton, "gauss_newton"), (self.functional, "functional"))
             if sums is not None and stream in ("total", kind)
         ]
         if not parts and not l2:
@@ -122,13 +135,19 @@ class Loop:
         for position, batch in self._mine():
             self._known_batch(batch)
             self._after_batch(position + 1)
-            self._tell("exact part" if not self.plan.deterministic else self.plan.method, position + 1, self.survey.batches)
+            self._tell(
+                "exact part" if not self.plan.deterministic else self.plan.method,
+                position + 1,
+                self.survey.batches,
+            )
         for tensors in (self.gauss_newton, self.functional):
             self.world.sum_((tensors or {}).values())
             for name, tensor in (tensors or {}).items():
                 tensor /= self.survey.weight
                 if not bool(torch.isfinite(tensor).all()):
-                    raise NonFiniteError(f"the diagonal of {name!r} holds NaN or Inf: overflow in {self.objective.dtype}")
+                    raise NonFiniteError(
+                        f"the diagonal of {name!r} holds NaN or Inf: overflow in {self.objective.dtype}"
+                    )
         self.known_done, self._position = True, 0
         self._save()
 
@@ -172,17 +191,26 @@ class Loop:
         """The diagonal as it stands, its parts, and standard errors of the total."""
         kind, samples = self.plan.method, self.survey.samples
         if self.plan.deterministic:
-            parts = {part: self.offset(part) or {} for part in ("total", "gauss_newton", "functional")}
-            errors = {name: torch.zeros_like(t) for name, t in parts["total"].items()}
-            return Diagonal(**parts, standard_errors=errors, method=kind, samples=samples, provenance=facts)
+            total, outer, inner = (self.offset(part) or {} for part in ("total", "gauss_newton", "functional"))
+            errors = {name: torch.zeros_like(t) for name, t in total.items()}
+            return Diagonal(total, outer, inner, errors, kind, samples, provenance=facts)
         stream = self.stream_of("total")
         assert stream is not None
         total = stream.mean(offset=self.offset("total"))
         random = self.streams.get("functional")
         inner = {} if random is None else random.mean(offset=self.offset("functional"))
         outer = {name: total[name] - inner[name] for name in inner}
-        return Diagonal(total, outer, inner, stream.standard_error(), kind, samples, stream.count,
-                        status="estimate", provenance=facts)
+        return Diagonal(
+            total,
+            outer,
+            inner,
+            stream.standard_error(),
+            kind,
+            samples,
+            stream.count,
+            status="estimate",
+            provenance=facts,
+        )
 
     def save(self) -> None:
         """Write the resume file now, if there is one."""
@@ -196,7 +224,11 @@ class Loop:
         if plan.method == "reference":
             assert self.gauss_newton is not None
             total, outer, _, _ = reference.batch_diagonal(
-                self.objective, batch.inputs, batch.targets, index=batch.index, progress=self._inner("reference")
+                self.objective,
+                batch.inputs,
+                batch.targets,
+                index=batch.index,
+                progress=self._inner("reference"),
             )
             accumulate(self.gauss_newton, outer)
             accumulate(self.functional, {name: total[name] - outer[name] for name in total})
@@ -216,18 +248,32 @@ class Loop:
     def _replicate(self, batch: Numbered, r: int) -> dict[str, Tensors]:
         if self.plan.method == "hutchinson":
             return self._hutchinson(batch, r)
-        propagator = self._prepare(batch, lambda: self._propagator(
-            Linearisation(self.objective, batch.inputs, batch.targets, index=batch.index, balance=self.plan.balance), batch))
+        propagator = self._prepare(
+            batch,
+            lambda: self._propagator(
+                Linearisation(
+                    self.objective, batch.inputs, batch.targets, index=batch.index, balance=self.plan.balance
+                ),
+                batch,
+            ),
+        )
         functional: Tensors = propagator.functional(self.signs, r)
         if "total" not in self.streams:
             return {"functional": functional}
         outer = propagator.gauss_newton_signed(self.signs, r)
-        return {"functional": functional, "gauss_newton": outer,
-                "total": {name: functional[name] + outer[name] for name in outer}}
+        return {
+            "functional": functional,
+            "gauss_newton": outer,
+            "total": {name: functional[name] + outer[name] for name in outer},
+        }
 
     def _hutchinson(self, batch: Numbered, r: int) -> dict[str, Tensors]:
-        products = self._prepare(batch, lambda: hutchinson.Products(
-            self.objective, batch.inputs, batch.targets, index=batch.index, parts=self.plan.parts))
+        products = self._prepare(
+            batch,
+            lambda: hutchinson.Products(
+                self.objective, batch.inputs, batch.targets, index=batch.index, parts=self.plan.parts
+            ),
+        )
         v = hutchinson.probe(self.objective, self.signs, r)
         total = {name: (v[name] * hv).double() for name, hv in products.hessian(v).items()}
         if not self.plan.parts:
@@ -296,8 +342,14 @@ class Loop:
             tensors |= {f"stream|{stream}|{k}": t for k, t in replicates.state_dict().items()}
         for key, sums in self._partial.items():
             tensors |= {f"partial|{key}|{n}": t for n, t in sums.items()}
-        progress = {"known_done": self.known_done, "done": self.done, "position": self._position,
-                    "partial": list(self._partial), "history": self.history, "plan": self.plan.to_dict()}
+        progress = {
+            "known_done": self.known_done,
+            "done": self.done,
+            "position": self._position,
+            "partial": list(self._partial),
+            "history": self.history,
+            "plan": self.plan.to_dict(),
+        }
         files.store(self._resume, identity=self._identity, progress=progress, tensors=tensors)
 
     def _restore(self) -> None:
@@ -309,7 +361,7 @@ class Loop:
                     tensor.copy_(tensors[f"known|{label}|{name}"])
             for stream, replicates in self.streams.items():
                 prefix = f"stream|{stream}|"
-                replicates.load_state_dict({k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)})
+                replicates.load_state_dict({k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)})
             for key in progress["partial"]:
                 self._partial[key] = {
                     n: tensors[f"partial|{key}|{n}"].to(self.objective.device) for n in self.objective.parameters
@@ -318,7 +370,9 @@ class Loop:
             self._position = int(progress["position"])
             self.history = [tuple(row) for row in progress["history"]]
         except (KeyError, TypeError, RuntimeError) as error:
-            raise ResumeError(f"{self._resume}: does not hold what this measurement needs ({error}); remove it") from None
+            raise ResumeError(
+                f"{self._resume}: does not hold what this measurement needs ({error}); remove it"
+            ) from None
 
 
 def _patch_bytes(batch: Linearisation) -> int:

@@ -83,7 +83,14 @@ def replicate_groups(size: int) -> int:
 
 
 def make_plan(
-    objective: Objective, first: Numbered, *, method: str, seed: int, samples: int, batches: int, reason: str = ""
+    objective: Objective,
+    first: Numbered,
+    *,
+    method: str,
+    seed: int,
+    samples: int,
+    batches: int,
+    reason: str = "",
 ) -> Plan:
     """The plan for a method, with a pilot where the method has something to choose."""
     size = objective.size
@@ -125,7 +132,7 @@ def choose_groups(batch: Linearisation, seed: int, *, candidates: tuple[int, ...
 
 
 def balance_products(batch: Linearisation, seed: int) -> dict[int, float]:
-    """lambda of each product of activations, so that both factors reach the parameters with equal strength.
+    """Lambda of each product of activations, so that both factors reach the parameters with equal strength.
 
     lambda^4 = |J_b^T s|^2 / |J_a^T s|^2 with random signs s on the product's entries: two backward passes each.
     """
@@ -143,7 +150,11 @@ def balance_products(batch: Linearisation, seed: int) -> dict[int, float]:
         for edge, _ in site.legs:
             seed_ = s.sum_to_size(_shape(edge))
             found = torch.autograd.grad(
-                [torch.autograd.graph.GradientEdge(*edge)], parameters, [seed_], retain_graph=True, allow_unused=True
+                [torch.autograd.graph.GradientEdge(*edge)],
+                parameters,
+                [seed_],
+                retain_graph=True,
+                allow_unused=True,
             )
             strength.append(sum(float(g.double().square().sum()) for g in found if g is not None))
         a, b = strength

@@ -43,8 +43,18 @@ def deal(samples: int, shards: int, seed: int) -> torch.Tensor:
 
 
 def measure_population(
-    objective: Objective, batches: Batches, plan: Plan, survey: Survey, audit: Audit | None, *, seed: int,
-    confidence: float, begun: float, progress: Callable[[Any], None] | None, replicates: int, world: World,
+    objective: Objective,
+    batches: Batches,
+    plan: Plan,
+    survey: Survey,
+    audit: Audit | None,
+    *,
+    seed: int,
+    confidence: float,
+    begun: float,
+    progress: Callable[[Any], None] | None,
+    replicates: int,
+    world: World,
 ) -> Measurement:
     """One pass; a replicate per shard."""
     if world.size > 1:
@@ -62,15 +72,16 @@ def measure_population(
     weights, seen = [0.0] * shards, [0] * shards
     for batch in numbered(objective, batches):
         here = shard[batch.start : batch.start + len(batch.targets)].to(objective.device)
-        for number in here.unique().tolist():
+        for number in sorted(set(here.tolist())):
             part = batch.part(here == number)
             diagonal, weight = _shard_part(objective, part, plan, signs, number, seen[number])
             seen[number] += len(part.targets)
             accumulate(sums[number], diagonal)
             weights[number] += weight
     squares = {name: p.detach().square() for name, p in parameters.items()}
-    stream = Replicates(parameters, groups=max(plan.groups, 4), weights=squares, target="population",
-                        device=objective.device)
+    stream = Replicates(
+        parameters, groups=max(plan.groups, 4), weights=squares, target="population", device=objective.device
+    )
     for number, (total, weight) in enumerate(zip(sums, weights)):
         stream.add({name: t / weight + objective.l2 for name, t in total.items()}, number)
     groups = parameter_groups(objective)
@@ -81,12 +92,22 @@ def measure_population(
         return NormSummary(e, None, None, None, None)
 
     return Measurement(
-        norm=alone(report.total), layers={n: alone(e) for n, e in report.tensors.items()},
-        groups={n: alone(e) for n, e in report.groups.items()}, invariant=invariant.total,
-        invariant_groups=invariant.groups, trace=trace(stream, confidence=confidence), effective_curvature=(),
-        audit=audit, status=report.total.status, notes=(f"population target: {shards} shards of the data, {plan.method}",),
-        plan=plan, loss=survey.mean_loss, samples=survey.samples, parameters=objective.size,
-        seconds=time.monotonic() - begun, history=(),
+        norm=alone(report.total),
+        layers={n: alone(e) for n, e in report.tensors.items()},
+        groups={n: alone(e) for n, e in report.groups.items()},
+        invariant=invariant.total,
+        invariant_groups=invariant.groups,
+        trace=trace(stream, confidence=confidence),
+        effective_curvature=(),
+        audit=audit,
+        status=report.total.status,
+        notes=(f"population target: {shards} shards of the data, {plan.method}",),
+        plan=plan,
+        loss=survey.mean_loss,
+        samples=survey.samples,
+        parameters=objective.size,
+        seconds=time.monotonic() - begun,
+        history=(),
         provenance=provenance(objective, survey, plan, seed=seed, target="population", world=world),
     )
 
@@ -107,6 +128,7 @@ def _shard_part(
         propagator = Propagator(linear, start=seen, groups=plan.sample_groups)
         inner = propagator.functional(signs, shard)
         accumulate(inner, propagator.direct())
-        outer = (propagator.gauss_newton() if plan.gauss_newton == "exact"
-                 else propagator.gauss_newton_signed(signs, shard))
+        outer = (
+            propagator.gauss_newton() if plan.gauss_newton == "exact" else propagator.gauss_newton_signed(signs, shard)
+        )
     return {name: outer[name] + inner[name] for name in outer}, linear.weight

@@ -15,7 +15,9 @@ from .plan import Plan
 from .world import World
 
 
-def provenance(objective: Objective, survey: Survey, plan: Plan, *, seed: int, target: str, world: World) -> dict[str, Any]:
+def provenance(
+    objective: Objective, survey: Survey, plan: Plan, *, seed: int, target: str, world: World
+) -> dict[str, Any]:
     """Plain values, all of them."""
     from .. import __version__
 

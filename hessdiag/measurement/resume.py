@@ -18,9 +18,15 @@ FORMAT = "hessdiag-resume/1"
 BUDGET = 1 << 36
 
 
-def store(path: Path, *, identity: Mapping[str, Any], progress: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def store(
+    path: Path, *, identity: Mapping[str, Any], progress: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
     """Write identity (what is measured), progress (how far) and the accumulators."""
-    meta = {"format": FORMAT, "identity": json.dumps(identity, sort_keys=True), "progress": json.dumps(progress)}
+    meta = {
+        "format": FORMAT,
+        "identity": json.dumps(identity, sort_keys=True),
+        "progress": json.dumps(progress),
+    }
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=meta)
     try:
         write_bytes(path, content)
@@ -28,7 +34,9 @@ def store(path: Path, *, identity: Mapping[str, Any], progress: Mapping[str, Any
         raise ResumeError(f"{path}: {error}; free space or choose another file to resume from") from None
 
 
-def restore(path: Path, *, identity: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+def restore(
+    path: Path, *, identity: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """(identity, progress, tensors) of a file, which must be of the same measurement where `identity` is given."""
     try:
         data = read_bytes(path, budget=BUDGET, accepts=looks_like)

@@ -41,29 +41,61 @@ def parameter_groups(objective: Objective) -> dict[str, str]:
 
 
 def summarise(
-    loop: Loop, *, first: Numbered, audit: Audit | None, status: str, notes: list[str], confidence: float,
-    seconds: float, keep_diagonal: bool, provenance: Mapping[str, Any],
+    loop: Loop,
+    *,
+    first: Numbered,
+    audit: Audit | None,
+    status: str,
+    notes: list[str],
+    confidence: float,
+    seconds: float,
+    keep_diagonal: bool,
+    provenance: Mapping[str, Any],
 ) -> Measurement:
     """The result of one measurement."""
     objective = loop.objective
     groups = parameter_groups(objective)
     total, outer, inner, invariant, traces = _reports(loop, groups, confidence)
-    norm = _summary(total.total, outer and outer.total, inner and inner.total, confidence)
-    tensors = {n: _summary(e, outer and outer.tensors[n], inner and inner.tensors[n], confidence)
-               for n, e in total.tensors.items()}
-    by_group = {n: _summary(e, outer and outer.groups[n], inner and inner.groups[n], confidence)
-                for n, e in total.groups.items()}
+    norm = _summary(
+        total.total,
+        None if outer is None else outer.total,
+        None if inner is None else inner.total,
+        confidence=confidence,
+    )
+    tensors = {
+        n: _summary(e, _of(outer, "tensors", n), _of(inner, "tensors", n), confidence=confidence)
+        for n, e in total.tensors.items()
+    }
+    by_group = {
+        n: _summary(e, _of(outer, "groups", n), _of(inner, "groups", n), confidence=confidence)
+        for n, e in total.groups.items()
+    }
     effective, unused = _effective(objective, first)
     if unused:
-        notes = [*notes, f"parameters that do not reach the outputs (their entries are zero): {', '.join(unused)}"]
+        notes = [
+            *notes,
+            f"parameters that do not reach the outputs (their entries are zero): {', '.join(unused)}",
+        ]
     reason = f"{loop.plan.method}: {loop.plan.reason}" if loop.plan.reason else loop.plan.method
     weight = sum(float(p.detach().double().square().sum()) for p in objective.parameters.values())
     return Measurement(
-        norm=norm, layers=tensors, groups=by_group, invariant=invariant.total if invariant else None,
-        invariant_groups=invariant.groups if invariant else {}, trace=traces, effective_curvature=effective,
-        audit=audit, status=status, notes=(reason, *notes), plan=loop.plan,
-        loss=loop.survey.mean_loss + 0.5 * objective.l2 * weight, samples=loop.survey.samples,
-        parameters=objective.size, seconds=seconds, history=tuple(loop.history), provenance=provenance,
+        norm=norm,
+        layers=tensors,
+        groups=by_group,
+        invariant=invariant.total if invariant else None,
+        invariant_groups=invariant.groups if invariant else {},
+        trace=traces,
+        effective_curvature=effective,
+        audit=audit,
+        status=status,
+        notes=(reason, *notes),
+        plan=loop.plan,
+        loss=loop.survey.mean_loss + 0.5 * objective.l2 * weight,
+        samples=loop.survey.samples,
+        parameters=objective.size,
+        seconds=seconds,
+        history=tuple(loop.history),
+        provenance=provenance,
         diagonal=loop.diagonal(dict(provenance)) if keep_diagonal else None,
     )
 
@@ -77,8 +109,10 @@ def _reports(
         squares = {n: p.detach().double().square() for n, p in loop.objective.parameters.items()}
         weighted = {n: squares[n] * t for n, t in diagonal.total.items()}
         value = sum(float(t.sum()) for t in diagonal.total.values())
-        parts = [exact_norm(x, groups=groups, confidence=confidence)
-                 for x in (diagonal.total, diagonal.gauss_newton, diagonal.functional, weighted)]
+        parts = [
+            exact_norm(x, groups=groups, confidence=confidence)
+            for x in (diagonal.total, diagonal.gauss_newton, diagonal.functional, weighted)
+        ]
         return parts[0], parts[1], parts[2], parts[3], TraceEstimate(value, 0.0, value, value, 0, confidence)
     stream = loop.stream_of("total")
     assert stream is not None
@@ -86,7 +120,13 @@ def _reports(
     total = estimate(stream, offset=offset, groups=groups, confidence=confidence, sequential=True)
     invariant = estimate(stream, offset=offset, weighted=True, groups=groups, confidence=confidence)
     traces = trace(stream, offset=offset, confidence=confidence)
-    return total, _part(loop, "gauss_newton", groups, confidence), _part(loop, "functional", groups, confidence), invariant, traces
+    return (
+        total,
+        _part(loop, "gauss_newton", groups, confidence),
+        _part(loop, "functional", groups, confidence),
+        invariant,
+        traces,
+    )
 
 
 def _part(loop: Loop, part: str, groups: dict[str, str], confidence: float) -> NormReport | None:
@@ -94,17 +134,20 @@ def _part(loop: Loop, part: str, groups: dict[str, str], confidence: float) -> N
     stream, offset = loop.streams.get(part), loop.offset(part)
     if stream is not None:
         return estimate(stream, offset=offset, groups=groups, confidence=confidence)
-    return exact_norm(offset, groups=groups, confidence=confidence) if loop.gauss_newton is not None and offset else None
+    return (
+        exact_norm(offset, groups=groups, confidence=confidence) if loop.gauss_newton is not None and offset else None
+    )
+
+
+def _of(report: NormReport | None, kind: str, name: str) -> NormEstimate | None:
+    return None if report is None else (report.tensors if kind == "tensors" else report.groups)[name]
 
 
 def _summary(
-    total: NormEstimate, outer: NormEstimate | None, inner: NormEstimate | None, confidence: float
+    total: NormEstimate, outer: NormEstimate | None, inner: NormEstimate | None, *, confidence: float
 ) -> NormSummary:
-    return NormSummary(
-        total, outer, inner,
-        None if outer is None else share(outer, total, confidence=confidence),
-        None if inner is None else share(inner, total, confidence=confidence),
-    )
+    shares = [None if part is None else share(part, total, confidence=confidence) for part in (outer, inner)]
+    return NormSummary(total, outer, inner, *shares)
 
 
 def _effective(objective: Objective, first: Numbered) -> tuple[tuple[EffectiveCurvature, ...], tuple[str, ...]]:
@@ -121,6 +164,7 @@ def _effective(objective: Objective, first: Numbered) -> tuple[tuple[EffectiveCu
             continue
         gain: Tensor = objective.parameters[layer.weight].detach().double().abs()
         label, largest = curvature_of(node)
-        found.append(EffectiveCurvature(layer.name, label, largest, float(gain.mean()) * largest, float(gain.max()) * largest))
+        found.append(
+            EffectiveCurvature(layer.name, label, largest, float(gain.mean()) * largest, float(gain.max()) * largest)
+        )
     return tuple(found), linear.graph.unused
-

@@ -20,16 +20,7 @@ from .elementwise import PIECEWISE_LINEAR, is_curved, is_elementwise
 
 AFFINE = frozenset(
     name + "Backward0"
-    for name in (
-        "View UnsafeView ReshapeAlias Alias Clone ToCopy Add Sub Rsub Neg Mean Sum AvgPool2D AvgPool3D AdaptiveAvgPool2D "
-        "AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D "
-        "AdaptiveMaxPool3D Max Amax Maximum Minimum Cat Stack Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind "
-        "Select Slice Narrow Index IndexSelect Gather Permute Transpose T Mt Squeeze Unsqueeze Expand Repeat "
-        "ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D "
-        "UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D "
-        "UpsampleTrilinear3D PixelShuffle PixelUnshuffle ChannelShuffle Flip Roll MaskedFill Where Cumsum Unfold Im2Col "
-        "Col2Im Threshold Hardsigmoid Softshrink Hardshrink"
-    ).split()
+    for name in ["View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "ToCopy", "Add", "Sub", "Rsub", "Neg", "Mean", "Sum", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "MkldnnAdaptiveAvgPool2D", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "Max", "Amax", "Maximum", "Minimum", "Cat", "Stack", "Split", "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Unbind", "Select", "Slice", "Narrow", "Index", "IndexSelect", "Gather", "Permute", "Transpose", "T", "Mt", "Squeeze", "Unsqueeze", "Expand", "Repeat", "ConstantPadNd", "ReflectionPad1D", "ReflectionPad2D", "ReflectionPad3D", "ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D", "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleTrilinear3D", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "Flip", "Roll", "MaskedFill", "Where", "Cumsum", "Unfold", "Im2Col", "Col2Im", "Threshold", "Hardsigmoid", "Softshrink", "Hardshrink"]
 ) | {
     "AddBackward1", "SubBackward1", "RsubBackward1", "MeanBackward1", "SumBackward1", "SqueezeBackward1", "SqueezeBackward2",
     "MaxBackward1", "MulBackward1", "DivBackward1", "TransposeBackward1", "ClampMinBackward1", "UnsqueezeBackward1",
@@ -157,9 +148,7 @@ class Graph:
         elif name in ("AddBackward0", "SubBackward0"):
             if not self._applied(node, "shift"):
                 self._refuse_parameters(node)
-        elif name in AFFINE or name in PIECEWISE_LINEAR:
-            self._refuse_parameters(node)
-        elif name == "BmmBackward0" and sum(live) == 1:
+        elif name in AFFINE or name in PIECEWISE_LINEAR or (name == "BmmBackward0" and sum(live) == 1):
             self._refuse_parameters(node)
         else:
             self._refuse(node, "an operation that the site identity does not cover")
@@ -190,7 +179,11 @@ class Graph:
 
     def _matrix(self, node: Any) -> None:
         name = node.name()
-        left, right, extra = {"AddmmBackward0": (1, 2, 0), "MmBackward0": (0, 1, None), "LinearBackward0": (0, 1, 2)}[name]
+        left, right, extra = {
+            "AddmmBackward0": (1, 2, 0),
+            "MmBackward0": (0, 1, None),
+            "LinearBackward0": (0, 1, 2),
+        }[name]
         sources = [source for source, _ in node.next_functions]
         bias = None
         if extra is not None and extra < len(sources) and self.is_live(sources[extra]) and _is_leaf(sources[extra]):
@@ -200,8 +193,12 @@ class Graph:
         if weight is None and self.is_live(sources[right]):
             if turned is None and self._through(sources[right]):
                 self._refuse(node, f"a weight computed from {self._through(sources[right])!r} (a parametrisation)")
-            self._refuse(node, "a product of two matrices that both depend on the parameters"
-                         if self.is_live(sources[left]) else "a matrix that is computed from parameters")
+            self._refuse(
+                node,
+                "a product of two matrices that both depend on the parameters"
+                if self.is_live(sources[left])
+                else "a matrix that is computed from parameters",
+            )
         if _is_leaf(sources[left]) and self.is_live(sources[left]):
             self._refuse(node, f"parameter {self.parameter_of(sources[left])!r} applied from the left")
         if name == "AddmmBackward0" and (node._saved_alpha != 1 or node._saved_beta != 1) and (weight or bias):
@@ -265,14 +262,20 @@ class Graph:
     def _refuse_parameters(self, node: Any) -> None:
         for source, _ in node.next_functions:
             if _is_leaf(source) and self.is_live(source):
-                self._refuse(node, f"parameter {self.parameter_of(source)!r} is not the weight or bias of a known layer")
+                self._refuse(
+                    node,
+                    f"parameter {self.parameter_of(source)!r} is not the weight or bias of a known layer",
+                )
 
     def _check_all_uses(self, reached: set[str]) -> None:
         for node in self.nodes:
             if self.is_live(node) and _is_leaf(node):
                 name = self.parameter_of(node)
                 if name not in reached:
-                    self._refuse(self._uses[id(node)][0][0], f"parameter {name!r} is not the weight or bias of a known layer")
+                    self._refuse(
+                        self._uses[id(node)][0][0],
+                        f"parameter {name!r} is not the weight or bias of a known layer",
+                    )
 
     def _refuse(self, node: Any, what: str) -> None:
         name = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward") or node.name()
@@ -311,4 +314,3 @@ def detach_guard(outputs: Tensor) -> None:
         raise UncoveredModelError(
             "the outputs do not depend on the chosen parameters (no autograd graph); was the forward pass run under no_grad?"
         )
-

@@ -55,8 +55,15 @@ class Linearisation:
     over the batch; `weight` is what the batch adds to the divisor of the mean.
     """
 
-    def __init__(self, objective: Objective, inputs: Any, targets: Tensor, *, index: int = 0,
-                 balance: Mapping[int, float] | None = None) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        inputs: Any,
+        targets: Tensor,
+        *,
+        index: int = 0,
+        balance: Mapping[int, float] | None = None,
+    ) -> None:
         with torch.enable_grad():
             self.outputs = objective.outputs(inputs, targets, index=index)
         detach_guard(self.outputs)
@@ -85,8 +92,12 @@ class Linearisation:
         return self.graph.curves
 
     def backward(
-        self, seeds: Sequence[Tensor | None], output_seed: Tensor | None, targets: Sequence[GradientEdge | Tensor],
-        *, create_graph: bool = False,
+        self,
+        seeds: Sequence[Tensor | None],
+        output_seed: Tensor | None,
+        targets: Sequence[GradientEdge | Tensor],
+        *,
+        create_graph: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """One backward pass with many roots: sum_j seed_j dz_j/dt + output_seed . df/dt for every t in `targets`."""
         roots: list[Any] = []
@@ -102,8 +113,9 @@ class Linearisation:
             vectors.append(output_seed.to(self.outputs.dtype).reshape(self.outputs.shape))
         if not roots:
             return (None,) * len(targets)
+        wanted: Any = list(targets)
         return torch.autograd.grad(
-            roots, list(targets), vectors, retain_graph=True, allow_unused=True, create_graph=create_graph
+            roots, wanted, vectors, retain_graph=True, allow_unused=True, create_graph=create_graph
         )
 
     def adjoints(self, nodes: Sequence[Any]) -> list[Tensor]:
@@ -112,7 +124,11 @@ class Linearisation:
             return []
         gradient = self.curvature.gradient.to(self.outputs.dtype).reshape(self.outputs.shape)
         found = torch.autograd.grad(
-            [self.outputs], [GradientEdge(node, 0) for node in nodes], [gradient], retain_graph=True, allow_unused=True
+            [self.outputs],
+            [GradientEdge(node, 0) for node in nodes],
+            [gradient],
+            retain_graph=True,
+            allow_unused=True,
         )
         return [
             torch.zeros(edge_shape((node, 0)), dtype=gradient.dtype, device=gradient.device) if g is None else g
@@ -131,9 +147,11 @@ class Linearisation:
                 assert second is not None
                 c = second * adjoint
                 if not bool(torch.isfinite(c).all()):
-                    raise NonFiniteError(f"batch {index}: {node.name()} {self.graph.place(node)} has NaN or Inf curvature")
+                    raise NonFiniteError(
+                        f"batch {index}: {node.name()} {self.graph.place(node)} has NaN or Inf curvature"
+                    )
                 raw.append((self._name(node), node, c, [node.next_functions[0]]))
-            for node, adjoint in zip(products, adjoints[len(curves):]):
+            for node, adjoint in zip(products, adjoints[len(curves) :]):
                 raw.append((self._name(node), node, adjoint, list(node.next_functions)))
             return self._merge(raw, len(curves))
 
@@ -157,11 +175,18 @@ class Linearisation:
             slopes = [slope for _, slope in found]
             weight = c * slopes[0] * (slopes[0] if position < curves else 2 * slopes[1])
             if tuple(weight.shape) != tuple(edge_shape(edge)):
-                sites += (self._polarise(name, c, edges, position - curves) if position >= curves
-                          else [Site(name, c, ((edges[0], 1.0),))])
+                sites += (
+                    self._polarise(name, c, edges, position - curves)
+                    if position >= curves
+                    else [Site(name, c, ((edges[0], 1.0),))]
+                )
                 continue
             old = merged.get(_key(edge))
-            merged[_key(edge)] = (name if old is None else old[0], edge, weight if old is None else old[2] + weight)
+            merged[_key(edge)] = (
+                name if old is None else old[0],
+                edge,
+                weight if old is None else old[2] + weight,
+            )
         sites += [Site(name, c, ((edge, 1.0),)) for name, edge, c in merged.values()]
         return sites
 
@@ -194,9 +219,7 @@ class Linearisation:
                     found[place] = Direct(site, torch.ones((), dtype=self.outputs.dtype, device=self.outputs.device))
                     continue
                 ones = torch.ones(edge_shape(edge), dtype=self.outputs.dtype, device=self.outputs.device)
-                (slope,) = torch.autograd.grad(
-                    [GradientEdge(*edge)], [layer.edge], [ones], retain_graph=True
-                )
+                (slope,) = torch.autograd.grad([GradientEdge(*edge)], [layer.edge], [ones], retain_graph=True)
                 first = slope[:1]
                 found[place] = Direct(site, first if bool((slope == first).all()) else slope)
         return found
@@ -204,7 +227,13 @@ class Linearisation:
     def _passes(self, node: Any, slot: int, edge: Edge) -> bool:
         """Whether `node` maps the value of `edge` entry by entry, affinely."""
         name = node.name()
-        if name in ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0", "NegBackward0"):
+        if name in (
+            "ViewBackward0",
+            "UnsafeViewBackward0",
+            "ReshapeAliasBackward0",
+            "CloneBackward0",
+            "NegBackward0",
+        ):
             return True
         if tuple(edge_shape((node, 0))) != tuple(edge_shape(edge)):
             return False
