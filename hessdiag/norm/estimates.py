@@ -39,7 +39,7 @@ STATUS = {
 }
 """Every status and what it says; the first of an estimate's flags is its status."""
 
-# Where coverage was seen to drift (tests/hessdiag/test_norm_coverage.py prints the table): one or four entries
+# Where coverage was seen to drift (printed by tests/hessdiag/test_norm_coverage.py): one or four entries
 # that are single squares, not eight; noise ten times the signal.
 MIN_PARTICIPATION = 5.0
 """Fewer entries than this carrying the norm are a handful."""
