@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 
 from hessdiag.activations.coefficients import Polynomial, remainder
 from hessdiag.errors import ConfigurationError, DtypeError
@@ -81,13 +80,18 @@ def closed_form(x: Tensor, alpha: float, beta: int, order: int = 0) -> Tensor:
     wide = x.to(working_dtype(x, alpha, beta + order))
     t = wide * alpha
     if beta == 0 and order == 0:
-        # F.softplus becomes linear beyond a threshold, which costs it half of its digits there.
-        return (-F.logsigmoid(-t) / alpha).to(x.dtype)
+        # max(x, 0) + log1p(exp(-|t|))/alpha, both halves with the derivative of their t >= 0 side at 0, so
+        # that every derivative is right there too. F.softplus turns linear at a threshold, logaddexp's second
+        # derivative is NaN in the tails.
+        away = torch.where(t < 0, t, -t)
+        return (wide.clamp(min=0) + torch.log1p(torch.exp(away)) / alpha).to(x.dtype)
     s = torch.sigmoid(t)
     polynomials = _constant_remainder(beta, order)
     if not any(polynomials):
         return (wide * s if order == 0 else s).to(x.dtype)
-    v, u = s * torch.sigmoid(-t), -torch.tanh(t / 2)
+    v = s * torch.sigmoid(-t)
+    odd = any(c and (power + order) % 2 for power, c in enumerate(polynomials))
+    u = -torch.tanh(t / 2) if odd else v
     tail = _TAIL[wide.dtype]
     t = t.clamp(-tail, tail)
     bend: Tensor | float = 0.0

@@ -65,13 +65,11 @@ def build(spec: Spec) -> nn.Module:
         raise ConfigurationError(f"an activation is a name, a module or a factory, got {type(spec).__name__}")
     try:
         inspect.signature(spec).bind()
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: a built-in function, which tells no signature
         raise ConfigurationError(
             f"activation factory {_name_of(spec)} takes arguments: pass a callable of none that "
             "returns a module (torch.nn.Tanh, not torch.tanh)"
         ) from None
-    except ValueError:  # some built-in functions have no signature
-        pass
     made = spec()
     if not isinstance(made, nn.Module):
         raise ConfigurationError(
