@@ -26,6 +26,12 @@ def shown(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit + 2 else text[: limit - 3] + "..." + text[0]
 
 
+def path_text(path: PathLike) -> str:
+    """A path as messages name it: on one line and of bearable length."""
+    text = os.fsdecode(path)
+    return text if text.isprintable() and len(text) <= 300 else shown(text)
+
+
 def size_text(count: int) -> str:
     """A number of bytes in the unit that a reader expects: 512 bytes, 3.2 MiB."""
     value, unit = float(count), "bytes"

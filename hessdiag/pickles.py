@@ -16,7 +16,7 @@ from typing import Any
 
 from hessdiag.files import BadFileError, shown
 
-MAX_OPCODES = 1_000_000
+MAX_OPCODES = 500_000
 MAX_DEPTH = 40
 # What torch.load(weights_only=True) understands; anything else in a checkpoint is refused before it gets
 # there.

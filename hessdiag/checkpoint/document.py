@@ -132,6 +132,8 @@ def _understand(kind: str, tree: Any, digest: str, size: int, source: torchfile.
             k: v for k, v in tree.items() if isinstance(k, str) and type(v) in (int, float) and k != "epoch"
         }
         about = {"config": {}, "metrics": numbers, "extra": {}}
+    if ours:
+        used.add("ema_state_dict")  # None where there is no average
     bare = places["model"] == ()
     others = (
         ()

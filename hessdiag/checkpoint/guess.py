@@ -24,7 +24,7 @@ def public_config(
     normalize: Normalize | None,
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config of a file that does not name its network: what the user gave, and sizes that only shapes can tell.
+    """The config of a file that does not name its network: what the user gave, and sizes that shapes tell.
 
     The network and the activation are never guessed: another activation fits the same tensors.
     """

@@ -22,7 +22,7 @@ from hessdiag.checkpoint.document import FILE_BUDGET, Document, open_document
 from hessdiag.checkpoint.guess import public_config
 from hessdiag.checkpoint.layout import split_normalisation, translate
 from hessdiag.errors import CheckpointError, ConfigurationError, NonFiniteError
-from hessdiag.files import BadFileError, PathLike, shown
+from hessdiag.files import BadFileError, PathLike, path_text, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +73,13 @@ def load_checkpoint(
         }
         return _assemble(document, which, notes, given, dict(options or {}), factory)
     except BadFileError as reason:
-        raise CheckpointError(f"{_name(path)}: {reason}") from None
+        raise CheckpointError(f"{path_text(path)}: {reason}") from None
     except CheckpointError as error:
-        raise CheckpointError(f"{_name(path)}: {error}") from None
+        raise CheckpointError(f"{path_text(path)}: {error}") from None
     except NonFiniteError as error:
-        raise NonFiniteError(f"{_name(path)}: {error}") from None
+        raise NonFiniteError(f"{path_text(path)}: {error}") from None
     except MemoryError:
-        raise CheckpointError(f"{_name(path)}: no memory left to load it") from None
-
-
-def _name(path: PathLike) -> str:
-    text = str(path)
-    return text if text.isprintable() and len(text) < 500 else shown(text)
+        raise CheckpointError(f"{path_text(path)}: no memory left to load it") from None
 
 
 def _choose(document: Document, weights: str | None) -> tuple[str, tuple[str, ...]]:
@@ -113,13 +108,15 @@ def _assemble(
         notes = (*notes, f"not used: {', '.join(document.others[:8])}")
     if factory is not None:
         model = from_factory(factory)
-        config: Mapping[str, Any] = document.config or getattr(model, "config", {})
+        config: Mapping[str, Any] = getattr(model, "config", document.config)
+        if document.config and dict(config) != document.config:
+            notes = (*notes, "the network is the factory's; the file's own config was not used")
     elif document.self_describing:
         if not isinstance(document.config.get("network"), str):
             raise BadFileError(
                 "names no network: pass the model it belongs to by factory= (--model package.module:factory)"
             )
-        agree(document.config, given)
+        agree(document.config, {**given, **options})
         model = from_config(document.config, facts, trusted=False)
         config = document.config
     else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hessdiag.checkpoint.document import EMA_PREFIX, FORMAT, METADATA_KEY
 from hessdiag.errors import CheckpointError
-from hessdiag.files import BadFileError, PathLike, write_bytes
+from hessdiag.files import BadFileError, PathLike, path_text, write_bytes
 from hessdiag.tensorfiles import check_key
 
 Weights = nn.Module | Mapping[str, Tensor]
@@ -52,7 +52,7 @@ def save_checkpoint(
         else:
             raise BadFileError("end the name in .pt, .pth or .safetensors")
     except BadFileError as reason:
-        raise CheckpointError(f"{target}: {reason}") from None
+        raise CheckpointError(f"{path_text(target)}: {reason}") from None
 
 
 def _about(model: Weights, config: Any, epoch: Any, metrics: Any, extra: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hessdiag.checkpoint.document import FILE_BUDGET, open_document, parameter_c
 from hessdiag.checkpoint.guess import hint
 from hessdiag.checkpoint.layout import split_normalisation
 from hessdiag.errors import CheckpointError
-from hessdiag.files import BadFileError, PathLike
+from hessdiag.files import BadFileError, PathLike, path_text
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def inspect_checkpoint(path: PathLike, *, max_bytes: int = FILE_BUDGET) -> Check
     try:
         document = open_document(path, budget=max_bytes)
     except BadFileError as reason:
-        raise CheckpointError(f"{os.fspath(path)!s}: {reason}") from None
+        raise CheckpointError(f"{path_text(path)}: {reason}") from None
     entries = tuple(
         TensorEntry(name, facts.shape, str(facts.dtype).removeprefix("torch."), facts.bytes, which)
         for which, table in document.weights.items()
@@ -68,7 +68,7 @@ def inspect_checkpoint(path: PathLike, *, max_bytes: int = FILE_BUDGET) -> Check
             notes = (*notes, f"holds normalisation constants {constants[0]}, {constants[1]}")
         notes = (*notes, f"does not name its network; {hint(weights)}")
     return CheckpointSummary(
-        path=os.fspath(path),
+        path=os.fsdecode(path),
         kind=document.kind,
         layout=document.layout,
         sha256=document.sha256,

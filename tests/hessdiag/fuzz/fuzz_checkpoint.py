@@ -1,0 +1,305 @@
+"""Mutate valid checkpoints byte by byte and load them: only the project's own errors may come out.
+
+    python tests/hessdiag/fuzz/fuzz_checkpoint.py --mutations 100000 --seed 0
+
+Half of the mutations strike the file as it lies on disk; the other half strike what checksums and lengths
+would protect (the pickle inside a zip, the JSON inside safetensors), with those set right afterwards, so that
+the deeper checks are reached too. An offender is a foreign exception, a load longer than the limit, or an
+audit event that loading data never needs (a process, a socket, a file written or removed, a class looked up
+by the pickle module).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import struct
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hessdiag import networks
+from hessdiag.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
+from hessdiag.errors import HessdiagError
+
+LIMIT_SECONDS = 2.0
+FORBIDDEN = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "socket.",
+    "os.remove",
+)
+FORBIDDEN += (
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "shutil.",
+    "pickle.find_class",
+    "ctypes.dlopen",
+    "webbrowser.",
+)
+EDGES = (
+    0,
+    1,
+    7,
+    127,
+    128,
+    255,
+    256,
+    32767,
+    65535,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**62,
+    2**63 - 1,
+    2**64 - 1,
+)
+
+Mutation = Callable[[bytes, random.Random, bytes], bytes]
+
+
+@dataclass
+class Report:
+    """What came of the mutations."""
+
+    accepted: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    offenders: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+
+    @property
+    def total(self) -> int:
+        return self.accepted + sum(self.refused.values()) + len(self.offenders)
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A valid file, how to load it, and how to reach what its checksums protect."""
+
+    name: str
+    data: bytes
+    options: dict[str, Any]
+    open: Callable[[bytes], bytes] | None = None
+    close: Callable[[bytes, bytes], bytes] | None = None
+
+
+def flip(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
+    return bytes(out)
+
+
+def overwrite(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    at = rng.randrange(len(data))
+    return data[:at] + rng.randbytes(rng.choice((1, 1, 2, 4, 8))) + data[at + 1 :]
+
+
+def truncate(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    return data[: rng.randrange(len(data))]
+
+
+def insert(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    at = rng.randrange(len(data) + 1)
+    return data[:at] + rng.randbytes(rng.randrange(1, 32)) + data[at:]
+
+
+def delete(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    at = rng.randrange(len(data))
+    return data[:at] + data[at + rng.randrange(1, 64) :]
+
+
+def splice(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    start = rng.randrange(len(other))
+    at = rng.randrange(len(data))
+    piece = other[start : start + rng.randrange(1, 128)]
+    return data[:at] + piece + data[at + (len(piece) if rng.random() < 0.5 else 0) :]
+
+
+def repeat(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    at = rng.randrange(len(data))
+    piece = data[at : at + rng.randrange(1, 64)]
+    return data[:at] + piece * rng.choice((2, 3, 50)) + data[at + len(piece) :]
+
+
+def length_field(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    layout = rng.choice(("<H", "<I", "<Q", ">I"))
+    width = struct.calcsize(layout)
+    at = rng.randrange(max(1, len(data) - width))
+    value = rng.choice(EDGES) + rng.choice((-1, 0, 0, 1))
+    return data[:at] + struct.pack(layout, value % (1 << 8 * width)) + data[at + width :]
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    flip,
+    flip,
+    overwrite,
+    truncate,
+    insert,
+    delete,
+    splice,
+    repeat,
+    length_field,
+)
+
+
+def seeds(folder: Path) -> list[Seed]:
+    """Small valid files of every kind that is read."""
+    model = networks.build("mlp", in_features=3, widths=(2,), num_classes=2, seed=0)
+    bare = {"module." + key: value for key, value in model.state_dict().items()}
+    public = {"network": "mlp", "activation": "relu"}
+    found = []
+    for suffix in ("pt", "safetensors"):
+        path = folder / f"seed.{suffix}"
+        save_checkpoint(path, model, ema=model, epoch=3, metrics={"accuracy": 0.5}, dataset="digits")
+        inner = (_pickle_of, _with_pickle) if suffix == "pt" else (_header_of, _with_header)
+        found.append(Seed(suffix, path.read_bytes(), {}, *inner))
+    for new in (True, False):
+        buffer = io.BytesIO()
+        torch.save(
+            {"net": bare, "epoch": 3, "optimizer": {"lr": 0.1}}, buffer, _use_new_zipfile_serialization=new
+        )
+        inner = (_pickle_of, _with_pickle) if new else (None, None)
+        found.append(Seed("zip" if new else "legacy", buffer.getvalue(), public, *inner))
+    return found
+
+
+def _pickle_of(data: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return archive.read("archive/data.pkl")
+
+
+def _with_pickle(data: bytes, pickled: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickled if name == "archive/data.pkl" else old.read(name))
+    return out.getvalue()
+
+
+def _header_of(data: bytes) -> bytes:
+    return data[8 : 8 + struct.unpack_from("<Q", data)[0]]
+
+
+def _with_header(data: bytes, header: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header + data[8 + struct.unpack_from("<Q", data)[0] :]
+
+
+_events: list[str] = []
+_watching = False
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _watching:
+        return
+    writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+    if writes or event.startswith(FORBIDDEN):
+        _events.append(event)
+
+
+def attempt(path: Path, options: dict[str, Any], look: bool, report: Report, label: str) -> None:
+    """Load (or inspect) one file and record what came of it."""
+    global _watching
+    _events.clear()
+    begun = time.perf_counter()
+    _watching = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            inspect_checkpoint(path) if look else load_checkpoint(path, **options)
+        outcome = ""
+    except HessdiagError as error:
+        outcome = type(error).__name__
+        if "\n" in str(error) or len(str(error)) > 1000:
+            outcome = f"OFFENDER a message of several lines or {len(str(error))} characters"
+    except BaseException as error:
+        outcome = f"OFFENDER {type(error).__name__}: {str(error)[:200]}"
+    finally:
+        _watching = False
+    seconds = time.perf_counter() - begun
+    report.slowest = max(report.slowest, seconds)
+    if _events:
+        outcome = f"OFFENDER did {sorted(set(_events))}"
+    elif seconds > LIMIT_SECONDS:
+        outcome = f"OFFENDER took {seconds:.1f} s"
+    if outcome.startswith("OFFENDER"):
+        report.offenders.append(f"{label}: {outcome[9:]}")
+    elif outcome:
+        report.refused[outcome] += 1
+    else:
+        report.accepted += 1
+
+
+def run(mutations: int, seed: int, folder: Path, keep: Path | None = None) -> Report:
+    """That many mutated files, the same for the same seed."""
+    sys.addaudithook(_watch)
+    report = Report()
+    valid = seeds(folder)
+    path = folder / "mutated"
+    for base in valid:  # also brings in every lazy import before anything is watched
+        path.write_bytes(base.data)
+        load_checkpoint(path, **base.options)
+        inspect_checkpoint(path)
+    for index in range(mutations):
+        rng = random.Random(f"{seed}/{index}")
+        base, other = rng.choice(valid), rng.choice(valid)
+        inner = base.open is not None and base.close is not None and rng.random() < 0.6
+        data = base.open(base.data) if inner and base.open else base.data
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            if data:
+                data = rng.choice(MUTATIONS)(data, rng, other.data)
+        if inner and base.close:
+            data = base.close(base.data, data)
+        path.write_bytes(data)
+        before = len(report.offenders)
+        attempt(
+            path, base.options, rng.random() < 0.1, report, f"seed {seed} mutation {index} of {base.name}"
+        )
+        if keep is not None and len(report.offenders) > before:
+            (keep / f"offender-{seed}-{index}").write_bytes(data)
+    return report
+
+
+def main() -> int:
+    """The command line; exit status 1 if there is any offender."""
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--mutations", type=int, default=100_000)
+    ask.add_argument("--seed", type=int, default=0)
+    ask.add_argument("--keep", type=Path, help="folder for the files of offenders")
+    told = ask.parse_args()
+    if told.keep is not None:
+        told.keep.mkdir(parents=True, exist_ok=True)
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        report = run(told.mutations, told.seed, Path(folder), told.keep)
+    for offender in report.offenders:
+        print(offender)
+    refused = sum(report.refused.values())
+    print(
+        f"{report.total} mutations in {time.perf_counter() - begun:.0f} s: {refused} refused "
+        f"({json.dumps(report.refused)}), {report.accepted} loaded, {len(report.offenders)} offenders, "
+        f"slowest {report.slowest:.3f} s"
+    )
+    return 1 if report.offenders else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

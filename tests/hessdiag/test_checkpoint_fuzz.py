@@ -1,0 +1,51 @@
+"""A short run of the loader's fuzzer; fuzz/fuzz_checkpoint.py runs it at length."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def fuzzer() -> ModuleType:
+    path = Path(__file__).parent / "fuzz" / "fuzz_checkpoint.py"
+    spec = importlib.util.spec_from_file_location("fuzz_checkpoint", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fuzz_checkpoint"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_mutated_files_raise_only_our_errors(fuzzer: ModuleType, tmp_path: Path) -> None:
+    report = fuzzer.run(1500, 12345, tmp_path)
+    assert report.offenders == []
+    assert report.total == 1500
+    # Both outcomes occur: mutations that hit weights or comments load, the others are refused.
+    assert report.accepted > 10
+    assert sum(report.refused.values()) > 1000
+
+
+def test_the_fuzzer_notices_a_foreign_exception(
+    fuzzer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def careless(path: Path) -> None:
+        raise KeyError("state_dict")
+
+    monkeypatch.setattr(fuzzer, "inspect_checkpoint", careless)
+    report = fuzzer.Report()
+    fuzzer.attempt(tmp_path / "a", {}, True, report, "a")
+    assert report.offenders == ["a: KeyError: 'state_dict'"]
+
+
+def test_the_fuzzer_notices_a_written_file(fuzzer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sys.addaudithook(fuzzer._watch)
+    monkeypatch.setattr(fuzzer, "inspect_checkpoint", lambda path: path.write_text("x"))
+    report = fuzzer.Report()
+    fuzzer.attempt(tmp_path / "a", {}, True, report, "a")
+    assert report.offenders == ["a: did ['open']"]
