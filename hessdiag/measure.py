@@ -253,7 +253,8 @@ def _run(loop: Loop, rtol: float, confidence: float, low: int, high: int, second
                 check_at = max(loop.done + 1, int(loop.done * 1.1))
             late = seconds is not None and loop.seconds > seconds
             if loop.world.agree(late, device) and loop.done >= 2:
-                return f"{loop.current(confidence).status}; stopped after {loop.seconds:.0f} s before rtol={rtol:g} was reached"
+                found = loop.current(confidence).status
+                return f"{found}; stopped after {loop.seconds:.0f} s before rtol={rtol:g} was reached"
             loop.run_round(min(loop.plan.at_once, max(check_at - loop.done, 1), high - loop.done))
     except KeyboardInterrupt:
         loop.save()

@@ -153,7 +153,7 @@ class LayerSquares:
 
     def _elementwise(self, delta: Tensor, group: int, *, power: int = 1) -> Iterator[tuple[str, Iterator[Tensor]]]:
         layer = self.layer
-        leaf = [slot for slot, (s, _) in enumerate(layer.node.next_functions) if hasattr(s, "variable")][0]
+        leaf = next(slot for slot, (s, _) in enumerate(layer.node.next_functions) if hasattr(s, "variable"))
         shape = layer.node.next_functions[leaf][0].variable.shape
         name = layer.weight or layer.bias
         assert name is not None

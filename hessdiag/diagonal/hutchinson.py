@@ -1,7 +1,7 @@
 """Hutchinson's estimator of the diagonal: v * (H v) with Rademacher v (M. F. Hutchinson 1989; Bekas et al. 2007).
 
-Unbiased for any twice-differentiable model, which makes it the fallback; variance of entry k is sum_{j != k} H_kj^2. The
-Gauss-Newton part is v * (G v), G v = J^T (d2l/df2) J v, with J v by double backward and the same v.
+Unbiased for any twice-differentiable model, which makes it the fallback; variance of entry k is
+sum_{j != k} H_kj^2. The Gauss-Newton part is v * (G v), G v = J^T (d2l/df2) J v, with J v by double backward.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 After J. Martens, I. Sutskever and K. Swersky, "Estimating the Hessian by Back-propagating Curvature" (ICML 2012), in a
 form that stays real and needs first-order backward passes only. With independent signs s_j per sample and site
 
-    a = sum_{c_j > 0} s_j sqrt(c_j) dz_j/dtheta,   b = sum_{c_j < 0} s_j sqrt(-c_j) dz_j/dtheta,   E[a^2 - b^2] = functional,
+    a = sum_{c_j > 0} s_j sqrt(c_j) dz_j/dtheta,   b = sum_{c_j < 0} s_j sqrt(-c_j) dz_j/dtheta,
+    E[a^2 - b^2] = functional part,
 
 each of a and b one backward pass with many roots, squared *per sample* layer by layer.
 

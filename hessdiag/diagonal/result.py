@@ -21,9 +21,9 @@ FORMAT = "hessdiag-diagonal/1"
 class Diagonal:
     """H_kk of the mean loss: `total` = `gauss_newton` + `functional`, tensors shaped like the parameters.
 
-    `standard_errors` are those of `total`, entry by entry, zero for exact methods. With `per_sample` every tensor has the
-    samples as first axis: the diagonals of the single losses. Where a method was asked for the total only, the parts are
-    empty.
+    `standard_errors` are those of `total`, entry by entry, zero for exact methods. With `per_sample` every tensor has
+    the samples as first axis: the diagonals of the single losses. Where a method was asked for the total only, the
+    parts are empty.
     """
 
     total: Mapping[str, Tensor]
@@ -38,7 +38,7 @@ class Diagonal:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: keys `total|name`, `gauss_newton|name`, `functional|name`, `standard_error|name`."""
+        """Write a safetensors file with keys `PART|name`, PART total, gauss_newton, functional or standard_error."""
         tensors: dict[str, Tensor] = {}
         for label, part in (
             ("total", self.total),

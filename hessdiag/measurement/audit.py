@@ -1,10 +1,10 @@
 """A measurement's own check, on a few samples and in float64 wherever the model can be copied.
 
 Three comparisons, each relative to a scale that cancellation cannot shrink:
-identity   u^T H u by one Hessian-vector product against sum c (J u)^2 + the loss term, u random in one layer's parameters,
-           relative to sum |c| (J u)^2 + the Gauss-Newton term;
-squares    the layer functions' per-sample gradients against autograd's, for two samples and random cotangents (a model that
-           mixes the samples of a batch, or uses a layer twice in parallel, fails here), relative to the tensor's norm;
+identity   u^T H u by one Hessian-vector product against sum c (J u)^2 + the loss term, u random in one layer's
+           parameters, relative to sum |c| (J u)^2 + the Gauss-Newton term;
+squares    the layer functions' per-sample gradients against autograd's, for two samples and random cotangents (a
+           model that mixes samples, or uses a layer twice in parallel, fails here), relative to the tensor's norm;
 entries    for the exact method, a few entries against Hessian-vector products, relative to the largest entry.
 Hutchinson needs no identity; there the symmetry v^T (H u) = u^T (H v) of the double backward is checked.
 """
@@ -81,7 +81,7 @@ class Audit:
             worst = self.worst
             raise AuditError(
                 f"the audit failed: {worst.check} of layer {worst.layer!r} is off by {worst.deviation:.2g} "
-                f"(tolerance {worst.tolerance:.0e}): the model does something this method does not cover; use method='hutchinson'"
+                f"(tolerance {worst.tolerance:.0e}): the model does something that is not covered; use method='hutchinson'"
             )
 
 

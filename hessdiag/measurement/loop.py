@@ -117,7 +117,7 @@ class Loop:
         return out
 
     def stream_of(self, part: str) -> Replicates | None:
-        """The replicates that carry what is random of a part; those of the total are the functional's where g is exact."""
+        """The replicates that carry what is random of a part (the total's are the functional's where g is exact)."""
         if part in self.streams:
             return self.streams[part]
         return self.streams.get("functional") if part == "total" else None

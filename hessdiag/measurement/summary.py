@@ -130,7 +130,7 @@ def _reports(
 
 
 def _part(loop: Loop, part: str, groups: dict[str, str], confidence: float) -> NormReport | None:
-    """Norms of one part: from its replicates, or exact where nothing of it is random, or None where it was not taken."""
+    """Norms of one part: from its replicates, exact where nothing of it is random, None where it was not taken."""
     stream, offset = loop.streams.get(part), loop.offset(part)
     if stream is not None:
         return estimate(stream, offset=offset, groups=groups, confidence=confidence)

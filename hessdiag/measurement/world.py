@@ -1,8 +1,8 @@
 """The processes that share a measurement: who takes which batches and replicates, and how sums meet.
 
 Works on torch.distributed where it is initialised (gloo on CPU, nccl on GPU) and is a no-op in a single process.
-A process that dies shows up as a failed or timed-out reduction in the others: DistributedError, never a hang, as long as
-the process group was made with a timeout (the command line does).
+A process that dies shows up as a failed or timed-out reduction in the others: DistributedError, never a hang, as
+long as the process group was made with a timeout (the command line does).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class World:
         return cls()
 
     def mine(self, batch: int, batches: int, replicate: int = 0) -> bool:
-        """Whether this process computes this batch of this replicate: batches are dealt out, or replicates if scarce."""
+        """Whether this process computes this batch of this replicate: batches are dealt out, replicates if scarce."""
         turn = batch if batches >= self.size else batch + replicate
         return turn % self.size == self.rank
 

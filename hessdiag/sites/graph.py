@@ -18,14 +18,25 @@ from torch.autograd.graph import GradientEdge
 from ..errors import StochasticModeError, UncoveredModelError
 from .elementwise import PIECEWISE_LINEAR, is_curved, is_elementwise
 
-AFFINE = frozenset(
-    name + "Backward0"
-    for name in ["View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "ToCopy", "Add", "Sub", "Rsub", "Neg", "Mean", "Sum", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "MkldnnAdaptiveAvgPool2D", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "Max", "Amax", "Maximum", "Minimum", "Cat", "Stack", "Split", "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Unbind", "Select", "Slice", "Narrow", "Index", "IndexSelect", "Gather", "Permute", "Transpose", "T", "Mt", "Squeeze", "Unsqueeze", "Expand", "Repeat", "ConstantPadNd", "ReflectionPad1D", "ReflectionPad2D", "ReflectionPad3D", "ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D", "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleTrilinear3D", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "Flip", "Roll", "MaskedFill", "Where", "Cumsum", "Unfold", "Im2Col", "Col2Im", "Threshold", "Hardsigmoid", "Softshrink", "Hardshrink"]
-) | {
-    "AddBackward1", "SubBackward1", "RsubBackward1", "MeanBackward1", "SumBackward1", "SqueezeBackward1", "SqueezeBackward2",
-    "MaxBackward1", "MulBackward1", "DivBackward1", "TransposeBackward1", "ClampMinBackward1", "UnsqueezeBackward1",
-    "ThresholdBackward1",
-}  # fmt: skip
+_AFFINE = """
+View UnsafeView ReshapeAlias Alias Clone ToCopy Permute Transpose T Mt Squeeze Unsqueeze Expand Repeat Flip Roll
+Add Sub Rsub Neg Mean Sum Cumsum Where MaskedFill Index IndexSelect Gather Select Slice Narrow
+Cat Stack Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind
+AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D
+MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D Max Amax Maximum Minimum
+ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D
+UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D
+UpsampleTrilinear3D PixelShuffle PixelUnshuffle ChannelShuffle Unfold Im2Col Col2Im
+Threshold Hardsigmoid Softshrink Hardshrink
+"""
+_OVERLOADS = """
+Add Sub Rsub Mean Sum Squeeze Max Mul Div Transpose ClampMin Unsqueeze Threshold
+"""
+AFFINE = (
+    frozenset(name + "Backward0" for name in _AFFINE.split())
+    | frozenset(name + "Backward1" for name in _OVERLOADS.split())
+    | {"SqueezeBackward2"}
+)
 BATCH_NORM = frozenset({"NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"})
 MATRIX = frozenset({"AddmmBackward0", "MmBackward0", "LinearBackward0"})
 PRODUCTS = frozenset({"MulBackward0"})
@@ -59,8 +70,8 @@ class Layer:
 class Graph:
     """The part of an autograd graph between chosen parameters and outputs, classified, in forward order.
 
-    After construction: `layers`, `elementwise` (nodes), of these `curves` (with sigma'' != 0), `products`, `unused` (names of parameters
-    that do not reach the outputs).
+    After construction: `layers`, `elementwise` (nodes), of these `curves` (with sigma'' != 0), `products`, and `unused`,
+    the names of parameters that do not reach the outputs.
     """
 
     def __init__(self, outputs: Tensor, parameters: Mapping[str, nn.Parameter], *, names: Mapping[int, str]) -> None:
@@ -312,5 +323,5 @@ def detach_guard(outputs: Tensor) -> None:
     """Refuse outputs that do not depend on any parameter."""
     if outputs.grad_fn is None:
         raise UncoveredModelError(
-            "the outputs do not depend on the chosen parameters (no autograd graph); was the forward pass run under no_grad?"
+            "the outputs do not depend on the chosen parameters (no autograd graph): does the model run under no_grad?"
         )

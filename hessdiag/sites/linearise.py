@@ -114,9 +114,10 @@ class Linearisation:
         if not roots:
             return (None,) * len(targets)
         wanted: Any = list(targets)
-        return torch.autograd.grad(
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
             roots, wanted, vectors, retain_graph=True, allow_unused=True, create_graph=create_graph
         )
+        return found
 
     def adjoints(self, nodes: Sequence[Any]) -> list[Tensor]:
         """dl/dh for the outputs h of `nodes`, the loss summed over the batch."""
