@@ -68,9 +68,7 @@ def write_config(folder: Path, config: RunConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".*.json.*.tmp"):  # left by a writer that was killed
         stale.unlink(missing_ok=True)
-    write_whole(
-        folder / "config.json", (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode()
-    )
+    write_whole(folder / "config.json", (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode())
 
 
 def write_result(folder: Path, config: RunConfig, record: Mapping[str, Any], seconds: float) -> None:
@@ -86,11 +84,7 @@ def read_result(folder: Path, config: RunConfig) -> tuple[dict[str, Any], float]
         content = json.loads((folder / "result.json").read_bytes())
     except (OSError, ValueError):
         return None
-    if (
-        not isinstance(content, dict)
-        or content.get("key") != config.key
-        or not isinstance(content.get("record"), dict)
-    ):
+    if not isinstance(content, dict) or content.get("key") != config.key or not isinstance(content.get("record"), dict):
         return None
     if dumps(content.get("config")) != dumps(config.to_dict()):
         return None

@@ -17,7 +17,7 @@ from hessdiag.errors import ConfigurationError
 
 # What a record means. Raise it when the code that makes records changes what a number in them means: every
 # key changes with it, so that old and new records never pass for one another.
-RECORD_SCHEMA = 1
+RECORD_SCHEMA = "1"
 
 Plain = dict[str, Any]
 
@@ -28,17 +28,13 @@ def canonical(value: Any, *, where: str = "configuration") -> Any:
         return value
     if isinstance(value, float):
         if value != value or value in (float("inf"), float("-inf")):
-            raise ConfigurationError(
-                f"{where}: {value} cannot be part of a configuration; use a finite number"
-            )
+            raise ConfigurationError(f"{where}: {value} cannot be part of a configuration; use a finite number")
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
     if isinstance(value, Mapping):
         return {str(key): canonical(value[key], where=f"{where}.{key}") for key in sorted(value, key=str)}
     if isinstance(value, (list, tuple)):
         return [canonical(item, where=where) for item in value]
-    raise ConfigurationError(
-        f"{where}: a {type(value).__name__} cannot be stored; use numbers, text, lists, tables"
-    )
+    raise ConfigurationError(f"{where}: a {type(value).__name__} cannot be stored; use numbers, text, lists, tables")
 
 
 def dumps(value: Any) -> str:
@@ -58,7 +54,7 @@ class RunConfig:
     train: Plain
     attack: Plain = field(default_factory=dict)
     measure: Plain = field(default_factory=dict)
-    schema: int = RECORD_SCHEMA
+    schema: str = RECORD_SCHEMA
 
     def to_dict(self) -> Plain:
         """Plain values, canonical."""
@@ -69,7 +65,7 @@ class RunConfig:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> RunConfig:
         """The inverse of `to_dict`."""
-        return cls(dict(value["train"]), dict(value["attack"]), dict(value["measure"]), int(value["schema"]))
+        return cls(dict(value["train"]), dict(value["attack"]), dict(value["measure"]), str(value["schema"]))
 
     @property
     def key(self) -> str:
@@ -78,13 +74,15 @@ class RunConfig:
 
     @property
     def family(self) -> str:
-        """The hash of what the curves of one figure share: all but the activation and the seed.
+        """The hash of what the curves of one figure share: all but the activation, the seed and the images
+        for AA.
 
         A curve over max|σ''| joins runs of one family only; anything else that differs is another experiment.
         """
         plain = self.to_dict()
         for name in ("activation", "seed"):
             plain["train"].pop(name, None)
+        plain["attack"].pop("aa_samples", None)  # a further evaluation changes nothing in the others
         return digest(plain)
 
     @property

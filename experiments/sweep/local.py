@@ -116,9 +116,7 @@ def execute(
                     if code == REFUSED:
                         raise StoreError(_last_line(logs / f"worker-{index}.log"))
                     quick = (
-                        code not in (FINE, LOST)
-                        and code > 0
-                        and time.monotonic() - births[index] < 2 * interval + 10
+                        code not in (FINE, LOST) and code > 0 and time.monotonic() - births[index] < 2 * interval + 10
                     )
                     quick_deaths = quick_deaths + 1 if quick else 0
                     if quick_deaths > 3 * workers.count:

@@ -30,6 +30,7 @@ class Row:
     seconds: float | None
     error: str | None
     record: dict[str, Any] | None
+    variant: str = ""
 
 
 class Reader:
@@ -60,7 +61,7 @@ class Reader:
             query, values = "SELECT * FROM runs ORDER BY rowid", tuple[str, ...]()
         else:
             query, values = (
-                "SELECT r.* FROM members m JOIN runs r USING (key) WHERE m.sweep = ? ORDER BY m.position",
+                "SELECT r.*, m.variant FROM members m JOIN runs r USING (key) WHERE m.sweep = ? ORDER BY m.position",
                 (sweep,),
             )
         with schema.explained(self.path):
@@ -69,9 +70,7 @@ class Reader:
     def sweeps(self) -> list[dict[str, Any]]:
         """Name, tier, figure and title of every sweep."""
         with schema.explained(self.path):
-            return [
-                dict(row) for row in self._connection.execute("SELECT * FROM sweeps ORDER BY added, name")
-            ]
+            return [dict(row) for row in self._connection.execute("SELECT * FROM sweeps ORDER BY added, name")]
 
     def counts(self, sweep: str | None = None) -> dict[str, int]:
         """How many runs are in each state."""
@@ -97,9 +96,7 @@ class Reader:
         with schema.explained(self.path):
             return [
                 dict(r)
-                for r in self._connection.execute(
-                    "SELECT * FROM attempts WHERE key = ? ORDER BY number", (key,)
-                )
+                for r in self._connection.execute("SELECT * FROM attempts WHERE key = ? ORDER BY number", (key,))
             ]
 
 
@@ -118,4 +115,5 @@ def _row(row: Any) -> Row:
         seconds=row["seconds"],
         error=row["error"],
         record=None if row["record"] is None else json.loads(row["record"]),
+        variant=row["variant"] if "variant" in row.keys() else "",  # noqa: SIM118 (a sqlite3.Row has no `in`)
     )

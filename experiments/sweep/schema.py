@@ -24,7 +24,8 @@ TABLES = (
        owner TEXT, lease REAL, started REAL, finished REAL, seconds REAL, error TEXT, record TEXT,
        interruptions INTEGER NOT NULL DEFAULT 0)""",
     """CREATE TABLE members (sweep TEXT NOT NULL REFERENCES sweeps (name), position INTEGER NOT NULL,
-       key TEXT NOT NULL REFERENCES runs (key), PRIMARY KEY (sweep, key))""",
+       key TEXT NOT NULL REFERENCES runs (key), variant TEXT NOT NULL DEFAULT '', PRIMARY KEY (sweep,
+       key))""",
     "CREATE INDEX members_by_key ON members (key)",
     """CREATE TABLE attempts (key TEXT NOT NULL REFERENCES runs (key), number INTEGER NOT NULL,
        owner TEXT NOT NULL, started REAL NOT NULL, ended REAL,
@@ -104,16 +105,12 @@ def connect(root: Path, *, write: bool = True) -> sqlite3.Connection:
                 f"store {root}: it cannot be written ({error.strerror or error}); choose another with --store"
             ) from error
     elif not path.exists():
-        raise StoreError(
-            f"store {root}: there is none; `python -m experiments sweep FILE --store {root}` makes one"
-        )
+        raise StoreError(f"store {root}: there is none; `python -m experiments sweep FILE --store {root}` makes one")
     with explained(path):
         if write:
             connection = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None)
         else:
-            connection = sqlite3.connect(
-                f"file:{path}?mode=ro", uri=True, timeout=WAIT_SECONDS, isolation_level=None
-            )
+            connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=WAIT_SECONDS, isolation_level=None)
     connection.row_factory = sqlite3.Row
     try:
         _prepare(connection, path, write=write)
@@ -128,18 +125,12 @@ def _prepare(connection: sqlite3.Connection, path: Path, *, write: bool) -> None
         version, application = _identity(connection)
         empty = not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if not (empty and version == 0 and application == 0) and application != APPLICATION:
-        raise StoreError(
-            f"store {path}: it belongs to another program; choose another directory with --store"
-        )
+        raise StoreError(f"store {path}: it belongs to another program; choose another directory with --store")
     if version > VERSION:
-        raise StoreError(
-            f"store {path}: version {version} is newer than this code's {VERSION}; update the code"
-        )
+        raise StoreError(f"store {path}: version {version} is newer than this code's {VERSION}; update the code")
     if not write:
         if version != VERSION:
-            raise StoreError(
-                f"store {path}: version {version}; `python -m experiments sweep` migrates it to {VERSION}"
-            )
+            raise StoreError(f"store {path}: version {version}; `python -m experiments sweep` migrates it to {VERSION}")
         return
     with explained(path):
         connection.execute("PRAGMA journal_mode = WAL")

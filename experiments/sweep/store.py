@@ -44,7 +44,14 @@ class Store(Reader):
     # what is to be done
 
     def add(
-        self, name: str, runs: Iterable[RunConfig], *, tier: str, figure: str = "", title: str = ""
+        self,
+        name: str,
+        runs: Iterable[RunConfig],
+        *,
+        tier: str,
+        figure: str = "",
+        title: str = "",
+        variants: Mapping[str, str] | None = None,
     ) -> int:
         """Register a sweep and its runs; those known already are kept as they are. Returns how many were new.
 
@@ -68,13 +75,11 @@ class Store(Reader):
                     execute("DELETE FROM members WHERE sweep = ? AND key = ?", (name, key))
             for position, run in enumerate(runs):
                 row = (run.key, dumps(run.to_dict()), run.label)
-                new += execute(
-                    "INSERT OR IGNORE INTO runs (key, config, label) VALUES (?, ?, ?)", row
-                ).rowcount
+                new += execute("INSERT OR IGNORE INTO runs (key, config, label) VALUES (?, ?, ?)", row).rowcount
                 execute(
-                    "INSERT INTO members VALUES (?, ?, ?)"
-                    " ON CONFLICT (sweep, key) DO UPDATE SET position = excluded.position",
-                    (name, position, run.key),
+                    "INSERT INTO members VALUES (?, ?, ?, ?) ON CONFLICT (sweep, key)"
+                    " DO UPDATE SET position = excluded.position, variant = excluded.variant",
+                    (name, position, run.key, (variants or {}).get(run.key, "")),
                 )
         return new
 
@@ -101,8 +106,7 @@ class Store(Reader):
                 return None
             now, attempt = time.time(), int(row["attempt"]) + 1
             self._connection.execute(
-                "UPDATE runs SET state = 'running', owner = ?, lease = ?, started = ?, attempt = ?"
-                " WHERE key = ?",
+                "UPDATE runs SET state = 'running', owner = ?, lease = ?, started = ?, attempt = ? WHERE key = ?",
                 (owner, now + lease, now, attempt, row["key"]),
             )
             self._connection.execute(
@@ -141,9 +145,7 @@ class Store(Reader):
     def _held(self, claim: Claim, assignments: str, values: tuple[Any, ...]) -> bool:
         condition = "key = ? AND owner = ? AND attempt = ? AND state = 'running'"
         values = (*values, claim.key, claim.owner, claim.attempt)
-        return (
-            self._connection.execute(f"UPDATE runs SET {assignments} WHERE {condition}", values).rowcount == 1
-        )
+        return self._connection.execute(f"UPDATE runs SET {assignments} WHERE {condition}", values).rowcount == 1
 
     def heartbeat(self, claim: Claim, *, lease: float = LEASE_SECONDS) -> bool:
         """Extend the lease; False when the run is no longer this owner's."""

@@ -81,9 +81,7 @@ class Heart(threading.Thread):
             self.join()
 
 
-def do(
-    store: Store, claim: Claim, runner: Runner, *, lease: float = LEASE_SECONDS, parent: int | None = None
-) -> str:
+def do(store: Store, claim: Claim, runner: Runner, *, lease: float = LEASE_SECONDS, parent: int | None = None) -> str:
     """Do one claimed run and record it; the outcome is "done", "failed", "adopted" or "lost"."""
     folder = store.folder(claim.key)
     found = read_result(folder, claim.config)
@@ -101,9 +99,7 @@ def do(
         raise
     except Exception as error:
         if disk_full(error):
-            with contextlib.suppress(
-                StoreError
-            ):  # if even that does not fit, the next claim takes the run back
+            with contextlib.suppress(StoreError):  # if even that does not fit, the next claim takes the run back
                 store.release(claim, "the disk was full")
             raise StoreError(
                 f"store {store.root}: the disk is full; free space and start the same command again: "

@@ -51,7 +51,7 @@ def test_key_covers_every_setting_and_ignores_spelling():
         base.replace(attack={"aa2": 301}),
         base.replace(measure={"rtol": 0.2}),
         base.replace(train={"seed": 1}),
-        RunConfig(base.train, base.attack, base.measure, schema=base.schema + 1),
+        RunConfig(base.train, base.attack, base.measure, schema=base.schema + "+"),
     ]
     assert len({base.key, *(other.key for other in others)}) == 6
     assert base.family == base.replace(train={"seed": 3, "activation": "relu"}).family

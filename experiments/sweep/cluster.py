@@ -1,0 +1,136 @@
+"""Workers on a Ray cluster: the driver holds the claims and writes the store, tasks on any node do the runs.
+
+Only the driver touches the store, so nodes need no shared file system; a run's files other than its record
+stay on the node that made them. A node that dies takes its tasks with it: the driver counts an interruption
+and gives the run to another node. Ray is optional (`pip install 'hessdiag[ray]'`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from experiments.sweep.files import disk_full, read_result, write_config, write_result
+from experiments.sweep.keys import RunConfig
+from experiments.sweep.owner import Owner
+from experiments.sweep.store import LEASE_SECONDS, MAX_INTERRUPTIONS, Claim, Store
+from experiments.sweep.worker import load_runner
+from hessdiag.errors import ConfigurationError, StoreError
+
+
+def connect(address: str | None) -> Any:
+    """The ray module, connected; `address` None starts a cluster on this machine alone."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigurationError("--executor ray: ray is not installed; pip install 'ray>=2.40'") from error
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigurationError(f"--ray-address {address}: {error}") from error
+    return ray
+
+
+def _do(runner: str, config: dict[str, Any], threads: int) -> tuple[str, Any, float]:
+    """One run on some node: ("done", record, seconds), ("failed", text, seconds) or ("full", text,
+    seconds).
+    """
+    begin = time.monotonic()
+    try:
+        with contextlib.suppress(ImportError):
+            import torch
+
+            torch.set_num_threads(threads)
+        with tempfile.TemporaryDirectory(prefix="run-") as folder:
+            record = load_runner(runner)(RunConfig.from_dict(config), Path(folder))
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}\n\n{''.join(traceback.format_exception(error))}"
+        return ("full" if disk_full(error) else "failed"), text, time.monotonic() - begin
+    return "done", record, time.monotonic() - begin
+
+
+def execute(
+    root: Path,
+    *,
+    sweep: str,
+    runner: str = "experiments.sweep.run:run_one",
+    address: str | None = None,
+    threads: int = 1,
+    gpus: float = 0.0,
+    retries: int = 0,
+    lease: float = LEASE_SECONDS,
+    interruptions: int = MAX_INTERRUPTIONS,
+    watch: Callable[[], None] | None = None,
+) -> dict[str, int]:
+    """Run a registered sweep to its end on a cluster; each run takes `threads` cores and a share of a GPU."""
+    ray = connect(address)
+    task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_do)
+    owner = Owner.current().text
+    running: dict[Any, Claim] = {}
+    with Store(root) as store:
+        beat = time.monotonic()
+        try:
+            while running or store.remaining(sweep, retries=retries):
+                while len(running) < _slots(ray, threads, gpus) + 1:  # one more, so that no slot waits for the driver
+                    claim = store.claim(owner, sweep=sweep, retries=retries, lease=lease, interruptions=interruptions)
+                    if claim is None:
+                        break
+                    found = read_result(store.folder(claim.key), claim.config)
+                    if found is not None:
+                        store.finish(claim, *found)
+                        continue
+                    write_config(store.folder(claim.key), claim.config)
+                    running[task.remote(runner, claim.config.to_dict(), threads)] = claim
+                if not running:
+                    time.sleep(0.5)  # others hold what is left
+                    continue
+                ready, _ = ray.wait(list(running), timeout=0.5)
+                for reference in ready:
+                    _record(ray, store, reference, running.pop(reference), interruptions)
+                if time.monotonic() - beat > lease / 6:
+                    beat = time.monotonic()
+                    for reference, claim in list(running.items()):
+                        if not store.heartbeat(claim, lease=lease):
+                            ray.cancel(reference, force=True)
+                            del running[reference]
+                if watch is not None:
+                    watch()
+        finally:
+            for reference, claim in running.items():
+                with contextlib.suppress(Exception):
+                    ray.cancel(reference, force=True)
+                with contextlib.suppress(StoreError):
+                    store.release(claim, "the driver stopped")
+        return store.counts(sweep)
+
+
+def _slots(ray: Any, threads: int, gpus: float) -> int:
+    """How many runs fit on the nodes that are alive now."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = [node.get("CPU", 0) // threads for node in alive]
+    if gpus:
+        fits = [min(fit, node.get("GPU", 0) // gpus) for fit, node in zip(fits, alive, strict=True)]
+    return int(sum(fits))
+
+
+def _record(ray: Any, store: Store, reference: Any, claim: Claim, interruptions: int) -> None:
+    """Write down what a task returned, or that its process or node died."""
+    try:
+        outcome, value, seconds = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        store.interrupt(claim, f"{type(error).__name__}", limit=interruptions)
+        return
+    if outcome == "done":
+        write_result(store.folder(claim.key), claim.config, value, seconds)
+        store.finish(claim, value, seconds)
+    elif outcome == "full":
+        store.release(claim, "the node's disk was full")
+        raise StoreError("a cluster node's disk is full; free space there and start again: nothing finished is lost")
+    else:
+        store.fail(claim, value)

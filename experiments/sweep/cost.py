@@ -1,0 +1,88 @@
+"""What a sweep will cost, said before it starts: from runs of the same kind, or from a pilot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from experiments.sweep.keys import RunConfig
+from hessdiag.errors import BudgetError
+
+Timing = tuple[RunConfig, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`seconds` is the work of the runs that are left, on one worker each; `unknown` runs have no timing."""
+
+    runs: int
+    done: int
+    seconds: float
+    source: str
+    unknown: int = 0
+
+    def wall(self, workers: int) -> float:
+        """Seconds until the last run ends, if the workers do not disturb each other."""
+        return self.seconds / max(1, min(workers, self.runs - self.done)) if self.runs > self.done else 0.0
+
+    def sentence(self, workers: int) -> str:
+        """What the command prints before it starts."""
+        left = self.runs - self.done
+        if not left:
+            return f"{self.runs} runs, all done"
+        text = f"{self.runs} runs, {self.done} done, {left} to do"
+        if self.unknown == left:
+            return f"{text}; no timing of such runs yet: the first run done will tell (--pilot measures one before)"
+        if self.unknown:
+            text += f" ({self.unknown} of a kind not timed yet)"
+        each = duration(self.seconds / max(1, left - self.unknown))
+        return f"{text}; about {each} each ({self.source}), {duration(self.wall(workers))} on {workers} workers"
+
+
+def estimate(
+    runs: Sequence[RunConfig],
+    done: Iterable[str],
+    timings: Iterable[tuple[str, Sequence[Timing]]],
+    *,
+    pilot: Callable[[RunConfig], float] | None = None,
+) -> Estimate:
+    """Cost of `runs` that are not in `done`, from the first source that timed runs of the same family."""
+    finished = set(done)
+    known: dict[str, tuple[float, str]] = {}
+    for source, entries in timings:
+        groups: dict[str, list[float]] = {}
+        for config, seconds in entries:
+            groups.setdefault(config.family, []).append(seconds)
+        for family, values in groups.items():
+            known.setdefault(family, (statistics.fmean(values), f"{source}: {len(values)} runs"))
+    seconds, unknown, sources = 0.0, 0, dict[str, None]()
+    for run in runs:
+        if run.key in finished:
+            continue
+        if run.family not in known and pilot is not None:
+            known[run.family] = (pilot(run), "a pilot")
+        if run.family in known:
+            seconds += known[run.family][0]
+            sources[known[run.family][1]] = None
+        else:
+            unknown += 1
+    return Estimate(len(runs), len([run for run in runs if run.key in finished]), seconds, "; ".join(sources), unknown)
+
+
+def check_budget(cost: Estimate, workers: int, minutes: float | None) -> None:
+    """Refuse a sweep that costs more than the stated budget."""
+    if minutes is not None and cost.wall(workers) > 60 * minutes:
+        raise BudgetError(
+            f"the sweep needs about {duration(cost.wall(workers))}, more than --budget {minutes:g} min; "
+            "take more workers, fewer seeds (--seeds 0) or a smaller tier"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader wants them: 40 s, 12 min, 3.5 h, 2.1 d."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} d"

@@ -1,0 +1,216 @@
+"""One run: train, attack, measure, and put all of it into one record.
+
+The record holds what the figures and the correlations need and what makes the numbers checkable: accuracies
+with the number of images behind them, norms with intervals, shares, layers, groups, the rescaling-invariant
+companion, the effective curvature |gamma| max|σ''|, the seconds each part took, versions.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hessdiag
+from experiments.attacks import evaluate
+from experiments.config import TrainConfig
+from experiments.sweep.keys import RunConfig
+from experiments.train import train
+from hessdiag import data, objective
+from hessdiag.activations import max_curvature
+from hessdiag.perturbation import parse_pgd, perturb_batches
+
+Record = dict[str, Any]
+
+
+def run_one(config: RunConfig, out: Path) -> Record:
+    """Do the run in directory `out` and return its record."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = _Clock()
+    settings = TrainConfig.from_dict(config.train)
+    result = train(settings, out, device=device)
+    model = result.model.eval()
+    clock.lap("train")
+    record: Record = {
+        "train": result.metrics,
+        "max_curvature": max_curvature(settings.activation),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **attacked(config, model, device, out, clock),
+        **measured(config, model, device, clock),
+    }
+    record["seconds"] = clock.laps
+    record["provenance"] = provenance(device)
+    return record
+
+
+def attacked(config: RunConfig, model: torch.nn.Module, device: torch.device, out: Path, clock: _Clock) -> Record:
+    """Clean accuracy on the whole test split; AA-2 and AA on the chosen images."""
+    attack, name = config.attack, config.train["data"]
+    test = data.load(name, split="test")
+    with torch.no_grad():
+        correct = sum(
+            int((model(inputs).argmax(1) == targets).sum())
+            for inputs, targets in test.batches(attack["batch_size"], device=device)
+        )
+    record: Record = {"clean_accuracy": proportion(correct, len(test)), "eps": attack["eps"]}
+    clock.lap("clean")
+    for kind in ("aa2", "aa"):
+        number = min(attack[f"{kind}_samples"], len(test))
+        if not number:
+            record[kind] = None
+            continue
+        chosen = test.sample(number, seed=attack["samples_seed"])
+        ((x, y),) = chosen.batches(number, device=device)
+        found = evaluate(
+            model,
+            x,
+            y,
+            attack=kind,
+            eps=attack["eps"],
+            seed=attack["seed"],
+            batch_size=attack["batch_size"],
+            directory=out / kind if kind == "aa" else None,
+        )
+        record[kind] = proportion(int(found.robust.sum()), number) | {"clean": int(found.clean.sum()) / number}
+        record[kind]["warnings"] = list(found.warnings)
+        clock.lap(kind)
+    return record
+
+
+def proportion(count: int, number: int) -> Record:
+    """A share with Wilson's 95% interval: the luck of the test images, not of the seed."""
+    share, z = count / number, 1.959963984540054
+    centre = (share + z * z / (2 * number)) / (1 + z * z / number)
+    half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
+    return {
+        "value": share,
+        "low": max(0.0, centre - half),
+        "high": min(1.0, centre + half),
+        "samples": number,
+    }
+
+
+def measured(config: RunConfig, model: torch.nn.Module, device: torch.device, clock: _Clock) -> Record:
+    """The norm of the diagonal for every split and loss that is asked for, and the effective curvatures."""
+    settings = config.measure
+    norms: Record = {}
+    curvature: list[Record] = []
+    for split in settings["splits"]:
+        full = data.load(config.train["data"], split=split)
+        chosen = full.sample(min(settings["samples"], len(full)), seed=settings["samples_seed"])
+        for loss in settings["losses"]:
+            batches: Any = chosen.batches(settings["batch_size"], device=device)
+            if loss == "adversarial":
+                text = f"pgd:eps={config.attack['eps']},steps={settings['pgd_steps']},seed={settings['samples_seed']}"
+                batches = perturb_batches(model, batches, parse_pgd(text))
+            goal = objective.Objective(model, "cross_entropy")
+            found = hessdiag.measure(
+                goal,
+                batches,
+                method=settings["method"],
+                rtol=settings["rtol"],
+                confidence=settings["confidence"],
+                seed=settings["seed"],
+                min_replicates=settings["min_replicates"],
+                max_replicates=settings["max_replicates"],
+            )
+            entry = norm_record(found)
+            if settings["plugin_probes"]:
+                entry["plugin"] = plugin(goal, batches, settings["plugin_probes"], settings["seed"])
+            norms[f"{split}/{loss}"] = entry
+            curvature = [vars_of(layer) for layer in found.effective_curvature]
+            clock.lap(f"norm {split}/{loss}")
+    return {"norms": norms, "effective_curvature": curvature}
+
+
+def norm_record(found: Any) -> Record:
+    """What a sweep keeps of one measurement."""
+    return {
+        **(slim(found.norm.total) or {}),
+        "mean_scaled": found.mean_scaled,
+        "gauss_newton": slim(found.norm.gauss_newton),
+        "functional": slim(found.norm.functional),
+        "share_gauss_newton": ratio(found.norm.share_gauss_newton),
+        "share_functional": ratio(found.norm.share_functional),
+        "invariant": slim(found.invariant),
+        "groups": {name: slim(part.total) for name, part in found.groups.items()},
+        "invariant_groups": {name: slim(part) for name, part in found.invariant_groups.items()},
+        "layers": {name: slim(part.total) for name, part in found.layers.items()},
+        "trace": vars_of(found.trace),
+        "loss": found.loss,
+        "status": found.status,
+        "method": found.plan.method,
+        "replicates": found.replicates,
+        "samples": found.samples,
+        "audited": found.audit is not None,
+    }
+
+
+def slim(estimate: Any) -> Record | None:
+    """The rms norm with its interval."""
+    if estimate is None:
+        return None
+    return {"rms": estimate.rms, "low": estimate.low, "high": estimate.high, "entries": estimate.entries}
+
+
+def ratio(share: Any) -> Record | None:
+    """A share of the squared norm with its interval."""
+    return None if share is None else vars_of(share)
+
+
+def vars_of(value: Any) -> Record:
+    """The plain fields of a small frozen dataclass."""
+    return {name: item for name, item in vars(value).items() if isinstance(item, (int, float, str, bool, type(None)))}
+
+
+def plugin(goal: objective.Objective, batches: Any, probes: int, seed: int) -> Record:
+    """The plug-in norm: the norm of the mean of so many Hutchinson probes, as the literature would report it.
+
+    It is no estimate of the norm of the diagonal: its square is too large by (|H|_F² - |diag|²)/probes in
+    the mean. It stands here to show what a study that reports it would have concluded.
+    """
+    estimate = hessdiag.diagonal(
+        goal,
+        batches,
+        method="hutchinson",
+        replicates=probes,
+        seed=seed,
+        deterministic_check=False,
+        audit_model=False,
+    )
+    square = sum(float((part.double() ** 2).sum()) for part in estimate.total.values())
+    entries = sum(part.numel() for part in estimate.total.values())
+    return {
+        "rms": math.sqrt(square / entries),
+        "probes": probes,
+        "biased": True,
+        "label": "plug-in Hutchinson norm",
+    }
+
+
+def provenance(device: torch.device) -> Record:
+    """Versions and the machine, for the reader of a record."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "hessdiag": hessdiag.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.type}: {card}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = round(now - self._last, 3), now
