@@ -19,6 +19,9 @@ from torch import Tensor
 from ..errors import BudgetError, UncoveredModelError
 from ..sites import Layer, Linearisation
 from ..sites.graph import Edge
+from ..squares import _matrix_input
+from .chain import CACHED, Level, best_switch, find_chain, gauss_newton
+from .chain import functional as diagonal_along
 from .collector import Collector
 from .directions import Directions
 from .noderules import Cache
@@ -66,16 +69,24 @@ def batch_diagonal(
     which the work is refused. `progress(done, total)` counts directions.
     """
     with torch.no_grad():
-        steps = _plan(batch, memory)
-        price = _price(batch, steps, memory)
+        chain = find_chain(batch)
+        steps = [] if chain else _plan(batch, memory)
+        price = _chain_price(batch, chain, memory) if chain else _price(batch, steps, memory)
         if budget is not None and price.flops > budget:
             raise BudgetError(
                 f"an exact diagonal of this batch takes {price.flops:.2g} multiplications in "
                 f"{price.passes} passes, more than the budget of {budget:.2g}; use method='propagation', "
                 "fewer samples, or choose parameters"
             )
-        check_separate(batch)
         functional = Collector(batch.objective.parameters, batch.samples, per_sample=per_sample)
+        if chain:
+            outer = Collector(batch.objective.parameters, batch.samples, per_sample=per_sample)
+            _along_chain(batch, chain, outer, functional, memory)
+            if progress:
+                progress(price.passes, price.passes)
+            turned = _turned(batch.layers)
+            return outer.result(turned), functional.result(turned)
+        check_separate(batch)
         done, total = 0, price.passes
         for step in steps:
             step.directions.run(step.mode, functional, step.count)
@@ -90,7 +101,9 @@ def batch_diagonal(
 
 def cost(batch: Linearisation, *, memory: int = MEMORY) -> Cost:
     """What `batch_diagonal` would take, without doing it."""
-    return _price(batch, _plan(batch, memory), memory)
+    with torch.no_grad():
+        chain = find_chain(batch)
+        return _chain_price(batch, chain, memory) if chain else _price(batch, _plan(batch, memory), memory)
 
 
 def check_separate(batch: Linearisation) -> None:
@@ -113,9 +126,7 @@ def check_separate(batch: Linearisation) -> None:
             )
         rows = half.to(site.c.dtype)[:, None].expand(-1, site.c.numel() // samples)
         seeds.append(rows.reshape(site.c.shape))
-    top = (
-        half.to(batch.outputs.dtype).reshape(-1, *(1,) * (batch.outputs.ndim - 1)).expand(batch.outputs.shape)
-    )
+    top = half.to(batch.outputs.dtype).reshape(-1, *(1,) * (batch.outputs.ndim - 1)).expand(batch.outputs.shape)
     found = batch.backward(seeds, top, [layer.edge for layer in batch.layers])
     for layer, gradient in zip(batch.layers, found):
         if gradient is None:
@@ -151,13 +162,7 @@ def _step(directions: Directions, memory: int) -> Step:
             shape = directions.shape
             if shape.positions > count:
                 continue
-            flops += (
-                passes
-                * (sites + directions.samples * shape.fan * shape.positions)
-                * 1.0
-                * shape.positions
-                / 8
-            )
+            flops += passes * (sites + directions.samples * shape.fan * shape.positions) * 1.0 * shape.positions / 8
         if best is None or flops < best[0]:
             best = flops, mode, passes
     assert best is not None
@@ -170,6 +175,48 @@ def _price(batch: Linearisation, steps: list[Step], memory: int) -> Cost:
     needed = max((min(memory, step.bytes_each * step.passes) for step in steps), default=0)
     out = 16 * batch.objective.size
     return Cost(passes, sum(step.flops for step in steps), needed + out)
+
+
+def _chain_price(batch: Linearisation, levels: list[Level], memory: int) -> Cost:
+    work, _, entries = best_switch(levels)
+    size, samples = batch.outputs.element_size(), batch.samples
+    columns = len(batch.curvature.signs)
+    small = float(sum(level.weight.numel() for level in levels)) * (columns + 3)
+    held = max(min(memory, max(4 * entries * size * samples, 0)), 4 * entries * size)
+    return Cost(len(levels), (work + small) * samples, held + 16 * batch.objective.size)
+
+
+def _along_chain(
+    batch: Linearisation, levels: list[Level], outer: Collector, functional: Collector, memory: int
+) -> None:
+    """Both parts of a chain: q level by level, then H_ab = sum_n q_na x_nb^2."""
+    squares = {
+        place: _matrix_input(level.node).square()
+        for place, level in enumerate(levels)
+        if level.layer is not None and level.layer.weight
+    }
+    for place, q in gauss_newton(levels, batch.curvature.factor, batch.curvature.signs):
+        _gather(outer, levels[place], q, squares.get(place))
+    _, switch, entries = best_switch(levels)
+    each = 4 * entries * batch.outputs.element_size()
+    step = min(max(min(memory, CACHED) // max(each, 1), 1), batch.samples)
+    found: list[list[Tensor]] = [[] for _ in levels]
+    for low in range(0, batch.samples, step):
+        for place, part in diagonal_along(levels, low, min(low + step, batch.samples), switch=switch):
+            if part is not None:
+                found[place].append(part)
+    for place, parts in enumerate(found):
+        if parts:
+            _gather(functional, levels[place], parts[0] if len(parts) == 1 else torch.cat(parts), squares.get(place))
+
+
+def _gather(into: Collector, level: Level, q: Tensor, squares: Tensor | None) -> None:
+    if level.layer is None:
+        return
+    if level.layer.weight and squares is not None:
+        into.outer(level.layer.weight, 0, q.T, squares)
+    if level.layer.bias:
+        into.add(level.layer.bias, slice(0, level.width), q.T)
 
 
 def _gauss_newton(batch: Linearisation, per_sample: bool) -> Tensors:
