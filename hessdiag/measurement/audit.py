@@ -81,7 +81,7 @@ class Audit:
             worst = self.worst
             raise AuditError(
                 f"the audit failed: {worst.check} of layer {worst.layer!r} is off by {worst.deviation:.2g} "
-                f"(tolerance {worst.tolerance:.0e}): the model does something that is not covered; use method='hutchinson'"
+                f"(tolerance {worst.tolerance:.0e}): the model is not covered; use method='hutchinson'"
             )
 
 

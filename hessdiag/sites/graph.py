@@ -70,8 +70,8 @@ class Layer:
 class Graph:
     """The part of an autograd graph between chosen parameters and outputs, classified, in forward order.
 
-    After construction: `layers`, `elementwise` (nodes), of these `curves` (with sigma'' != 0), `products`, and `unused`,
-    the names of parameters that do not reach the outputs.
+    After construction: `layers`, `elementwise` (nodes), of these `curves` (with sigma'' != 0), `products`, and
+    `unused`, the names of parameters that do not reach the outputs.
     """
 
     def __init__(self, outputs: Tensor, parameters: Mapping[str, nn.Parameter], *, names: Mapping[int, str]) -> None:
