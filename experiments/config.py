@@ -1,0 +1,187 @@
+"""The whole configuration of one training run, and the hash that names it.
+
+A configuration is the defaults of its method (data in `experiments.methods`), overridden by a recipe, overridden by
+the caller. What the run does is a function of this object and the data alone; where it writes and on which device
+it runs are not part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments import methods
+from experiments.fields import merged, plain, read
+from experiments.parts import (
+    Attack,
+    Augment,
+    Averaging,
+    Control,
+    Group,
+    Perturbation,
+    Schedule,
+    Watch,
+    one_of,
+    require,
+)
+from hessdiag import activations, networks
+from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
+from hessdiag.perturbation import fraction
+
+# Raise it when the trainer changes what a configuration means: every key changes with it.
+MEANING = 1
+
+STANDARD = "standard"
+STATISTICS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Make it with `from_dict`, which fills in the method's defaults.
+
+    normalize: none, "standard" (the data set's mean and deviation), or given as [[means], [deviations]]; a layer
+    inside the network, so that eps is always in units of pixels in [0, 1].
+    options: the method's own numbers (beta, ...). train_samples: a stratified-by-chance subset chosen with
+    `data_seed`. held_out: training images kept aside, on which select = "best" finds the epoch of highest PGD accuracy.
+    """
+
+    method: str
+    network: str = "resnet18"
+    network_options: Mapping[str, Any] = field(default_factory=dict)
+    activation: str = "relu"
+    normalize: Any = None
+    data: str = "cifar10"
+    train_samples: int | None = None
+    data_seed: int = 0
+    held_out: int = 0
+    select: str = "last"
+    epochs: int = 110
+    batch_size: int = 128
+    drop_last: bool = False
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Schedule = field(default_factory=Schedule)
+    eps: str = "8/255"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    attack: Attack = field(default_factory=Attack)
+    awp: Perturbation = field(default_factory=Perturbation)
+    averaging: Averaging = field(default_factory=Averaging)
+    augment: Augment = field(default_factory=Augment)
+    groups: tuple[Group, ...] = ()
+    control: Control = field(default_factory=Control)
+    watch: Watch = field(default_factory=Watch)
+    seed: int = 0
+    dtype: str = "float32"
+    autocast: str = "none"
+    channels_last: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "activation", canonical_activation(self.activation))
+        one_of(self.method, list(methods.METHODS), "method")
+        one_of(self.network, [*networks.NETWORKS], "network")
+        one_of(self.select, ("last", "best"), "select")
+        one_of(self.dtype, ("float32", "float64"), "dtype")
+        one_of(self.autocast, ("none", "bfloat16"), "autocast")
+        require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
+        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+        require(self.train_samples is None or self.train_samples >= 1, "train_samples must be at least 1")
+        require(self.lr >= 0 and self.weight_decay >= 0, "lr and weight_decay must not be negative")
+        require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), not {self.momentum}")
+        require(self.held_out >= 0, f"held_out must not be negative, not {self.held_out}")
+        require(
+            self.select == "last" or self.held_out > 0,
+            "select = 'best' needs held_out > 0: the best epoch is found on images that are not trained on",
+        )
+        require(0 <= self.seed < 2**63 and 0 <= self.data_seed < 2**63, "seeds must lie in [0, 2^63)")
+        require(
+            0 <= fraction(self.eps, "eps") <= 1,
+            f"eps must lie in [0, 1], since pixels lie in [0, 1], not {self.eps}; 8/255 is written '8/255'",
+        )
+        methods.METHODS[self.method].check(self)
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> TrainConfig:
+        """The method's defaults under `table`; an unknown key is refused with the nearest known one."""
+        if not isinstance(table, Mapping) or "method" not in table:
+            known = ", ".join(methods.METHODS)
+            raise ConfigurationError(f"a training configuration names its method; known: {known}")
+        name = table["method"]
+        if not isinstance(name, str) or name not in methods.METHODS:
+            raise UnknownNameError(f"unknown method {name!r}; {nearest(str(name), list(methods.METHODS))}")
+        method = methods.METHODS[name]
+        options = table.get("options", {})
+        for key in options if isinstance(options, Mapping) else ():
+            if key not in method.options:
+                known = nearest(str(key), list(method.options)) if method.options else "it has none"
+                raise UnknownNameError(f"method {name!r} has no option {key!r}; {known}")
+        base = merged(method.defaults, {"options": dict(method.options)})
+        return read(cls, merged(base, table))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, every default written out; `from_dict` is its inverse."""
+        result: dict[str, Any] = plain(self)
+        return result
+
+    def replace(self, table: Mapping[str, Any]) -> TrainConfig:
+        """A copy with the entries of `table`, tables merged; a new method brings its own defaults."""
+        if table.get("method", self.method) != self.method:
+            raise ConfigurationError("replace() keeps the method; use from_dict for another one")
+        return read(TrainConfig, merged(self.to_dict(), table))
+
+    def key(self) -> str:
+        """The first 20 hexadecimal digits of SHA-256 over everything in here."""
+        text = json.dumps([MEANING, self.to_dict()], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    @property
+    def radius(self) -> float:
+        """Eps as a float."""
+        return float(fraction(self.eps, "eps"))
+
+    @property
+    def label(self) -> str:
+        """One line: method, network, activation, data, seed."""
+        return f"{self.method} {self.network} {self.activation} {self.data} seed {self.seed}"
+
+
+def canonical_activation(spec: str) -> str:
+    """One spelling per activation, so that "rct:curvature=7" and "rct:beta=1,alpha=14" share their key."""
+    return activations.spec_of(activations.build(spec))
+
+
+def normalisation(value: Any, data: str) -> Any:
+    """(mean, std) for `networks.build`, from what a configuration says."""
+    if value is None or value == "none":
+        return None
+    if value == STANDARD:
+        if data not in STATISTICS:
+            raise ConfigurationError(
+                f"normalize = 'standard' is known for {', '.join(STATISTICS)}, not {data}; give [[means], [deviations]]"
+            )
+        return STATISTICS[data]
+    if isinstance(value, str) or len(value) != 2:
+        raise ConfigurationError(f"normalize must be 'none', 'standard' or [[means], [deviations]], not {value!r}")
+    return value
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file, or one line that says what is wrong with it."""
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        table: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
+        return table
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:  # TOML's and Unicode's
+        raise ConfigurationError(f"{path}: not valid TOML: {error}") from None

@@ -1,0 +1,146 @@
+"""The directory of one run: config.json, metrics.jsonl, state.pt, last.pt, result.json, each whole or absent."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.config import TrainConfig
+from experiments.splitnorm import plain_state
+from experiments.trainer.rig import Rig
+from experiments.trainer.state import Standing, read_state, write_state
+from hessdiag.checkpoint import save_checkpoint
+from hessdiag.errors import CheckpointError, ResumeError
+from hessdiag.files import BadFileError, write_bytes
+
+
+def finite(value: Any) -> Any:
+    """`value` as strict JSON can hold it: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Folder:
+    """Where a run writes. Every write is atomic: killed or out of space, the file before it stands."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self, config: TrainConfig) -> None:
+        """Make the directory, or see that it belongs to this very configuration."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for stale in self.path.glob(".*.tmp"):  # left by a writer that was killed
+                stale.unlink(missing_ok=True)
+        except OSError as error:
+            raise ResumeError(f"{self.path}: cannot be used ({error.strerror or error})") from None
+        mine = {"key": config.key(), "config": config.to_dict()}
+        there = self.read_json("config.json")
+        if there is None:
+            self.write_json("config.json", mine)
+        elif there.get("key") != mine["key"]:
+            raise ResumeError(
+                f"{self.path}: holds a run of another configuration ({differing(there.get('config'), config)}); "
+                "use another directory"
+            )
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The table in a JSON file, None where there is none."""
+        path = self.path / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ResumeError(f"{path}: cannot be read ({error}); delete it or use another directory") from None
+        if not isinstance(content, dict):
+            raise ResumeError(f"{path}: no table; delete it or use another directory")
+        return content
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Put a table there in one step."""
+        text = json.dumps(finite(content), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        self._write(name, text.encode())
+
+    def save(self, rig: Rig, standing: Standing) -> None:
+        """Metrics, the network as others load it, and what the run needs to go on."""
+        try:
+            rows = [json.dumps(finite(row), sort_keys=True, allow_nan=False) for row in standing.history]
+            self._write("metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
+            self.save_network(rig, standing)
+            write_state(self.path / "state.pt", rig, standing)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. {self.safe()} Free space and start the same command again") from None
+
+    def safe(self) -> str:
+        """A sentence about the last good checkpoint."""
+        path = self.path / "last.pt"
+        if not path.exists():
+            return "No checkpoint had been written yet."
+        state = self.path / "state.pt"
+        epoch = self._epoch_of(state) if state.exists() else 0
+        return f"The last good checkpoint, of epoch {epoch}, is {path}."
+
+    def save_network(self, rig: Rig, standing: Standing) -> None:
+        """last.pt: the plain network, averaged weights beside it where there are any."""
+        config, average = rig.config, rig.average.state
+        own: Any = rig.network.config
+        norms = changed_eps(rig)
+        last = standing.history[-1] if standing.history else {}
+        save_checkpoint(
+            self.path / "last.pt",
+            rig.network,
+            # With eps other than the network's own a builder by name would be wrong in silence.
+            config={} if norms else own,
+            ema=None if average is None else plain_state(average),
+            epoch=standing.epoch,
+            metrics=finite(last),
+            training=config.to_dict(),
+            key=config.key(),
+            eps=config.eps,
+            bn_eps=norms,
+            network=dict(own),
+        )
+
+    def resume(self, rig: Rig) -> Standing:
+        """Where the run stands, the rig put there; the beginning if nothing was saved."""
+        standing = read_state(self.path / "state.pt", rig)
+        return standing or Standing()
+
+    def _epoch_of(self, path: Path) -> int:
+        try:
+            return int(torch.load(path, map_location="cpu", weights_only=True)["epoch"])
+        except Exception:
+            return 0
+
+    def _write(self, name: str, content: bytes) -> None:
+        try:
+            write_bytes(self.path / name, content)
+        except BadFileError as reason:
+            raise CheckpointError(f"{self.path / name}: {reason}") from None
+
+
+def changed_eps(rig: Rig) -> dict[str, float]:
+    """BatchNorms whose eps is not torch's 1e-5, by name: the control changes it."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    norms = ((name, module) for name, module in rig.network.named_modules() if isinstance(module, kinds))
+    return {name: module.eps for name, module in norms if module.eps != 1e-5}
+
+
+def differing(there: Any, config: TrainConfig) -> str:
+    """The first entries in which a stored configuration differs."""
+    if not isinstance(there, Mapping):
+        return "unreadable"
+    mine = config.to_dict()
+    keys = [key for key in sorted({*mine, *there}) if mine.get(key) != there.get(key)]
+    shown = [f"{key} {there.get(key)!r} there, {mine.get(key)!r} here" for key in keys[:3]]
+    return ", ".join(shown) or "an older version"

@@ -1,0 +1,204 @@
+"""Train one network as a configuration says.
+
+    config = TrainConfig.from_dict({"method": "n_fgsm", "data": "digits", "network": "small_resnet", ...})
+    result = train(config, Path("runs/first"))
+
+The same call after an interruption goes on from the last saved epoch, on the CPU to the same bits (same number of
+threads), and returns at once what is finished.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments import methods
+from experiments.config import TrainConfig
+from experiments.folder import Folder
+from experiments.provenance import provenance
+from experiments.splitnorm import plain_state
+from experiments.trainer import rig as rigs
+from experiments.trainer.images import Sampler, on_device
+from experiments.trainer.loop import Loop, split_index
+from experiments.trainer.progress import reporting
+from experiments.trainer.state import Standing
+from hessdiag import data
+from hessdiag.ascent import handed_back
+from hessdiag.data.dataset import DataSet
+from hessdiag.errors import ConfigurationError
+
+FINISHED, OVERFITTED = "finished", "catastrophic_overfitting"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """A trained network in eval mode, with averaged or selected weights where the configuration asks for them."""
+
+    config: TrainConfig
+    model: nn.Module
+    weights: str  # "model", "ema" or "best"
+    status: str  # "finished" or "catastrophic_overfitting"
+    reason: str | None
+    epochs: int
+    history: tuple[Mapping[str, Any], ...]
+    clean_accuracy: float
+    test_samples: int
+    seconds: float
+    images_per_second: float
+    data: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    folder: Path | None
+
+    @property
+    def key(self) -> str:
+        """The configuration's hash."""
+        return self.config.key()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for result.json."""
+        return {
+            "key": self.key,
+            "config": self.config.to_dict(),
+            "status": self.status,
+            "reason": self.reason,
+            "epochs": self.epochs,
+            "weights": self.weights,
+            "clean_accuracy": self.clean_accuracy,
+            "test_samples": self.test_samples,
+            "eps": self.config.eps,
+            "seed": self.config.seed,
+            "last_epoch": dict(self.history[-1]) if self.history else {},
+            "train_seconds": self.seconds,
+            "images_per_second": self.images_per_second,
+            "data": dict(self.data),
+            "provenance": dict(self.provenance),
+        }
+
+
+def train(
+    config: TrainConfig,
+    out: Path | str | None = None,
+    *,
+    device: str | torch.device | None = None,
+    root: Path | str | None = None,
+    sets: tuple[DataSet, DataSet] | None = None,
+    progress: bool = False,
+    save_seconds: float = 10.0,
+) -> TrainResult:
+    """Train, and test on clean images.
+
+    out: the run's directory; None writes nothing. root: where data lies (see `hessdiag.data.load`); `sets` gives
+    training and test data themselves. save_seconds: at least so long between two saves, which come at the end of an
+    epoch; a run that is killed repeats what came after the last.
+
+    NonFiniteError where the loss, a weight or a running statistic becomes NaN or Inf; catastrophic overfitting ends
+    training early and is named in `status` and `reason`.
+    """
+    home = rigs.pick_device(device)
+    train_set, test_set = sets or _load(config, root)
+    images = on_device(train_set, config, home)
+    index, held_out, watch_index = split_index(len(images), config, home)
+    shape = tuple(images.inputs.shape[1:])
+    folder = None if out is None else Folder(Path(out))
+    if folder is not None:
+        folder.open(config)
+    rig = rigs.build(config, shape, images.classes, home)
+    standing = Standing() if folder is None else folder.resume(rig)
+    views = methods.METHODS[config.method].extra_views(config.options)
+    sampler = Sampler(images, config, index, views=views)
+    with reporting(
+        progress, config.label, epochs=config.epochs, steps=sampler.steps, done=standing.epoch
+    ) as reporter:
+        loop = Loop(
+            rig=rig,
+            images=images,
+            sampler=sampler,
+            watch_index=watch_index,
+            held_out=held_out,
+            reporter=reporter,
+            saved=lambda: "" if folder is None else folder.safe(),
+        )
+        loop.run(standing, _saver(folder, rig, config, save_seconds))
+    model, weights = _chosen(rig, standing)
+    accuracy = clean_accuracy(model, test_set, batch_size=max(config.batch_size, 500), dtype=images.dtype)
+    train_seconds = [row["seconds"] for row in standing.history]
+    shown = sampler.per_epoch * len(standing.history)
+    result = TrainResult(
+        config=config,
+        model=model,
+        weights=weights,
+        status=FINISHED if standing.reason is None else OVERFITTED,
+        reason=standing.reason,
+        epochs=standing.epoch,
+        history=tuple(standing.history),
+        clean_accuracy=accuracy,
+        test_samples=len(test_set),
+        seconds=standing.seconds,
+        images_per_second=shown / max(sum(train_seconds), 1e-9),
+        data={
+            "name": train_set.name,
+            "train_sha256": train_set.sha256,
+            "test_sha256": test_set.sha256,
+            "train_samples": len(index),
+            "notes": [*train_set.notes, *test_set.notes],
+        },
+        provenance=provenance(home),
+        folder=None if folder is None else folder.path,
+    )
+    if folder is not None:
+        before = folder.read_json("result.json") or {}
+        folder.write_json("result.json", {**before, **result.to_dict()})
+    return result
+
+
+def clean_accuracy(model: nn.Module, test: DataSet, *, batch_size: int, dtype: torch.dtype) -> float:
+    """Share of the test images that are classified correctly, in eval mode."""
+    device = next(model.parameters()).device
+    correct = torch.zeros((), dtype=torch.long, device=device)
+    with torch.no_grad(), handed_back(model):
+        for x, y in test.batches(batch_size, device=device, dtype=dtype):
+            correct += model(x).argmax(1).eq(y).sum()
+    return int(correct) / len(test)
+
+
+def _load(config: TrainConfig, root: Path | str | None) -> tuple[DataSet, DataSet]:
+    training = data.load(config.data, split="train", samples=config.train_samples, seed=config.data_seed, root=root)
+    test = data.load(config.data, split="test", root=root)
+    if training.split == test.split:
+        raise ConfigurationError(
+            f"{config.data} has no test split of its own ({training.split!r} only): give train(sets=(training, test))"
+        )
+    return training, test
+
+
+def _saver(folder: Folder | None, rig: rigs.Rig, config: TrainConfig, save_seconds: float) -> Any:
+    last = time.monotonic()
+
+    def after_epoch(standing: Standing) -> None:
+        nonlocal last
+        done = standing.epoch == config.epochs or standing.reason is not None
+        if folder is not None and (done or time.monotonic() - last >= save_seconds):
+            folder.save(rig, standing)
+            last = time.monotonic()
+
+    return after_epoch
+
+
+def _chosen(rig: rigs.Rig, standing: Standing) -> tuple[nn.Module, str]:
+    """The network with the weights that the run reports, in eval mode."""
+    network = rig.network
+    which = "model"
+    state = None
+    if rig.average.state is not None:
+        which, state = "ema", plain_state(rig.average.state)
+    if standing.best is not None:
+        which, state = "best", standing.best["state"]
+    if state is not None:
+        network.load_state_dict(state)
+    return network.eval(), which

@@ -1,0 +1,87 @@
+"""What a run needs to go on from the end of an epoch, in one file that is whole or absent."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.config import TrainConfig
+from experiments.trainer.rig import Rig
+from hessdiag.errors import CheckpointError, ResumeError
+from hessdiag.files import BadFileError, write_bytes
+
+FORMAT = "experiments/state/1"
+
+
+@dataclass
+class Standing:
+    """Where a run stands: epochs done, what was seen, seconds spent, the best epoch so far."""
+
+    epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    best: dict[str, Any] | None = None
+    reason: str | None = None  # why training stopped before its last epoch
+
+
+def write_state(path: Path, rig: Rig, standing: Standing) -> None:
+    """Save; a failure leaves the previous file as it was and is a CheckpointError."""
+    content = {
+        "format": FORMAT,
+        "key": rig.config.key(),
+        "epoch": standing.epoch,
+        "history": standing.history,
+        "seconds": standing.seconds,
+        "best": standing.best,
+        "reason": standing.reason,
+        "threads": torch.get_num_threads(),
+        "model": rig.model.state_dict(),
+        "optimiser": rig.optimiser.state_dict(),
+        "average": rig.average.state,
+        "means": None if rig.means is None else rig.means.rows,
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    try:
+        write_bytes(path, buffer.getvalue())
+    except BadFileError as reason:
+        raise CheckpointError(f"{path}: {reason}") from None
+
+
+def read_state(path: Path, rig: Rig) -> Standing | None:
+    """Put the rig where the file says; None without a file; ResumeError if it is another run's or unreadable."""
+    if not path.exists():
+        return None
+    device = next(rig.model.parameters()).device
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ResumeError(f"{path}: cannot be read ({reason}); delete it to start again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ResumeError(f"{path}: not a training state of this program; delete it to start again")
+    if content["key"] != rig.config.key():
+        raise ResumeError(f"{path}: of another configuration ({content['key']}); use another directory")
+    rig.model.load_state_dict(content["model"])
+    rig.optimiser.load_state_dict(content["optimiser"])
+    rig.average.load(content["average"])
+    if rig.means is not None:
+        rig.means.rows = content["means"]
+    return Standing(content["epoch"], content["history"], content["seconds"], content["best"], content["reason"])
+
+
+def read_config(folder: Path) -> TrainConfig | None:
+    """The configuration that a directory was made for."""
+    import json
+
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{path}: cannot be read ({error}); use another directory") from None
