@@ -56,14 +56,10 @@ def coincide(
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     labels = list(dict.fromkeys(group))
     if len(labels) < 2:
-        raise ConfigurationError(
-            "one curve has nothing to coincide with; run the sweep for more values of beta"
-        )
+        raise ConfigurationError("one curve has nothing to coincide with; run the sweep for more values of beta")
     member = np.array([labels.index(label) for label in group])
     curves = [
-        curve(xs[chosen], ys[chosen])
-        for i in range(len(labels))
-        if (chosen := (member == i) & (xs < below)).any()
+        curve(xs[chosen], ys[chosen]) for i in range(len(labels)) if (chosen := (member == i) & (xs < below)).any()
     ]
     span = max(c.x[0] for c in curves), min(c.x[-1] for c in curves)
     if span[0] >= span[1] or len(curves) < len(labels):
@@ -71,10 +67,7 @@ def coincide(
     t = np.linspace(float(np.log(span[0])), float(np.log(span[1])), 33)
     basis = np.stack([np.ones_like(t), t, t**2])
     point = _distance([quadratic(c.x, c.mean, c.count.astype(float)) @ basis for c in curves])
-    drawn = [
-        quadratic(c.x, c.resample(c.mean, resamples, generator), c.count.astype(float)) @ basis
-        for c in curves
-    ]
+    drawn = [quadratic(c.x, c.resample(c.mean, resamples, generator), c.count.astype(float)) @ basis for c in curves]
     upper = float(np.quantile(_distance(drawn), confidence))
     worst, worst_low, worst_at, comparisons = _levels(curves, margin, confidence)
     verdict = "coincide" if upper < margin else "differ" if worst_low > margin else "undecided"
@@ -96,9 +89,7 @@ def _levels(curves: list[Curve], margin: float, confidence: float) -> tuple[floa
         for i, level in enumerate(a.x):
             for j in np.flatnonzero(np.isclose(b.x, level, rtol=1e-6)):
                 variance = a.sigma**2 / a.count[i] + b.sigma**2 / b.count[j]
-                differences.append(
-                    (abs(a.mean[i] - b.mean[j]), np.sqrt(variance), a.freedom + b.freedom, level)
-                )
+                differences.append((abs(a.mean[i] - b.mean[j]), np.sqrt(variance), a.freedom + b.freedom, level))
     if not differences:
         return float("nan"), float("-inf"), float("nan"), 0
     tail = (1 - confidence) / (2 * len(differences))

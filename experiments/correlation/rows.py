@@ -1,0 +1,144 @@
+"""Finished runs as rows to draw and to correlate: which activation, which curve, which number."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments.correlation.coefficients import Array
+from experiments.sweep.export import Result, SweepResults
+from hessdiag.errors import ConfigurationError
+
+NORMS = ("norm", "invariant", "plugin")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run, with what places it in a figure; `curvature` is max|σ''|, infinite at a kink."""
+
+    key: str
+    activation: str
+    beta: int | None
+    alpha: float | None
+    curvature: float
+    method: str
+    network: str
+    data: str
+    seed: int
+    variant: str
+    family: str
+    result: Result
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the run recorded."""
+        return self.result.record
+
+    @property
+    def configuration(self) -> tuple[str, str, str]:
+        """What runs share that differ by their seed only."""
+        return self.family, self.activation, self.variant
+
+    def value(self, name: str) -> float:
+        """A number by its name, NaN where the run has none.
+
+        "aa2", "aa", "clean" (shares); "norm test/clean" and "invariant ...", "plugin ...", "gauss_newton
+        ...", "functional ..." (rms); "effective" (geometric mean over layers of |gamma| max|σ''|);
+        "seconds"; "train_seconds"; "peak_memory", "saved_bytes".
+        """
+        kind, _, place = name.partition(" ")
+        if kind in ("aa2", "aa"):
+            return _number(self.record.get(kind), "value")
+        if kind == "clean":
+            return _number(self.record.get("clean_accuracy"), "value")
+        if kind == "effective":
+            means = [layer["mean"] for layer in self.record.get("effective_curvature") or () if layer.get("mean")]
+            return math.exp(sum(map(math.log, means)) / len(means)) if means else math.nan
+        if kind == "seconds":
+            return self.result.seconds
+        if kind == "train_seconds":
+            return _number(self.record.get("seconds"), "train")
+        if kind in ("peak_memory", "saved_bytes"):
+            return _number(self.record.get("cost"), kind)
+        norm = (self.record.get("norms") or {}).get(place) or {}
+        if kind == "norm":
+            return _number(norm, "rms")
+        if kind in ("invariant", "plugin", "gauss_newton", "functional"):
+            return _number(norm.get(kind), "rms")
+        raise ConfigurationError(f"a run records no {name!r}")
+
+
+def _number(table: Any, name: str) -> float:
+    value = table.get(name) if isinstance(table, dict) else None
+    return math.nan if value is None else float(value)
+
+
+def rows(results: SweepResults) -> list[Row]:
+    """The runs of one sweep as rows, in its order."""
+    return [_row(run) for run in results.runs]
+
+
+def _row(run: Result) -> Row:
+    train = run.config.train
+    name, _, text = str(train["activation"]).partition(":")
+    options = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    rct = name == "rct"
+    curvature = run.record.get("max_curvature")
+    sizes = ",".join(f"{k}={v}" for k, v in sorted((train.get("network_options") or {}).items()))
+    samples = train.get("train_samples")
+    return Row(
+        key=run.key,
+        activation=str(train["activation"]),
+        beta=int(options["beta"]) if rct else None,
+        alpha=float(options["alpha"]) if rct else None,
+        curvature=math.inf if curvature in (None, "inf") else float(curvature),
+        method=str(train["method"]),
+        network=str(train["network"]) + (f" ({sizes})" if sizes else ""),
+        data=str(train["data"]) + (f" ({samples} images)" if samples else ""),
+        seed=int(train["seed"]),
+        variant=run.variant,
+        family=run.config.family,
+        result=run,
+    )
+
+
+def column(chosen: Sequence[Row], name: str) -> Array:
+    """One number of every row."""
+    return np.array([row.value(name) for row in chosen])
+
+
+def curvatures(chosen: Sequence[Row]) -> Array:
+    """max|σ''| of every row."""
+    return np.array([row.curvature for row in chosen])
+
+
+def split(chosen: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the given attributes, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in chosen:
+        groups.setdefault(tuple(getattr(row, name) for name in names), []).append(row)
+    return groups
+
+
+def one_family(chosen: Sequence[Row], where: str) -> None:
+    """Refuse to join runs of different experiments in one curve, and name what differs."""
+    families = {row.family: row for row in chosen}
+    if len(families) < 2:
+        return
+    first, second = list(families.values())[:2]
+    a, b = (row.result.config.to_dict() for row in (first, second))
+    differing = [
+        f"{part}.{name}: {json.dumps(a[part].get(name))} and {json.dumps(b[part].get(name))}"
+        for part in ("train", "attack", "measure")
+        for name in sorted({*a[part], *b[part]})
+        if name not in ("activation", "seed", "aa_samples") and a[part].get(name) != b[part].get(name)
+    ]
+    raise ConfigurationError(
+        f"{where}: runs of different configurations would mix in one curve ({'; '.join(differing) or 'schema'}); "
+        "run and export the sweep again with one configuration"
+    )
