@@ -66,9 +66,7 @@ def propagation_estimate_variance(
     n = len(positive)
     total = torch.zeros_like(positive[0, 0] if positive.shape[1] else negative[0, 0])
     for part in (positive, negative):
-        total = total + (
-            propagation_variance(part.flatten(0, 1)) if mixed else propagation_variance(part).sum(0)
-        )
+        total = total + (propagation_variance(part.flatten(0, 1)) if mixed else propagation_variance(part).sum(0))
     return total / n**2 / replicates
 
 

@@ -94,9 +94,7 @@ def exact_hessian_diagonal(net: Net, x: Tensor, loss: Loss | LossDerivatives) ->
     return _split(net, x, values, exact_recursion(net, x, cotangent=values.gradient))
 
 
-def paper_hessian_diagonal(
-    net: Net, x: Tensor, loss: Loss | LossDerivatives, *, form: str = "E32"
-) -> HessianDiagonal:
+def paper_hessian_diagonal(net: Net, x: Tensor, loss: Loss | LossDerivatives, *, form: str = "E32") -> HessianDiagonal:
     """E[32] (recursion), or E[33], which is E[7] (`form="E33"`: explicit paths); g in place of f - y for
     any loss.
     """

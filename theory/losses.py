@@ -55,9 +55,7 @@ def cross_entropy(targets: Tensor) -> Loss:
         logs = torch.log_softmax(outputs, 1)
         p = logs.exp()
         hot = torch.nn.functional.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
-        return LossDerivatives(
-            -(logs * hot).sum(1), p - hot, torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
-        )
+        return LossDerivatives(-(logs * hot).sum(1), p - hot, torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1))
 
     return loss
 
@@ -100,7 +98,5 @@ def from_callable(function: Callable[[Tensor, Tensor], Tensor], targets: Tensor)
 def _fit(targets: Tensor, outputs: Tensor) -> Tensor:
     y = targets.unsqueeze(1) if targets.ndim == 1 and outputs.shape[1] == 1 else targets
     if y.shape != outputs.shape:
-        refuse(
-            f"targets {tuple(targets.shape)} do not fit outputs {tuple(outputs.shape)}", error="TargetError"
-        )
+        refuse(f"targets {tuple(targets.shape)} do not fit outputs {tuple(outputs.shape)}", error="TargetError")
     return y.to(outputs.dtype)

@@ -58,25 +58,19 @@ def make_net(weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None, 
         refuse("a net needs at least one weight matrix")
     biases = [None] * len(weights) if biases is None else list(biases)
     if len(biases) != len(weights):
-        refuse(
-            f"{len(weights)} weight matrices but {len(biases)} biases; give one per layer, None where absent"
-        )
+        refuse(f"{len(weights)} weight matrices but {len(biases)} biases; give one per layer, None where absent")
     for l, (w, b) in enumerate(zip(weights, biases), 1):
         if w.ndim != 2 or 0 in w.shape:
             refuse(f"W^({l}) has shape {tuple(w.shape)}; a non-empty matrix [n_{l}, n_{l - 1}] is needed")
         if l > 1 and w.shape[1] != weights[l - 2].shape[0]:
-            refuse(
-                f"W^({l}) takes {w.shape[1]} inputs but layer {l - 1} has {weights[l - 2].shape[0]} neurons"
-            )
+            refuse(f"W^({l}) takes {w.shape[1]} inputs but layer {l - 1} has {weights[l - 2].shape[0]} neurons")
         if b is not None and b.shape != w.shape[:1]:
             refuse(f"b^({l}) has shape {tuple(b.shape)} but layer {l} has {w.shape[0]} neurons")
         for tensor in (w, b):
             if tensor is not None and (tensor.dtype != weights[0].dtype or not tensor.is_floating_point()):
                 refuse(f"layer {l} holds {tensor.dtype}, layer 1 {weights[0].dtype}", error="DtypeError")
     shape = triple(*activation) if isinstance(activation, tuple) else triple(activation)
-    return Net(
-        tuple(w.detach() for w in weights), tuple(b if b is None else b.detach() for b in biases), shape
-    )
+    return Net(tuple(w.detach() for w in weights), tuple(b if b is None else b.detach() for b in biases), shape)
 
 
 def run(net: Net, x: Tensor) -> Trace:
@@ -135,7 +129,7 @@ def most_paths(net: Net) -> int:
     """
     most = 1
     for l in range(1, net.depth - 1):
-        count = torch.eye(net.widths[l], dtype=torch.float64)
+        count = torch.eye(net.widths[l], dtype=torch.float64, device=net.weights[0].device)
         for w in net.weights[l : net.depth - 1]:
             count = (w != 0).to(torch.float64) @ count
             most = max(most, int(count.max()))

@@ -50,9 +50,7 @@ def cotangents(net: Net, trace: Trace, g: Tensor | None) -> tuple[tuple[Tensor, 
     f = trace.outputs
     if g is None:
         if f.shape[1] != 1:
-            refuse(
-                f"a net with {f.shape[1]} outputs needs cotangent = dloss/doutputs of shape {tuple(f.shape)}"
-            )
+            refuse(f"a net with {f.shape[1]} outputs needs cotangent = dloss/doutputs of shape {tuple(f.shape)}")
         g = torch.ones_like(f)
     if g.shape != f.shape or g.dtype != f.dtype:
         refuse(f"cotangent is {tuple(g.shape)} {g.dtype}; the outputs are {tuple(f.shape)} {f.dtype}")
@@ -81,9 +79,7 @@ def paper_recursion(
     for l in range(net.depth - 1, 0, -1):
         slope = trace.slope[l]
         if form == "E30" and bool((slope == 0).any()):
-            refuse(
-                f"sigma' vanishes in layer {l}: E[30] is 0/0 there; use form='E28'", error="NonFiniteError"
-            )
+            refuse(f"sigma' vanishes in layer {l}: E[30] is 0/0 there; use form='E28'", error="NonFiniteError")
         own = s[l] if form == "E28" else delta[l] / slope
         d = trace.curvature[l] * own + slope**2 * (d @ net.weights[l] ** 2)
         values.insert(0, d)
@@ -105,16 +101,12 @@ def hessian_matrices(
     matrices: list[Tensor] = []
     for l in range(net.depth - 1, lowest - 1, -1):
         w, slope = net.weights[l], trace.slope[l]
-        h = (w.T @ h @ w) * slope.unsqueeze(1) * slope.unsqueeze(2) + torch.diag_embed(
-            trace.curvature[l] * s[l]
-        )
+        h = (w.T @ h @ w) * slope.unsqueeze(1) * slope.unsqueeze(2) + torch.diag_embed(trace.curvature[l] * s[l])
         matrices.insert(0, h)
     return tuple(matrices)
 
 
-def exact_recursion(
-    net: Net, x: Tensor, *, cotangent: Tensor | None = None, start: Tensor | None = None
-) -> Curvatures:
+def exact_recursion(net: Net, x: Tensor, *, cotangent: Tensor | None = None, start: Tensor | None = None) -> Curvatures:
     """D^(l) = diag H^(l), exactly; with `start` = ∇²ℓ [N, C, C] the Gauss-Newton part is included.
 
     The first hidden layer needs the diagonal of its H alone, so no n_1 × n_1 matrix is formed.
@@ -158,9 +150,7 @@ def _gains(net: Net, trace: Trace, l: int, r: int, copies: int) -> Tensor:
             "use paper_recursion or exact_recursion, or fewer samples",
             error="BudgetError",
         )
-    grid = torch.cartesian_prod(*(torch.arange(n, device=trace.outputs.device) for n in widths)).reshape(
-        -1, r - l + 1
-    )
+    grid = torch.cartesian_prod(*(torch.arange(n, device=trace.outputs.device) for n in widths)).reshape(-1, r - l + 1)
     gain = trace.outputs.new_ones(len(trace.outputs), len(grid))
     for step in range(r - l):
         source, to = grid[:, step], grid[:, step + 1]

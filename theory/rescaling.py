@@ -65,30 +65,46 @@ def mlp_rule(names: Sequence[str], layers: Sequence[str]) -> Rule:
 
 
 def resnet_rule(
-    names: Sequence[str], *, stem: str, classifier: str, norms: Sequence[str] | None = None
+    names: Sequence[str],
+    *,
+    stem: str,
+    classifier: str,
+    norms: Sequence[str] | None = None,
+    stem_convolution: str | None = None,
 ) -> Rule:
     """Post-activation BatchNorm ResNet: BN gain and bias × α, classifier weight ÷ α, convolutions untouched.
 
-    Every BatchNorm but the stem's (`stem`) is fed by scaled activations: running_mean × α, running_var
-    and eps × α².
+    Every BatchNorm but the stem's (`stem`) is fed by scaled activations: running_mean × α, running_var and
+    eps × α². Biases of convolutions are × α as well, but the first one's: name it by `stem_convolution` if
+    there are any.
     """
     norms = batchnorms(names) if norms is None else norms
     if stem not in norms:
         refuse(f"the stem {stem!r} is no BatchNorm of this net; they are {', '.join(norms)}")
-    return _batchnorm_rule(names, norms, [n for n in norms if n != stem], {f"{classifier}.weight": -1})
+    _require(names, [f"{classifier}.weight"])
+    extra = {f"{classifier}.weight": -1, f"{classifier}.bias": 0}
+    if stem_convolution is not None:
+        extra |= {f"{stem_convolution}.weight": 0, f"{stem_convolution}.bias": 0}
+    else:
+        loose = [n for n in _biases(names, norms) if n not in extra]
+        if loose:
+            refuse(f"{loose[0]!r} is a bias beside the BatchNorms': name the first layer as stem_convolution")
+    return _batchnorm_rule(names, norms, [n for n in norms if n != stem], extra)
 
 
-def preact_rule(
-    names: Sequence[str], *, stem: str, classifier: str, norms: Sequence[str] | None = None
-) -> Rule:
-    """Pre-activation ResNet: as `resnet_rule`, but the stem *convolution* is × α and every BatchNorm sees
-    scaled input.
+def preact_rule(names: Sequence[str], *, stem: str, classifier: str, norms: Sequence[str] | None = None) -> Rule:
+    """Pre-activation ResNet: as `resnet_rule`, but the stem *convolution* (`stem`) is × α, its bias too.
+
+    Every BatchNorm then sees scaled input.
     """
     norms = batchnorms(names) if norms is None else norms
-    extra = {f"{stem}.weight": 1, f"{classifier}.weight": -1}
-    if f"{stem}.bias" in names:
-        extra[f"{stem}.bias"] = 1
+    extra = {f"{stem}.weight": 1, f"{stem}.bias": 1, f"{classifier}.weight": -1, f"{classifier}.bias": 0}
     return _batchnorm_rule(names, norms, norms, extra)
+
+
+def _biases(names: Sequence[str], norms: Sequence[str]) -> list[str]:
+    """Biases of layers that are no BatchNorm."""
+    return [n for n in names if n.endswith(".bias") and n[: -len(".bias")] not in norms]
 
 
 def _batchnorm_rule(
@@ -97,10 +113,15 @@ def _batchnorm_rule(
     if not norms:
         refuse("no BatchNorm (entry ending in .running_var) among the names; an MLP has mlp_rule")
     _require(names, [f"{n}.{part}" for n in norms for part in ("weight", "bias")])
-    _require(names, list(extra))
-    buffer_ends = ("running_mean", "running_var", "num_batches_tracked")
-    buffers = {name: 0 for name in names if name.rsplit(".", 1)[-1] in buffer_ends}
-    powers = {name: 0 for name in names if name not in buffers} | dict(extra)
+    _require(names, [name for name in extra if name.endswith(".weight")])
+    ends = ("running_mean", "running_var", "num_batches_tracked")
+    buffers = {name: 0 for name in names if name.rsplit(".", 1)[-1] in ends}
+    powers = {name: 0 for name in names if name not in buffers}
+    for name in powers:
+        if name.rsplit(".", 1)[-1] not in ("weight", "bias"):
+            refuse(f"{name!r} is no weight, bias or running statistic: the rule does not cover this net")
+    powers |= dict.fromkeys(_biases(names, norms), 1)  # their layers take αh and must give α(Wh + b)
+    powers |= {name: power for name, power in extra.items() if name in powers}
     for n in norms:
         powers[f"{n}.weight"] = powers[f"{n}.bias"] = 1
     for n in scaled:

@@ -29,9 +29,7 @@ class Shape:
     name: str = "sigma"
 
 
-def triple(
-    sigma: Any, d1: Function | None = None, d2: Function | None = None, *, name: str = "sigma"
-) -> Shape:
+def triple(sigma: Any, d1: Function | None = None, d2: Function | None = None, *, name: str = "sigma") -> Shape:
     """A `Shape` from three callables, one with methods `.d1` and `.d2`, or σ alone (by autograd)."""
     if isinstance(sigma, Shape):
         return sigma
@@ -103,9 +101,7 @@ def sine() -> Shape:
 
 def linear(slope: float = 1.0) -> Shape:
     """σ(x) = slope · x: no curvature, so every form of D is zero."""
-    return Shape(
-        lambda x: slope * x, lambda x: torch.full_like(x, slope), torch.zeros_like, f"linear:slope={slope:g}"
-    )
+    return Shape(lambda x: slope * x, lambda x: torch.full_like(x, slope), torch.zeros_like, f"linear:slope={slope:g}")
 
 
 def quadratic(curvature: float = 1.0) -> Shape:

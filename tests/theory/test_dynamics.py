@@ -54,9 +54,7 @@ def test_stationary_closed_form_for_any_noise(seed: int, n: int, lr: float) -> N
 
 @settings(deadline=None, derandomize=True, max_examples=50)
 @given(st.integers(0, 10**6), st.integers(1, 5), st.floats(0.001, 0.5), st.integers(0, 60), st.booleans())
-def test_transient_closed_form_is_the_recursion(
-    seed: int, n: int, lr: float, steps: int, indefinite: bool
-) -> None:
+def test_transient_closed_form_is_the_recursion(seed: int, n: int, lr: float, steps: int, indefinite: bool) -> None:
     """Σ_t = Σ_s A^s η²C A^s + A^t Σ_0 A^t, for indefinite H as well."""
     hessian, noise, *_ = problem(seed, n, commuting=False, indefinite=indefinite)
     _, initial, *_ = problem(seed + 1, n, commuting=False)

@@ -210,9 +210,7 @@ def test_closed_form_losses_against_autograd(kind: str) -> None:
     truth = losses.from_callable(
         lambda o, t: torch.stack([reference_loss(kind, o[n : n + 1], t[n : n + 1]) for n in range(len(o))]), y
     )(f)
-    for a, b in zip(
-        (found.value, found.gradient, found.hessian), (truth.value, truth.gradient, truth.hessian)
-    ):
+    for a, b in zip((found.value, found.gradient, found.hessian), (truth.value, truth.gradient, truth.hessian)):
         assert float((a - b).norm()) <= 1e-13 * max(1.0, float(b.norm()))
 
 

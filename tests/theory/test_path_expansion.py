@@ -53,9 +53,7 @@ def autograd_matrices(net: Net, x: Tensor, g: Tensor) -> list[Tensor]:
     found = []
     for l in range(1, net.depth):
         rows = [
-            torch.autograd.functional.hessian(
-                lambda v, l=l, n=n: (upper_part(net, l, v) * g[n]).sum(), z[l][n]
-            )
+            torch.autograd.functional.hessian(lambda v, l=l, n=n: (upper_part(net, l, v) * g[n]).sum(), z[l][n])
             for n in range(len(x))
         ]
         found.append(torch.stack(rows))
@@ -154,9 +152,7 @@ def test_paper_is_exact_in_the_top_two_hidden_layers(case: tuple[Net, Tensor, Te
 
 @pytest.mark.parametrize("hidden", [3, 4, 5, 6])
 @pytest.mark.parametrize("outputs", [1, 4])
-@pytest.mark.parametrize(
-    "activation", [shapes.rct(1.0, 1), shapes.rct(14.0, 1), shapes.rct(7.0, 2), shapes.tanh()]
-)
+@pytest.mark.parametrize("activation", [shapes.rct(1.0, 1), shapes.rct(14.0, 1), shapes.rct(7.0, 2), shapes.tanh()])
 def test_paper_is_wrong_below_the_top_two(hidden: int, outputs: int, activation: shapes.Shape) -> None:
     """E[27], E[28], E[30]-E[33] fail for l <= L-3 on each of six random nets, by more than 5% in the
     median.

@@ -207,9 +207,7 @@ def subtract(widths: tuple[int, ...], layer: int, neuron: int = 0) -> Subtractio
     net = DeepNet(widths)
     if not 1 <= layer < net.depth or not 0 <= neuron < net.width(layer):
         refuse(f"neuron {neuron} of layer {layer} is no hidden neuron of a net with hidden widths {widths}")
-    return Subtraction(
-        net, layer, neuron, net.exact_hessian(layer, neuron, neuron), net.paper_recursion(layer, neuron)
-    )
+    return Subtraction(net, layer, neuron, net.exact_hessian(layer, neuron, neuron), net.paper_recursion(layer, neuron))
 
 
 def chain_rule_gap(widths: tuple[int, ...], layer: int, i: int, t: int) -> tuple[Expr, Expr]:

@@ -80,10 +80,7 @@ def parameter_identities(widths: tuple[int, ...]) -> tuple[LayerIdentity, ...]:
             entry = whole.named(sp.diff(loss, parameter, 2), z)
             derived = {"E22": first - delta * c, "E23": second - exact * c**2}
             derived |= {name: entry - (delta * c) ** 2 - R * c**2 * d for name, d in printed.items()}
-            rows += [
-                LayerIdentity(name, where, sp.expand(value), layer, net.depth)
-                for name, value in derived.items()
-            ]
+            rows += [LayerIdentity(name, where, sp.expand(value), layer, net.depth) for name, value in derived.items()]
     return tuple(rows)
 
 
@@ -98,9 +95,7 @@ def recursion_identities(widths: tuple[int, ...]) -> tuple[LayerIdentity, ...]:
         exact = net.exact_hessian(layer, 0, 0)
         upper = range(net.width(layer + 1))
         gaps = [chain_rule_gap(widths, layer, 0, t)[0] for t in upper]
-        own = {
-            t: net.exact_hessian(layer + 1, t, t) if layer + 1 < net.depth else sp.Integer(0) for t in upper
-        }
+        own = {t: net.exact_hessian(layer + 1, t, t) if layer + 1 < net.depth else sp.Integer(0) for t in upper}
         slopes = [gaps[t] + own[t] * net.weight(layer + 1, t, 0) * u for t in upper]
         product_rule = v * net.s(layer, 0) + u * sum(slopes[t] * net.weight(layer + 1, t, 0) for t in upper)
         forward = z[layer + 1, 0]

@@ -29,11 +29,7 @@ PRINTED: dict[str, Expr] = {
     "E5": (E**2 + (alpha * x + 1) * E) * x / (E**2 + 2 * E + 1),
     "E6": alpha
     * E
-    * (
-        (alpha * x - 1) * (alpha * x - 4) * E**2
-        - 4 * (alpha**2 * x**2 - 2) * E
-        + (alpha * x + 1) * (alpha * x + 4)
-    )
+    * ((alpha * x - 1) * (alpha * x - 4) * E**2 - 4 * (alpha**2 * x**2 - 2) * E + (alpha * x + 1) * (alpha * x + 4))
     / (E + 1) ** 4,
 }
 """The right-hand sides of E[1]-E[6], character by character."""
@@ -86,12 +82,8 @@ def identities() -> tuple[Identity, ...]:
     for beta in (0, 1, 2):
         value, curvature = f"E{2 * beta + 1}", f"E{2 * beta + 2}"
         difference = rct(beta) - PRINTED[value]
-        rows.append(
-            Identity(value, f"sigma, beta={beta}", difference if difference == 0 else zero(difference))
-        )
-        rows.append(
-            Identity(curvature, f"sigma'', beta={beta}", zero(second_derivative(beta) - PRINTED[curvature]))
-        )
+        rows.append(Identity(value, f"sigma, beta={beta}", difference if difference == 0 else zero(difference)))
+        rows.append(Identity(curvature, f"sigma'', beta={beta}", zero(second_derivative(beta) - PRINTED[curvature])))
     return tuple(rows)
 
 
@@ -100,9 +92,7 @@ def recursion_step(beta: int) -> Identity:
     if beta not in (1, 2):
         refuse(f"the paper prints the recursion for beta = 1 and 2, not for {beta}")
     before, after = PRINTED[f"E{2 * beta - 1}"], PRINTED[f"E{2 * beta + 1}"]
-    return Identity(
-        f"E{2 * beta + 1}", "sigma_beta = (sigma_(beta-1))' x", zero(after - sp.diff(before, x) * x)
-    )
+    return Identity(f"E{2 * beta + 1}", "sigma_beta = (sigma_(beta-1))' x", zero(after - sp.diff(before, x) * x))
 
 
 def curvature_at_zero(beta: int) -> Expr:
@@ -130,6 +120,4 @@ def rescaling_identity(beta: int) -> Identity:
     """σ_{α,β}(x) = σ_{1,β}(αx)/α: α is a change of coordinates."""
     other = rct(beta).subs(alpha, 1).subs(x, alpha * x) / alpha
     difference = rct(beta) - other
-    return Identity(
-        "S3.1.rescaling", f"alpha rescales, beta={beta}", 0 if difference == 0 else zero(difference)
-    )
+    return Identity("S3.1.rescaling", f"alpha rescales, beta={beta}", 0 if difference == 0 else zero(difference))

@@ -64,17 +64,13 @@ class ExponentialPolynomial:
     def __init__(self, expression: Expr, variable: Expr) -> None:
         self.variable = variable
         self.terms = _collect(expression, variable)
-        self.expression = sp.Add(
-            *(c * variable**j * sp.exp(k * variable) for (k, j), c in self.terms.items())
-        )
+        self.expression = sp.Add(*(c * variable**j * sp.exp(k * variable) for (k, j), c in self.terms.items()))
         self.parity = self._parity()
 
     def _parity(self) -> int | None:
         """0 for even, 1 for odd, None for neither: read off p_(-k)j = ±(-1)^j p_kj."""
         for parity in (0, 1):
-            if all(
-                self.terms.get((-k, j), 0) == (-1) ** (j + parity) * c for (k, j), c in self.terms.items()
-            ):
+            if all(self.terms.get((-k, j), 0) == (-1) ** (j + parity) * c for (k, j), c in self.terms.items()):
                 return parity
         if any(k < 0 for k, _ in self.terms):
             refuse("a series with negative rates must be even or odd; split it into its two parts first")
@@ -99,9 +95,7 @@ class ExponentialPolynomial:
     def rates(self) -> dict[Expr, Expr]:
         """Q_K(m) for each K > 0, so that c_m = Σ_K K^m Q_K(m) beyond the degree of P_0."""
         found: dict[Expr, Expr] = {}
-        factor = (
-            1 if self.parity is None else 2
-        )  # k and -k contribute alike where the parity lets c_m differ from 0
+        factor = 1 if self.parity is None else 2  # k and -k contribute alike where the parity lets c_m differ from 0
         for (k, j), c in self.terms.items():
             if k > 0:
                 found[k] = found.get(k, 0) + factor * c * sp.expand_func(sp.ff(M, j)) / k**j

@@ -15,6 +15,7 @@ from typing import Any
 import sympy as sp
 
 from theory._refusals import refuse
+from theory.claims.model import TABLE1
 from theory.symbolic.intervals import Enclosure, as_enclosure, as_interval, context
 from theory.symbolic.maxima import maximum_at_zero
 from theory.symbolic.series import ExponentialPolynomial
@@ -23,17 +24,7 @@ Expr = Any
 
 x = sp.Symbol("x", real=True)
 
-PRINTED: dict[str, float] = {
-    "relu": float("inf"),
-    "leaky_relu": float("inf"),
-    "elu": 1.0,
-    "gelu": 0.798,
-    "swish": 0.5,
-    "mish": 0.362,
-    "rct0": 7.0,
-    "rct1": 7.0,
-    "rct2": 7.0,
-}
+PRINTED: dict[str, float] = {row.key: row.curvature for row in TABLE1}
 """max|σ''| as printed in Table 1."""
 
 
@@ -79,9 +70,7 @@ def elu() -> Curvature:
         raise AssertionError("sigma' of ELU joins continuously at 0")
     if not sp.diff(left, x, 3).is_positive:
         raise AssertionError("sigma'' of ELU increases on x < 0")
-    return Curvature(
-        "elu", sp.limit(sp.diff(left, x, 2), x, 0, "-"), 0.0, False, "σ'' = e^x increases to 1 at 0-"
-    )
+    return Curvature("elu", sp.limit(sp.diff(left, x, 2), x, 0, "-"), 0.0, False, "σ'' = e^x increases to 1 at 0-")
 
 
 def gelu() -> Curvature:
@@ -107,9 +96,7 @@ def rct(name: str, beta: int, curvature: Expr, argument: str) -> Curvature:
     if not proof.proved:
         refuse(f"the maximum at 0 is not proved for beta = {beta}")
     symbol = next(iter(proof.value.free_symbols))
-    return Curvature(
-        name, proof.value.subs(symbol, sp.solve(proof.value - curvature, symbol)[0]), 0.0, True, argument
-    )
+    return Curvature(name, proof.value.subs(symbol, sp.solve(proof.value - curvature, symbol)[0]), 0.0, True, argument)
 
 
 MISH_REACH = 30
@@ -190,8 +177,7 @@ def _callable(expression: Expr) -> Any:
     e = sp.Symbol("e", positive=True)
     numerator, denominator = sp.fraction(sp.together(expression.subs(sp.exp(x), e)))
     forms = [
-        sp.lambdify((x, e), sp.horner(sp.Poly(p, e).as_expr(), wrt=e), modules=[])
-        for p in (numerator, denominator)
+        sp.lambdify((x, e), sp.horner(sp.Poly(p, e).as_expr(), wrt=e), modules=[]) for p in (numerator, denominator)
     ]
     return lambda ctx, at: forms[0](at, ctx.exp(at)) / forms[1](at, ctx.exp(at))
 
