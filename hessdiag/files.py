@@ -48,9 +48,7 @@ def read_bytes(path: PathLike, *, budget: int, accepts: Callable[[bytes], bool] 
     Everything after works on these bytes alone, so that a file which changes meanwhile cannot pass one check
     and fail the next. FIFOs, devices and directories are refused without blocking on them.
     """
-    flags = (
-        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    )
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         handle = os.open(path, flags)
     except FileNotFoundError:
@@ -71,25 +69,24 @@ def read_bytes(path: PathLike, *, budget: int, accepts: Callable[[bytes], bool] 
         if facts.st_size == 0:
             raise BadFileError("the file is empty")
         if facts.st_size > budget:
-            raise BadFileError(
-                f"{size_text(facts.st_size)} exceed the limit of {size_text(budget)} for one file"
-            )
+            raise BadFileError(f"{size_text(facts.st_size)} exceed the limit of {size_text(budget)} for one file")
         with os.fdopen(os.dup(handle), "rb") as stream:
             head = stream.read(512)
             if accepts is not None and not accepts(head):
                 raise BadFileError(
                     "neither a torch checkpoint nor safetensors: its first bytes belong to no known format"
                 )
-            rest = stream.read(budget + 1 - len(head))
+            stream.seek(0)
+            data = stream.read(budget + 1)
     except OSError as error:
         raise BadFileError(f"cannot be read ({error.strerror or error})") from None
     except MemoryError:
         raise BadFileError(f"no memory to read it ({size_text(facts.st_size)})") from None
     finally:
         os.close(handle)
-    if len(head) + len(rest) > budget:
+    if len(data) > budget:
         raise BadFileError("it grew beyond the limit while it was read")
-    return head + rest
+    return data
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:

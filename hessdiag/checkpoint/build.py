@@ -31,13 +31,9 @@ def from_factory(factory: Factory) -> nn.Module:
         except HessdiagError:
             raise
         except Exception as error:
-            raise ConfigurationError(
-                f"factory {shown(str(factory))} raised {type(error).__name__}: {error}"
-            ) from error
+            raise ConfigurationError(f"factory {shown(str(factory))} raised {type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):
-        raise ConfigurationError(
-            f"factory {shown(str(factory))} returned {type(made).__name__}, not a torch.nn.Module"
-        )
+        raise ConfigurationError(f"factory {shown(str(factory))} returned {type(made).__name__}, not a torch.nn.Module")
     return made
 
 

@@ -78,9 +78,7 @@ class TensorReader:
         if not isinstance(location, str) or type(numel) is not int or not 0 <= numel < 2**44:
             raise BadFileError("tensor data of no valid size")
         if self.legacy and reference[5] is not None:
-            raise BadFileError(
-                "views of storages, as torch wrote before 0.4; save it again with a current torch"
-            )
+            raise BadFileError("views of storages, as torch wrote before 0.4; save it again with a current torch")
         storage = Storage(key, STORAGES[kind.name], numel)
         if self.storages.setdefault(key, storage) != storage:
             raise BadFileError(f"tensor data {shown(key)} is described in two ways")
@@ -141,9 +139,7 @@ class TensorReader:
         """Refuse tensors that together repeat the stored data many times over."""
         stored = sum(s.numel * s.dtype.itemsize for s in self.storages.values())
         if self.tensor_bytes > 4 * stored + 2**20:
-            raise BadFileError(
-                f"tensors of {size_text(self.tensor_bytes)} over {size_text(stored)} of data: refused"
-            )
+            raise BadFileError(f"tensors of {size_text(self.tensor_bytes)} over {size_text(stored)} of data: refused")
 
 
 def _ordered(arguments: tuple[Any, ...]) -> _Ordered:

@@ -70,19 +70,16 @@ class Document:
 def open_document(path: PathLike, *, budget: int = FILE_BUDGET) -> Document:
     """Read and understand a file; refuses (BadFileError) whatever is not just tensors and plain values."""
     data = read_bytes(path, budget=budget, accepts=_known)
-    digest = hashlib.sha256(data).hexdigest()
     if torchfile.is_zip(data) or torchfile.is_legacy(data):
         parsed = torchfile.parse(data)
-        return _understand(parsed.kind, parsed.tree, digest, len(data), parsed)
+        return _understand(parsed.kind, parsed.tree, data, parsed)
     facts, metadata = tensorfiles.read_header(data)
-    return _understand("safetensors", _tree(facts, metadata), digest, len(data), data)
+    return _understand("safetensors", _tree(facts, metadata), data, data)
 
 
 def _known(head: bytes) -> bool:
     if head[257:262] == b"ustar":
-        raise BadFileError(
-            "a tar archive, as torch wrote before 2017: torch cannot read it safely, save it again"
-        )
+        raise BadFileError("a tar archive, as torch wrote before 2017: torch cannot read it safely, save it again")
     return torchfile.is_zip(head) or torchfile.is_legacy(head) or tensorfiles.looks_like(head)
 
 
@@ -102,7 +99,7 @@ def _tree(facts: Mapping[str, TensorFacts], metadata: Mapping[str, str]) -> dict
     return {**about, "state_dict": model, "ema_state_dict": ema or None}
 
 
-def _understand(kind: str, tree: Any, digest: str, size: int, source: torchfile.Parsed | bytes) -> Document:
+def _understand(kind: str, tree: Any, data: bytes, source: torchfile.Parsed | bytes) -> Document:
     if not isinstance(tree, dict):
         raise BadFileError(f"holds a {type(tree).__name__}, not a dict with weights")
     told = tree.get("format")
@@ -128,23 +125,17 @@ def _understand(kind: str, tree: Any, digest: str, size: int, source: torchfile.
     if ours:
         about = {key: _plain_dict(tree.get(key), key) for key in ("config", "metrics", "extra")}
     else:
-        numbers = {
-            k: v for k, v in tree.items() if isinstance(k, str) and type(v) in (int, float) and k != "epoch"
-        }
+        numbers = {k: v for k, v in tree.items() if isinstance(k, str) and type(v) in (int, float) and k != "epoch"}
         about = {"config": {}, "metrics": numbers, "extra": {}}
     if ours:
         used.add("ema_state_dict")  # None where there is no average
     bare = places["model"] == ()
-    others = (
-        ()
-        if bare
-        else tuple(shown(k) for k in list(tree)[:50] if k not in used and k not in about["metrics"])
-    )
+    others = () if bare else tuple(shown(k) for k in list(tree)[:50] if k not in used and k not in about["metrics"])
     return Document(
         kind=kind,
         layout=layout,
-        sha256=digest,
-        size=size,
+        sha256=hashlib.sha256(data).hexdigest(),
+        size=len(data),
         weights=weights,
         epoch=epoch if type(epoch) is int else None,
         others=others,
@@ -228,6 +219,5 @@ def parameter_count(weights: Mapping[str, TensorFacts]) -> int:
     return sum(
         math.prod(facts.shape)
         for key, facts in weights.items()
-        if facts.dtype.is_floating_point
-        and not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        if facts.dtype.is_floating_point and not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
     )

@@ -29,9 +29,7 @@ def public_config(
     The network and the activation are never guessed: another activation fits the same tensors.
     """
     if network is None:
-        raise CheckpointError(
-            f"the file does not name its network: pass network= (--network); {hint(weights)}"
-        )
+        raise CheckpointError(f"the file does not name its network: pass network= (--network); {hint(weights)}")
     if activation is None:
         raise CheckpointError(
             "the file does not say which activation it was trained with, and another gives wrong numbers in "
@@ -103,9 +101,7 @@ def fitting(names: Mapping[str, TensorFacts]) -> tuple[str, ...]:
             translate(names, facts_of(sketch))
         except Exception:  # does not fit, in one way or another
             continue
-        label = network + "".join(
-            f" {key}={value}" for key, value in options.items() if key in ("depth", "widen")
-        )
+        label = network + "".join(f" {key}={value}" for key, value in options.items() if key in ("depth", "widen"))
         found.append(label)
     return tuple(found)
 
@@ -114,9 +110,7 @@ def _wide(names: Mapping[str, TensorFacts]) -> dict[str, int]:
     """Depth 6n + 4 from the number n of blocks in a stage, the factor from the first stage's width."""
     first = names.get("block1.layer.0.conv1.weight")
     blocks = {
-        part
-        for part in (name.split(".")[2] for name in names if name.startswith("block1.layer."))
-        if part.isdecimal()
+        part for part in (name.split(".")[2] for name in names if name.startswith("block1.layer.")) if part.isdecimal()
     }
     if first is None or len(first.shape) != 4 or not blocks:
         return {}
@@ -126,9 +120,7 @@ def _wide(names: Mapping[str, TensorFacts]) -> dict[str, int]:
 def _layers(names: Mapping[str, TensorFacts]) -> dict[str, Any]:
     """Sizes of an MLP: its matrices in order."""
     matrices = [
-        f
-        for key, f in names.items()
-        if key.startswith("layers.") and key.endswith(".weight") and len(f.shape) == 2
+        f for key, f in names.items() if key.startswith("layers.") and key.endswith(".weight") and len(f.shape) == 2
     ]
     if not matrices:
         return {}

@@ -113,19 +113,11 @@ def _drop_dead_blocks(names: Names, target: Mapping[str, TensorFacts], notes: li
 
 def _keep_base_norms(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) -> Names:
     """DAJAT trains two sets of BatchNorm, "base" and "auto", and tests with the base set."""
-    auto = {
-        name
-        for name in names
-        if name not in target and "_auto." in name and name.replace("_auto.", ".") in names
-    }
+    auto = {name for name in names if name not in target and "_auto." in name and name.replace("_auto.", ".") in names}
     if auto:
-        notes.append(
-            f"{len(auto)} tensors of the *_auto BatchNorms dropped: the base set is the one tested with"
-        )
+        notes.append(f"{len(auto)} tensors of the *_auto BatchNorms dropped: the base set is the one tested with")
         names = _renamed(names, lambda name: None if name in auto else name)
-    moved = {
-        name: name.replace(".shortcut_bn.0.", ".shortcut.1.") for name in names if ".shortcut_bn.0." in name
-    }
+    moved = {name: name.replace(".shortcut_bn.0.", ".shortcut.1.") for name in names if ".shortcut_bn.0." in name}
     moved = {name: new for name, new in moved.items() if name not in target and new in target}
     if moved:
         notes.append("shortcut_bn.0 read as shortcut.1")
@@ -162,9 +154,7 @@ def _listed(missing: list[str], unexpected: list[str]) -> str:
     for what, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-            parts.append(
-                f"{len(names)} {what} ({', '.join(shown(n)[1:-1] for n in names[:MAX_LISTED])}{more})"
-            )
+            parts.append(f"{len(names)} {what} ({', '.join(shown(n)[1:-1] for n in names[:MAX_LISTED])}{more})")
     return "; ".join(parts)
 
 

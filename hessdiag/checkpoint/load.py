@@ -166,8 +166,6 @@ def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
-            raise NonFiniteError(
-                f"tensor {shown(name)} holds {count} NaN or infinite values of {tensor.numel()}"
-            )
+            raise NonFiniteError(f"tensor {shown(name)} holds {count} NaN or infinite values of {tensor.numel()}")
         if name.endswith("running_var") and tensor.numel() and float(tensor.min()) < 0:
             raise BadFileError(f"tensor {shown(name)} is a variance below zero")

@@ -104,17 +104,13 @@ def _state(weights: Weights) -> dict[str, Tensor]:
     return found
 
 
-def _torch_bytes(
-    weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, about: dict[str, Any]
-) -> bytes:
+def _torch_bytes(weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, about: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save({**about, "state_dict": weights, "ema_state_dict": averaged}, buffer)
     return buffer.getvalue()
 
 
-def _safetensors_bytes(
-    weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, about: dict[str, Any]
-) -> bytes:
+def _safetensors_bytes(weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, about: dict[str, Any]) -> bytes:
     tensors = dict(weights)
     tensors.update({EMA_PREFIX + key: value for key, value in (averaged or {}).items()})
     # One metadata entry: the library writes several in no fixed order.

@@ -12,7 +12,9 @@ import io
 import struct
 import warnings
 import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ class Parsed:
 
     kind: str
     tree: Any
-    payload: bytes
+    payload: Callable[[], bytes]
     storages: dict[str, Storage] = field(default_factory=dict)
 
 
@@ -56,11 +58,9 @@ def materialise(parsed: Parsed) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(io.BytesIO(parsed.payload), map_location="cpu", weights_only=True, mmap=False)
+            return torch.load(io.BytesIO(parsed.payload()), map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # RuntimeError, UnpicklingError, EOFError, KeyError, ...: any is a refusal
-        raise BadFileError(
-            f"torch.load refuses it ({type(error).__name__}: {shown(str(error), 80)})"
-        ) from None
+        raise BadFileError(f"torch.load refuses it ({type(error).__name__}: {shown(str(error), 80)})") from None
 
 
 def _parse_zip(data: bytes) -> Parsed:
@@ -70,9 +70,7 @@ def _parse_zip(data: bytes) -> Parsed:
         raise BadFileError("a zip archive that torch.save did not write (it holds no data.pkl)")
     root = pickled[0][: -len("data.pkl")]
     if f"{root}constants.pkl" in table:
-        raise BadFileError(
-            "a TorchScript archive holds code: save model.state_dict() with torch.save instead"
-        )
+        raise BadFileError("a TorchScript archive holds code: save model.state_dict() with torch.save instead")
     for name in table:
         if ".." in name or "\\" in name or not name.isprintable() or not name.startswith(root):
             raise BadFileError(f"zip entry {shown(name)} is none that torch.save writes")
@@ -94,18 +92,20 @@ def _parse_zip(data: bytes) -> Parsed:
             raise BadFileError(f"the tensor data {shown(key)} is missing from the archive")
         if entry.size != storage.numel * storage.dtype.itemsize:
             raise wrong_size(storage, entry.size)
-        records[key] = archives.content(data, entry)
+        archives.content(data, entry)  # for its checksum
+        records[key] = entry
     reader.check_total()
-    return Parsed("torch zip", tree, _rebuilt(pickle_bytes, records), reader.storages)
+    return Parsed("torch zip", tree, partial(_rebuilt, data, pickle_bytes, records), reader.storages)
 
 
-def _rebuilt(pickle_bytes: bytes, records: dict[str, bytes]) -> bytes:
+def _rebuilt(data: bytes, pickle_bytes: bytes, records: Mapping[str, archives.Entry]) -> bytes:
+    """An archive of nothing but the checked records."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", pickle_bytes)
         archive.writestr("archive/byteorder", "little")
-        for key, record in records.items():
-            archive.writestr(f"archive/data/{key}", record)
+        for key, entry in records.items():
+            archive.writestr(f"archive/data/{key}", archives.content(data, entry))
         archive.writestr("archive/version", "3\n")
     return buffer.getvalue()
 
@@ -120,14 +120,8 @@ def _parse_legacy(data: bytes) -> Parsed:
         raise BadFileError("a pickle that torch.save did not write: refused, nothing was executed")
     version, at = pickles.read(data, plain, at)
     machine, at = pickles.read(data, plain, at)
-    if (
-        version != LEGACY_PROTOCOL
-        or not isinstance(machine, dict)
-        or machine.get("little_endian") is not True
-    ):
-        raise BadFileError(
-            "an old torch file of another version or byte order; save it again with a current torch"
-        )
+    if version != LEGACY_PROTOCOL or not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise BadFileError("an old torch file of another version or byte order; save it again with a current torch")
     reader = TensorReader(legacy=True)
     tree, at = pickles.read(data, reader.rules, at)
     keys, at = pickles.read(data, plain, at)
@@ -146,7 +140,7 @@ def _parse_legacy(data: bytes) -> Parsed:
     if at != len(data):
         raise BadFileError(f"{len(data) - at} bytes behind the last tensor")
     reader.check_total()
-    return Parsed("torch legacy", tree, data, reader.storages)
+    return Parsed("torch legacy", tree, lambda: data, reader.storages)
 
 
 def _no_call(*_: Any) -> Any:

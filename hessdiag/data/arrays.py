@@ -55,9 +55,7 @@ def parse_npy(data: bytes, key: str) -> np.ndarray:
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
-        reader = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}.get(
-            version[0]
-        )
+        reader = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}.get(version[0])
         if reader is None:
             raise BadFileError(f"array {key} is in .npy version {version[0]}, which is not read here")
         shape, fortran, dtype = reader(stream)

@@ -78,20 +78,13 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Any:
     if name == "numpy.dtype" and arguments and isinstance(arguments[0], (str, bytes)):
         code = arguments[0]
         return _Type(code.decode("latin-1") if isinstance(code, bytes) else code)
-    if (
-        name == "_codecs.encode"
-        and len(arguments) == 2
-        and isinstance(arguments[0], str)
-        and arguments[1] == "latin1"
-    ):
+    if name == "_codecs.encode" and len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] == "latin1":
         # How Python 3 writes bytes in protocol 2.
         try:
             return arguments[0].encode("latin-1")
         except UnicodeEncodeError:
             raise BadFileError("bytes in the pickle are not bytes") from None
-    raise BadFileError(
-        f"the pickle calls {shown(name)} in a way no CIFAR batch does: refused, nothing was executed"
-    )
+    raise BadFileError(f"the pickle calls {shown(name)} in a way no CIFAR batch does: refused, nothing was executed")
 
 
 def _build(target: Any, state: Any) -> None:

@@ -61,9 +61,7 @@ def members(archive: bytes, layout: Layout) -> Iterator[tuple[str, bytes]]:
         with gzip.GzipFile(fileobj=io.BytesIO(archive)) as packed:
             plain = packed.read(UNPACKED_BUDGET + 1)
         if len(plain) > UNPACKED_BUDGET:
-            raise BadFileError(
-                f"unpacks to more than {UNPACKED_BUDGET >> 20} MiB: a bomb, or another archive"
-            )
+            raise BadFileError(f"unpacks to more than {UNPACKED_BUDGET >> 20} MiB: a bomb, or another archive")
         with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as tar:
             for member in tar:
                 folder, _, name = member.name.removeprefix("./").rpartition("/")
@@ -137,9 +135,7 @@ def _from_archive(source: Source, split: str, layout: Layout, path: Path) -> Dat
     return _from_files(source, split, layout, files, notes, verified=True)
 
 
-def _finish(
-    source: Source, split: str, images: np.ndarray, labels: np.ndarray, notes: tuple[str, ...]
-) -> DataSet:
+def _finish(source: Source, split: str, images: np.ndarray, labels: np.ndarray, notes: tuple[str, ...]) -> DataSet:
     if len(images) != source.sizes[split]:
         notes = (*notes, f"{len(images)} images; the official {split} set has {source.sizes[split]}")
     return make(

@@ -43,20 +43,14 @@ def load_custom(text: str, *, split: str, seed: int) -> DataSet:
 
 
 def _pair(made: Any, text: str) -> tuple[Tensor, Tensor]:
-    if (
-        isinstance(made, (tuple, list))
-        and len(made) == 2
-        and all(isinstance(x, (Tensor, np.ndarray)) for x in made)
-    ):
+    if isinstance(made, (tuple, list)) and len(made) == 2 and all(isinstance(x, (Tensor, np.ndarray)) for x in made):
         return _tensor(made[0]), _tensor(made[1])
     if not isinstance(made, Iterable):
         raise DataError(f"{text} returned {type(made).__name__}, not (inputs, targets), a DataSet or batches")
     inputs, targets, total = [], [], 0
     for batch in made:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise DataError(
-                f"{text} gave a batch of type {type(batch).__name__}; batches are pairs (inputs, targets)"
-            )
+            raise DataError(f"{text} gave a batch of type {type(batch).__name__}; batches are pairs (inputs, targets)")
         inputs.append(_tensor(batch[0]))
         targets.append(_tensor(batch[1]))
         total += len(inputs[-1])
@@ -68,6 +62,4 @@ def _pair(made: Any, text: str) -> tuple[Tensor, Tensor]:
 
 
 def _tensor(value: Any) -> Tensor:
-    return (
-        value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-    )
+    return value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,11 +34,19 @@ class DataSet:
     name: str
     split: str
     num_classes: int | None
-    sha256: str
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    @cached_property
+    def sha256(self) -> str:
+        """sha256 over type, shape and values (row-major) of inputs, then of targets."""
+        digest = hashlib.sha256()
+        for tensor in (self.inputs, self.targets):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def batches(
         self, batch_size: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -58,13 +67,10 @@ class DataSet:
         if samples < 1:
             raise ConfigurationError(f"samples = {samples}: it must be at least 1")
         if samples > len(self):
-            raise DataError(
-                f"{self.name} ({self.split}) has {len(self)} samples, fewer than the {samples} asked for"
-            )
+            raise DataError(f"{self.name} ({self.split}) has {len(self)} samples, fewer than the {samples} asked for")
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(self), generator=generator)[:samples].sort().values
-        inputs, targets = self.inputs[chosen], self.targets[chosen]
-        return replace(self, inputs=inputs, targets=targets, sha256=fingerprint(inputs, targets))
+        return replace(self, inputs=self.inputs[chosen], targets=self.targets[chosen])
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +120,7 @@ def make(
     if inputs.numel() == 0:
         raise EmptyDataError(f"{name}: no samples in inputs of shape {tuple(inputs.shape)}")
     if inputs.dtype != torch.uint8 and not inputs.is_floating_point():
-        raise DataError(
-            f"{name}: inputs are {inputs.dtype}; store images as uint8 (0 to 255) or as floats in [0, 1]"
-        )
+        raise DataError(f"{name}: inputs are {inputs.dtype}; store images as uint8 (0 to 255) or as floats in [0, 1]")
     if inputs.dtype in (torch.float16, torch.bfloat16):
         inputs = inputs.float()
     if inputs.is_floating_point():
@@ -126,18 +130,9 @@ def make(
             notes = (*notes, f"inputs span [{low:.4g}, {high:.4g}], not [0, 1]; they are used as they are")
     if targets.is_floating_point():
         _refuse_non_finite(targets, f"{name}: targets")
-        return DataSet(inputs, targets, name, split, None, fingerprint(inputs, targets), notes)
+        return DataSet(inputs, targets, name, split, None, notes)
     targets, num_classes, notes = _class_targets(targets, num_classes, name, notes)
-    return DataSet(inputs, targets, name, split, num_classes, fingerprint(inputs, targets), notes)
-
-
-def fingerprint(inputs: Tensor, targets: Tensor) -> str:
-    """sha256 over type, shape and values (row-major) of inputs, then of targets."""
-    digest = hashlib.sha256()
-    for tensor in (inputs, targets):
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return DataSet(inputs, targets, name, split, num_classes, notes)
 
 
 def _class_targets(
@@ -165,6 +160,4 @@ def _refuse_non_finite(values: Tensor, what: str) -> None:
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         first = int(bad.reshape(len(values), -1).any(1).nonzero()[0])
-        raise NonFiniteError(
-            f"{what} hold {int(bad.sum())} NaN or infinite values, the first in sample {first}"
-        )
+        raise NonFiniteError(f"{what} hold {int(bad.sum())} NaN or infinite values, the first in sample {first}")

@@ -27,9 +27,7 @@ def load_digits(split: str) -> DataSet:
     labels = np.asarray(table.target, dtype=np.int64)
     content = hashlib.sha256(pixels.astype("<f8").tobytes() + labels.astype("<i8").tobytes()).hexdigest()
     if content != _CONTENT:
-        raise DataError(
-            f"scikit-learn's digits are not the known ones (sha256 {content[:12]}, not {_CONTENT[:12]})"
-        )
+        raise DataError(f"scikit-learn's digits are not the known ones (sha256 {content[:12]}, not {_CONTENT[:12]})")
     in_test = np.zeros(len(labels), dtype=bool)
     in_test[_test_indices(labels)] = True
     chosen = in_test if split == "test" else ~in_test
@@ -48,7 +46,5 @@ def _test_indices(labels: np.ndarray) -> list[int]:
     return [
         index
         for members, count in zip(classes, counts)
-        for index in sorted(members, key=lambda i: hashlib.sha256(f"hessdiag/digits/{i}".encode()).digest())[
-            :count
-        ]
+        for index in sorted(members, key=lambda i: hashlib.sha256(f"hessdiag/digits/{i}".encode()).digest())[:count]
     ]

@@ -28,16 +28,12 @@ def load_folder(path: Path, split: str, name: str) -> DataSet:
     try:
         base, told = (path / split, split) if (path / split).is_dir() else (path, "all")
         classes = sorted(p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
-        members = [
-            (index, p) for index, label in enumerate(classes) for p in sorted((base / label).iterdir())
-        ]
+        members = [(index, p) for index, label in enumerate(classes) for p in sorted((base / label).iterdir())]
     except OSError as error:
         raise DataError(f"{path}: cannot be listed ({error.strerror or error})") from None
     if not classes:
         raise DataError(f"{base}: no class subfolders; put images in {base}/CLASS/")
-    images = [
-        (index, p) for index, p in members if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
-    ]
+    images = [(index, p) for index, p in members if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
     notes: tuple[str, ...] = (f"classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}",)
     if len(images) < len(members):
         notes = (*notes, f"{len(members) - len(images)} entries without an image suffix were left out")
@@ -51,9 +47,7 @@ def load_folder(path: Path, split: str, name: str) -> DataSet:
         total += arrays[-1].size
         if arrays[-1].shape[1:] != arrays[0].shape[1:]:
             sizes = [f"{a.shape[2]}x{a.shape[1]}" for a in (arrays[0], arrays[-1])]
-            raise DataError(
-                f"{file}: {sizes[1]} pixels, while {images[0][1].name} has {sizes[0]}; sizes must agree"
-            )
+            raise DataError(f"{file}: {sizes[1]} pixels, while {images[0][1].name} has {sizes[0]}; sizes must agree")
         if total > MAX_BYTES:
             raise DataError(f"{base}: more than {MAX_BYTES >> 30} GiB of pixels; measure on fewer images")
     if len({a.shape[0] for a in arrays}) > 1:
@@ -71,13 +65,9 @@ def _read(file: Path) -> np.ndarray:
             warnings.simplefilter("ignore")  # Pillow's own bomb warning; the limit below is stricter
             with Image.open(file, formats=FORMATS) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
-                    raise DataError(
-                        f"{file}: {picture.width}x{picture.height} pixels, more than {MAX_PIXELS}: a bomb?"
-                    )
+                    raise DataError(f"{file}: {picture.width}x{picture.height} pixels, more than {MAX_PIXELS}: a bomb?")
                 if picture.mode not in ("L", "RGB", "P", "1"):
-                    raise DataError(
-                        f"{file}: mode {picture.mode}; save it as grey or RGB without transparency"
-                    )
+                    raise DataError(f"{file}: mode {picture.mode}; save it as grey or RGB without transparency")
                 if "transparency" in picture.info:
                     raise DataError(f"{file}: has transparency; save it as grey or RGB without")
                 mode = {"P": "RGB", "1": "L"}.get(picture.mode, picture.mode)

@@ -210,7 +210,7 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path: Path) -> None:
 
 def test_names_that_collide_once_stripped(tmp_path: Path) -> None:
     state = {"module.a._orig_mod.w": torch.zeros(1), "module.a.w": torch.zeros(1)}
-    with pytest.raises(CheckpointError, match="two tensors are called 'a.w'"):
+    with pytest.raises(CheckpointError, match=r"two tensors are called 'a\.w'"):
         load_checkpoint(write(tmp_path / "a.pt", state), network="mlp", activation="relu")
 
 

@@ -15,6 +15,7 @@ import argparse
 import io
 import json
 import random
+import resource
 import struct
 import sys
 import tempfile
@@ -83,6 +84,7 @@ class Report:
     refused: Counter[str] = field(default_factory=Counter)
     offenders: list[str] = field(default_factory=list)
     slowest: float = 0.0
+    grown: int = 0  # MiB of peak memory beyond that of loading the valid files
 
     @property
     def total(self) -> int:
@@ -173,9 +175,7 @@ def seeds(folder: Path) -> list[Seed]:
         found.append(Seed(suffix, path.read_bytes(), {}, *inner))
     for new in (True, False):
         buffer = io.BytesIO()
-        torch.save(
-            {"net": bare, "epoch": 3, "optimizer": {"lr": 0.1}}, buffer, _use_new_zipfile_serialization=new
-        )
+        torch.save({"net": bare, "epoch": 3, "optimizer": {"lr": 0.1}}, buffer, _use_new_zipfile_serialization=new)
         inner = (_pickle_of, _with_pickle) if new else (None, None)
         found.append(Seed("zip" if new else "legacy", buffer.getvalue(), public, *inner))
     return found
@@ -257,6 +257,7 @@ def run(mutations: int, seed: int, folder: Path, keep: Path | None = None) -> Re
         path.write_bytes(base.data)
         load_checkpoint(path, **base.options)
         inspect_checkpoint(path)
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for index in range(mutations):
         rng = random.Random(f"{seed}/{index}")
         base, other = rng.choice(valid), rng.choice(valid)
@@ -269,11 +270,10 @@ def run(mutations: int, seed: int, folder: Path, keep: Path | None = None) -> Re
             data = base.close(base.data, data)
         path.write_bytes(data)
         before = len(report.offenders)
-        attempt(
-            path, base.options, rng.random() < 0.1, report, f"seed {seed} mutation {index} of {base.name}"
-        )
+        attempt(path, base.options, rng.random() < 0.1, report, f"seed {seed} mutation {index} of {base.name}")
         if keep is not None and len(report.offenders) > before:
             (keep / f"offender-{seed}-{index}").write_bytes(data)
+    report.grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) >> 10  # Linux counts in KiB
     return report
 
 
@@ -296,7 +296,7 @@ def main() -> int:
     print(
         f"{report.total} mutations in {time.perf_counter() - begun:.0f} s: {refused} refused "
         f"({json.dumps(report.refused)}), {report.accepted} loaded, {len(report.offenders)} offenders, "
-        f"slowest {report.slowest:.3f} s"
+        f"slowest {report.slowest:.3f} s, peak memory grew by {report.grown} MiB"
     )
     return 1 if report.offenders else 0
 
