@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from hessdiag.files import BadFileError, shown, size_text
 
-MAX_ENTRIES = 50_000
+MAX_ENTRIES = 25_000
 MAX_NAME = 512
 STORED, DEFLATED = 0, 8
 

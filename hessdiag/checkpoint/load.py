@@ -99,9 +99,13 @@ def _assemble(
     options: dict[str, Any],
     factory: Factory | None,
 ) -> Checkpoint:
+    facts: Mapping[str, Any] = document.weights[which]
+    if factory is None and document.self_describing:
+        agree(document.config, {**given, **options})
+    elif factory is None:  # says what is missing before any tensor is made
+        public_config(split_normalisation(facts)[0], **given, options=options)
     tensors = document.tensors(which)
     _refuse_non_finite(tensors)
-    facts: Mapping[str, Any] = document.weights[which]
     if not document.self_describing:
         notes = (f"read as a {document.layout}", *notes)
     if document.others:
@@ -116,7 +120,6 @@ def _assemble(
             raise BadFileError(
                 "names no network: pass the model it belongs to by factory= (--model package.module:factory)"
             )
-        agree(document.config, {**given, **options})
         model = from_config(document.config, facts, trusted=False)
         config = document.config
     else:
