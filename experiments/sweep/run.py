@@ -7,6 +7,7 @@ companion, the effective curvature |gamma| max|σ''|, the seconds each part took
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import time
@@ -32,13 +33,18 @@ def run_one(config: RunConfig, out: Path) -> Record:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = _Clock()
     settings = TrainConfig.from_dict(config.train)
-    result = train(settings, out, device=device)
-    model = result.model.eval()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    result = train(settings, out / "train", device=device)
+    model = result.model
     clock.lap("train")
+    kept = {name: value for name, value in result.to_dict().items() if name not in ("config", "provenance")}
     record: Record = {
-        "train": result.metrics,
+        "train": kept,
         "max_curvature": max_curvature(settings.activation),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "clean_accuracy": proportion(round(result.clean_accuracy * result.test_samples), result.test_samples),
+        "cost": cost(config, model, device),
         **attacked(config, model, device, out, clock),
         **measured(config, model, device, clock),
     }
@@ -47,21 +53,43 @@ def run_one(config: RunConfig, out: Path) -> Record:
     return record
 
 
+def cost(config: RunConfig, model: torch.nn.Module, device: torch.device) -> Record:
+    """What the activation costs in memory: the peak on a GPU, and the bytes kept for one training step's backward pass.
+
+    The bytes are those of every distinct tensor that autograd saves, weights aside, for one batch in training mode:
+    the same on any device.
+    """
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    batch = config.train["batch_size"]
+    (inputs, targets) = next(
+        iter(data.load(config.train["data"], split="train").sample(batch).batches(batch, device=device))
+    )
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    copied = copy.deepcopy(model).train()  # training mode moves running statistics: not those of the run's model
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = torch.nn.functional.cross_entropy(copied(inputs), targets)
+    del loss
+    return {"peak_memory": peak, "saved_bytes": sum(seen.values())}
+
+
 def attacked(config: RunConfig, model: torch.nn.Module, device: torch.device, out: Path, clock: _Clock) -> Record:
-    """Clean accuracy on the whole test split; AA-2 and AA on the chosen images."""
+    """AA-2 and AA on the chosen test images."""
     attack, name = config.attack, config.train["data"]
+    record: Record = {"eps": attack["eps"], "aa2": None, "aa": None}
+    if not attack["aa2_samples"] and not attack["aa_samples"]:
+        return record
     test = data.load(name, split="test")
-    with torch.no_grad():
-        correct = sum(
-            int((model(inputs).argmax(1) == targets).sum())
-            for inputs, targets in test.batches(attack["batch_size"], device=device)
-        )
-    record: Record = {"clean_accuracy": proportion(correct, len(test)), "eps": attack["eps"]}
-    clock.lap("clean")
     for kind in ("aa2", "aa"):
         number = min(attack[f"{kind}_samples"], len(test))
         if not number:
-            record[kind] = None
             continue
         chosen = test.sample(number, seed=attack["samples_seed"])
         ((x, y),) = chosen.batches(number, device=device)
