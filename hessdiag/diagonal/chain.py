@@ -29,7 +29,7 @@ from ..sites.linearise import edge_shape
 
 _POINTWISE = frozenset(
     f"{name}Backward{number}"
-    for name in "Add Sub Rsub Mul Div Neg Alias Clone View UnsafeView ReshapeAlias Squeeze".split()
+    for name in ["Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Alias", "Clone", "View", "UnsafeView", "ReshapeAlias", "Squeeze"]
     for number in (0, 1)
 )  # fmt: skip
 CACHED = 1 << 23  # bytes of rows worked on at once, about what a processor keeps close

@@ -85,6 +85,20 @@ def _elu_result(node: Any) -> Derivatives:
     return _elu_parts(node, r + float(node._saved_scale) * float(node._saved_alpha), r <= 0)
 
 
+def _celu_parts(alpha: float, slope: Tensor, negative: Tensor) -> Derivatives:
+    return torch.where(negative, slope, 1.0), torch.where(negative, slope / alpha, 0.0)
+
+
+def _celu(node: Any) -> Derivatives:
+    x, alpha = node._saved_self, float(node._saved_alpha)
+    return _celu_parts(alpha, torch.exp(x.clamp(max=0) / alpha), x <= 0)
+
+
+def _celu_result(node: Any) -> Derivatives:
+    r, alpha = node._saved_result, float(node._saved_alpha)
+    return _celu_parts(alpha, r / alpha + 1, r <= 0)
+
+
 def _log_sigmoid(node: Any) -> Derivatives:
     x = node._saved_self
     c = torch.sigmoid(-x)
@@ -94,7 +108,7 @@ def _log_sigmoid(node: Any) -> Derivatives:
 def _hardswish(node: Any) -> Derivatives:
     x = node._saved_self
     inside = x.abs() < 3
-    return torch.where(inside, (2 * x + 3) / 6, (x > 0).to(x)), torch.where(inside, 1 / 3, 0.0)
+    return torch.where(inside, (2 * x + 3) / 6, (x > 0).to(x)), inside.to(x) / 3
 
 
 def _pow(node: Any) -> Derivatives:
@@ -120,7 +134,7 @@ def _relu(node: Any) -> Derivatives:
 def _leaky(saved: str) -> Callable[[Any], Derivatives]:
     def derivatives(node: Any) -> Derivatives:
         x = getattr(node, saved)
-        return torch.where(x > 0, 1.0, float(node._saved_negative_slope)).to(x), None
+        return torch.where(x > 0, torch.ones_like(x), float(node._saved_negative_slope)), None
 
     return derivatives
 
@@ -153,6 +167,8 @@ CURVED: dict[str, Callable[[Any], Derivatives]] = {
     "MishBackward0": _mish,
     "EluBackward0": _elu,
     "EluBackward1": _elu_result,
+    "CeluBackward0": _celu,
+    "CeluBackward1": _celu_result,
     "LogSigmoidBackward0": _log_sigmoid,
     "HardswishBackward0": _hardswish,
     "PowBackward0": _pow,
@@ -229,6 +245,8 @@ def curvature_of(node: Any) -> tuple[str, float]:
         return label, float(node._saved_beta) / 4
     if name == "GeluBackward0":
         return label, max_curvature("gelu" if node._saved_approximate == "none" else "gelu:approximate=tanh")
+    if name in ("CeluBackward0", "CeluBackward1"):
+        return label, 1.0 / float(node._saved_alpha)
     if name in ("EluBackward0", "EluBackward1"):
         scale, alpha, rate = (float(getattr(node, f"_saved_{k}")) for k in ("scale", "alpha", "input_scale"))
         kinked = abs(alpha * rate - 1) > 1e-6
