@@ -1,12 +1,10 @@
 """Covariance of SGD near the minimum of a quadratic loss (after Xu & Zhang, arXiv 2410.07719).
 
 Gradient Hθ + ξ with noise covariance C, step η, momentum μ (v <- μv + g, θ <- θ - ηv). Deviations from
-the mean path have
-Σ_{t+1} = A Σ_t Aᵀ + Q in the doubled state (θ, v); without momentum A = 1 - ηH, Q = η²C. A stationary Σ
-exists only for
-0 < ηh < 2(1+μ) in every direction: a trained net's H is indefinite, so there one takes its Gauss-Newton
-part, or the
-transient (`transient_covariance`), which exists for every H.
+the mean path have Σ_{t+1} = A Σ_t Aᵀ + Q in the doubled state (θ, v); without momentum A = 1 - ηH, Q =
+η²C. A stationary Σ exists only for 0 < ηh < 2(1+μ) in every direction: a trained net's H is indefinite,
+so there one takes its Gauss-Newton part, or the transient (`transient_covariance`), which exists for
+every H.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The Hessian diagonal of a mean loss over N samples: E[9], E[32], E[33] = E[7], and the exact form.
 
 A parameter of neuron i in layer l has c_k = h_j^(l-1) or 1 (E[21]), so with the second derivative Q_i^(l)
-of the loss in
-z_i^(l) its entry is the mean over samples of c_k² Q_i. Q splits as E[9] does: the Gauss-Newton part Σ J
-∇²ℓ J (δ² for the
-paper's scalar), always exact here, and the functional part D, in the paper's or in the exact form.
+of the loss in z_i^(l) its entry is the mean over samples of c_k² Q_i. Q splits as E[9] does: the
+Gauss-Newton part Σ J ∇²ℓ J (δ² for the paper's scalar), always exact here, and the functional part D, in
+the paper's or in the exact form.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 `theory.hessian_diagonal`.
 
 A loss with its targets bound is a callable outputs [N, C] -> `LossDerivatives`; any twice differentiable
-one is made by
-`from_callable`.
+one is made by `from_callable`.
 """
 
 from __future__ import annotations

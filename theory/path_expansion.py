@@ -1,19 +1,17 @@
 """D_i^(l) = ∂δ_i^(l)/∂z_i^(l) in the paper's form and in the exact form, batched over samples.
 
 In all of it g is the cotangent of the outputs, δ^(L) = g: g = 1 for the paper's scalar f (then D belongs
-to f), or
-g = ∂ℓ/∂f for any loss (then D belongs to Σ_c g_c f_c, the functional part of the loss's Hessian). The
-base D^(L) = 0 carries
-no loss curvature; `start` changes that.
+to f), or g = ∂ℓ/∂f for any loss (then D belongs to Σ_c g_c f_c, the functional part of the loss's
+Hessian). The base D^(L) = 0 carries no loss curvature; `start` changes that.
 
-    paper                                                   exact
-    `paper_recursion`  E[28], E[30]                         `exact_recursion`  H = diag(σ''S) + diag(σ')
-    Wᵀ H⁺ W diag(σ')
-    `path_sum`         E[31], one path at a time            `pair_sum`         pairs of paths with common ends
-                                                            `site_sum`         Σ σ'' S (∂z_j^r/∂z_i^l)²
+    paper                                              exact
+    `paper_recursion`  E[28], E[30]                    `exact_recursion`  diag H, H = diag(σ''S) + σ'WᵀH⁺Wσ'
+    `path_sum`         E[31], one path at a time       `pair_sum`         pairs of paths with common ends
+                                                       `site_sum`         Σ σ'' S (∂z_j^r/∂z_i^l)²
 
-The two agree for l >= L-2 on every net, for all l where no two paths join the same two hidden neurons
-(`theory.net.most_paths`), and not otherwise: E[27] drops the pairs of different paths.
+The two agree for l >= L-2 on every net; for all l where no two paths join the same two hidden neurons
+(`theory.net.most_paths`) or σ is linear; and for no net in general, since E[27] drops the pairs of
+different paths.
 """
 
 from __future__ import annotations

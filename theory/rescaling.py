@@ -197,8 +197,8 @@ def factor_for_norm(diagonal: Mapping[str, Tensor], rule: Rule, ratio: float) ->
     """The factor that makes E[8] `ratio` times as large for the very same function, or a refusal.
 
     With S_e = Σ h² over the entries of power e, the new sum of squares is S_{-1} q + S_0 + S_1/q, q =
-    factor⁴. Of the
-    two solutions the one with the smaller factor is returned: a factor below 1 blows the scaled groups up.
+    factor⁴. Of the two solutions the one with the smaller factor is returned: a factor below 1 blows the
+    scaled groups up.
     """
     sums = {-1: 0.0, 0: 0.0, 1: 0.0}
     for name, h in diagonal.items():

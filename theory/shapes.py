@@ -1,8 +1,7 @@
 """Activations as plain triples (σ, σ', σ''): what the expansions of this package take.
 
 `rct` writes E[1]-E[6] with s = sigmoid(αx), which neither overflows nor cancels; `triple` makes a triple
-from any twice
-differentiable function, or from a module with `.d1` and `.d2`.
+from any twice differentiable function, or from a module with `.d1` and `.d2`.
 """
 
 from __future__ import annotations

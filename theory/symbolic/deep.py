@@ -2,15 +2,13 @@
 subtracted.
 
 The net has a scalar output, hidden layers 1..L-1 of the given widths and an undefined σ. Exact quantities
-come from
-differentiating f itself (nothing of the derivation is used); then σ'(z_i^l), σ''(z_i^l) are named u_l_i,
-v_l_i, and both
-sides are polynomials in u, v and the weights. δ and S are expanded as well, down to single paths.
+come from differentiating f itself (nothing of the derivation is used); then σ'(z_i^l), σ''(z_i^l) are
+named u_l_i, v_l_i, and both sides are polynomials in u, v and the weights. δ and S are expanded as well,
+down to single paths.
 
 Result: E[20], E[24]-E[26] hold; E[27] fails as soon as z_i^l reaches z_t^{l+1}'s gradient by way of a
-neighbour; the paper's
-D is exact for l >= L-2, and below every missing term is 2 × a product along two *different* paths
-(`Subtraction.pairs`).
+neighbour; the paper's D is exact for l >= L-2, and below every missing term is 2 × a product along two
+*different* paths (`Subtraction.pairs`).
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Each of E[19]-E[33] on one symbolic deep net, layer by layer: derived minus printed.
 
 Parameters are differentiated in the whole net, from the input to ½(f - y)²; nothing of the derivation is
-assumed. In
-the differences `R` stands for the residual f - y and `h` for the activations that enter as c_k (E[21]).
+assumed. In the differences `R` stands for the residual f - y and `h` for the activations that enter as
+c_k (E[21]).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import sympy as sp
@@ -58,32 +59,56 @@ class _Whole:
         return sp.expand(polynomial.xreplace(activations))
 
 
-def parameter_identities(widths: tuple[int, ...]) -> tuple[LayerIdentity, ...]:
-    """E[22], E[23], E[32], E[33] for one weight and one bias of every layer (all neurons are alike by
-    symmetry).
+@lru_cache(maxsize=8)
+def _parameters(widths: tuple[int, ...]) -> tuple[tuple[int, Expr, Expr, dict[str, Expr]], ...]:
+    """One weight and one bias of every layer (neurons are alike by symmetry): layer, parameter, c_k,
+    derivatives.
     """
     net = DeepNet(widths)
     whole = _Whole(net)
     z = whole.forward()
     f = z[net.depth, 0]
     loss = (f - sp.Symbol("y")) ** 2 / 2
-    rows = []
+    found = []
     for layer in range(1, net.depth + 1):
         source = sp.Symbol("x") if layer == 1 else sp.Symbol(f"h{layer - 1}_0")
+        for parameter, c in ((net.weight(layer, 0, 0), source), (sp.Symbol(f"b{layer}_0"), sp.Integer(1))):
+            derivatives = {
+                "z": whole.named(sp.diff(z[layer, 0], parameter), z),
+                "first": whole.named(sp.diff(f, parameter), z),
+                "second": whole.named(sp.diff(f, parameter, 2), z),
+                "entry": whole.named(sp.diff(loss, parameter, 2), z),
+            }
+            found.append((layer, parameter, c, derivatives))
+    return tuple(found)
+
+
+def exact_entries(widths: tuple[int, ...]) -> dict[Expr, Expr]:
+    """The Hessian diagonal of ½(f - y)² by differentiating the loss, for the parameters of `_parameters`."""
+    return {parameter: derivatives["entry"] for _, parameter, _, derivatives in _parameters(widths)}
+
+
+def parameter_identities(widths: tuple[int, ...]) -> tuple[LayerIdentity, ...]:
+    """E[21]-E[23], E[32], E[33] for one weight and one bias of every layer, output layer included."""
+    net = DeepNet(widths)
+    rows = []
+    for layer, parameter, c, found in _parameters(widths):
+        where = f"{parameter} in hidden widths {widths}"
         delta = net.delta(layer, 0)
         exact = net.exact_hessian(layer, 0, 0) if layer < net.depth else sp.Integer(0)
-        printed = {"E32": net.paper_recursion(layer, 0, form="E30"), "E33": net.path_sum(layer, 0)}
-        for parameter, c in ((net.weight(layer, 0, 0), source), (sp.Symbol(f"b{layer}_0"), sp.Integer(1))):
-            where = f"{parameter} in hidden widths {widths}"
-            first = whole.named(sp.diff(f, parameter), z)
-            second = whole.named(sp.diff(f, parameter, 2), z)
-            entry = whole.named(sp.diff(loss, parameter, 2), z)
-            derived = {"E22": first - delta * c, "E23": second - exact * c**2}
-            derived |= {name: entry - (delta * c) ** 2 - R * c**2 * d for name, d in printed.items()}
-            rows += [LayerIdentity(name, where, sp.expand(value), layer, net.depth) for name, value in derived.items()]
+        gauss_newton = (delta * c) ** 2
+        differences = {
+            "E21": found["z"] - c,
+            "E22": found["first"] - delta * c,
+            "E23": found["second"] - exact * c**2,
+            "E32": found["entry"] - gauss_newton - R * c**2 * net.paper_recursion(layer, 0, form="E30"),
+            "E33": found["entry"] - gauss_newton - R * c**2 * net.path_sum(layer, 0),
+        }
+        rows += [LayerIdentity(n, where, sp.expand(d), layer, net.depth) for n, d in differences.items()]
     return tuple(rows)
 
 
+@lru_cache(maxsize=8)
 def recursion_identities(widths: tuple[int, ...]) -> tuple[LayerIdentity, ...]:
     """E[20], E[24]-E[31] at neuron 0 of every hidden layer."""
     net = DeepNet(widths)

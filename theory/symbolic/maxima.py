@@ -1,9 +1,9 @@
 """max|σ''| = σ''(0), proved for every x: "the maximum second derivative occurs at x = 0" (E[2], E[4], E[6]).
 
-With y = αx/2 and τ(y) = σ''(x)/α, the two inequalities τ(0) - τ(y) >= 0 and τ(0) + τ(y) > 0 are multiplied by
-(2 cosh y)^p > 0. What remains are exponential polynomials, and all their Taylor coefficients turn out
-nonnegative: e.g.
-for β = 2 and p = 4 the second has the coefficients 4^n + 4(n-1)(n-2) of (2y)^{2n}/(2n)!.
+With y = αx/2 and τ(y) = σ''(x)/α, the two inequalities τ(0) - τ(y) >= 0 and τ(0) + τ(y) > 0 are
+multiplied by (2 cosh y)^p > 0. What remains are exponential polynomials, and all their Taylor
+coefficients turn out nonnegative: e.g. for β = 2 and p = 4 the second has the coefficients 4^n +
+4(n-1)(n-2) of (2y)^{2n}/(2n)!.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """E[9]-E[18]: the Hessian diagonal of a net with one hidden layer, from the loss itself and against print.
 
 The net of E[10] with d inputs and m neurons is written out, ½(f - y)² is differentiated twice in every
-parameter, and the
-printed right-hand side is subtracted. σ is undefined, so what holds here holds for every activation.
+parameter, and the printed right-hand side is subtracted. σ is undefined, so what holds here holds for
+every activation.
 """
 
 from __future__ import annotations

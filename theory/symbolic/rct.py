@@ -1,8 +1,7 @@
 """RCT-AF: the family by its recursion f -> f'·x, against E[1]-E[6] as printed.
 
 Everything is rational in x, α and E = e^{αx} (the symbol `E`), with dE/dx = αE: differences of two closed
-forms are
-decided by polynomial arithmetic, never by sampling. Only β = 0 needs a logarithm.
+forms are decided by polynomial arithmetic, never by sampling. Only β = 0 needs a logarithm.
 """
 
 from __future__ import annotations
@@ -121,3 +120,23 @@ def rescaling_identity(beta: int) -> Identity:
     other = rct(beta).subs(alpha, 1).subs(x, alpha * x) / alpha
     difference = rct(beta) - other
     return Identity("S3.1.rescaling", f"alpha rescales, beta={beta}", 0 if difference == 0 else zero(difference))
+
+
+def sharp_limit(beta: int) -> tuple[Expr, Expr]:
+    """Lim σ_{α,β}(x) for α -> oo, at x > 0 and at x < 0: x and 0, the ReLU (figure 1)."""
+    p = sp.Symbol("p", positive=True)
+    e = sp.exp(-alpha * p)  # decays; written so that no limit is of the form oo/oo
+    decaying = sp.Symbol("d", positive=True)
+    limits = []
+    for side in (p, -p):
+        value = sp.expand_log(rct(beta).subs(x, side), force=True)
+        if beta == 0 and side == p:
+            value = p + sp.log(1 + e) / alpha  # ln(1 + e^{αp}) = αp + ln(1 + e^{-αp})
+        value = sp.cancel(value.subs(sp.exp(alpha * p), 1 / decaying)) if beta else value
+        limits.append(sp.limit(value.subs(decaying, e), alpha, sp.oo))
+    return limits[0], limits[1]
+
+
+def flat_limit_slope(beta: int) -> Expr:
+    """Lim σ'_{α,β}(x) for α -> 0 at any fixed x: 1/2, so on a fixed range of inputs σ becomes affine."""
+    return sp.limit(sp.diff(rct(beta), x), alpha, 0, "+")

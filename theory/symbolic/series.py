@@ -12,8 +12,7 @@ Two facts turn signs of coefficients into theorems about F on y > 0:
   zeros in y > 0, with multiplicity, is at most the number of sign changes of (c_m).
 
 All arithmetic is in exact rationals; the infinitely many coefficients beyond a threshold are settled by
-domination of
-the largest rate, an induction whose two premises are checked at the threshold.
+domination of the largest rate, an induction whose two premises are checked at the threshold.
 """
 
 from __future__ import annotations
@@ -143,9 +142,8 @@ def _dominates(rates: dict[Expr, Expr], m: int) -> bool:
     """True if from m on the term of the largest rate K exceeds all others together.
 
     Premises, in exact rationals: Q_K has no root and no turning point at or beyond m, so |Q_K| >=
-    |Q_K(m)| from there on;
-    |Q_K(m)| K^m > Σ B_k(m) k^m with B_k = Σ|coefficients| m^j; and each B_k(m) (k/K)^m no longer grows, which
-    ((m+1)/m)^deg · k/K <= 1 gives for every later m as well.
+    |Q_K(m)| from there on; |Q_K(m)| K^m > Σ B_k(m) k^m with B_k = Σ|coefficients| m^j; and each B_k(m)
+    (k/K)^m no longer grows, which ((m+1)/m)^deg · k/K <= 1 gives for every later m as well.
     """
     if not rates:
         return True

@@ -1,8 +1,8 @@
 """Table 1's last column: max|σ''| of every activation, each with the argument that settles it.
 
 Exact: GELU 2/√(2π), Swish 1/2 (and RCT-AF), ELU 1 (a supremum, approached from the left at 0), ReLU and
-leaky ReLU
-infinite (σ' jumps). Mish by interval arithmetic with a tail bound: 0.6442 at -0.0879; the paper prints 0.362.
+leaky ReLU infinite (σ' jumps). Mish by interval arithmetic with a tail bound: 0.6442 at -0.0879; the
+paper prints 0.362.
 """
 
 from __future__ import annotations
@@ -155,8 +155,7 @@ def mish_tail(reach: Expr) -> Expr:
     """Bound of |σ''| for |x| >= reach >= 1: (4 + 6|x|) e^{-|x|}, which decreases there.
 
     T = 1 - 2/(E² + 2E + 2) gives |T'| <= 2 min(E, 1/E) and |T''| <= 6 min(E, 1/E): the differences are
-    quotients of
-    polynomials in E > 0 without a negative coefficient, checked here.
+    quotients of polynomials in E > 0 without a negative coefficient, checked here.
     """
     e = sp.Symbol("E", positive=True)
     q = e**2 + 2 * e + 2
