@@ -34,7 +34,7 @@ from .norm import enough
 from .norm.estimates import check_confidence
 from .objective import Objective
 from .sites import Linearisation
-from .stream import Batches, Numbered, Survey, check_deterministic, numbered, survey
+from .stream import Batches, Numbered, Survey, check_apart, check_deterministic, numbered, survey
 
 ADVICE = "lower the batch size, choose fewer parameters (parameters=...), or a method that needs less (propagation)"
 AUTO_EXACT_FLOPS = 3e10
@@ -75,6 +75,7 @@ def measure(
         objective.check_modes()
         facts = check_deterministic(objective, batches) if deterministic_check else survey(objective, batches)
         first = next(iter(numbered(objective, batches)))
+        check_apart(objective, first)
         checked: Audit | None = None
         notes: list[str] = []
         path = None if resume is None else Path(resume)
@@ -155,6 +156,7 @@ def diagonal(
         objective.check_modes()
         facts = check_deterministic(objective, batches) if deterministic_check else survey(objective, batches)
         first = next(iter(numbered(objective, batches)))
+        check_apart(objective, first)
         if plan is None:
             plan, _ = _decide(objective, first, facts, method, seed, audit_model)
         if per_sample:

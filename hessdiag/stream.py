@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from .errors import ConfigurationError, EmptyDataError, NotDeterministicError
+from .errors import ConfigurationError, EmptyDataError, NotDeterministicError, UncoveredModelError
 from .objective import Objective
 
 Batches = Iterable[Any]
@@ -121,6 +121,24 @@ def check_deterministic(objective: Objective, batches: Batches) -> Survey:
         )
     shuffled = abs(first.order - second.order) > 1e-9 * (first.data_size + 1e-300)
     return Survey(**{**first.__dict__, "shuffled": shuffled})
+
+
+def check_apart(objective: Objective, first: Numbered) -> None:
+    """Refuse a model that mixes the samples of a batch: cut from its batch, a sample must give the same outputs."""
+    count = len(first.targets)
+    if count < 2:
+        return
+    alone = first.part(torch.arange(count - 1, count, device=first.targets.device))
+    with torch.no_grad():
+        whole = objective.outputs(first.inputs, first.targets, index=first.index)[-1]
+        cut = objective.outputs(alone.inputs, alone.targets, index=first.index)[0]
+    scale = float(whole.double().abs().max()) or 1.0
+    off = float((whole.double() - cut.double()).abs().max()) / scale
+    if off > (1e-8 if objective.dtype == torch.float64 else 1e-3):
+        raise UncoveredModelError(
+            f"the model mixes the samples of a batch: alone, a sample's outputs change by {off:.1e} of their size; "
+            "its loss is no mean over samples, and no method here measures it"
+        )
 
 
 def _iterate(batches: Batches) -> Iterator[Any]:

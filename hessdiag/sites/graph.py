@@ -162,7 +162,9 @@ class Graph:
         elif name in AFFINE or name in PIECEWISE_LINEAR or (name == "BmmBackward0" and sum(live) == 1):
             self._refuse_parameters(node)
         else:
-            self._refuse(node, "an operation that the site identity does not cover")
+            taken = [self.parameter_of(s) for s in sources if _is_leaf(s) and self.is_live(s)]
+            of = f" (it takes parameter {taken[0]!r} itself: a parametrisation?)" if taken else ""
+            self._refuse(node, f"an operation that the site identity does not cover{of}")
 
     def _add(self, layer: Layer) -> None:
         self.layers.append(layer)

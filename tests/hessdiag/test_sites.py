@@ -1,0 +1,262 @@
+"""The site identity on every activation and product the allow-list knows, and refusal of everything else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent))
+from models import ELEMENTWISE, Function, Residual, Tokens, dense_diagonal, seeded  # noqa: E402
+
+import hessdiag as hd  # noqa: E402
+from hessdiag.diagonal.propagation import Propagator  # noqa: E402
+from hessdiag.errors import StochasticModeError, UncoveredModelError  # noqa: E402
+from hessdiag.measurement.audit import push  # noqa: E402
+from hessdiag.sites import Linearisation  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(f, y, reduction="none")
+
+
+def batch_for(model: nn.Module, n: int = 5) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    shape = {"Residual": (n, 2, 8, 8), "Tokens": (n, 4, 5)}.get(type(model).__name__, (n, 5))
+    return torch.randn(shape, generator=g, dtype=torch.float64), torch.randint(0, 3, (n,), generator=g)
+
+
+def site_sum(linear: Linearisation, parameter: nn.Parameter, along: Tensor) -> tuple[float, float]:
+    """(sum c (J u)^2 + loss term, the same of absolute values) for the summed loss."""
+    pushed, output = push(linear, [parameter], [along])
+    terms = [site.c * d.square() for site, d in zip(linear.sites, pushed)]
+    rows = (linear.curvature.factor * output.reshape(1, linear.samples, -1)).sum(2).square().sum(1)
+    terms.append(rows * linear.curvature.signs)
+    return sum(float(t.sum()) for t in terms), sum(float(t.abs().sum()) for t in terms)
+
+
+def check_identity(model: nn.Module) -> Linearisation:
+    """u^T H u by autograd equals the site sum, u confined to one tensor: relative to the sum of |contributions|."""
+    x, y = batch_for(model)
+    linear = Linearisation(hd.Objective(model), x, y)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        u = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        loss = cross_entropy(model(x), y).sum()
+        (gradient,) = torch.autograd.grad(loss, parameter, create_graph=True)
+        hv = torch.autograd.grad(gradient, parameter, u, allow_unused=True)[0] if gradient.requires_grad else None
+        left = 0.0 if hv is None else float((u * hv).sum())
+        right, scale = site_sum(linear, parameter, u)
+        assert abs(left - right) <= 1e-10 * scale, (name, left, right, scale)
+    return linear
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_identity_for_every_elementwise_function(name: str) -> None:
+    check_identity(seeded(lambda: Function(ELEMENTWISE[name])))
+
+
+@pytest.mark.parametrize("build", [Residual, Tokens])
+def test_identity_for_convolutions_products_and_tokens(build: type[nn.Module]) -> None:
+    check_identity(seeded(build))
+
+
+def test_product_of_functions_of_one_tensor_is_one_site() -> None:
+    linear = check_identity(seeded(lambda: Function(lambda x: x * torch.sigmoid(x))))
+    assert len(linear.sites) == 2
+    linear = check_identity(seeded(lambda: Function(lambda x: x * torch.sigmoid(x.flip(1)))))
+    assert sum("(sum)" in site.name or "(difference)" in site.name for site in linear.sites) == 4
+
+
+def test_piecewise_linear_networks_have_no_sites() -> None:
+    model = seeded(lambda: Function(lambda x: F.leaky_relu(F.relu6(x).abs(), 0.2)))
+    x, y = batch_for(model)
+    assert Linearisation(hd.Objective(model), x, y).sites == []
+
+
+@pytest.mark.parametrize("build", [lambda: Function(F.silu), Residual, Tokens])
+def test_per_sample_gradients_of_every_layer_kind(build: type[nn.Module]) -> None:
+    model = seeded(build)
+    x, y = batch_for(model)
+    linear = Linearisation(hd.Objective(model), x, y)
+    seeds = [torch.randn_like(site.c) for site in linear.sites]
+    output = torch.randn_like(linear.outputs)
+    each = Propagator(linear).each(seeds, output)
+    names = dict(model.named_parameters())
+    for n in range(len(y)):
+        only = [torch.zeros_like(s).index_copy_(0, torch.tensor([n]), s[n : n + 1]) for s in seeds]
+        one = torch.zeros_like(output).index_copy_(0, torch.tensor([n]), output[n : n + 1])
+        for (name, p), truth in zip(names.items(), linear.backward(only, one, list(names.values()))):
+            assert truth is not None
+            assert (each[name][n] - truth).norm() <= 1e-12 * truth.norm() + 1e-300, (name, n, p.shape)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 16])
+def test_squares_over_groups_of_samples(group: int) -> None:
+    model = seeded(Residual)
+    x, y = batch_for(model)
+    linear = Linearisation(hd.Objective(model), x, y)
+    propagator = Propagator(linear)
+    output = torch.randn_like(linear.outputs)
+    each = propagator.each([None] * len(linear.sites), output)
+    deltas = linear.backward([None] * len(linear.sites), output, [layer.edge for layer in linear.layers])
+    for square, delta in zip(propagator.squares, deltas):
+        assert delta is not None
+        for name, value in square.summed(delta, group=group).items():
+            expected = sum(part.sum(0).square() for part in each[name].split(group))
+            assert (value - expected).norm() <= 1e-12 * expected.norm()
+
+
+class Shared(nn.Module):
+    def __init__(self, parallel: bool) -> None:
+        super().__init__()
+        self.inner, self.last, self.parallel = nn.Linear(5, 5), nn.Linear(5, 3), parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(x))
+        return self.last(h + torch.tanh(self.inner(2 * x)) if self.parallel else torch.tanh(self.inner(h)))
+
+
+class Swish(nn.Module):
+    """Swish with a learnable alpha."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.alpha * x)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.attention, self.last = (
+            nn.Linear(5, 4),
+            nn.MultiheadAttention(4, 2, batch_first=True),
+            nn.Linear(4, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x[:, None, :].expand(-1, 3, -1))
+        return self.last(self.attention(h, h, h, need_weights=False)[0].mean(1))
+
+
+class Custom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)  # type: ignore[attr-defined]
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return g * (1 - x.tanh() ** 2)
+
+
+def chain(*inside: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 5), *inside, nn.Linear(5, 3))
+
+
+class Lambda(nn.Module):
+    def __init__(self, function: object) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)  # type: ignore[operator,no-any-return]
+
+
+UNCOVERED = {
+    "layer norm": (lambda: chain(nn.Tanh(), nn.LayerNorm(5)), "LayerNorm"),
+    "group norm": (lambda: chain(nn.GroupNorm(1, 5), nn.Tanh()), "GroupNorm"),
+    "softmax": (lambda: chain(nn.Softmax(1)), "Softmax"),
+    "log softmax inside": (lambda: chain(nn.LogSoftmax(1)), "LogSoftmax"),
+    "attention": (Attention, "attention.in_proj"),
+    "shared in sequence": (lambda: Shared(False), "'inner.weight' used 2 times"),
+    "shared in parallel": (lambda: Shared(True), "'inner.weight' used 2 times"),
+    "weight norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Linear(4, 3)),
+                    "'0.parametrizations.weight.original"),
+    "spectral parametrisation": (lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(5, 5)),
+                                                       nn.Linear(5, 3)), "'0."),
+    "learnable alpha": (lambda: chain(Swish()), "learnable factor '1.alpha'"),
+    "prelu": (lambda: chain(nn.PReLU()), "'1.weight' is not the weight"),
+    "softsign": (lambda: chain(nn.Softsign()), "denominator"),
+    "custom function": (lambda: chain(Lambda(Custom.apply)), "Custom"),
+    "product of matrices": (lambda: chain(Lambda(lambda h: (h[:, :, None] @ h[:, None, :]).sum(2))), "Bmm"),
+    "reentrant checkpoint": (lambda: chain(Lambda(lambda h: checkpoint.checkpoint(torch.tanh, h, use_reentrant=True))),
+                             "Checkpoint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_uncovered_models_are_refused_by_name(name: str) -> None:
+    build, message = UNCOVERED[name]
+    model = seeded(build)
+    x, y = batch_for(model)
+    for method in ("exact", "propagation"):
+        with pytest.raises(UncoveredModelError) as caught:
+            hd.measure(hd.Objective(model), [(x, y)], method=method)
+        assert message.lower() in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
+    "name", ["layer norm", "shared in sequence", "shared in parallel", "learnable alpha", "attention"]
+)
+def test_auto_falls_back_to_hutchinson_and_says_so(name: str) -> None:
+    model = seeded(UNCOVERED[name][0])
+    x, y = batch_for(model)
+    m = hd.measure(hd.Objective(model), [(x, y)], rtol=1e-9, max_replicates=400, min_replicates=400, seed=3)
+    assert m.plan.method == "hutchinson"
+    assert any("site identity" in note for note in m.notes)
+    truth = dense_diagonal(model, cross_entropy, x, y)
+    exact = (sum(float(t.square().sum()) for t in truth.values()) / m.parameters) ** 0.5
+    # A 99.99 % interval, seeded: false alarm 1e-4 per case.
+    m = hd.measure(hd.Objective(model), [(x, y)], rtol=1e-9, max_replicates=400, min_replicates=400, confidence=0.9999)
+    assert m.interval[0] <= exact <= m.interval[1]
+
+
+def test_scripted_code_is_refused() -> None:
+    model = torch.jit.script(seeded(lambda: chain(nn.GELU())))
+    x, y = batch_for(model)
+    for _ in range(3):
+        model(x)  # scripted code is fused after a few calls
+    with pytest.raises(UncoveredModelError):
+        hd.measure(hd.Objective(model), [(x, y)], method="propagation")
+
+
+def test_train_mode_and_dropout_are_refused_by_every_method() -> None:
+    x, y = torch.randn(6, 5), torch.randint(0, 3, (6,))
+    models = {
+        "'1'": nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)),
+        "dropout": nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, 3)),
+    }
+    for message, model in models.items():
+        for method in ("auto", "exact", "propagation", "hutchinson", "reference"):
+            with pytest.raises(StochasticModeError, match=message):
+                hd.measure(hd.Objective(model), [(x, y)], method=method)
+
+
+def test_models_that_mix_samples_are_refused_by_every_method() -> None:
+    model = seeded(lambda: chain(Lambda(lambda h: torch.tanh(h - h.mean(0)))))
+    x, y = batch_for(model)
+    for method in ("auto", "hutchinson"):
+        with pytest.raises(UncoveredModelError, match="mixes the samples"):
+            hd.measure(hd.Objective(model), [(x, y)], method=method)
+
+
+def test_chosen_parameters_only() -> None:
+    model = seeded(Residual)
+    x, y = batch_for(model)
+    whole = hd.diagonal(hd.Objective(model), [(x, y)])
+    part = hd.diagonal(hd.Objective(model, parameters=r"c2\..*|fc\.bias"), [(x, y)])
+    assert set(part.total) == {"c2.weight", "c2.bias", "fc.bias"}
+    for name, tensor in part.total.items():
+        assert torch.allclose(tensor, whole.total[name], rtol=1e-11, atol=1e-14)
