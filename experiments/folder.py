@@ -1,4 +1,4 @@
-"""The directory of one run: config.json, metrics.jsonl, state.pt, last.pt, result.json, each whole or absent."""
+"""The directory of one run: config.json, metrics.jsonl, last.pt, state.pt, result.json, each whole or absent."""
 
 from __future__ import annotations
 
@@ -91,25 +91,28 @@ class Folder:
         return f"The last good checkpoint, of epoch {epoch}, is {path}."
 
     def save_network(self, rig: Rig, standing: Standing) -> None:
-        """last.pt: the plain network, averaged weights beside it where there are any."""
+        """last.pt: the plain network, averaged weights beside it where there are any; best.pt: the selected epoch."""
         config, average = rig.config, rig.average.state
         own: Any = rig.network.config
         norms = changed_eps(rig)
         last = standing.history[-1] if standing.history else {}
-        save_checkpoint(
-            self.path / "last.pt",
-            rig.network,
+        about: dict[str, Any] = {
             # With eps other than the network's own a builder by name would be wrong in silence.
-            config={} if norms else own,
-            ema=None if average is None else plain_state(average),
-            epoch=standing.epoch,
-            metrics=finite(last),
-            training=config.to_dict(),
-            key=config.key(),
-            eps=config.eps,
-            bn_eps=norms,
-            network=dict(own),
+            "config": {} if norms else own,
+            "training": config.to_dict(),
+            "key": config.key(),
+            "eps": config.eps,
+            "bn_eps": norms,
+            "network": dict(own),
+        }
+        ema = None if average is None else plain_state(average)
+        save_checkpoint(
+            self.path / "last.pt", rig.network, ema=ema, epoch=standing.epoch, metrics=finite(last), **about
         )
+        if standing.best is not None:
+            metrics = {"held_out_pgd": standing.best["pgd"]}
+            epoch, state = standing.best["epoch"], standing.best["state"]
+            save_checkpoint(self.path / "best.pt", state, epoch=epoch, metrics=metrics, **about)
 
     def resume(self, rig: Rig) -> Standing:
         """Where the run stands, the rig put there; the beginning if nothing was saved."""

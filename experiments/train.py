@@ -60,6 +60,19 @@ class TrainResult:
         """The configuration's hash."""
         return self.config.key()
 
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Plain numbers for tables: how training went and ended."""
+        last = {key: value for key, value in (self.history[-1] if self.history else {}).items() if key != "seconds"}
+        return {
+            **last,
+            "status": self.status,
+            "reason": self.reason,
+            "clean_accuracy": self.clean_accuracy,
+            "train_seconds": self.seconds,
+            "images_per_second": self.images_per_second,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for result.json."""
         return {

@@ -1,0 +1,80 @@
+"""`python -m experiments train`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from experiments.commands.evaluation import run_attacks
+from experiments.commands.options import configuration
+from experiments.train import FINISHED, train
+
+STOPPED = 4  # exit code of a run that ended before its last epoch
+
+
+def command(
+    recipe: Annotated[str | None, typer.Option(help="A recipe's name or a TOML file.")] = None,
+    method: Annotated[str | None, typer.Option(help="standard, pgd_at, n_fgsm, trades, ...")] = None,
+    network: Annotated[str | None, typer.Option(help="resnet18, wrn28_10, small_resnet, ...")] = None,
+    activation: Annotated[str | None, typer.Option(help='"silu", "rct:beta=1,curvature=7", ...')] = None,
+    data: Annotated[str | None, typer.Option(help="cifar10, cifar100, digits, ...")] = None,
+    epochs: Annotated[int | None, typer.Option()] = None,
+    eps: Annotated[str | None, typer.Option(help='Linf radius, such as "8/255".')] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    assign: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of any entry, again and again.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's directory; runs/KEY by default.")] = None,
+    attack: Annotated[list[str] | None, typer.Option(help="Attack afterwards: aa2:300, aa:50, pgd; repeatable.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu; by default the GPU if there is one.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Where data lies; $HESSDIAG_DATA by default.")] = None,
+    save_seconds: Annotated[float, typer.Option(help="At least so long between two checkpoints.")] = 10.0,
+    dry_run: Annotated[bool, typer.Option(help="Print the whole configuration and stop.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress on standard error.")] = False,
+) -> int:
+    """Train a network; the same command after an interruption goes on where it was."""
+    given: dict[str, Any] = {
+        "method": method,
+        "network": network,
+        "activation": activation,
+        "data": data,
+        "epochs": epochs,
+        "eps": eps,
+        "seed": seed,
+    }
+    config, about = configuration(recipe, given, assign or [])
+    if dry_run:
+        print(json.dumps({"key": config.key(), "config": config.to_dict(), **about}, indent=1))
+        return 0
+    folder = out or Path("runs") / config.key()
+    result = train(config, folder, device=device, root=root, progress=not quiet, save_seconds=save_seconds)
+    summary: dict[str, Any] = {
+        "folder": str(folder),
+        "status": result.status,
+        "reason": result.reason,
+        "epochs": result.epochs,
+        "clean_accuracy": result.clean_accuracy,
+        "train_seconds": round(result.seconds, 2),
+        "images_per_second": round(result.images_per_second),
+    }
+    requests = attack if attack is not None else list(about.get("evaluate", {}).get("attacks", []))
+    if requests:
+        record = run_attacks(folder, requests, device=device, root=root, quiet=quiet)
+        summary["attacks"] = {
+            name: {"robust_accuracy": value["robust_accuracy"], "samples": value["samples"]}
+            for name, value in record.items()
+            if isinstance(value, dict) and "robust_accuracy" in value
+        }
+        summary["attack_seconds"] = round(record["seconds"], 2)
+    print(json.dumps(summary, indent=1))
+    if result.status != FINISHED:
+        print(f"stopped: {result.reason}", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("train")(command)
