@@ -242,3 +242,32 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.monotonic()
         self.laps[name], self._last = round(now - self._last, 3), now
+
+
+def pilot(config: RunConfig, images: int = 32) -> float:
+    """Seconds that a run would take, from one epoch of it, some images under attack and one rough norm.
+
+    Epochs, images and measurements are scaled to their full number; replicates that a narrow interval needs are not
+    known before, so a measurement counts as five rough ones.
+    """
+    from tempfile import TemporaryDirectory
+
+    whole, number = config.train["epochs"], max(config.attack["aa2_samples"], config.attack["aa_samples"])
+    norms = len(config.measure["splits"]) * len(config.measure["losses"])
+    few = min(images, number)
+    short = config.replace(
+        train={"epochs": 1},
+        attack={"aa2_samples": few, "aa_samples": 0},
+        measure={
+            "splits": config.measure["splits"][:1],
+            "losses": config.measure["losses"][:1],
+            "rtol": 10.0,
+            "min_replicates": 10,
+            "max_replicates": 10,
+        },
+    )
+    with TemporaryDirectory(prefix="pilot-") as folder:
+        laps = run_one(short, Path(folder))["seconds"]
+    full = laps.get("aa2", 0.0) * (config.attack["aa2_samples"] + 4 * config.attack["aa_samples"]) / max(few, 1)
+    rough = [seconds for name, seconds in laps.items() if name.startswith("norm")]
+    return float(laps["train"] * whole + full + 5 * norms * sum(rough))

@@ -1,0 +1,158 @@
+"""`python -m experiments sweep FILE`: run a sweep, resume it, export its results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from experiments.sweep import cluster, export, grid, local, status
+from experiments.sweep.cost import check_budget, estimate
+from experiments.sweep.reader import Reader
+from experiments.sweep.store import Store
+from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
+
+EXECUTORS = ("local", "ray")
+
+
+def command(
+    files: Annotated[list[Path], typer.Argument(help="Sweep files, such as experiments/sweeps/smoke/figure3.toml.")],
+    store: Annotated[Path, typer.Option(help="Directory of the store.")] = Path("runs/sweeps"),
+    executor: Annotated[str, typer.Option(help="local: processes here; ray: a cluster.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="Processes; one per core or GPU by default.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of each run.")] = None,
+    per_gpu: Annotated[int, typer.Option(help="Runs side by side on one GPU.")] = 1,
+    ray_address: Annotated[str | None, typer.Option(help="A running cluster; by default one on this machine.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds instead of the file's: 0,1,2.")] = None,
+    retries: Annotated[int, typer.Option(help="How often a failed run is tried again.")] = 0,
+    budget: Annotated[float | None, typer.Option(help="Refuse to start what takes longer, in minutes.")] = None,
+    pilot: Annotated[bool, typer.Option(help="Time a short run first where no timing is known.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done and what it costs, and stop.")] = False,
+    list_runs: Annotated[bool, typer.Option("--list", help="List the runs with what came out, and stop.")] = False,
+    results: Annotated[Path, typer.Option(help="Directory of exported results.")] = Path("results"),
+    exporting: Annotated[bool, typer.Option("--export/--no-export", help="Write results/TIER/NAME.json.")] = False,
+    only_export: Annotated[bool, typer.Option(help="Export what the store holds, and stop.")] = False,
+) -> int:
+    """Run every sweep named; what is finished is skipped, so the same command goes on after an interruption.
+
+    Example: python -m experiments sweep experiments/sweeps/smoke/figure3.toml --seeds 0,1,2 --export
+    """
+    if executor not in EXECUTORS:
+        raise UnknownNameError(f"--executor {executor!r}; {nearest(executor, list(EXECUTORS))}")
+    if retries < 0:
+        raise ConfigurationError(f"--retries {retries}: not negative")
+    sweeps = [grid.load(path, seeds=_seeds(seeds)) for path in files]
+    show = Console(stderr=True)
+    with Store(store) as opened:
+        for sweep in sweeps:
+            opened.add(
+                sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title, variants=sweep.variants
+            )
+    if list_runs or only_export:
+        with Reader(store) as reader:
+            for sweep in sweeps:
+                if list_runs:
+                    Console().print(status.listing(reader.rows(sweep.name)))
+                if only_export:
+                    print(export.save(export.from_store(reader, sweep.name), results))
+        return 0
+    plan = local.Workers.plan(workers=workers, threads=threads, per_gpu=per_gpu)
+    failures = 0
+    for sweep in sweeps:
+        failures += _run(
+            sweep, store, plan, show, executor=executor, address=ray_address, per_gpu=per_gpu, retries=retries,
+            budget=budget, pilot=pilot, dry_run=dry_run, results=results, exporting=exporting,
+        )  # fmt: skip
+    return 1 if failures else 0
+
+
+def _run(
+    sweep: grid.Sweep,
+    store: Path,
+    plan: local.Workers,
+    show: Console,
+    *,
+    executor: str,
+    address: str | None,
+    per_gpu: int,
+    retries: int,
+    budget: float | None,
+    pilot: bool,
+    dry_run: bool,
+    results: Path,
+    exporting: bool,
+) -> int:
+    with Reader(store) as reader:
+        rows = reader.rows()
+        members = {row.key for row in reader.rows(sweep.name)}
+        own = [(row.config, row.seconds) for row in rows if row.state == "done" and row.seconds]
+        finished = [row.key for row in rows if row.state == "done"]
+    known = [("this store", own), ("exported results", export.timings(export.read_all(results)))]
+    runs = [row.config for row in rows if row.key in members]
+    measure = _pilot if pilot else None
+    cost = estimate(runs, finished, known, pilot=measure)
+    show.print(f"[bold]{sweep.name}[/]: {sweep.title}\n  {cost.sentence(plan.count)}")
+    check_budget(cost, plan.count, budget)
+    if dry_run:
+        return 0
+    with Reader(store) as reader, Live(console=show, refresh_per_second=2, transient=True) as live:
+        watch = _watcher(live, reader, sweep.name)
+        if executor == "local":
+            counts = local.execute(store, sweep=sweep.name, workers=plan, retries=retries, watch=watch)
+        else:
+            gpus = 1.0 / per_gpu if plan.gpus else 0.0
+            counts = cluster.execute(
+                store, sweep=sweep.name, address=address, threads=plan.threads, gpus=gpus, retries=retries, watch=watch
+            )
+    with Reader(store) as reader:
+        print(f"{sweep.name}: {counts['done']} done, {counts['failed']} failed")
+        for row in reader.rows(sweep.name):
+            if row.state == "failed":
+                print(f"  failed {row.key[:8]} {row.label}: {(row.error or '').splitlines()[0]}", file=sys.stderr)
+        if exporting:
+            print(export.save(export.from_store(reader, sweep.name), results))
+    return counts["failed"]
+
+
+def _watcher(live: Live, reader: Reader, name: str) -> Callable[[], None]:
+    """Refresh the table at most once a second."""
+    import time
+
+    last = [0.0]
+
+    def watch() -> None:
+        if time.monotonic() - last[0] > 1.0:
+            last[0] = time.monotonic()
+            live.update(status.render(reader, name))
+
+    return watch
+
+
+def _pilot(config: object) -> float:
+    from experiments.sweep.keys import RunConfig
+    from experiments.sweep.run import pilot
+
+    assert isinstance(config, RunConfig)
+    return pilot(config)
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigurationError(f"--seeds {text!r}: whole numbers with commas between, such as 0,1,2") from error
+    if len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ConfigurationError(f"--seeds {text!r}: each once, none negative")
+    return seeds
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("sweep")(command)
