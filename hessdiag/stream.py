@@ -130,8 +130,8 @@ def check_apart(objective: Objective, first: Numbered) -> None:
         return
     alone = first.part(torch.arange(count - 1, count, device=first.targets.device))
     with torch.no_grad():
-        whole = objective.outputs(first.inputs, first.targets, index=first.index)[-1]
-        cut = objective.outputs(alone.inputs, alone.targets, index=first.index)[0]
+        whole = objective.outputs(first.inputs, first.targets, index=first.index)[-1].detach()
+        cut = objective.outputs(alone.inputs, alone.targets, index=first.index)[0].detach()
     scale = float(whole.double().abs().max()) or 1.0
     off = float((whole.double() - cut.double()).abs().max()) / scale
     if off > (1e-8 if objective.dtype == torch.float64 else 1e-3):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..errors import UncoveredModelError
 from ..objective import Objective
 from ..signs import Signs
 from .parts import Tensors
@@ -42,7 +43,7 @@ class Products:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             outputs = objective.outputs(inputs, targets, index=index)
             losses = objective.loss.values(outputs, targets)
-            self._gradient = torch.autograd.grad(losses.sum(), self._parameters, create_graph=True, allow_unused=True)
+            self._gradient = _gradient(losses.sum(), self._parameters)
             self._outputs = outputs
             self._dummy: Tensor | None = None
             if parts:
@@ -90,3 +91,13 @@ class Products:
             name: torch.zeros_like(like[name]) if value is None else value.detach()
             for name, value in zip(self.names, found)
         }
+
+
+def _gradient(loss: Tensor, parameters: list[Any]) -> tuple[Tensor | None, ...]:
+    try:
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "memory" in str(error):
+            raise
+        raise UncoveredModelError(f"the model cannot be differentiated twice: {str(error).splitlines()[0]}") from error
+    return found

@@ -101,12 +101,14 @@ def audit(objective: Objective, first: Numbered, *, method: str, seed: int) -> A
         except (RuntimeError, TypeError, NotImplementedError):
             twin, inputs, targets = objective, few.inputs, few.targets
     signs = Signs(seed, twin.device)
-    products = Products(twin, inputs, targets, index=first.index, parts=False)
     tolerance = TOLERANCE[twin.dtype]
-    if method in ("hutchinson", "reference"):
+    needs_sites = method not in ("hutchinson", "reference")
+    if needs_sites:
+        linear = Linearisation(twin, inputs, targets, index=first.index)
+    products = Products(twin, inputs, targets, index=first.index, parts=False)
+    if not needs_sites:
         entries = [_symmetry(twin, products, signs, tolerance)]
     else:
-        linear = Linearisation(twin, inputs, targets, index=first.index)
         chosen = choose_layers(linear, signs)
         entries = [_identity(linear, layer, products, signs, tolerance) for layer in chosen]
         entries += _squares(linear, signs, tolerance)

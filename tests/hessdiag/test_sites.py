@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from torch.utils import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
-from models import ELEMENTWISE, Function, Residual, Tokens, dense_diagonal, seeded  # noqa: E402
+from models import ELEMENTWISE, Function, Residual, Tokens, dense_diagonal, seeded
 
-import hessdiag as hd  # noqa: E402
-from hessdiag.diagonal.propagation import Propagator  # noqa: E402
-from hessdiag.errors import StochasticModeError, UncoveredModelError  # noqa: E402
-from hessdiag.measurement.audit import push  # noqa: E402
-from hessdiag.sites import Linearisation  # noqa: E402
+import hessdiag as hd
+from hessdiag.diagonal.propagation import Propagator
+from hessdiag.errors import StochasticModeError, UncoveredModelError
+from hessdiag.measurement.audit import push
+from hessdiag.sites import Linearisation
 
 torch.set_num_threads(1)
 
