@@ -42,9 +42,15 @@ def size_text(count: int) -> str:
     return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
 
 
-def read_bytes(path: PathLike, *, budget: int, accepts: Callable[[bytes], bool] | None = None) -> bytes:
-    """The bytes of a regular file, opened once; `accepts` judges the first 512 before the rest is read.
+Judge = Callable[[bytes, bytes, int], None]  # first bytes, last bytes, size of the whole; raises BadFileError
 
+
+def read_bytes(
+    path: PathLike, *, budget: int, accepts: Callable[[bytes], bool] | None = None, judge: Judge | None = None
+) -> bytes:
+    """The bytes of a regular file, opened once.
+
+    Before the bulk of it is read, `accepts` sees its first 512 bytes and `judge` also its last 65,557.
     Everything after works on these bytes alone, so that a file which changes meanwhile cannot pass one check
     and fail the next. FIFOs, devices and directories are refused without blocking on them.
     """
@@ -73,19 +79,20 @@ def read_bytes(path: PathLike, *, budget: int, accepts: Callable[[bytes], bool] 
         with os.fdopen(os.dup(handle), "rb") as stream:
             head = stream.read(512)
             if accepts is not None and not accepts(head):
-                raise BadFileError(
-                    "neither a torch checkpoint nor safetensors: its first bytes belong to no known format"
-                )
+                raise BadFileError("its first bytes are those of another kind of file")
+            if judge is not None:
+                stream.seek(max(0, facts.st_size - 65_557))  # as far back as a zip directory's end may lie
+                judge(head, stream.read(65_557), facts.st_size)
             stream.seek(0)
-            data = stream.read(budget + 1)
+            data = stream.read(facts.st_size + 1)
     except OSError as error:
         raise BadFileError(f"cannot be read ({error.strerror or error})") from None
     except MemoryError:
         raise BadFileError(f"no memory to read it ({size_text(facts.st_size)})") from None
     finally:
         os.close(handle)
-    if len(data) > budget:
-        raise BadFileError("it grew beyond the limit while it was read")
+    if len(data) != facts.st_size:
+        raise BadFileError("it changed while it was read")
     return data
 
 

@@ -52,19 +52,23 @@ def looks_like(head: bytes) -> bool:
     return len(head) >= 9 and head[8:9] == b"{"
 
 
+def header_length(head: bytes, size: int) -> int:
+    """The length that a file of `size` bytes declares for its header, refused if it cannot be true."""
+    if len(head) < 10:
+        raise BadFileError("a safetensors file too short for its header")
+    (length,) = struct.unpack_from("<Q", head)
+    if length > size - 8:
+        raise BadFileError(f"the safetensors header claims {length} bytes, the file has {size}")
+    if length > MAX_HEADER:
+        raise BadFileError(f"the safetensors header claims {size_text(length)}; the limit is {size_text(MAX_HEADER)}")
+    return int(length)
+
+
 def read_header(data: bytes) -> tuple[dict[str, TensorFacts], dict[str, str]]:
     """Tensors and metadata that a safetensors file declares, refused unless they account for every byte of
     it.
     """
-    if len(data) < 10:
-        raise BadFileError("a safetensors file too short for its header")
-    (length,) = struct.unpack_from("<Q", data)
-    if length > len(data) - 8:
-        raise BadFileError(f"the safetensors header claims {length} bytes, the file has {len(data)}")
-    if length > MAX_HEADER:
-        raise BadFileError(
-            f"the safetensors header claims {size_text(length)}; the limit is {size_text(MAX_HEADER)}"
-        )
+    length = header_length(data, len(data))
     try:
         header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_repeats)
     except RecursionError:

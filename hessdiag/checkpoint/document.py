@@ -69,7 +69,7 @@ class Document:
 
 def open_document(path: PathLike, *, budget: int = FILE_BUDGET) -> Document:
     """Read and understand a file; refuses (BadFileError) whatever is not just tensors and plain values."""
-    data = read_bytes(path, budget=budget, accepts=_known)
+    data = read_bytes(path, budget=budget, judge=_judge)
     if torchfile.is_zip(data) or torchfile.is_legacy(data):
         parsed = torchfile.parse(data)
         return _understand(parsed.kind, parsed.tree, data, parsed)
@@ -77,10 +77,17 @@ def open_document(path: PathLike, *, budget: int = FILE_BUDGET) -> Document:
     return _understand("safetensors", _tree(facts, metadata), data, data)
 
 
-def _known(head: bytes) -> bool:
+def _judge(head: bytes, tail: bytes, size: int) -> None:
+    """Refuse what its first and last bytes give away, so that gigabytes are not read for nothing."""
     if head[257:262] == b"ustar":
-        raise BadFileError("a tar archive, as torch wrote before 2017: torch cannot read it safely, save it again")
-    return torchfile.is_zip(head) or torchfile.is_legacy(head) or tensorfiles.looks_like(head)
+        raise BadFileError("a tar archive, as torch wrote before 2017; save it again with a current torch")
+    if torchfile.is_zip(head):
+        if b"PK\x05\x06" not in tail:
+            raise BadFileError("a zip archive without its directory: the file is truncated")
+    elif tensorfiles.looks_like(head):
+        tensorfiles.header_length(head, size)
+    elif not torchfile.is_legacy(head):
+        raise BadFileError("neither a torch checkpoint nor safetensors: its first bytes belong to no known format")
 
 
 def _tree(facts: Mapping[str, TensorFacts], metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -415,6 +415,8 @@ def test_a_huge_file_is_refused_by_its_size(tmp_path: Path) -> None:
         stream.write(b"PK\x03\x04")
         stream.truncate(10 * 2**30)
     assert "10.0 GiB exceed the limit of 4.0 GiB" in refusal(lambda: load_checkpoint(path))
+    os.truncate(path, 3 * 2**30)
+    assert "without its directory" in refusal(lambda: load_checkpoint(path))
 
 
 def test_the_environment_cannot_switch_safety_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
