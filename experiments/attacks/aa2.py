@@ -11,10 +11,11 @@ from torch import Tensor
 from hessdiag.ascent import Forward, handed_back
 from hessdiag.perturbation import keyed_uniform
 
-from .apgd import RHO, STEPS, TARGETS, APGDResult, apgd_ce, apgd_t
+from .apgd import RHO, STEPS
 from .inputs import check_dlr, check_labels, check_samples, home, plain_radius
 from .pgd import logits_function
 from .result import AttackResult, Progress, check_batch_size, class_count, predictions, verify
+from .worst import TARGETS, APGDResult, apgd_ce, apgd_t
 
 NAMES = ("apgd-ce", "apgd-t")
 

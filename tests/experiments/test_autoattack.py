@@ -23,7 +23,9 @@ from pyautoattack import checks
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
 from experiments.attacks import STANDARD, autoattack, evaluate
+from experiments.attacks.apgd import apgd
 from experiments.attacks.borrowed import Budgets, Notes, Package, compose
+from experiments.attacks.losses import dlr_targeted
 from hessdiag.errors import (
     ConfigurationError,
     DataError,
@@ -34,6 +36,7 @@ from hessdiag.errors import (
     StoreError,
     TargetError,
 )
+from hessdiag.perturbation import cross_entropy
 
 FEW = Budgets(apgd_steps=10, targets=3, fab_steps=4, square_queries=30)
 EPS = 0.1
@@ -128,6 +131,32 @@ def test_images_are_byte_identical_to_the_package_called_plainly(batch_size: int
     assert list(found.per_attack) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert all(bool((later <= sooner).all()) for sooner, later in pairwise(flags))
     assert torch.equal(flags[-1], found.robust)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("eps", [0.05, 0.15])
+def test_own_apgd_takes_the_packages_steps_from_the_same_start(eps: float, seed: int) -> None:
+    """Bit for bit with the cross-entropy, 100 iterations; with DLR but for the documented first comparison."""
+    net, (x, y) = digits_net().requires_grad_(False), digits(slice(600, 640))
+    right = net(x).argmax(1) == y
+    x, y = x[right], y[right]
+    aim = net(x).argsort(1)[:, -2]
+    start = x + eps * (2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) - 1)
+    start = start.clamp(0, 1)
+    common = {"n_iter": 100, "eps": eps, "device": "cpu", "rho": 0.75}
+    untargeted, targeted = APGDAttack(net, loss="ce", **common), APGDAttack_targeted(net, **common)
+    targeted.y_target = aim
+    for theirs, loss, target, agree in (
+        (untargeted, cross_entropy, y, 1.0),
+        (targeted, dlr_targeted, (y, aim), 0.9),
+    ):
+        theirs.init_hyperparam(x)
+        best, standing, best_loss, last = theirs.attack_single_run(x.clone(), y.clone(), x_init=start)
+        ours = apgd(net, x, start, y, target, eps=eps, steps=100, loss=loss)
+        assert torch.equal(ours.fooled, ~standing.bool())
+        same = ((ours.best == best) & (ours.last == last)).flatten(1).all(1)
+        assert same.double().mean() >= agree
+        assert torch.equal(ours.best_loss[same], best_loss[same])
 
 
 @pytest.mark.slow
