@@ -27,11 +27,8 @@ from ..sites.elementwise import derivatives, is_elementwise
 from ..sites.graph import BATCH_NORM, MATRIX, Edge
 from ..sites.linearise import edge_shape
 
-_POINTWISE = frozenset(
-    f"{name}Backward{number}"
-    for name in ["Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Alias", "Clone", "View", "UnsafeView", "ReshapeAlias", "Squeeze"]
-    for number in (0, 1)
-)  # fmt: skip
+_NAMES = ("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Alias", "Clone", "View", "UnsafeView", "ReshapeAlias")
+_POINTWISE = frozenset(f"{name}Backward{number}" for name in _NAMES for number in (0, 1))
 CACHED = 1 << 23  # bytes of rows worked on at once, about what a processor keeps close
 Rows = tuple[Tensor, Tensor]  # B [N, R, n] and w [N, R]
 
@@ -179,7 +176,7 @@ def functional(levels: list[Level], low: int, high: int, *, switch: int | None) 
                 parts.append(part)
             moved = []
             for b, w in rows:
-                b = (b.flatten(0, 1) @ above.weight).unflatten(0, b.shape[:2])
+                b = (b.flatten(0, 1) @ above.weight).reshape(*b.shape[:2], -1)
                 parts.append((w[:, None] @ b.square())[:, 0])
                 moved.append((b, w))
             rows = moved

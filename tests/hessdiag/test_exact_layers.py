@@ -1,4 +1,4 @@
-"""Exact diagonals against one double-backward product per parameter: every layer kind, every affine node, every loss."""
+"""Exact diagonals against one double-backward product per parameter: layer kinds, affine nodes, losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hessdiag.sites import Linearisation
 
 
 def check(model: nn.Module, x: Tensor, *, outputs: int = 3, loss: object = "cross_entropy", **options: object) -> None:
-    """Total, Gauss-Newton and functional part agree to 1e-10 of the total's norm; samples add up; chunks do not matter."""
+    """The parts agree to 1e-10 of the norms; samples add up; chunks do not matter."""
     model = model.double().eval()
     generator = torch.Generator().manual_seed(5)
     if loss == "cross_entropy":
@@ -220,6 +220,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "clamp": lambda h: h.clamp(-0.4, 0.5),
     "relu6 and leaky": lambda h: F.relu6(h + 0.1) - F.leaky_relu(h, 0.2),
+    "hardswish": lambda h: F.hardswish(3 * h),
     "abs": lambda h: h.abs(),
     "square": lambda h: h * h,
     "power": lambda h: (h + 2) ** 3,
