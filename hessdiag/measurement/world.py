@@ -7,6 +7,7 @@ long as the process group was made with a timeout (the command line does).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -42,10 +43,31 @@ class World:
             for tensor in tensors:
                 dist.all_reduce(tensor)
         except RuntimeError as error:
-            raise DistributedError(
-                f"process {self.rank} of {self.size} lost another one while adding results; start the job again "
-                "(with --resume it continues)"
-            ) from error
+            raise self._lost("while adding results") from error
+
+    @property
+    def local_rank(self) -> int:
+        """Number of this process among those of its machine, as torchrun tells it."""
+        return int(os.environ.get("LOCAL_RANK", self.rank))
+
+    def from_rank(self, tensor: Tensor, owner: int) -> Tensor:
+        """The tensor of process `owner`, everywhere."""
+        if self.size > 1:
+            try:
+                dist.broadcast(tensor, owner)
+            except RuntimeError as error:
+                raise self._lost("while sharing data") from error
+        return tensor
+
+    def text_from_first(self, text: str, device: torch.device) -> str:
+        """What process 0 says, everywhere."""
+        if self.size == 1:
+            return text
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+        length = self.from_rank(torch.tensor([len(content)], device=device), 0)
+        if self.rank:
+            content = torch.empty(int(length), dtype=torch.uint8, device=device)
+        return bytes(self.from_rank(content, 0).tolist()).decode()
 
     def agree(self, flag: bool, device: torch.device) -> bool:
         """True everywhere if it is true anywhere."""
@@ -54,3 +76,9 @@ class World:
         value = torch.tensor([float(flag)], device=device)
         self.sum_([value])
         return bool(value.item() > 0)
+
+    def _lost(self, when: str) -> DistributedError:
+        return DistributedError(
+            f"process {self.rank} of {self.size} lost another one {when}; start the job again "
+            "(with --resume it continues)"
+        )

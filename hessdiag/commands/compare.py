@@ -1,0 +1,14 @@
+"""`hessdiag compare`."""
+
+from __future__ import annotations
+
+from hessdiag.commands.exits import guarded
+
+NAME = "compare"
+EXAMPLES = ""
+
+
+@guarded
+def command() -> int:
+    """To come."""
+    return 0

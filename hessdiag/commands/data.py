@@ -1,0 +1,14 @@
+"""`hessdiag data`."""
+
+from __future__ import annotations
+
+from hessdiag.commands.exits import guarded
+
+NAME = "data"
+EXAMPLES = ""
+
+
+@guarded
+def command() -> int:
+    """To come."""
+    return 0

@@ -1,0 +1,80 @@
+"""What `hessdiag measure` does with its request."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hessdiag.commands.exits import OK, WIDE
+from hessdiag.commands.processes import joined
+from hessdiag.commands.progress import watch
+from hessdiag.commands.request import Request
+from hessdiag.commands.setup import Prepared, prepare
+from hessdiag.errors import ConfigurationError
+from hessdiag.measure import measure
+from hessdiag.measurement import Measurement, Plan
+from hessdiag.report.document import document, read_document, to_json, write_document
+from hessdiag.report.table import print_measurement
+
+
+def run(request: Request) -> int:
+    """One measurement and its outputs; returns the exit code."""
+    request.check()
+    with joined(request.device, request.timeout) as world:
+        plan = None if request.plan is None else plan_of(request.plan, request.method)
+        prepared = prepare(request, world)
+        with watch(show=not request.quiet and world.rank == 0) as callback:
+            found = measure(
+                prepared.objective,
+                prepared.batches,
+                method=request.method,
+                rtol=request.rtol,
+                confidence=request.confidence,
+                seed=request.seed,
+                min_replicates=request.min_replicates,
+                max_replicates=request.max_replicates,
+                max_seconds=request.max_seconds,
+                target=request.target,
+                plan=plan,
+                keep_diagonal=request.save_diagonal is not None or request.html is not None,
+                progress=callback,
+                resume=request.resume,
+            )
+        if world.rank == 0:
+            hand_over(request, prepared, found)
+    return OK if found.norm.total.half_width <= request.rtol else WIDE
+
+
+def plan_of(path: Path, method: str) -> Plan:
+    """The plan inside an earlier result."""
+    content: dict[str, Any] = read_document(path)
+    try:
+        plan = Plan.from_dict(content["plan"])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigurationError(f"--plan {path}: holds no plan ({error})") from None
+    if method not in ("auto", plan.method):
+        raise ConfigurationError(
+            f"--plan {path}: is for {plan.method}, not --method {method}; leave one of them out"
+        )
+    return plan
+
+
+def hand_over(request: Request, prepared: Prepared, found: Measurement) -> None:
+    """The result: files first, since stdout may be a pipe that closes early."""
+    content = document(found, prepared.facts)
+    if request.save_diagonal is not None and found.diagonal is not None:
+        found.diagonal.save(request.save_diagonal)
+    if request.json not in (None, "-"):
+        write_document(str(request.json), content)
+    if request.html is not None:
+        from hessdiag.report.html import write_page
+
+        write_page(request.html, content, found.diagonal)
+    if request.json == "-":
+        sys.stdout.write(to_json(content))
+    elif request.quiet:
+        low, high = found.interval
+        print(f"{found.rms!r} {low!r} {high!r}")
+    else:
+        print_measurement(content)

@@ -1,0 +1,45 @@
+"""The processes of a torchrun: joined with a time limit, left in order, and told when one is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from hessdiag.errors import DistributedError
+from hessdiag.measurement.world import World
+
+
+@contextmanager
+def joined(device: str, timeout: float) -> Iterator[World]:
+    """The world that torchrun describes, or a single process; a lost process is an error, never a wait for ever."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield World.current()
+        return
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DistributedError(f"the processes did not meet within {timeout:g} s ({reason})") from error
+    before = signal.signal(signal.SIGTERM, _told_to_stop)
+    try:
+        yield World.current()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()
+
+
+def _told_to_stop(_number: int, _frame: FrameType | None) -> None:
+    """Torchrun ends the others when one process dies."""
+    raise DistributedError(
+        "told to stop, as happens when another process died; start the job again (with --resume it continues)"
+    )

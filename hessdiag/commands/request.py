@@ -1,0 +1,78 @@
+"""What `hessdiag measure` was asked for: plain values, checked for contradictions before any work."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from hessdiag.errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The arguments of one measurement, as typed."""
+
+    checkpoint: str
+    network: str | None
+    activation: str | None
+    num_classes: int | None
+    model: str | None
+    weights: str | None
+    data: str | None
+    split: str
+    samples: int | None
+    data_seed: int
+    data_root: Path | None
+    batch_size: int
+    loss: str
+    label_smoothing: float
+    l2: float
+    layers: str | None
+    attack: str | None
+    method: str
+    rtol: float
+    confidence: float
+    min_replicates: int
+    max_replicates: int
+    max_seconds: float | None
+    target: str
+    seed: int
+    plan: Path | None
+    device: str
+    dtype: str | None
+    resume: Path | None
+    save_diagonal: Path | None
+    json: str | None
+    html: Path | None
+    quiet: bool
+    dry_run: bool
+    timeout: float
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        outputs = {"--save-diagonal": self.save_diagonal, "--html": self.html, "--resume": self.resume}
+        if self.json not in (None, "-"):
+            outputs["--json"] = Path(self.json)  # type: ignore[arg-type]
+        for option, path in outputs.items():
+            if path is not None:
+                check_writable(path, option)
+        if self.resume is not None and self.target == "population":
+            raise ConfigurationError("--resume serves --target data only: the population target is one pass")
+        if self.model is not None and (self.network is not None or self.activation is not None):
+            raise ConfigurationError("--model builds the whole network: leave out --network and --activation")
+        if self.save_diagonal is not None and self.target == "population":
+            raise ConfigurationError("--save-diagonal needs --target data")
+        if not self.timeout > 0:
+            raise ConfigurationError(f"--timeout {self.timeout}: a positive number of seconds is needed")
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Refuse an output path now rather than after hours of work."""
+    folder = path.parent
+    if path.is_dir():
+        raise ConfigurationError(f"{option} {path}: that is a folder; name a file")
+    if not folder.is_dir():
+        raise ConfigurationError(f"{option} {path}: there is no folder {folder}; make it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigurationError(f"{option} {path}: no permission to write there")

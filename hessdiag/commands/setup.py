@@ -1,0 +1,262 @@
+"""A request becomes an objective and batches: checkpoint, data, device, perturbation, and the facts to report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessdiag.checkpoint import Checkpoint, load_checkpoint
+from hessdiag.commands.request import Request
+from hessdiag.data import DataSet, load
+from hessdiag.errors import (
+    ConfigurationError,
+    DataError,
+    DeviceError,
+    HessdiagError,
+    UnknownNameError,
+    nearest,
+)
+from hessdiag.examples import EXAMPLES, example_path
+from hessdiag.measurement.world import World
+from hessdiag.objective import Objective
+from hessdiag.perturbation import PGDSpec, keyed_pgd, parse_pgd
+
+PLAIN_SETS = ("digits", "cifar10", "cifar100")
+"""Data sets that a checkpoint may name by itself; paths and code must come from the user."""
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a measurement needs, and what to say about it."""
+
+    objective: Objective
+    batches: Iterable[tuple[Tensor, Tensor]]
+    facts: dict[str, Any]
+
+
+def prepare(request: Request, world: World) -> Prepared:
+    """Load, move, perturb; every refusal comes from here before the measurement begins."""
+    device = device_of(request.device, world)
+    checkpoint = open_checkpoint(request)
+    dtype = dtype_of(request.dtype, checkpoint)
+    model = checkpoint.model.to(device=device, dtype=dtype).eval()
+    data = load(
+        request.data or data_named_by(checkpoint),
+        split=request.split,
+        samples=request.samples,
+        seed=request.data_seed,
+        root=request.data_root,
+    )
+    objective = Objective(
+        model,
+        loss_of(request.loss),
+        parameters=pattern_of(request.layers),
+        l2=request.l2,
+        label_smoothing=request.label_smoothing,
+    )
+    batches: Iterable[tuple[Tensor, Tensor]] = data.batches(request.batch_size, device=device, dtype=dtype)
+    try_out(objective, batches, data)
+    perturbation = None
+    if request.attack is not None:
+        spec = spec_of(request.attack, request.seed)
+        clean = mean_loss(objective, batches)
+        batches = perturb(objective, batches, spec, world)
+        perturbation = {
+            "spec": str(spec),
+            "clean_loss": clean[0],
+            "clean_accuracy": clean[1],
+            "accuracy": mean_loss(objective, batches)[1],
+        }
+    return Prepared(objective, batches, facts_of(request, checkpoint, data, perturbation))
+
+
+def open_checkpoint(request: Request) -> Checkpoint:
+    """The file, or the shipped example of that name (a file of the same name in the working directory wins)."""
+    path: Path = Path(request.checkpoint)
+    if not path.exists():
+        path = example_path(request.checkpoint) or path
+    if not path.exists() and not path.suffix and path.parent == Path():
+        close = nearest(request.checkpoint, list(EXAMPLES))
+        raise UnknownNameError(f"{request.checkpoint}: neither a file nor a shipped example; {close}")
+    return load_checkpoint(
+        path,
+        network=request.network,
+        activation=request.activation,
+        num_classes=request.num_classes,
+        weights=request.weights,
+        factory=request.model,
+    )
+
+
+def device_of(text: str, world: World) -> torch.device:
+    """The device meant; with several processes on one machine each takes its own card."""
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ConfigurationError(f"--device {text!r}: it is auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"--device {text!r}: cpu or cuda; sums need float64, which {device.type} may lack")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError(f"--device {text!r}: this torch sees no CUDA device; use --device cpu")
+        count = torch.cuda.device_count()
+        number = device.index if device.index is not None else world.local_rank % count
+        if number >= count:
+            raise DeviceError(f"--device {text!r}: there are {count} CUDA devices, counted from 0")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    return device
+
+
+def dtype_of(text: str | None, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype asked for, or that of the weights where curvature can be had in it."""
+    if text is None:
+        kinds = {p.dtype for p in checkpoint.model.parameters()}
+        return torch.float64 if torch.float64 in kinds else torch.float32
+    if text not in DTYPES:
+        raise UnknownNameError(f"--dtype {text!r}; {nearest(text, list(DTYPES))}")
+    return DTYPES[text]
+
+
+def data_named_by(checkpoint: Checkpoint) -> str:
+    """The data set that the checkpoint was trained on, if it says so and the name is a plain one."""
+    extra = checkpoint.extra
+    training = extra.get("training")
+    tables: list[Mapping[str, Any]] = [extra, training if isinstance(training, Mapping) else {}]
+    for table in tables:
+        for key in ("data", "dataset", "data_set"):
+            value = table.get(key)
+            if isinstance(value, Mapping):
+                value = value.get("name")
+            if value in PLAIN_SETS:
+                return str(value)
+    raise ConfigurationError(
+        f"the checkpoint names no data set: say --data NAME ({', '.join(PLAIN_SETS)}, npz:PATH, ...)"
+    )
+
+
+def loss_of(text: str) -> Any:
+    """A loss by name, or a function (outputs, targets) -> loss per sample of the user's own."""
+    from hessdiag.factories import import_object, is_factory_name
+
+    if not is_factory_name(text):
+        return text
+    found = import_object(text)
+    if not callable(found):
+        raise ConfigurationError(f"--loss {text}: no function (outputs, targets) -> loss per sample")
+    return found
+
+
+def pattern_of(text: str | None) -> str | None:
+    """A regular expression that compiles."""
+    import re
+
+    if text is not None:
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ConfigurationError(
+                f"--layers {text!r} is no regular expression ({error}); write e.g. 'layer3.*' or '.*bias'"
+            ) from None
+    return text
+
+
+def spec_of(text: str, seed: int) -> PGDSpec:
+    """The perturbation, its noise keyed by --seed unless it names a seed itself."""
+    return parse_pgd(text if "seed=" in text else f"{text.rstrip(',')},seed={seed}")
+
+
+def try_out(objective: Objective, batches: Iterable[Any], data: DataSet) -> None:
+    """One forward pass, so that data of the wrong shape are refused in terms of data."""
+    inputs, targets = objective.check_batch(next(iter(batches)), 0)
+    few, labels = inputs[:2], targets[:2]
+    try:
+        with torch.no_grad():
+            objective.summed_loss(few, labels)
+    except HessdiagError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"the model does not take {data.name} (inputs of shape {list(inputs.shape[1:])}): {reason}; "
+            "choose other --data, or the --network that fits"
+        ) from error
+
+
+def perturb(
+    objective: Objective, batches: Iterable[tuple[Tensor, Tensor]], spec: PGDSpec, world: World
+) -> list[tuple[Tensor, Tensor]]:
+    """Every batch at the inputs that maximise the measured loss; dealt out over processes, then shared."""
+    crafted: list[tuple[Tensor, Tensor]] = []
+    start = 0
+    for number, (inputs, targets) in enumerate(batches):
+        owner = number % world.size
+        if owner == world.rank:
+            indices = range(start, start + len(inputs))
+            points = keyed_pgd(objective.model, inputs, targets, indices, spec, loss=objective.loss.values)
+        else:
+            points = torch.empty_like(inputs)
+        crafted.append((world.from_rank(points, owner), targets))
+        start += len(inputs)
+    return crafted
+
+
+def mean_loss(objective: Objective, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float | None]:
+    """Mean loss, and the share classified right where targets are classes."""
+    loss = weight = right = 0.0
+    count, classes = 0, True
+    with torch.no_grad():
+        for index, (inputs, targets) in enumerate(batches):
+            outputs = objective.outputs(inputs, targets, index=index)
+            loss += float(objective.loss.values(outputs, targets).double().sum())
+            weight += float(objective.loss.weights(outputs, targets).sum())
+            classes = classes and not targets.is_floating_point() and outputs.ndim == 2
+            right += float((outputs.argmax(1) == targets).sum()) if classes else 0.0
+            count += len(targets)
+    return loss / weight, right / count if classes else None
+
+
+def facts_of(
+    request: Request, checkpoint: Checkpoint, data: DataSet, perturbation: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The `cli` block of the JSON: what was measured, on what."""
+    training = checkpoint.extra.get("training")
+    method = checkpoint.extra.get("method") or (
+        training.get("method") if isinstance(training, Mapping) else None
+    )
+    return {
+        "checkpoint": {
+            "name": request.checkpoint,
+            "sha256": checkpoint.sha256,
+            "weights": checkpoint.weights,
+            "factory": request.model,
+            "config": dict(checkpoint.config),
+            "trained_by": method if isinstance(method, str) else None,
+            "epoch": checkpoint.epoch,
+            "metrics": dict(checkpoint.metrics),
+            "notes": list(checkpoint.notes),
+        },
+        "data": {
+            "name": data.name,
+            "split": data.split,
+            "samples": len(data),
+            "chosen": request.samples is not None,
+            "data_seed": request.data_seed,
+            "batch_size": request.batch_size,
+            "shape": list(data.inputs.shape[1:]),
+            "classes": data.num_classes,
+            "sha256": data.sha256,
+            "notes": list(data.notes),
+        },
+        "perturbation": perturbation,
+        "layers": request.layers,
+        "rtol": request.rtol,
+    }
