@@ -149,11 +149,11 @@ def test_apgd_ce_reaches_the_optimum_of_a_linear_model(shape: tuple[int, ...], b
     torch.testing.assert_close(found.x_best, points[torch.arange(batch), 1 - y], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("shape", "classes"), [((12,), 7), ((1, 8, 8), 4)])
+@pytest.mark.parametrize(("shape", "classes"), [((12,), 5), ((1, 8, 8), 4)])
 def test_flags_of_a_linear_model_are_exact(shape: tuple[int, ...], classes: int) -> None:
     """Several classes: APGD-T aimed at every other class decides each flag as the closed form does."""
     net = Linear(int(np.prod(shape)), classes, seed=classes)
-    x = torch.rand(40, *shape, generator=seeded(1), dtype=torch.float64)
+    x = torch.rand(30, *shape, generator=seeded(1), dtype=torch.float64)
     y = net(x).argmax(1).detach()
     y[::7] = (y[::7] + 1) % classes
     clean = net(x).argmax(1).eq(y)
@@ -165,7 +165,7 @@ def test_flags_of_a_linear_model_are_exact(shape: tuple[int, ...], classes: int)
     found = apgd_t(net, x, y, eps=eps, generator=seeded())
     assert torch.equal(found.clean, clean)
     assert torch.equal(found.robust, truth)
-    worst = aa2(net, x, y, eps=eps, batch_size=16)
+    worst = aa2(net, x, y, eps=eps, batch_size=20)
     assert torch.equal(worst.robust, truth)
     assert worst.robust_accuracy == pytest.approx(float(truth.double().mean()))
 
