@@ -92,6 +92,8 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint is str and isinstance(value, str):
         return value
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return repr(value)  # eps = 0.031 means what eps = "0.031" means
     if hint is typing.Any or hint is Any:
         return value
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

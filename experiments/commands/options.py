@@ -63,4 +63,6 @@ def configuration(
         if other is not None and other != table.get("method"):
             raise ConfigurationError(f"recipe {recipe!r} is for method {table.get('method')!r}, not {other!r}")
     chosen = {key: value for key, value in given.items() if value is not None}
+    if chosen.get("network", table.get("network")) != table.get("network"):
+        table.pop("network_options", None)  # they are of the network that is replaced
     return TrainConfig.from_dict(merged(merged(table, chosen), assignments(words))), about

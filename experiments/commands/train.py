@@ -27,7 +27,7 @@ def command(
     seed: Annotated[int | None, typer.Option()] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of any entry, again and again.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's directory; runs/KEY by default.")] = None,
-    attack: Annotated[list[str] | None, typer.Option(help="Attack afterwards: aa2:300, aa:50, pgd; repeatable.")] = None,
+    attack: Annotated[list[str] | None, typer.Option(help="Attack afterwards: aa2:300, aa, pgd; repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cpu; by default the GPU if there is one.")] = None,
     root: Annotated[Path | None, typer.Option(help="Where data lies; $HESSDIAG_DATA by default.")] = None,
     save_seconds: Annotated[float, typer.Option(help="At least so long between two checkpoints.")] = 10.0,
