@@ -42,7 +42,7 @@ class Unit(nn.Module):
         elif kind == "strided":
             self.a = nn.Conv2d(4, 4, 3, padding=1, stride=2)
         elif kind == "depthwise":
-            self.a = nn.Conv2d(4, 4, 2, groups=4)
+            self.a = nn.Conv2d(4, 4, 2, padding=1, groups=4)
         elif kind == "norm":
             self.a = nn.BatchNorm2d(4)
         elif kind == "tokens":
@@ -52,7 +52,7 @@ class Unit(nn.Module):
         if self.kind == "pool":
             return F.avg_pool2d(h, 2, ceil_mode=True)
         if self.kind == "maximum":
-            return F.max_pool2d(h, 2, 1)
+            return F.max_pool2d(h, 2, 1, 1)
         if self.kind == "residual":
             return h + self.b(self.curve(self.a(h)))  # type: ignore[no-any-return]
         if self.kind == "gate":
