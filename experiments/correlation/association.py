@@ -9,7 +9,7 @@ needs no distribution. Given covariates, the residuals are permuted (Freedman an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,7 @@ def associate(
     *,
     cluster: Sequence[object],
     kind: str = "spearman",
-    covariates: dict[str, npt.ArrayLike] | None = None,
+    covariates: Mapping[str, npt.ArrayLike] | None = None,
     strata: Sequence[object] | None = None,
     resamples: int = 2000,
     confidence: float = 0.95,

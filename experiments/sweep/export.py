@@ -76,7 +76,7 @@ def save(results: SweepResults, folder: Path) -> Path:
     lines = []
     for run in results.runs:
         entry = {"key": run.key, "variant": run.variant, "seconds": rounded(run.seconds)}
-        entry |= {"config": run.config.to_dict(), "record": storable(rounded(run.record))}
+        entry |= {"config": run.config.to_dict(), "record": rounded(storable(run.record))}
         lines.append(json.dumps(entry, sort_keys=True, allow_nan=False))
     write_whole(path, (head + ', "runs": [\n' + ",\n".join(lines) + "\n]}\n").encode())
     return path

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import numbers
 import os
 import secrets
 from collections.abc import Mapping
@@ -60,6 +61,8 @@ def storable(value: Any) -> Any:
         return {str(key): storable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [storable(item) for item in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):  # NumPy's numbers
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

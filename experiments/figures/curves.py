@@ -1,0 +1,145 @@
+"""Figures 3-7: what a run measured against its activation, a curve per β, network or method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.correlation.printed import PRINTED
+from experiments.correlation.rows import Row, column, curvatures, one_family, split
+from experiments.figures.style import PAPER, band, canvas, label, log_curvature, looks
+from experiments.sweep.export import SweepResults
+
+BAND = (4.0, 10.0)
+LABELS = {
+    "aa2": "robust accuracy (AA-2), %",
+    "aa": "robust accuracy (AA), %",
+    "clean": "clean accuracy, %",
+    "norm train/clean": "rms norm of the Hessian's diagonal",
+}
+
+
+def robust_name(chosen: Sequence[Row]) -> str:
+    """AA where every run has it, else AA-2."""
+    return "aa" if np.isfinite(column(chosen, "aa")).all() else "aa2"
+
+
+def draw(
+    axis: Any,
+    chosen: Sequence[Row],
+    name: str,
+    by: str,
+    where: str,
+    *,
+    over: Callable[[Row], float] = lambda row: row.curvature,
+    scale: float = 100.0,
+) -> None:
+    """Means over seeds with their scatter: bars are one standard deviation of a seed, small dots the seeds."""
+    for index, ((value,), members) in enumerate(split(chosen, by).items()):
+        one_family(members, f"{where}, {by} = {value}")
+        x, y = np.array([over(row) for row in members]), column(members, name) * scale
+        keep = np.isfinite(x) & np.isfinite(y)
+        x, y = x[keep], y[keep]
+        levels = np.unique(x)
+        if not len(levels):
+            continue
+        mean = np.array([y[x == level].mean() for level in levels])
+        spread = np.array([y[x == level].std(ddof=1) if (x == level).sum() > 1 else 0.0 for level in levels])
+        shown = f"β = {value}" if by == "beta" else str(value)
+        look = looks(index)
+        axis.errorbar(levels, mean, yerr=spread if spread.any() else None, label=shown, capsize=2, **look)
+        if spread.any():
+            axis.plot(x, y, linestyle="none", marker=".", markersize=2.5, color=look["color"], alpha=0.5)
+
+
+def footer(results: SweepResults, chosen: Sequence[Row]) -> str:
+    """Tier, setting, seeds, and what is missing."""
+    seeds = len({row.seed for row in chosen})
+    text = f"tier {results.tier}: {results.title}; {len(chosen)} runs, {seeds} seed{'s' * (seeds > 1)}"
+    return text + (f"; {results.missing} runs missing" if results.missing else "")
+
+
+def paper_marks(axis: Any, chosen: Sequence[Row], name: str, over: Callable[[Row], float] | None = None) -> None:
+    """Table 1's numbers at max|σ''| = 7, where the setting is the paper's: CIFAR-10 with ResNet-18."""
+    if not all(row.data == "cifar10" and row.network == "resnet18" for row in chosen):
+        return
+    for index, cell in enumerate(c for c in PRINTED if c.key.startswith("rct")):
+        value = cell.standard if name == "clean" else cell.robust
+        alpha = float(cell.activation.rpartition("=")[2])
+        text = "paper, Table 1 (DAJAT, AA)" if index == 0 else None
+        axis.plot(alpha if over else 7.0, value, marker="*", color=PAPER, markersize=9, linestyle="none", label=text)
+
+
+def figure3(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
+    """Robustness over α and over max|σ''| for three β."""
+    name = robust_name(chosen)
+    with canvas(path, 1, 2) as axes:
+        left, right = axes[0]
+        draw(left, chosen, name, "beta", "figure3", over=_alpha)
+        draw(right, chosen, name, "beta", "figure3")
+        left.set(xlabel="α", ylabel=LABELS[name], title="(a) over α")
+        left.set_xscale("log")
+        paper_marks(left, chosen, name, _alpha)
+        paper_marks(right, chosen, name)
+        right.set(title="(b) over max|σ''|")
+        log_curvature(right, curvatures(chosen).tolist())
+        band(right, *BAND)
+        right.legend()
+        label(left, footer(results, chosen))
+
+
+def _alpha(row: Row) -> float:
+    return row.alpha if row.alpha is not None else float("nan")
+
+
+def _one_panel(by: str, figure: str) -> Callable[[SweepResults, Sequence[Row], Path], None]:
+    def drawing(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
+        name = robust_name(chosen)
+        with canvas(path, width=4.8, height=3.2) as axes:
+            axis = axes[0][0]
+            draw(axis, chosen, name, by, figure)
+            paper_marks(axis, [row for row in chosen if row.method == "dajat"] or chosen, name)
+            axis.set(ylabel=LABELS[name])
+            log_curvature(axis, curvatures(chosen).tolist())
+            band(axis, *BAND)
+            axis.legend()
+            label(axis, footer(results, chosen))
+
+    return drawing
+
+
+figure4 = _one_panel("network", "figure4")
+figure5 = _one_panel("method", "figure5")
+figure6 = _one_panel("method", "figure6")
+
+
+def figure7(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
+    """The norm and clean accuracy; beside the norm its invariant companion and the plug-in norm."""
+    panels = (
+        ("norm train/clean", "(a) norm of the diagonal", 1.0),
+        ("clean", "(b) clean accuracy", 100.0),
+        ("invariant train/clean", "(a') rescaling-invariant companion", 1.0),
+        ("plugin train/clean", "(a'') plug-in Hutchinson norm (biased)", 1.0),
+    )
+    with canvas(path, 2, 2) as axes:
+        for axis, (name, title, scale) in zip(axes.flat, panels, strict=True):
+            draw(axis, chosen, name, "beta", "figure7", scale=scale)
+            axis.set(title=title)
+            if scale == 1.0:
+                axis.set_yscale("log")
+            log_curvature(axis, curvatures(chosen).tolist())
+            band(axis, *BAND)
+        axes[0][0].legend()
+        label(axes[0][0], footer(results, chosen))
+
+
+DRAWINGS: dict[str, Callable[[SweepResults, Sequence[Row], Path], None]] = {
+    "figure3": figure3,
+    "figure4": figure4,
+    "figure5": figure5,
+    "figure6": figure6,
+    "figure7": figure7,
+}

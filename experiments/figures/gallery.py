@@ -1,0 +1,124 @@
+"""One page with every figure, the correlations and the verdicts; pictures lie beside it, nothing comes from
+a network.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+
+from experiments.figures.build import TITLES, Built, Picture
+
+STYLE = """
+:root { color-scheme: light dark; --line: #ccc; --soft: #666; --panel: #f6f6f6; }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #aaa; --panel: #222; }
+  figure img { background: #fff; } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem;
+  border-top: 1px solid var(--line); padding-top: 1rem; }
+figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; }
+figcaption, .soft { color: var(--soft); font-size: .87rem; }
+.tier { display: inline-block; border: 1px solid var(--line); border-radius: 4px; padding: 0 .4em; font-size: .8rem; }
+.missing { background: var(--panel); padding: .6rem .8rem; border-radius: 6px; overflow-x: auto; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .55rem; text-align: left; vertical-align: top; }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td.word { white-space: nowrap; } nav a { margin-right: .8em; white-space: nowrap; }
+"""
+
+
+def write(built: Built, path: Path) -> None:
+    """Write the page to `path`; pictures are linked by their place relative to it."""
+    groups: dict[str, list[Picture]] = {name: [] for name in TITLES}
+    for picture in built.pictures:
+        groups[picture.figure].append(picture)
+    shown = {name: pictures for name, pictures in groups.items() if pictures}
+    links = " ".join(f'<a href="#{name}">{html.escape(TITLES[name].split(".")[0].split("(")[0])}</a>' for name in shown)
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        "<title>Figures</title>",
+        f"<style>{STYLE}</style>",
+        "<h1>Activation curvature, Hessian diagonals and robustness: every figure from stored results</h1>",
+        "<p>Each figure names the tier it comes from: <b>smoke</b> is digits on two CPU cores, <b>quick</b> a "
+        "shortened protocol, <b>paper</b> the published one. The grey band is max|σ''| from 4 to 10, the range "
+        "that the paper (arXiv 2603.23860) calls optimal. Bars are one standard deviation of a seed. Stars are "
+        "the paper's printed numbers.</p>",
+        f"<nav>{links} <a href='#verdicts'>Verdicts</a> <a href='#correlations'>Correlations</a></nav>",
+    ]
+    for name, pictures in shown.items():
+        parts.append(f"<h2 id={name}>{html.escape(TITLES[name])}</h2>")
+        parts += [_picture(picture, path.parent) for picture in pictures]
+    parts += [_verdicts(built), _correlations(built.analyses)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _picture(picture: Picture, home: Path) -> str:
+    if picture.path is None:
+        return f"<div class=missing>No results yet. <code>{html.escape(picture.command)}</code></div>"
+    source = Path(relpath(picture.path, home)).as_posix()
+    text = html.escape(picture.caption)
+    table = picture.path.with_suffix(".md")
+    body = _markdown(table) if table.exists() else ""
+    return (
+        f"<figure><span class=tier>{html.escape(picture.tier)}</span>{body}"
+        f"<img src='{html.escape(source)}.png' alt='{html.escape(picture.title)}: {text}' loading=lazy>"
+        f"<figcaption>{text} (<a href='{html.escape(source)}.svg'>SVG</a>)</figcaption></figure>"
+    )
+
+
+def _markdown(path: Path) -> str:
+    """The table that a Markdown file holds, as HTML."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    cells = [[c.strip().replace("\0", "|") for c in line.replace("\\|", "\0").strip("|").split("|")] for line in lines]
+    return _table(cells[0], cells[2:])
+
+
+def _table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    top = "".join(f"<th>{html.escape(cell)}" for cell in head)
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in lines)
+    return f"<div class=scroll><table><tr>{top}{rows}</table></div>"
+
+
+def _verdicts(built: Built) -> str:
+    tested = [v for v in built.verdicts.values() if v.verdict != "not tested" or v.tier]
+    rest = len(built.verdicts) - len(tested)
+    lines = [[v.claim, v.verdict, v.evidence] for v in tested]
+    return (
+        "<h2 id=verdicts>Verdicts on the paper's empirical claims</h2><p>By the rules of "
+        "<code>experiments/correlation/rules.toml</code>, stated before the results; a verdict holds for the setting "
+        f"that its evidence names. {rest} further claims are not tested by what is here.</p>"
+        + (_table(("claim", "verdict", "evidence"), lines) if lines else "")
+    )
+
+
+def _correlations(analyses: dict[str, Any]) -> str:
+    parts = [
+        "<h2 id=correlations>Correlation of log-norm with robust accuracy</h2><p class=soft>Over the configurations of "
+        "a sweep, seeds averaged; 95% intervals by the cluster bootstrap, p by permutation of configurations.</p>"
+    ]
+    for sweep, experiments in analyses.items():
+        for name, report in experiments.items():
+            lines = [
+                [
+                    c["norm"],
+                    c["place"],
+                    c["kind"],
+                    c["given"],
+                    f"{c['value']:+.2f}",
+                    f"[{c['low']:+.2f}, {c['high']:+.2f}]",
+                    f"{c['p_value']:.3g}",
+                ]
+                for c in report["correlations"]
+                if c["kind"] == "spearman" or c["place"] == "train/clean"
+            ]
+            counts = f"{report['configurations']} configurations, {report['seeds']} seeds"
+            head = ("norm", "measured on", "coefficient", "given", "value", "interval", "p")
+            if lines:
+                summary = html.escape(f"{sweep}: {name} ({counts})")
+                parts.append(f"<details><summary>{summary}</summary>{_table(head, lines)}</details>")
+    return "\n".join(parts)

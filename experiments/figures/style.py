@@ -1,0 +1,89 @@
+"""One look for every figure: readable in grey, by the colour-blind, on paper and on a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+# Okabe and Ito's palette, ordered from dark to light so that grey prints differ; markers and lines differ
+# as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)))
+BAND = "#BBBBBB"
+PAPER = "#000000"
+
+SETTINGS: dict[str, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "figures",
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+}
+
+
+def looks(index: int) -> dict[str, Any]:
+    """Colour, marker and line of the curve with this number."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINES[index % len(LINES)],
+        "markerfacecolor": "white" if index % 2 else COLOURS[index % len(COLOURS)],
+    }
+
+
+@contextmanager
+def canvas(path: Path, rows: int = 1, columns: int = 1, *, width: float = 3.6, height: float = 2.9) -> Iterator[Any]:
+    """Axes to draw on; both `path`.png and `path`.svg are written at the end."""
+    with plt.rc_context(SETTINGS):
+        figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+        try:
+            yield axes
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path.with_suffix(".png"))
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        finally:
+            plt.close(figure)
+
+
+def label(axis: Any, text: str) -> None:
+    """What is shown and from which tier it comes, under the plot."""
+    axis.figure.supxlabel(text, fontsize=7, color="#444444")
+
+
+def band(axis: Any, low: float, high: float) -> None:
+    """The paper's optimal range, shaded."""
+    axis.axvspan(low, high, color=BAND, alpha=0.35, linewidth=0, zorder=0)
+
+
+def log_curvature(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis of max|σ''| with ticks where runs are, thinned until they can be read."""
+    axis.set_xscale("log")
+    axis.set_xlabel("max|σ''|")
+    ticks: list[float] = []
+    for value in sorted(set(values)):
+        if not ticks or value / ticks[-1] > 1.28:
+            ticks.append(value)
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_minor_locator(FixedLocator([]))

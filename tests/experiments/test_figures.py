@@ -1,0 +1,257 @@
+"""From stored runs to figures, tables, verdicts and the gallery, on records with known shapes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.correlation.printed import PRINTED
+from experiments.correlation.rows import one_family, rows
+from experiments.correlation.verdicts import load_rules, verdicts
+from experiments.figures import gallery
+from experiments.figures.build import TITLES, build
+from experiments.figures.curves import DRAWINGS
+from experiments.sweep import export, grid
+from experiments.sweep.export import Result, SweepResults
+from experiments.sweep.grid import load
+from experiments.sweep.keys import RunConfig
+from experiments.sweep.reader import Reader
+from experiments.sweep.store import Store
+from experiments.sweep.worker import work
+from hessdiag.activations import max_curvature
+from hessdiag.errors import ConfigurationError, StoreError
+
+SWEEPS = Path(__file__).parents[2] / "experiments" / "sweeps"
+PNG = b"\x89PNG"
+
+
+def fake_record(config: RunConfig, peak: float = 6.0, *, noise: float = 0.004) -> dict[str, object]:
+    """A record whose robustness peaks, and whose norm is smallest, at max|σ''| = `peak`."""
+    curvature = max_curvature(config.train["activation"])
+    dice = np.random.default_rng(int(config.key, 16) % 2**32)
+    bend = min(math.log(curvature / peak) ** 2, 4.0) if math.isfinite(curvature) else 4.0
+    robust = 0.6 - 0.05 * bend + noise * dice.normal()
+    clean = 0.95 - 0.02 * bend + noise * dice.normal()
+
+    def norm(level: float) -> dict[str, object]:
+        part = {"rms": level, "low": level * 0.97, "high": level * 1.03, "entries": 100}
+        layers = {f"layer{i}.weight": {**part, "rms": level * (i + 1)} for i in range(4)}
+        return {
+            **part,
+            "invariant": part,
+            "plugin": {"rms": 3 * level, "biased": True},
+            "gauss_newton": part,
+            "functional": part,
+            "layers": layers,
+        }
+
+    places = ("train/clean", "train/adversarial", "test/clean", "test/adversarial")
+    samples = config.attack.get("aa2_samples", 300)
+    return {
+        "max_curvature": curvature,
+        "clean_accuracy": {"value": clean, "samples": 500},
+        "aa2": {"value": robust, "samples": samples} if samples else None,
+        "aa": {"value": robust - 0.01, "samples": 50} if config.attack.get("aa_samples") else None,
+        "norms": {place: norm(0.02 * math.exp(bend + 5 * noise * dice.normal())) for place in places},
+        "effective_curvature": [{"layer": "bn1", "mean": 1 + bend}],
+        "cost": {"peak_memory": None, "saved_bytes": 1000 + int(dice.integers(100))},
+        "seconds": {"train": 5.0 + dice.random(), "aa2": 3.0},
+        "provenance": {"device": "cpu: test"},
+    }
+
+
+def results_of(path: Path, seeds: list[int], **options: float) -> SweepResults:
+    sweep = load(path, seeds=seeds)
+    runs = [
+        Result(run.key, run, sweep.variants[run.key], 10.0, json.loads(json.dumps(fake_record(run, **options))))
+        for run in sweep.runs
+    ]
+    return SweepResults(sweep.name, sweep.figure, sweep.tier, sweep.title, 0, tuple(runs))
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Every smoke sweep with two seeds, exported and drawn."""
+    home = tmp_path_factory.mktemp("results")
+    for path in sorted((SWEEPS / "smoke").glob("*.toml")):
+        export.save(results_of(path, [0, 1]), home)
+    begin = time.perf_counter()
+    built = build(home, home / "figures", resamples=100)
+    gallery.write(built, home / "gallery.html")
+    return home, built, time.perf_counter() - begin
+
+
+def test_every_sweep_file_loads_and_every_figure_has_one_per_tier():
+    for tier in grid.TIERS:
+        figures = {load(path).figure for path in (SWEEPS / tier).glob("*.toml")}
+        assert figures == set(grid.FIGURES)
+
+
+def test_every_figure_is_drawn_as_png_and_svg_with_its_tier(drawn):
+    _, built, seconds = drawn
+    assert {picture.figure for picture in built.pictures} == set(TITLES)
+    for picture in built.pictures:
+        assert picture.path is not None
+        assert picture.path.with_suffix(".png").read_bytes()[:4] == PNG
+        svg = picture.path.with_suffix(".svg").read_text(encoding="utf-8")
+        assert svg.rstrip().endswith("</svg>")
+        if picture.tier == "smoke":
+            assert "tier smoke" in svg
+    assert seconds < 60
+
+
+def test_the_gallery_needs_no_network_and_links_only_what_exists(drawn):
+    home, _, _ = drawn
+    page = (home / "gallery.html").read_text(encoding="utf-8")
+    sources = re.findall(r"src='([^']+)'", page) + re.findall(r"href='([^'#]+)'", page)
+    assert len(sources) > 20
+    assert all((home / source).is_file() for source in sources)
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count("<h2 id=") == len(TITLES) + 2
+
+
+def test_drawing_again_gives_the_same_files(drawn, tmp_path):
+    home, _, _ = drawn
+    results = export.read(home / "smoke" / "figure3.json")
+    DRAWINGS["figure3"](results, rows(results), tmp_path / "figure3_smoke")
+    for name in ("figure3_smoke.png", "figure3_smoke.svg"):
+        assert (tmp_path / name).read_bytes() == (home / "figures" / name).read_bytes()
+
+
+def test_tables_show_ours_beside_the_papers(drawn):
+    home, _, _ = drawn
+    one = (home / "figures" / "table1_smoke.md").read_text(encoding="utf-8")
+    assert "82.63 | 48.75 | 0.362 (is 0.6442)" in one
+    assert re.search(r"\| ReLU \| \d\d\.\d\d ± \d\.\d\d \| .* ∞ \|", one)
+    two = (home / "figures" / "table2_smoke.csv").read_text(encoding="utf-8").splitlines()
+    assert len(two) == 12
+    assert two[0].startswith("activation,")
+
+
+def test_printed_numbers_agree_with_the_ledgers():
+    from theory.claims import TABLE1, TABLE2
+
+    by_key = {cell.key: cell for cell in PRINTED}
+    for row in TABLE1:
+        cell = by_key[row.key]
+        assert (cell.standard, cell.robust, cell.curvature) == (row.standard, row.robust, row.curvature)
+    for cost in TABLE2:
+        assert (by_key[cost.key].memory, by_key[cost.key].minutes) == (cost.memory, cost.minutes)
+    assert {row.key for row in TABLE1} == {cell.key for cell in PRINTED if cell.robust is not None}
+
+
+def test_without_results_the_commands_are_named_and_nothing_is_claimed(tmp_path):
+    built = build(tmp_path, tmp_path / "figures", resamples=100)
+    missing = {picture.figure: picture.command for picture in built.pictures if picture.path is None}
+    assert set(missing) == set(grid.FIGURES)
+    assert missing["figure5"].startswith("python -m experiments sweep experiments/sweeps/smoke/figure5.toml")
+    assert {verdict.verdict for verdict in built.verdicts.values()} == {"not tested"}
+    gallery.write(built, tmp_path / "gallery.html")
+    assert "No results yet" in (tmp_path / "gallery.html").read_text()
+
+
+def quick_rules() -> dict[str, object]:
+    return {**load_rules(), "resamples": 100}
+
+
+def test_rules_name_known_claims_and_every_verdict_is_from_the_set():
+    from theory.claims import BY_ID
+
+    table = load_rules()
+    found = verdicts([results_of(SWEEPS / "smoke" / "figure3.toml", [0, 1])], rules=quick_rules())
+    assert set(table["claims"]) <= set(found) <= set(BY_ID)
+    words = {"holds numerically", "holds under conditions", "not tested", "contradicted by measurement"}
+    assert {verdict.verdict for verdict in found.values()} <= words
+
+
+def test_verdicts_follow_the_shape_of_the_results():
+    """A peak at 6 with little noise holds; one at 0.9 contradicts; noise that drowns the curve tells nothing."""
+    paths = [SWEEPS / "smoke" / "figure3.toml", SWEEPS / "smoke" / "figure7.toml"]
+    claims = ("S4.2.peak-in-4-10", "F7a.u-shape", "F7a.minimum-in-4-10", "F3b.overlap-below-15")
+    outcome = {}
+    for name, options in {"good": {}, "low": {"peak": 0.9}, "noise": {"noise": 0.3}}.items():
+        found = verdicts([results_of(path, [0, 1, 2], **options) for path in paths], rules=quick_rules())
+        outcome[name] = [found[claim].verdict for claim in claims]
+        assert "tier smoke (N-FGSM, small residual net, digits, eps 0.15)" in found[claims[0]].evidence
+    assert outcome["good"] == ["holds under conditions"] * 4
+    assert outcome["low"][0] == outcome["low"][2] == "contradicted by measurement"
+    assert outcome["noise"] == ["not tested"] * 4
+
+
+def test_the_paper_tier_is_preferred_and_may_hold_without_conditions():
+    smoke = results_of(SWEEPS / "smoke" / "figure7.toml", [0, 1], peak=1.5)
+    paper = results_of(SWEEPS / "paper" / "figure7.toml", [0, 1])
+    found = verdicts([smoke, paper], rules=quick_rules())
+    assert found["F7a.u-shape"].verdict == "holds numerically"
+    assert found["F7a.u-shape"].tier == "paper"
+
+
+def test_different_configurations_never_mix_in_one_curve(tmp_path):
+    one = results_of(SWEEPS / "smoke" / "figure3.toml", [0])
+    other = [run.config.replace(train={"epochs": 7}) for run in one.runs[:3]]
+    mixed = SweepResults(
+        one.name, one.figure, one.tier, one.title, 0,
+        (*one.runs, *(Result(c.key, c, "", 1.0, fake_record(c)) for c in other)),
+    )  # fmt: skip
+    export.save(mixed, tmp_path)
+    with pytest.raises(ConfigurationError, match=r"train\.epochs: 30 and 7"):
+        build(tmp_path, tmp_path / "figures", resamples=100)
+    one_family(rows(one), "here")
+
+
+def test_exports_round_trip_and_notice_what_was_edited(tmp_path):
+    results = results_of(SWEEPS / "smoke" / "table1.toml", [0])
+    path = export.save(results, tmp_path)
+    again = export.read(path)
+    assert [run.config for run in again.runs] == [run.config for run in results.runs]
+    assert export.save(again, tmp_path / "twice").read_bytes() == path.read_bytes()
+    path.write_text(path.read_text().replace('"epochs": 30', '"epochs": 31', 1))
+    with pytest.raises(ConfigurationError, match="is not the configuration it names"):
+        export.read(path)
+    path.write_text("{}")
+    with pytest.raises(ConfigurationError, match="not of format"):
+        export.read(path)
+
+
+def test_from_a_store_to_a_figure(tmp_path):
+    sweep = load(SWEEPS / "smoke" / "figure7.toml")
+    with Store(tmp_path / "store") as store:
+        store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title)
+    assert work(tmp_path / "store", lambda config, out: fake_record(config)) == {"done": 24}
+    with Reader(tmp_path / "store") as store:
+        results = export.from_store(store, sweep.name)
+        with pytest.raises(StoreError, match="smoke/figure7"):
+            export.from_store(store, "smoke/figure8")
+    assert (len(results.runs), results.missing) == (24, 0)
+    export.save(results, tmp_path / "results")
+    built = build(tmp_path / "results", tmp_path / "figures", resamples=100)
+    assert any(picture.figure == "figure7" and picture.path for picture in built.pictures)
+
+
+@pytest.mark.slow
+def test_a_thousand_runs_are_listed_and_drawn_in_ten_seconds(tmp_path):
+    """42 seeds of 24 runs: read from a store, listed, exported, drawn (figures, not statistics)."""
+    from rich.console import Console
+
+    from experiments.figures.curves import figure3
+    from experiments.sweep.status import listing, render
+
+    sweep = load(SWEEPS / "smoke" / "figure3.toml", seeds=list(range(42)))
+    assert len(sweep.runs) == 1008
+    with Store(tmp_path / "store") as store:
+        store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title)
+    work(tmp_path / "store", lambda config, out: fake_record(config))
+    begin = time.perf_counter()
+    console = Console(file=(tmp_path / "out.txt").open("w"), width=120)
+    with Reader(tmp_path / "store") as store:
+        console.print(render(store))
+        console.print(listing(store.rows(sweep.name)))
+        results = export.from_store(store, sweep.name)
+    figure3(results, rows(export.read(export.save(results, tmp_path / "results"))), tmp_path / "figure3")
+    assert time.perf_counter() - begin < 10
