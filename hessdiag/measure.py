@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from pathlib import Path
@@ -86,6 +87,9 @@ def measure(
         elif audit_model:
             checked = audit(objective, first, method=plan.method, seed=seed)
             checked.require()
+        if world.size > 1:  # a pilot's clock may choose otherwise elsewhere
+            told = world.text_from_first(json.dumps(plan.to_dict()), objective.device)
+            plan = Plan.from_dict(json.loads(told))
         if facts.shuffled:
             notes.append("the data come in another order in every pass")
         if target == "population":
@@ -115,6 +119,8 @@ def measure(
             resume=path,
             identity=identity,
         )
+        if path is not None and not path.exists():
+            loop.save()  # the plan first: a pilot repeated might choose otherwise
         status = _run(loop, rtol, confidence, min_replicates, max_replicates, max_seconds)
         return summarise(
             loop,
@@ -242,7 +248,7 @@ def _run(loop: Loop, rtol: float, confidence: float, low: int, high: int, second
     device = loop.objective.device
     try:
         loop.run_known()
-        check_at = low
+        check_at = _first_check(loop.done, low)
         while loop.streams:
             if loop.done >= check_at or loop.done >= high:
                 norm = loop.current(confidence)
@@ -252,7 +258,9 @@ def _run(loop: Loop, rtol: float, confidence: float, low: int, high: int, second
                     return norm.status
                 if loop.done >= high:
                     return f"{norm.status}; stopped at {loop.done} replicates before rtol={rtol:g} was reached"
-                check_at = max(loop.done + 1, int(loop.done * 1.1))
+                check_at = _next_check(loop.done)
+            if loop.world.agree(World.asked_to_stop, device):
+                raise KeyboardInterrupt
             late = seconds is not None and loop.seconds > seconds
             if loop.world.agree(late, device) and loop.done >= 2:
                 found = loop.current(confidence).status
@@ -265,6 +273,19 @@ def _run(loop: Loop, rtol: float, confidence: float, low: int, high: int, second
         loop.abandon_round()
         return f"{loop.current(confidence).status}; interrupted before rtol={rtol:g} was reached"
     return "exact"
+
+
+def _next_check(done: int) -> int:
+    """Replicates at which to look again after having looked at `done`."""
+    return max(done + 1, int(done * 1.1))
+
+
+def _first_check(done: int, low: int) -> int:
+    """The first look at or after `done` of those an uninterrupted run takes: 10, 11, ..., 20, 22, ..."""
+    check = low
+    while check < done:
+        check = _next_check(check)
+    return check
 
 
 def _stored_plan(path: Path, method: str) -> Plan:

@@ -1,14 +1,44 @@
-"""`hessdiag inspect`."""
+"""`hessdiag inspect`: what is inside a checkpoint, without building or measuring anything."""
 
 from __future__ import annotations
 
-from hessdiag.commands.exits import guarded
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hessdiag.commands.exits import OK, guarded
 
 NAME = "inspect"
-EXAMPLES = ""
+EXAMPLES = """[bold]Examples[/bold]
+
+hessdiag inspect digits-example
+
+hessdiag inspect trades.pt --tensors
+
+hessdiag inspect model.safetensors --json -
+
+The file is read as tensors and plain values only; nothing in it is executed."""
 
 
 @guarded
-def command() -> int:
-    """To come."""
-    return 0
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="A .pt, .pth or .safetensors file, or digits-example.")],
+    *,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json: Annotated[str | None, typer.Option(help="Write all of it as JSON; - for stdout.")] = None,
+) -> int:
+    """Show what a checkpoint holds: format, network, activation, training facts, tensors."""
+    from hessdiag.checkpoint import inspect_checkpoint
+    from hessdiag.examples import example_path
+    from hessdiag.report.document import strict, write_json
+    from hessdiag.report.summary import print_summary
+    from hessdiag.report.table import terminal
+
+    path = Path(checkpoint)
+    found = inspect_checkpoint(path if path.exists() else example_path(checkpoint) or path)
+    if json is not None:
+        write_json(json, strict({"schema": "hessdiag-inspect/1", **found.to_dict()}))
+    if json != "-":
+        print_summary(terminal(), found, tensors=tensors)
+    return OK

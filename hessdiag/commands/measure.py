@@ -181,7 +181,7 @@ def command(
     Prints rms and mean-scaled norm, the shares of Gauss-Newton and functional part, the rescaling-invariant
     companion, effective curvature, trace and audit, by group and by parameter.
     """
-    request = Request(**{name: value for name, value in locals().items()})
+    request = Request(**locals())
     from hessdiag.commands.measuring import run
 
     return run(request)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from hessdiag.commands.setup import Prepared, prepare
 from hessdiag.errors import ConfigurationError
 from hessdiag.measure import measure
 from hessdiag.measurement import Measurement, Plan
-from hessdiag.report.document import document, read_document, to_json, write_document
-from hessdiag.report.table import print_measurement
+from hessdiag.report.document import document, read_document, strict, write_json
+from hessdiag.report.table import print_measurement, terminal
+from hessdiag.report.text import plain
 
 
 def run(request: Request) -> int:
@@ -24,6 +24,10 @@ def run(request: Request) -> int:
     with joined(request.device, request.timeout) as world:
         plan = None if request.plan is None else plan_of(request.plan, request.method)
         prepared = prepare(request, world)
+        if request.dry_run:
+            if world.rank == 0:
+                dry_run(request, prepared)
+            return OK
         with watch(show=not request.quiet and world.rank == 0) as callback:
             found = measure(
                 prepared.objective,
@@ -46,6 +50,21 @@ def run(request: Request) -> int:
     return OK if found.norm.total.half_width <= request.rtol else WIDE
 
 
+def dry_run(request: Request, prepared: Prepared) -> None:
+    """The cost of every method, as a table or as JSON."""
+    from hessdiag.measurement.forecast import forecast
+    from hessdiag.report.costs import print_costs
+
+    found = forecast(prepared.objective, prepared.batches)
+    if request.json is not None:
+        content = {"schema": "hessdiag-forecast/1", "methods": [one.to_dict() for one in found]}
+        write_json(request.json, strict(content))
+        if request.json == "-":
+            return
+    name = f"{request.checkpoint}: {prepared.objective.size:,} parameters, {found[0].batches} batches"
+    print_costs(terminal(), found, title=plain(name), replicates=request.min_replicates)
+
+
 def plan_of(path: Path, method: str) -> Plan:
     """The plan inside an earlier result."""
     content: dict[str, Any] = read_document(path)
@@ -66,13 +85,13 @@ def hand_over(request: Request, prepared: Prepared, found: Measurement) -> None:
     if request.save_diagonal is not None and found.diagonal is not None:
         found.diagonal.save(request.save_diagonal)
     if request.json not in (None, "-"):
-        write_document(str(request.json), content)
+        write_json(str(request.json), content)
     if request.html is not None:
         from hessdiag.report.html import write_page
 
         write_page(request.html, content, found.diagonal)
     if request.json == "-":
-        sys.stdout.write(to_json(content))
+        write_json(request.json, content)
     elif request.quiet:
         low, high = found.interval
         print(f"{found.rms!r} {low!r} {high!r}")

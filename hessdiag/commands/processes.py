@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,10 @@ import torch.distributed as dist
 
 from hessdiag.errors import DistributedError
 from hessdiag.measurement.world import World
+
+PATIENCE = 2.0
+"""Seconds after which a second Ctrl-C is meant: a terminal and torchrun both send the first."""
+_asked_at = 0.0
 
 
 @contextmanager
@@ -30,12 +35,24 @@ def joined(device: str, timeout: float) -> Iterator[World]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DistributedError(f"the processes did not meet within {timeout:g} s ({reason})") from error
-    before = signal.signal(signal.SIGTERM, _told_to_stop)
+    before = [signal.signal(signal.SIGTERM, _told_to_stop), signal.signal(signal.SIGINT, _interrupted)]
     try:
         yield World.current()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+        World.asked_to_stop = False
         dist.destroy_process_group()
+
+
+def _interrupted(_number: int, _frame: FrameType | None) -> None:
+    """Ctrl-C: all processes stop after the same round; a second one a while later stops this one at once."""
+    global _asked_at
+    now = time.monotonic()
+    if World.asked_to_stop and now - _asked_at > PATIENCE:
+        raise KeyboardInterrupt
+    if not World.asked_to_stop:
+        World.asked_to_stop, _asked_at = True, now
 
 
 def _told_to_stop(_number: int, _frame: FrameType | None) -> None:

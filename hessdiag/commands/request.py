@@ -53,7 +53,7 @@ class Request:
         """Refuse what cannot work before anything is loaded."""
         outputs = {"--save-diagonal": self.save_diagonal, "--html": self.html, "--resume": self.resume}
         if self.json not in (None, "-"):
-            outputs["--json"] = Path(self.json)  # type: ignore[arg-type]
+            outputs["--json"] = Path(self.json)
         for option, path in outputs.items():
             if path is not None:
                 check_writable(path, option)

@@ -63,8 +63,8 @@ def prepare(request: Request, world: World) -> Prepared:
     batches: Iterable[tuple[Tensor, Tensor]] = data.batches(request.batch_size, device=device, dtype=dtype)
     try_out(objective, batches, data)
     perturbation = None
-    if request.attack is not None:
-        spec = spec_of(request.attack, request.seed)
+    spec = None if request.attack is None else spec_of(request.attack, request.seed)
+    if spec is not None and not request.dry_run:  # perturbed inputs cost the same to measure at
         clean = mean_loss(objective, batches)
         batches = perturb(objective, batches, spec, world)
         perturbation = {

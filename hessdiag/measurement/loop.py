@@ -7,8 +7,12 @@ sums only: one float64 vector per parameter for each group of replicates (plus o
 
 from __future__ import annotations
 
+import json
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,9 @@ from .plan import KEEP_BYTES, Plan
 from .world import World
 
 SAVE_EVERY = 2.0
-"""Seconds between two writes of the resume file within a round."""
+"""Seconds between two writes of the resume file, at least: a write that takes long is made more rarely."""
+SAVE_SHARE = 20.0
+"""Work is this much longer than the writes between which it is done."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,11 @@ class Loop:
         self._partial: dict[str, Tensors] = {}
         self._position = 0
         self._prepared: Any = None
+        self._torn = False
+        self._pause = SAVE_EVERY
         if resume is not None and resume.exists():
             self._restore()
+        self._same_everywhere()
 
     @property
     def has_known(self) -> bool:
@@ -133,23 +142,26 @@ class Loop:
             self.known_done = True
             return
         for position, batch in self._mine():
-            self._known_batch(batch)
-            self._after_batch(position + 1)
+            with self._whole():
+                self._known_batch(batch)
+                self._after_batch(position + 1)
+            self._save_in_time()
             self._tell(
                 "exact part" if not self.plan.deterministic else self.plan.method,
                 position + 1,
                 self.survey.batches,
             )
-        for tensors in (self.gauss_newton, self.functional):
-            self.world.sum_((tensors or {}).values())
-            for name, tensor in (tensors or {}).items():
-                tensor /= self.survey.weight
-                if not bool(torch.isfinite(tensor).all()):
-                    raise NonFiniteError(
-                        f"the diagonal of {name!r} holds NaN or Inf: overflow in {self.objective.dtype}"
-                    )
-        self.known_done, self._position = True, 0
-        self._save()
+        with self._whole(), undivided():
+            for tensors in (self.gauss_newton, self.functional):
+                self.world.sum_((tensors or {}).values())
+                for name, tensor in (tensors or {}).items():
+                    tensor /= self.survey.weight
+                    if not bool(torch.isfinite(tensor).all()):
+                        raise NonFiniteError(
+                            f"the diagonal of {name!r} holds NaN or Inf: overflow in {self.objective.dtype}"
+                        )
+            self.known_done, self._position = True, 0
+        self.save()
 
     def run_round(self, count: int) -> None:
         """`count` more replicates, one pass over the data."""
@@ -159,27 +171,32 @@ class Loop:
         else:
             self._partial = {f"{r}.{s}": zeros(self.objective.parameters) for r in numbers for s in self.streams}
         for position, batch in self._mine():
-            for r in numbers:
-                if self.world.mine(position, self.survey.batches, r):
-                    for stream, part in self._replicate(batch, r).items():
-                        accumulate(self._partial[f"{r}.{stream}"], part)
-            self._after_batch(position + 1)
+            with self._whole():
+                for r in numbers:
+                    if self.world.mine(position, self.survey.batches, r):
+                        for stream, part in self._replicate(batch, r).items():
+                            accumulate(self._partial[f"{r}.{stream}"], part)
+                self._after_batch(position + 1)
+            self._save_in_time()
             self._tell("replicates", position + 1, self.survey.batches)
-        for r in numbers:
-            for stream, replicates in self.streams.items():
-                sums = self._partial.pop(f"{r}.{stream}")
-                self.world.sum_(sums.values())
-                for tensor in sums.values():
-                    tensor /= self.survey.weight
-                replicates.add(sums, r)
-        self.done = numbers.stop
-        self._position = 0
+        with self._whole(), undivided():
+            for r in numbers:
+                for stream, replicates in self.streams.items():
+                    sums = self._partial.pop(f"{r}.{stream}")
+                    self.world.sum_(sums.values())
+                    for tensor in sums.values():
+                        tensor /= self.survey.weight
+                    replicates.add(sums, r)
+            self.done = numbers.stop
+            self._position = 0
 
     def current(self, confidence: float) -> NormEstimate:
         """The norm of the whole diagonal as it stands."""
         stream = self.stream_of("total")
         assert stream is not None
         total = estimate(stream, offset=self.offset("total"), confidence=confidence, sequential=True).total
+        if self.history and self.history[-1][0] == total.replicates:  # looked at before, or taken up from a file
+            self.history.pop()
         self.history.append((total.replicates, total.rms, total.low, total.high))
         return total
 
@@ -213,8 +230,9 @@ class Loop:
         )
 
     def save(self) -> None:
-        """Write the resume file now, if there is one."""
-        self._save()
+        """Write the resume file now, if there is one and no batch is half counted."""
+        if not self._torn:
+            self._save()
 
     # -- one batch
 
@@ -313,12 +331,24 @@ class Loop:
             if self.world.size == 1 or (few and self.known_done) or self.world.mine(position, self.survey.batches):
                 yield position, batch
 
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is interrupted in here leaves sums that must not be saved: the file keeps the state before."""
+        self._torn = True
+        yield
+        self._torn = False
+
     def _after_batch(self, position: int) -> None:
         self._position = position
-        if self.world.size == 1 and time.monotonic() - self._saved > SAVE_EVERY:
-            self._save()
         if self.survey.batches > 1:
             self._prepared = None
+        if World.asked_to_stop and not self.known_done:
+            raise KeyboardInterrupt
+
+    def _save_in_time(self) -> None:
+        """Within a round; several processes save between rounds only, when their sums have met."""
+        if self.world.size == 1 and self._resume is not None and time.monotonic() - self._saved > self._pause:
+            self._save()
 
     def _inner(self, phase: str) -> Callable[[int, int], None]:
         return lambda done, total: self._tell(phase, done, total)
@@ -332,25 +362,29 @@ class Loop:
         self._tell("norm", self.done, self.done, norm)
 
     def _save(self) -> None:
-        self._saved = time.monotonic()
-        if self._resume is None or self.world.rank != 0:
+        several = self.world.size > 1
+        if self._resume is None or self.world.rank != 0 or (several and not self.known_done and self._position):
             return
+        begun = time.monotonic()
         tensors: dict[str, Tensor] = {}
         for label, sums in (("gauss_newton", self.gauss_newton), ("functional", self.functional)):
             tensors |= {f"known|{label}|{n}": t for n, t in (sums or {}).items()}
         for stream, replicates in self.streams.items():
             tensors |= {f"stream|{stream}|{k}": t for k, t in replicates.state_dict().items()}
-        for key, sums in self._partial.items():
+        partial = {} if several else self._partial  # of several processes, each holds a share of its own
+        for key, sums in partial.items():
             tensors |= {f"partial|{key}|{n}": t for n, t in sums.items()}
         progress = {
             "known_done": self.known_done,
             "done": self.done,
-            "position": self._position,
-            "partial": list(self._partial),
+            "position": 0 if several else self._position,
+            "partial": list(partial),
             "history": self.history,
             "plan": self.plan.to_dict(),
         }
         files.store(self._resume, identity=self._identity, progress=progress, tensors=tensors)
+        self._saved = time.monotonic()
+        self._pause = max(SAVE_EVERY, SAVE_SHARE * (self._saved - begun))
 
     def _restore(self) -> None:
         assert self._resume is not None
@@ -373,6 +407,20 @@ class Loop:
             raise ResumeError(
                 f"{self._resume}: does not hold what this measurement needs ({error}); remove it"
             ) from None
+        if self.world.rank:  # what one process had begun is counted once: by the first
+            unfinished = [] if self.known_done else [self.gauss_newton, self.functional]
+            for part in [*unfinished, *self._partial.values()]:
+                for tensor in (part or {}).values():
+                    tensor.zero_()
+
+    def _same_everywhere(self) -> None:
+        """All processes must go on from one state: a resume file that only some of them see would mix two."""
+        if self.world.size == 1 or self._resume is None:
+            return
+        mine = json.dumps([self.known_done, self.done, self._position, sorted(self._partial)])
+        first = self.world.text_from_first(mine, self.objective.device)
+        if self.world.agree(mine != first, self.objective.device):
+            raise ResumeError(f"{self._resume}: not every process reads the same file; put it where all can")
 
 
 def _patch_bytes(batch: Linearisation) -> int:
@@ -384,3 +432,19 @@ def _patch_bytes(batch: Linearisation) -> int:
             kernel = layer.node._saved_weight[0].numel() * layer.node._saved_groups
             total += kernel * out[0] * out[2:].numel() * batch.outputs.element_size()
     return total
+
+
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Ctrl-C waits until the block is done, so that all streams hold the same replicates."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)

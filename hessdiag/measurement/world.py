@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from ..errors import DistributedError
 
 class World:
     """This process's place among `size` processes."""
+
+    asked_to_stop: ClassVar[bool] = False
+    """Set by a signal handler where several processes must stop at the same round (Ctrl-C reaches each of them)."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,14 @@ def write_document(path: str | Path, content: Mapping[str, Any]) -> None:
         write_bytes(path, to_json(content).encode())
     except BadFileError as error:
         raise DataError(f"{path_text(path)}: {error}") from None
+
+
+def write_json(path: str, content: Mapping[str, Any]) -> None:
+    """To a file, or to stdout where the path is `-`."""
+    if path == "-":
+        sys.stdout.write(to_json(content))
+    else:
+        write_document(path, content)
 
 
 def to_json(content: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def print_measurement(content: dict[str, Any], console: Console | None = None) -
     out.print()
     _rows(out, facts.run_rows(content))
     for note in facts.notes(content):
-        out.print(Padding(Text("note: " + note), (0, 0, 0, 2)))
+        out.print(Padding(Text("note: " + note), (0, 0, 0, 2), expand=False))
 
 
 def grid(rows: list[tuple[str, ...]], *, styles: tuple[str, ...] = ("dim",)) -> Table:
@@ -55,7 +55,7 @@ def grid(rows: list[tuple[str, ...]], *, styles: tuple[str, ...] = ("dim",)) -> 
 
 def _rows(out: Console, rows: list[tuple[str, str]]) -> None:
     if rows:
-        out.print(Padding(grid(list(rows)), (0, 0, 0, 2)))
+        out.print(Padding(grid(list(rows)), (0, 0, 0, 2), expand=False))
 
 
 def _headline(out: Console, content: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ def _headline(out: Console, content: dict[str, Any]) -> None:
         if number == 0:
             told = f"{told} at {sure}" if told else "exact"
         table.add_row(*[Text(x) for x in (label, amount, told, meaning)][: len(table.columns)])
-    out.print(Padding(table, (0, 0, 0, 2)))
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
     out.print()
 
 
@@ -130,7 +130,7 @@ def _norms(
         table.add_row(*(Text(cell) for cell in [plain(name), *cells]))
     out.print()
     out.print(Text(heading, style="bold"))
-    out.print(Padding(table, (0, 0, 0, 2)))
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
 def _curvature(out: Console, pairs: list[dict[str, Any]]) -> None:
@@ -150,5 +150,5 @@ def _curvature(out: Console, pairs: list[dict[str, Any]]) -> None:
             "Effective curvature |γ|·max|σ''| of each normalisation and the activation it feeds", style="bold"
         )
     )
-    out.print(Padding(table, (0, 0, 0, 2)))
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
     out.print()

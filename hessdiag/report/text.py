@@ -32,6 +32,8 @@ def spread(estimate: dict[str, Any]) -> str:
     if rms == 0.0:
         return "exact" if high == 0.0 else "n/a"
     half = 50.0 * (high - low) / rms
+    if half < 1e-9:  # rounding alone: nothing random reaches this parameter
+        return "exact"
     return f"±{half:.2g}%" if half < 1000 else ">1000%"
 
 
