@@ -68,7 +68,8 @@ def autocontrast(images: Tensor, amount: Tensor) -> Tensor:
     low = images.amin((2, 3), keepdim=True).double()
     high = images.amax((2, 3), keepdim=True).double()
     span = high - low
-    scale = 255.0 / span.clamp_min(1)
+    # Not 255.0 / span, which torch computes as 255 times the reciprocal: one ulp may cost a grey level.
+    scale = torch.full_like(span, 255.0).div(span.clamp_min(1))
     stretched = (images.double() * scale - low * scale).trunc().clamp(0, 255).to(torch.uint8)
     return torch.where(span > 0, stretched, images)
 

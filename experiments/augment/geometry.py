@@ -98,7 +98,7 @@ def _bicubic(images: Tensor, matrix: Tensor) -> Tensor:
             weight = weight_y * _cubic((x - 0.5 - left), i)
             pixel = _take(images, (top + (j - 1)).long(), (left + (i - 1)).long())
             total += weight[:, None] * pixel
-    value = (total + 0.5).floor().clamp(0, 255).to(torch.uint8)
+    value = total.clamp(0, 255).to(torch.uint8)  # truncated, as Pillow does
     return torch.where(_inside(images, x, y), value, FILL)
 
 
