@@ -29,6 +29,7 @@ from ..norm import NormEstimate, Replicates, estimate
 from ..objective import Objective
 from ..signs import Signs
 from ..sites import Linearisation
+from ..sites.linearise import edge_shape
 from ..stream import Batches, Numbered, Survey, numbered
 from . import resume as files
 from .plan import KEEP_BYTES, Plan
@@ -428,7 +429,7 @@ def _patch_bytes(batch: Linearisation) -> int:
     total = 0
     for layer in batch.layers:
         if layer.kind == "conv" and layer.weight:
-            out = layer.node._input_metadata[0].shape
+            out = edge_shape((layer.node, 0))
             kernel = layer.node._saved_weight[0].numel() * layer.node._saved_groups
             total += kernel * out[0] * out[2:].numel() * batch.outputs.element_size()
     return total
