@@ -15,6 +15,7 @@ from .diagonal import exact
 from .diagonal.result import Diagonal
 from .errors import (
     AuditError,
+    BudgetError,
     ConfigurationError,
     ResumeError,
     UncoveredModelError,
@@ -40,6 +41,8 @@ from .stream import Batches, Numbered, Survey, check_apart, check_deterministic,
 ADVICE = "lower the batch size, choose fewer parameters (parameters=...), or a method that needs less (propagation)"
 AUTO_EXACT_FLOPS = 3e10
 """method='auto' takes the exact diagonal up to this many multiplications (a count, so that the choice repeats)."""
+EXACT_BUDGET = 1e14
+"""Multiplications beyond which an exact method is refused unless asked for by `budget=` (hours on a few cores)."""
 
 
 def measure(
@@ -55,6 +58,7 @@ def measure(
     max_seconds: float | None = None,
     target: str = "data",
     plan: Plan | None = None,
+    budget: float | None = EXACT_BUDGET,
     deterministic_check: bool = True,
     audit_model: bool = True,
     keep_diagonal: bool = False,
@@ -90,6 +94,7 @@ def measure(
         if world.size > 1:  # a pilot's clock may choose otherwise elsewhere
             told = world.text_from_first(json.dumps(plan.to_dict()), objective.device)
             plan = Plan.from_dict(json.loads(told))
+        _check_budget(objective, first, facts, plan, budget)
         if facts.shuffled:
             notes.append("the data come in another order in every pass")
         if target == "population":
@@ -144,6 +149,7 @@ def diagonal(
     replicates: int = 16,
     plan: Plan | None = None,
     per_sample: bool = False,
+    budget: float | None = EXACT_BUDGET,
     deterministic_check: bool = True,
     audit_model: bool = True,
     progress: Callback | None = None,
@@ -165,6 +171,7 @@ def diagonal(
         check_apart(objective, first)
         if plan is None:
             plan, _ = _decide(objective, first, facts, method, seed, audit_model)
+        _check_budget(objective, first, facts, plan, budget)
         if per_sample:
             return _per_sample(objective, batches, facts, plan)
         loop = Loop(
@@ -286,6 +293,22 @@ def _first_check(done: int, low: int) -> int:
     while check < done:
         check = _next_check(check)
     return check
+
+
+def _check_budget(objective: Objective, first: Numbered, facts: Survey, plan: Plan, budget: float | None) -> None:
+    """Refuse an exact method whose cost is known to be beyond the budget, before it starts."""
+    if budget is None or not plan.deterministic:
+        return
+    if plan.method == "exact":
+        linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
+        flops = exact.cost(linear).flops * facts.samples / linear.samples
+    else:  # two products a parameter, each a few passes that touch every parameter at least once per sample
+        flops = 8.0 * objective.size**2 * facts.samples
+    if flops > budget:
+        raise BudgetError(
+            f"method={plan.method!r} would take {flops:.1e} multiplications, more than the budget of {budget:.1e}; "
+            "use method='propagation', fewer samples or parameters, or raise budget="
+        )
 
 
 def _stored_plan(path: Path, method: str) -> Plan:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import UncoveredModelError
-from .sites import Layer
+from .sites import Layer, edge_shape
 
 CHUNK = 1 << 26
 
@@ -48,7 +48,7 @@ class LayerSquares:
     def weighted(self, c: Tensor) -> dict[str, Tensor]:
         """{parameter name: sum over samples and positions of c (da/dtheta)^2} for weights c on the layer's outputs."""
         layer, out = self.layer, {}
-        c = c.reshape(_output_shape(layer))
+        c = c.reshape(edge_shape((layer.node, 0)))
         if layer.kind == "linear":
             flat = c.reshape(-1, c.shape[-1])
             if layer.weight:
@@ -166,10 +166,6 @@ class LayerSquares:
         reduce = [axis for axis in range(1, delta.ndim) if full[axis] == 1]
         per_sample = delta.sum(reduce, keepdim=True) if reduce else delta
         yield name, iter([_grouped(per_sample.reshape(self.samples, *shape), group)])
-
-
-def _output_shape(layer: Layer) -> torch.Size:
-    return torch.Size(layer.node._input_metadata[0].shape)
 
 
 def _matrix_input(node: Any) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..signs import Signs
-from ..sites import Layer, Linearisation
+from ..sites import Linearisation, edge_shape
 from ..squares import LayerSquares
 from .parts import Tensors, accumulate, zeros
 
@@ -58,7 +58,7 @@ class Propagator:
         for place, direct in self.batch.direct.items():
             c = self.batch.sites[direct.site].c
             slope = direct.slope
-            weight = c.reshape(_shape(self.batch.layers[place])) * slope * slope
+            weight = c.reshape(edge_shape((self.batch.layers[place].node, 0))) * slope * slope
             accumulate(out, self.squares[place].weighted(weight))
         return out
 
@@ -133,7 +133,3 @@ class Propagator:
             if direct is not None and seed is not None:
                 delta = delta - seed.reshape(delta.shape) * direct.slope
             accumulate(out, square.summed(delta, group=group), sign)
-
-
-def _shape(layer: Layer) -> torch.Size:
-    return torch.Size(layer.node._input_metadata[0].shape)

@@ -28,8 +28,7 @@ from ..errors import NonFiniteError, ResumeError
 from ..norm import NormEstimate, Replicates, estimate
 from ..objective import Objective
 from ..signs import Signs
-from ..sites import Linearisation
-from ..sites.linearise import edge_shape
+from ..sites import Linearisation, edge_shape
 from ..stream import Batches, Numbered, Survey, numbered
 from . import resume as files
 from .plan import KEEP_BYTES, Plan

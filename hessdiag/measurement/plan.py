@@ -20,7 +20,7 @@ from ..diagonal.propagation import Propagator
 from ..errors import ConfigurationError, UnknownNameError, nearest
 from ..objective import Objective
 from ..signs import BLOCK, Signs
-from ..sites import Linearisation
+from ..sites import Linearisation, edge_shape
 from ..stream import Numbered
 
 METHODS = ("exact", "propagation", "hutchinson", "reference")
@@ -148,7 +148,7 @@ def balance_products(batch: Linearisation, seed: int) -> dict[int, float]:
         s = signs.plain(site.c, _PILOT, number) * site.c.abs().sqrt()
         strength = []
         for edge, _ in site.legs:
-            seed_ = s.sum_to_size(_shape(edge))
+            seed_ = s.sum_to_size(edge_shape(edge))
             found = torch.autograd.grad(
                 [torch.autograd.graph.GradientEdge(*edge)],
                 parameters,
@@ -161,12 +161,6 @@ def balance_products(batch: Linearisation, seed: int) -> dict[int, float]:
         if a > 0 and b > 0:
             balance[product] = min(max((b / a) ** 0.25, 1e-3), 1e3)
     return balance
-
-
-def _shape(edge: Any) -> torch.Size:
-    from ..sites.linearise import edge_shape
-
-    return edge_shape(edge)
 
 
 def _half_difference(a: Tensors, b: Tensors) -> float:
