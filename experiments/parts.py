@@ -111,7 +111,7 @@ class Attack:
         require(self.noise >= 0, f"attack.noise must not be negative, not {self.noise}")
         require(0 < step_size(self.step, 1.0) <= 4, f"attack.step must lie in (0, 4], not {self.step}")
         require(
-            self.kind == "pgd" or self.loss == "ce",
+            self.kind in ("pgd", "none") or self.loss == "ce",
             f"attack.loss = {self.loss!r} belongs to attack.kind = 'pgd', not {self.kind!r}",
         )
 

@@ -1,0 +1,355 @@
+"""Runs as a whole: repeatable, resumable after SIGKILL, stopped by name when they go wrong, safe on a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.config import TrainConfig
+from experiments.train import TrainResult, train
+from experiments.trained import load_trained
+from experiments.trainer import watch
+from experiments.trainer.rig import pick_device
+from hessdiag import data
+from hessdiag.data.dataset import DataSet, make
+from hessdiag.errors import CheckpointError, ConfigurationError, DataError, NonFiniteError, ResumeError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def table(**more: Any) -> dict[str, Any]:
+    return {
+        "method": "n_fgsm",
+        "network": "small_resnet",
+        "network_options": {"width": 4, "strides": [1]},
+        "activation": "silu",
+        "data": "digits",
+        "train_samples": 160,
+        "epochs": 3,
+        "batch_size": 32,
+        "eps": "0.15",
+        "augment": {"crop": 1, "flip": False},
+        "watch": {"samples": 32, "steps": 2},
+        **more,
+    }
+
+
+def configuration(**more: Any) -> TrainConfig:
+    return TrainConfig.from_dict(table(**more))
+
+
+def bits(result: TrainResult) -> list[bytes]:
+    return [v.detach().numpy().tobytes() for v in result.model.state_dict().values()]
+
+
+def test_the_same_configuration_gives_the_same_bits_and_leaves_global_randomness_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = train(configuration())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert bits(first) == bits(train(configuration()))
+    assert bits(first) != bits(train(configuration(seed=1)))
+    assert not first.model.training and first.status == "finished" and first.epochs == 3
+
+
+def test_what_a_run_writes(tmp_path: Path) -> None:
+    result = train(configuration(), tmp_path / "run", save_seconds=0)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "state.pt",
+        "last.pt",
+        "result.json",
+    }
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["eps"] == "0.15" and record["key"] == result.key and record["status"] == "finished"
+    assert record["clean_accuracy"] == result.clean_accuracy and record["test_samples"] == 500
+    assert record["provenance"]["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert {"loss", "lr", "eps", "clean", "fgsm", "pgd", "train_adversarial", "images_per_second"} <= rows[0].keys()
+    found = load_trained(tmp_path / "run")
+    x = data.load("digits", split="test", samples=20).inputs
+    with torch.no_grad():
+        assert torch.equal(found.model(x), result.model(x))
+    assert found.training["method"] == "n_fgsm" and found.epoch == 3
+
+
+def test_a_finished_run_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train(configuration(), tmp_path)
+    monkeypatch.setattr("experiments.trainer.step.Stepper.__call__", lambda *a, **k: pytest.fail("trained again"))
+    again = train(configuration(), tmp_path)
+    assert bits(first) == bits(again) and again.clean_accuracy == first.clean_accuracy
+
+
+def test_another_configuration_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    train(configuration(epochs=1), tmp_path)
+    with pytest.raises(ResumeError, match="lr 0.2 there, 0.1 here"):
+        train(configuration(epochs=1, lr=0.1), tmp_path)
+    (tmp_path / "state.pt").write_bytes(b"rubbish")
+    with pytest.raises(ResumeError, match=r"state\.pt: cannot be read"):
+        train(configuration(epochs=1), tmp_path)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "n_fgsm": {},
+    "dkl": {"method": "dkl", "awp": {"start": 2}, "epochs": 4, "lr": 0.05},
+    "averaged": {"averaging": {"per": "iteration", "tau": 0.9, "after": 0.5}, "epochs": 4},
+    "best": {"select": "best", "held_out": 32},
+}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of the third epoch, whatever state the method carries."""
+    config = configuration(**METHODS[name])
+    whole = train(config)
+    from experiments.trainer.step import Stepper
+
+    original = Stepper.__call__
+
+    def interrupted(self: Stepper, *a: Any, **k: Any) -> None:
+        if k["epoch"] == 3 and k["step"] == 2:
+            raise Stop
+        original(self, *a, **k)
+
+    monkeypatch.setattr(Stepper, "__call__", interrupted)
+    with pytest.raises(Stop):
+        train(config, tmp_path, save_seconds=0)
+    monkeypatch.setattr(Stepper, "__call__", original)
+    resumed = train(config, tmp_path, save_seconds=0)
+    assert bits(whole) == bits(resumed) and whole.weights == resumed.weights
+    strip = {"seconds", "images_per_second"}
+    left, right = ([{k: v for k, v in r.items() if k not in strip} for r in t.history] for t in (whole, resumed))
+    assert left == right
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from experiments.config import TrainConfig
+from experiments.train import train
+print("ready", flush=True)
+result = train(TrainConfig.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]), save_seconds=0)
+print("done", result.clean_accuracy, flush=True)
+"""
+
+
+def child(config: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(config), str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables, cwd=folder.parent)
+
+
+def killed_and_resumed(config: dict[str, Any], folder: Path, kills: list[float]) -> int:
+    """Kill the run after each of `kills` seconds of training, then let it end; returns how many kills hit."""
+    hits = 0
+    for pause in [*kills, None]:
+        process = child(config, folder)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        if pause is not None:
+            time.sleep(pause)
+            process.send_signal(signal.SIGKILL)
+        process.wait(timeout=120)
+        hits += process.returncode == -signal.SIGKILL
+        process.stdout.close()
+    assert process.returncode == 0
+    return hits
+
+
+def same_weights(a: Path, b: Path) -> None:
+    left, right = (load_trained(p).model.state_dict() for p in (a, b))
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_sigkill(tmp_path: Path) -> None:
+    config = table(epochs=40)
+    torch.set_num_threads(1)
+    train(TrainConfig.from_dict(config), tmp_path / "whole")
+    assert killed_and_resumed(config, tmp_path / "killed", [0.4]) >= 1
+    same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_sigkill_at_many_moments(tmp_path: Path) -> None:
+    import random
+
+    moments = random.Random(0)
+    config = table(method="dkl", epochs=60, lr=0.05, awp={"start": 2})
+    torch.set_num_threads(1)
+    train(TrainConfig.from_dict(config), tmp_path / "whole")
+    hits = killed_and_resumed(config, tmp_path / "killed", [moments.uniform(0.05, 1.5) for _ in range(12)])
+    assert hits >= 3
+    same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration(epochs=4)
+    whole = train(config)
+    original, calls = os.fsync, 0
+
+    def full(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 15:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*last good checkpoint, of epoch \d.*same command"):
+        train(config, tmp_path, save_seconds=0)
+    monkeypatch.setattr(os, "fsync", original)
+    assert not list(tmp_path.glob(".*.tmp"))
+    epoch = load_trained(tmp_path).epoch
+    assert epoch is not None and 1 <= epoch < 4
+    assert bits(train(config, tmp_path)) == bits(whole)
+
+
+def test_nan_is_named_and_never_saved(tmp_path: Path) -> None:
+    config = configuration(lr=1e20, schedule={"name": "constant"}, epochs=5)
+    with pytest.raises(NonFiniteError, match=r"n_fgsm small_resnet silu.*NaN or Inf.*epoch \d.*Lower lr"):
+        train(config, tmp_path, save_seconds=0)
+    if (tmp_path / "last.pt").exists():
+        assert all(v.isfinite().all() for v in load_trained(tmp_path).model.state_dict().values())
+
+
+def test_nan_in_a_weight_is_named() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    assert watch.first_broken(net) is None
+    net[1].running_var[0] = float("inf")
+    assert watch.first_broken(net) == "1.running_var"
+    with pytest.raises(NonFiniteError, match=r"1\.running_var holds NaN or Inf in epoch 3"):
+        watch.refuse_broken(net, epoch=3, step=None, config=configuration(), saved="")
+
+
+def look(epoch: int, fgsm: float, pgd: float) -> dict[str, Any]:
+    return {"epoch": epoch, "clean": 0.9, "fgsm": fgsm, "pgd": pgd}
+
+
+def test_catastrophic_overfitting_is_told_from_an_ordinary_setback() -> None:
+    before = [look(1, 0.5, 0.4), look(2, 0.6, 0.5)]
+    reason = watch.overfitting([*before, look(3, 0.7, 0.2)], 0.2)
+    assert reason is not None and "epoch 3" in reason and "0.50 (epoch 2) to 0.20" in reason
+    assert watch.overfitting([*before, look(3, 0.25, 0.2)], 0.2) is None  # both fell: a bad step
+    assert watch.overfitting([*before, look(3, 0.6, 0.35)], 0.2) is None  # within the margin
+    assert watch.overfitting([*before, look(3, 0.7, 0.0)], 0.0) is None  # switched off
+    gap = {"epoch": 2, "clean": None, "fgsm": None, "pgd": None}
+    assert watch.overfitting([look(1, 0.6, 0.5), gap, look(3, 0.7, 0.2)], 0.2) is not None
+
+
+def test_catastrophic_overfitting_stops_the_run_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([look(1, 0.5, 0.4), look(2, 0.9, 0.0)])
+
+    def fake(*a: Any, **k: Any) -> dict[str, float]:
+        return {key: value for key, value in next(looks).items() if key != "epoch"}
+
+    monkeypatch.setattr("experiments.trainer.loop.watched", fake)
+    result = train(configuration(epochs=5), tmp_path)
+    assert result.status == "catastrophic_overfitting" and result.epochs == 2
+    assert result.reason is not None and "PGD accuracy fell from 0.40" in result.reason
+    again = train(configuration(epochs=5), tmp_path)  # stays stopped
+    assert again.status == result.status and again.reason == result.reason
+
+
+class Wavy(torch.nn.Module):
+    """The true class wins where cos(2 pi x/0.1) > 0: a step of 0.1 comes back to where it was, half a step does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        score = self.scale * torch.cos(2 * torch.pi * x.flatten(1).sum(1) / 0.1)
+        return torch.stack([score, -score], 1)
+
+
+def test_the_watch_sees_a_net_that_only_fgsm_believes_in() -> None:
+    x = torch.tensor([0.51, 0.61, 0.71]).view(-1, 1, 1, 1)
+    y = torch.zeros(3, dtype=torch.long)
+    net = Wavy().train()
+    config = configuration(eps="0.1", watch={"steps": 10})
+    seen = watch.watched(net, net, x, y, config, epoch=1)
+    assert seen == {"clean": 1.0, "fgsm": 1.0, "pgd": 0.0}
+    assert net.training and net.scale.grad is None
+
+
+def test_the_best_epoch_is_the_one_kept(tmp_path: Path) -> None:
+    config = configuration(select="best", held_out=40, epochs=4)
+    result = train(config, tmp_path, save_seconds=0)
+    assert result.weights == "best"
+    scores = [row["held_out_pgd"] for row in result.history]
+    assert load_trained(tmp_path).path.name == "best.pt"
+    assert load_trained(tmp_path).epoch == 1 + scores.index(max(scores))
+
+
+def test_data_that_cannot_be_trained_on() -> None:
+    x, y = torch.rand(8, 1, 8, 8), torch.arange(8) % 2
+    good = make(x, y, name="good", split="train", num_classes=2)
+    cases: list[tuple[DataSet, dict[str, Any], str]] = [
+        (make(3 * x, y, name="raw", split="train", num_classes=2), {}, r"\[0, 1\].*normalize"),
+        (make(x, y.double(), name="reals", split="train"), {}, "class labels"),
+        (make(x.flatten(1), y, name="flat", split="train", num_classes=2), {}, "images"),
+        (good, {"augment": {"auto": "before"}}, "uint8"),
+        (good, {"augment": {"crop": 8, "pad": "reflect"}}, "reflect"),
+        (good, {"batch_size": 9, "drop_last": True}, "batch_size"),
+    ]
+    for bad, more, message in cases:
+        with pytest.raises(DataError, match=message):
+            train(configuration(**{"batch_size": 4, **more}), sets=(bad, bad))
+    with pytest.raises(ConfigurationError, match="held_out"):
+        train(configuration(held_out=8), sets=(good, good))
+
+
+def test_missing_data_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="hessdiag data cifar10"):
+        train(configuration(data="cifar10"), root=tmp_path)
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ConfigurationError, match="cannot be used"):
+        pick_device("cuda:99")
+    assert pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_reduced_precision_and_channels_last_stay_close(autocast: str) -> None:
+    plain = train(configuration())
+    fast = train(configuration(autocast=autocast, channels_last=True))
+    assert abs(fast.history[-1]["loss"] - plain.history[-1]["loss"]) < (0.05 if autocast == "bfloat16" else 1e-3)
+    assert all(v.dtype == torch.float32 for v in fast.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pgd_at", "n_fgsm", "trades", "dajat"])
+def test_compiled_training_agrees_with_eager(method: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (32, 3, 8, 8), generator=g, dtype=torch.uint8)
+    pool = make(x, torch.arange(32) % 4, name="noise", split="train", num_classes=4)
+    more = {"method": method, "network_options": {"width": 4, "strides": [1]}, "epochs": 2, "batch_size": 16}
+    more |= {"dtype": "float64", "watch": {"every": 0}, "lr": 0.05, "awp": {"gamma": 0.005, "start": 2}}
+    if method != "dajat":
+        more["attack"] = {"steps": 2} if method != "n_fgsm" else {}
+    eager = train(configuration(**more), sets=(pool, pool))
+    compiled = train(configuration(**more, compile=True), sets=(pool, pool))
+    for a, b in zip(eager.model.parameters(), compiled.model.parameters()):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
