@@ -43,7 +43,7 @@ def train(*, epochs: int = EPOCHS, seed: int = SEED) -> nn.Module:
                 group["lr"] = RATE * 0.5 * (1.0 + math.cos(math.pi * step / steps))
             chosen = order[start : start + BATCH]
             optimiser.zero_grad()
-            F.cross_entropy(model(data.inputs[chosen]), data.targets[chosen]).backward()
+            torch.autograd.backward(F.cross_entropy(model(data.inputs[chosen]), data.targets[chosen]))
             optimiser.step()
             step += 1
     return model.eval()

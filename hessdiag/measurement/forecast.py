@@ -8,6 +8,7 @@ the timed pass, with the factors below, and good to a factor of two or three.
 from __future__ import annotations
 
 import time
+from collections.abc import Sized
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ LINEARISE, DIRECT, COLUMN, SIGNED, PRODUCTS, HESSIAN, OUTER, ENTRY = 6.0, 5.0, 4
 
 @dataclass(frozen=True)
 class Forecast:
-    """The cost of one method. `passes_once` and `passes_each` count backward passes (exact: directions) over a batch."""
+    """The cost of one method. Passes are backward passes over a batch (of exact: directions moved forward)."""
 
     method: str
     refusal: str | None
@@ -74,7 +75,7 @@ class _Base:
 def forecast(objective: Objective, batches: Batches) -> tuple[Forecast, ...]:
     """One forecast per method, from the first batch and the number of batches."""
     objective.check_modes()
-    count = len(batches) if hasattr(batches, "__len__") else sum(1 for _ in batches)
+    count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
     base = _look(objective, next(iter(numbered(objective, batches))), count)
     kinds = {"exact": _exact, "propagation": _propagation, "hutchinson": _hutchinson, "reference": _reference}
     return tuple(kinds[method](base) for method in METHODS)

@@ -46,8 +46,8 @@ def print_costs(out: Console, found: tuple[Forecast, ...], *, title: str, replic
     for line in (
         "passes: over one batch each, all batches counted; of exact: directions moved forward, often through a "
         "part of the network only; of reference: products with the Hessian.",
-        f"+ each: more passes per replicate; at {replicates}: the time with so many. How many an interval needs is not known before: at least ten; propagation seldom "
-        "more than thirty, hutchinson often hundreds.",
+        f"+ each: more passes per replicate; at {replicates}: the time with so many. How many an interval needs is "
+        "not known before: at least ten; propagation seldom more than thirty, hutchinson often hundreds.",
         "time and memory: from counts and the timed pass, good to a factor of two or three.",
     ):
         out.print(Padding(Text(line, style="dim"), (0, 0, 0, 2), expand=False))

@@ -1,0 +1,272 @@
+"""Pictures of measurements, from their documents: matplotlib figures, drawn without a display.
+
+Each function returns a Figure; `svg` and `save` turn one into text or a file, equal figures into equal bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from hessdiag.errors import ConfigurationError, DataError
+from hessdiag.files import BadFileError, path_text, write_bytes
+
+TOTAL, OUTER, INNER, FAINT = "#1f4e79", "#2a9d8f", "#d1495b", "#8a8f98"
+STYLE = {
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555b66",
+    "axes.grid": True,
+    "grid.color": "#e4e7ec",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "hessdiag",
+    "figure.constrained_layout.use": True,
+}
+FORMATS = (".svg", ".png", ".pdf")
+BINS = 40
+MOST_BARS = 60
+
+
+def histogram(
+    total: Mapping[str, torch.Tensor], errors: Mapping[str, torch.Tensor], *, exact: bool
+) -> Figure:
+    """Entries of the diagonal, negative and positive ones on logarithmic axes, and their typical standard error.
+
+    The entries of an estimate are its truth plus noise: their histogram is wider than that of the truth, and the
+    figure says so and shows how large the noise is.
+    """
+    values = torch.cat([t.detach().reshape(-1).double().cpu() for t in total.values()])
+    noise = torch.cat([t.detach().reshape(-1).double().cpu() for t in errors.values()])
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.9))
+        left, right = figure.subplots(1, 2, sharey=True)
+        sizes = values.abs()
+        shown = sizes[sizes > 0]
+        if not len(shown):
+            left.text(0.5, 0.5, "every entry is zero", ha="center", transform=left.transAxes)
+            return figure
+        top = math.log10(float(shown.max()))
+        low = max(math.log10(float(shown.min())), top - 12.0)
+        edges = (
+            [10 ** (low + (top - low) * k / BINS) for k in range(BINS + 1)]
+            if top > low
+            else [0.5 * 10**top, 2 * 10**top]
+        )
+        zero = int((sizes < edges[0]).sum())
+        for axis, chosen, label, colour in (
+            (left, -values[values < 0], "negative entries, -h", INNER),
+            (right, values[values > 0], "positive entries, h", TOTAL),
+        ):
+            counts = _counts(chosen, edges)
+            axis.bar(
+                edges[:-1],
+                counts,
+                width=[b - a for a, b in itertools.pairwise(edges)],
+                align="edge",
+                color=colour,
+            )
+            axis.set_xscale("log")
+            axis.set_xlim(edges[0], edges[-1])
+            axis.set_title(f"{label}: {int((chosen > 0).sum()):,}", fontsize=9)
+        left.invert_xaxis()
+        left.set_ylabel("entries")
+        typical = float(noise.median()) if len(noise) else 0.0
+        if not exact and typical > 0:
+            for axis in (left, right):
+                axis.axvline(typical, color=FAINT, linestyle="--", linewidth=1)
+            right.annotate(
+                "median standard\nerror of an entry",
+                (typical, 0.97),
+                xycoords=("data", "axes fraction"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="top",
+                fontsize=7.5,
+                color="#555b66",
+            )
+            figure.suptitle("broadened by noise: entries are estimates", fontsize=9, color=INNER)
+        if zero:
+            figure.supxlabel(f"{zero:,} entries smaller than {edges[0]:.1e} not shown", fontsize=8)
+        return figure
+
+
+def bars(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """The rms norm of each parameter with its interval, on a logarithmic axis."""
+    names = list(rows)[:MOST_BARS]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 0.8 + 0.19 * len(names)))
+        axis = figure.subplots()
+        for place, name in enumerate(names):
+            total = rows[name]["total"]
+            rms, low, high = (_number(total[key]) for key in ("rms", "low", "high"))
+            if rms > 0:
+                axis.barh(place, rms, color=TOTAL, height=0.72)
+            if high > 0 and high > low:
+                start = low if low > 0 else high * 1e-3
+                axis.plot(
+                    [start, high], [place, place], color="#111827", linewidth=1.4, solid_capstyle="butt"
+                )
+        axis.set_xscale("log")
+        axis.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7.5)
+        axis.invert_yaxis()
+        axis.grid(False, axis="y")
+        axis.set_xlabel("rms norm, with its interval")
+        if len(rows) > len(names):
+            axis.set_title(f"the first {len(names)} of {len(rows)} parameters", fontsize=9)
+        return figure
+
+
+def convergence(history: Sequence[Sequence[Any]], *, confidence: float, rtol: float | None) -> Figure:
+    """The interval of the rms norm over replicates."""
+    rows = [[_number(x) for x in row] for row in history]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.6))
+        axis = figure.subplots()
+        count, rms, low, high = ([row[k] for row in rows] for k in range(4))
+        axis.fill_between(
+            count, low, high, color=TOTAL, alpha=0.18, linewidth=0, label=f"{100 * confidence:g}% interval"
+        )
+        axis.plot(count, rms, color=TOTAL, marker="o", markersize=3, label="rms norm")
+        if rtol is not None and rms and rms[-1] > 0:
+            for sign in (1, -1):
+                label = f"±{100 * rtol:g}%, as asked" if sign > 0 else None
+                axis.axhline(
+                    rms[-1] * (1 + sign * rtol), color=FAINT, linestyle="--", linewidth=1, label=label
+                )
+        axis.set_xlabel("replicates")
+        axis.set_ylabel("rms norm")
+        axis.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        return figure
+
+
+def parts(rows: Mapping[str, Mapping[str, Any]]) -> Figure | None:
+    """Gauss-Newton against functional norm of each parameter; None where the parts were not taken."""
+    names: list[str] = []
+    points: list[tuple[float, ...]] = []
+    for name, row in rows.items():
+        if row["gauss_newton"] is None or row["functional"] is None:
+            continue
+        ends = [
+            _number(row[part][key])
+            for part in ("gauss_newton", "functional")
+            for key in ("rms", "low", "high")
+        ]
+        if ends[0] > 0 and ends[3] > 0:
+            names.append(name)
+            points.append(tuple(ends))
+    if not points:
+        return None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.8))
+        axis = figure.subplots()
+        for g, g_low, g_high, f, f_low, f_high in points:
+            across = [[max(g - g_low, 0)], [max(g_high - g, 0)]]
+            along = [[max(f - f_low, 0)], [max(f_high - f, 0)]]
+            axis.errorbar(
+                g, f, xerr=across, yerr=along, fmt="o", markersize=4, color=OUTER, ecolor=FAINT, elinewidth=1
+            )
+        axis.set_xscale("log")
+        axis.set_yscale("log", nonpositive="clip")
+        for name, x, y in _apart([(name, p[0], p[3]) for name, p in zip(names, points)]):
+            axis.annotate(_short(name, 24), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        edge = [min(p[0] for p in points), max(p[0] for p in points)]
+        axis.plot(edge, edge, color=FAINT, linestyle="--", linewidth=1, label="equal parts")
+        axis.set_xlabel("Gauss-Newton part, rms")
+        axis.set_ylabel("functional part, rms")
+        axis.legend(fontsize=8)
+        return figure
+
+
+def over_curvature(points: Sequence[tuple[str, float, float, float, float]]) -> Figure:
+    """(label, max|sigma''|, rms, low, high) of several measurements."""
+    if not points:
+        raise ConfigurationError("nothing to plot: no measurement has a finite max|sigma''| and a norm")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.0))
+        axis = figure.subplots()
+        for label, x, rms, low, high in points:
+            axis.errorbar(
+                x, rms, yerr=[[max(rms - low, 0)], [max(high - rms, 0)]], fmt="o", color=TOTAL, capsize=3
+            )
+            axis.annotate(
+                _short(label, 28), (x, rms), xytext=(5, 4), textcoords="offset points", fontsize=7.5
+            )
+        xs, ys = [p[1] for p in points], [p[2] for p in points]
+        if max(xs) > 20 * max(min(xs), 1e-300):
+            axis.set_xscale("log")
+        if max(ys) > 20 * min(ys):
+            axis.set_yscale("log")
+        axis.margins(0.15)
+        axis.set_xlabel("max|σ''| of the activation")
+        axis.set_ylabel("rms norm of the Hessian's diagonal")
+        return figure
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG text, without a date; letters as outlines, so that no font is needed."""
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "hessdiag", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The figure in a file, whose suffix says how: .svg, .png or .pdf."""
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigurationError(f"{path}: end the name in {', '.join(FORMATS)}")
+    buffer = io.BytesIO()
+    kind = path.suffix.lower()[1:]
+    metadata: dict[str, Any] = {} if kind == "png" else {"Creator": None}
+    metadata |= {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    with rc_context({"svg.hashsalt": "hessdiag", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
+    try:
+        write_bytes(path, buffer.getvalue())
+    except BadFileError as error:
+        raise DataError(f"{path_text(path)}: {error}") from None
+
+
+def _counts(values: torch.Tensor, edges: Sequence[float]) -> list[float]:
+    bounds = torch.tensor(edges, dtype=torch.float64)
+    bounds[-1] *= 1 + 1e-12  # the largest entry belongs to the last bin
+    found: list[float] = torch.histogram(values, bounds).hist.tolist()
+    return found
+
+
+def _apart(points: Sequence[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    """Points far enough from one another (on logarithmic axes) for their names to be read."""
+    kept: list[tuple[str, float, float]] = []
+    columns = [p[1] for p in points], [p[2] for p in points]
+    spans = [max(math.log(max(column) / min(column)), 1e-9) for column in columns]
+    for name, x, y in points:
+        near = (
+            abs(math.log(x / a)) < 0.2 * spans[0] and abs(math.log(y / b)) < 0.05 * spans[1]
+            for _, a, b in kept
+        )
+        if not any(near):
+            kept.append((name, x, y))
+    return kept
+
+
+def _number(value: Any) -> float:
+    """A number of a document; NaN for what is none."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _short(name: str, limit: int = 34) -> str:
+    """A label that fits, with `$` harmless to matplotlib."""
+    text = "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")
+    return text if len(text) <= limit else "…" + text[1 - limit :]
