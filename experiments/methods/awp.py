@@ -69,7 +69,7 @@ class Perturbed:
         self.deltas = list(deltas)
         with torch.no_grad():
             self.saved = [parameter.clone() for parameter in self.parameters]
-            torch._foreach_add_(self.parameters, self.deltas)  # type: ignore[arg-type]
+            torch._foreach_add_(self.parameters, self.deltas)
 
     def restore(self, decays: Sequence[float]) -> None:
         """Old values back; gradients gain what weight decay at the perturbed weights would have added."""

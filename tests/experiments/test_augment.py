@@ -112,8 +112,10 @@ def test_the_policy_is_the_published_one() -> None:
     assert POLICY[13] == (("brightness", 0.9, 6), ("color", 0.2, 8))
     assert POLICY[24] == (("translate_y", 0.7, 9), ("autocontrast", 0.9, 1))
     assert [magnitude("posterize", level) for level in range(10)] == [8, 8, 7, 7, 6, 6, 5, 5, 4, 4]
-    assert magnitude("solarize", 0) == 256 and magnitude("solarize", 9) == 0
-    assert magnitude("translate_x", 9) == pytest.approx(150 / 331) and magnitude("rotate", 3) == pytest.approx(10)
+    assert magnitude("solarize", 0) == 256
+    assert magnitude("solarize", 9) == 0
+    assert magnitude("translate_x", 9) == pytest.approx(150 / 331)
+    assert magnitude("rotate", 3) == pytest.approx(10)
 
 
 @pytest.mark.statistical
@@ -156,7 +158,8 @@ def test_crops_are_slices_of_the_padded_image(mode: str, dtype: torch.dtype) -> 
                 found += [(dy, dx, f) for f in (0, 1) if torch.equal(got[i], window.flip(2) if f else window)]
         assert found
         seen.add(found[0])
-    assert got.dtype == dtype and len(seen) > 15
+    assert got.dtype == dtype
+    assert len(seen) > 15
 
 
 @pytest.mark.statistical

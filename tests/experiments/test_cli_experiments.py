@@ -30,16 +30,23 @@ def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str
 
 def test_train_then_attack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, summary, _ = call(capsys, "train", *QUICK, "--out", str(tmp_path), "--attack", "pgd:40")
-    assert code == 0 and summary["status"] == "finished"
+    assert code == 0
+    assert summary["status"] == "finished"
     assert summary["attacks"]["pgd"]["samples"] == 40
     code, record, _ = call(capsys, "attack", str(tmp_path), "--attack", "aa2:20", "--quiet")
-    assert code == 0 and record["eps"] == "0.15" and record["aa2"]["samples"] == 20
-    assert 0 <= record["aa2"]["robust_accuracy"] <= 1 and record["clean_samples"] == 500
+    assert code == 0
+    assert record["eps"] == "0.15"
+    assert record["aa2"]["samples"] == 20
+    assert 0 <= record["aa2"]["robust_accuracy"] <= 1
+    assert record["clean_samples"] == 500
     stored = json.loads((tmp_path / "result.json").read_text())
     assert {"pgd", "aa2", "clean", "provenance"} <= stored["evaluation"].keys()  # attacks of one checkpoint gather
-    assert stored["status"] == "finished" and stored["provenance"]["card"]
+    assert stored["status"] == "finished"
+    assert stored["provenance"]["card"]
     code, record, _ = call(capsys, "attack", str(tmp_path / "last.pt"), "--attack", "pgd", "--eps", "1/10", "--quiet")
-    assert code == 0 and record["eps"] == "1/10" and record["pgd"]["samples"] == 500
+    assert code == 0
+    assert record["eps"] == "1/10"
+    assert record["pgd"]["samples"] == 500
     assert "aa2" not in json.loads((tmp_path / "result.json").read_text())["evaluation"]  # another eps: nothing mixes
 
 
@@ -49,7 +56,8 @@ def test_progress_is_one_line_an_epoch_where_there_is_no_terminal(
     words = [word for word in QUICK if word != "--quiet"]
     _, _, err = call(capsys, "train", *words, "--out", str(tmp_path), "--set", "watch.every=1", "--attack", "pgd:5")
     lines = [line for line in err.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 2 and "epoch 2/2" in lines[1]
+    assert len(lines) == 2
+    assert "epoch 2/2" in lines[1]
     assert all(part in lines[1] for part in ("loss", "img/s", "clean", "PGD"))
 
 
@@ -57,8 +65,10 @@ def test_dry_run_shows_the_whole_configuration(capsys: pytest.CaptureFixture[str
     code, shown, _ = call(
         capsys, "train", "--method", "trades", "--activation", "rct:beta=1,curvature=7", "--data", "cifar10", "--dry-run"
     )
-    assert code == 0 and shown["config"]["activation"] == "rct:beta=1,alpha=14"
-    assert shown["config"]["options"] == {"beta": 6.0} and shown["config"]["eps"] == "8/255"
+    assert code == 0
+    assert shown["config"]["activation"] == "rct:beta=1,alpha=14"
+    assert shown["config"]["options"] == {"beta": 6.0}
+    assert shown["config"]["eps"] == "8/255"
 
 
 @pytest.mark.parametrize(
@@ -74,13 +84,17 @@ def test_dry_run_shows_the_whole_configuration(capsys: pytest.CaptureFixture[str
 )
 def test_refusals_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capsys, *words)
-    assert code == 3 and message in err and err.count("\n") == 1 and err.startswith("error: ")
+    assert code == 3
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
 
 
 def test_missing_data_says_how_to_get_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--method", "standard", "--root", str(tmp_path), "--out", str(tmp_path / "run"), "--quiet"]
     code, _, err = call(capsys, *words)
-    assert code == 3 and "hessdiag data cifar10" in err
+    assert code == 3
+    assert "hessdiag data cifar10" in err
 
 
 def test_a_checkpoint_of_another_network_or_class_count_is_named(
@@ -88,11 +102,14 @@ def test_a_checkpoint_of_another_network_or_class_count_is_named(
 ) -> None:
     call(capsys, "train", *QUICK, "--out", str(tmp_path), "--attack", "pgd:5")
     code, _, err = call(capsys, "attack", str(tmp_path), "--attack", "pgd", "--network", "resnet18")
-    assert code == 3 and "small_resnet" in err and "resnet18" in err
+    assert code == 3
+    assert "small_resnet" in err
+    assert "resnet18" in err
     code, _, err = call(capsys, "attack", str(tmp_path), "--attack", "pgd", "--num-classes", "100")
-    assert code == 3 and "100" in err
+    assert code == 3
+    assert "100" in err
     hundred = networks.build("small_resnet", width=4, num_classes=100)
-    with pytest.raises(ConfigurationError, match="100 classes.*digits has 10"):
+    with pytest.raises(ConfigurationError, match=r"100 classes.*digits has 10"):
         evaluate(hundred, data.load("digits"), eps="0.1", attacks=["pgd:5"])
 
 
@@ -132,10 +149,12 @@ def test_a_robustbench_entry_has_the_fields_of_the_leaderboard() -> None:
         "footnote",
     ]
     assert (found["clean_acc"], found["autoattack_acc"], found["eps"]) == ("85.71", "52.50", "8/255")
-    assert not found["unreliable"] and "only" not in found["footnote"]
+    assert not found["unreliable"]
+    assert "only" not in found["footnote"]
     evaluation["aa"] = {"robust_accuracy": 0.5, "samples": 50, "warnings": ["odd"]}
     found = robustbench.entry(evaluation, training)
-    assert found["unreliable"] and "on 50 test images only" in found["footnote"]
+    assert found["unreliable"]
+    assert "on 50 test images only" in found["footnote"]
     with pytest.raises(ConfigurationError, match="AutoAttack"):
         robustbench.entry({"eps": "8/255"}, training)
 
@@ -148,11 +167,14 @@ def test_the_digits_recipe_beats_standard_training_in_two_minutes(
     begin = time.process_time()
     code, robust, _ = call(capsys, "train", "--recipe", "digits_n_fgsm", "--out", str(tmp_path / "a"), "--quiet")
     seconds = time.process_time() - begin
-    assert code == 0 and seconds < 120 * torch.get_num_threads()
+    assert code == 0
+    assert seconds < 120 * torch.get_num_threads()
     code, plain, _ = call(capsys, "train", "--recipe", "digits_standard", "--out", str(tmp_path / "b"), "--quiet")
     assert code == 0
     gain = robust["attacks"]["aa2"]["robust_accuracy"] - plain["attacks"]["aa2"]["robust_accuracy"]
     assert gain >= 0.20
-    assert robust["attacks"]["aa"]["samples"] == 50 and robust["attacks"]["aa2"]["samples"] == 300
+    assert robust["attacks"]["aa"]["samples"] == 50
+    assert robust["attacks"]["aa2"]["samples"] == 300
     entry = json.loads((tmp_path / "a" / "robustbench.json").read_text())
-    assert entry["eps"] == "0.15" and "50 test images only" in entry["footnote"]
+    assert entry["eps"] == "0.15"
+    assert "50 test images only" in entry["footnote"]

@@ -119,7 +119,8 @@ def test_average_per_iteration_begins_after_its_share_of_epochs() -> None:
                 expected = 0.9 * expected + 0.1 * value
         average.after_epoch(epoch)
         assert (average.state is None) == (epoch < 3)
-    assert average.state is not None and expected is not None
+    assert average.state is not None
+    assert expected is not None
     assert average.state["weight"].item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -128,7 +129,8 @@ def test_average_per_epoch_starts_as_the_first_and_covers_statistics() -> None:
     average = Average(net, Averaging("epoch", tau=0.9), epochs=3)
     for epoch in (1, 2, 3):
         nn.init.constant_(net.weight, float(epoch))
-        assert net.running_mean is not None and net.num_batches_tracked is not None
+        assert net.running_mean is not None
+        assert net.num_batches_tracked is not None
         net.running_mean.fill_(10.0 * epoch)
         net.num_batches_tracked.fill_(epoch)
         average.after_epoch(epoch)

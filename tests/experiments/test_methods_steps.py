@@ -274,7 +274,8 @@ def test_split_norm_moves_its_own_statistics_only() -> None:
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
     base = split(x)
     after_base = {k for k, v in split.state_dict().items() if not torch.equal(v, before[k])}
-    assert after_base and all(k.startswith("network.") and "running" in k or "num_batches" in k for k in after_base)
+    assert after_base
+    assert all((k.startswith("network.") and "running" in k) or "num_batches" in k for k in after_base)
     assert torch.allclose(split(x, "auto"), base)  # the copies begin as they are
     changed = {k for k, v in split.state_dict().items() if k.startswith("auto.") and not torch.equal(v, before[k])}
     assert len(changed) == len(after_base)

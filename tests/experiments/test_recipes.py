@@ -43,8 +43,10 @@ def test_recipes_say_what_was_published_and_what_is_guessed(name: str) -> None:
     c, about = configuration(name, {}, [])
     found = (c.method, c.network, c.epochs, c.lr, c.weight_decay, c.eps, c.awp.gamma, c.batch_size)
     assert found == TABLE[name]
-    assert len(about["source"]["title"]) > 20 and about["source"]["guessed"]
-    assert TrainConfig.from_dict(c.to_dict()) == c and TrainConfig.from_dict(c.to_dict()).key() == c.key()
+    assert len(about["source"]["title"]) > 20
+    assert about["source"]["guessed"]
+    assert TrainConfig.from_dict(c.to_dict()) == c
+    assert TrainConfig.from_dict(c.to_dict()).key() == c.key()
     text = (RECIPES / f"{name}.toml").read_text()
     assert f"--recipe {name}" in text
 
@@ -54,7 +56,8 @@ def test_budgets_and_options_of_recipes() -> None:
     assert (low.attack.budget, high.attack.budget) == ("low", "as_coded")
     assert high.options == {"beta": 11.0, "js_weight": 2.0, "smoothing": 0.0, "auto_views": 2}
     hundred = configuration("dajat_cifar100_rn18", {}, [])[0]
-    assert hundred.options["smoothing"] == 0.1 and hundred.options["beta"] == 9.0
+    assert hundred.options["smoothing"] == 0.1
+    assert hundred.options["beta"] == 9.0
     dkl = configuration("dkl", {}, [])[0]
     assert dkl.options == {"alpha": 4.0, "beta": 20.0, "temperature": 4.0, "attack_alpha": 1.0, "attack_beta": 0.0}
     assert (dkl.averaging.per, dkl.averaging.tau) == ("epoch", 0.9)
@@ -64,7 +67,8 @@ def test_budgets_and_options_of_recipes() -> None:
 
 def test_another_network_drops_the_recipes_options_for_its_own() -> None:
     c, _ = configuration("dkl", {"network": "resnet18"}, [])
-    assert c.network == "resnet18" and c.network_options == {}
+    assert c.network == "resnet18"
+    assert c.network_options == {}
     c, _ = configuration("dkl", {}, ["network_options.depth=28"])
     assert c.network_options == {"depth": 28, "widen": 10}
 
