@@ -90,7 +90,7 @@ class Directions:
         total = torch.zeros(len(seed.value), self.samples, dtype=torch.float64, device=seed.value.device)
         for _, site, tangent in self.route.run(seed):
             value, c = self._at_site(site, tangent)
-            total += torch.einsum("knj,nj->kn", value.square(), c)
+            total += (value * c).mul_(value).sum(2)
         return total
 
     def _at_site(self, site: Site, tangent: Tangent) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ from .pushforward import Route
 
 Progress = Callable[[int, int], None]
 MEMORY = 1 << 28
+CLOSE = 1 << 26  # bytes of tangents beyond which a processor waits for its memory
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ def _plan(batch: Linearisation, memory: int) -> list[Step]:
 def _step(directions: Directions, memory: int) -> Step:
     work, entries = directions.route.cost()
     each = 3 * entries * directions.batch.outputs.element_size()
-    count = max(memory // each, 1)
+    on_processor = directions.batch.outputs.device.type == "cpu"
+    count = max((min(memory, CLOSE) if on_processor else memory) // each, 1)
     sites = sum(site.c.numel() for _, site in directions.route.sites)
     best: tuple[float, str, int] | None = None
     for mode, passes in directions.modes().items():

@@ -136,7 +136,7 @@ def _convolution(node: Any, shape: torch.Size, edge: Edge, tangent: Tangent) -> 
         value.flatten(0, 1), weight, None, node._saved_stride, node._saved_padding, node._saved_dilation,
         node._saved_transposed, node._saved_output_padding, groups,
     )  # fmt: skip
-    return Tangent(moved.reshape(len(value), *shape))
+    return Tangent(moved.reshape(len(value), *shape), owned=True)
 
 
 def _product(node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent:

@@ -35,6 +35,7 @@ class Tangent:
     value: Tensor
     factor: Tensor | None = None
     band: Band | None = None
+    owned: bool = False  # value is this pass's own and may be overwritten by whoever uses it last
 
     def narrowed(self, whole: Tensor) -> Tensor:
         """The part of a tensor shaped like the forward value that belongs to the band."""
@@ -44,13 +45,15 @@ class Tangent:
 
     def scaled(self, factor: Tensor) -> Tangent:
         """Multiply by a factor that all directions share."""
-        return Tangent(self.value, factor if self.factor is None else self.factor * factor, self.band)
+        return Tangent(self.value, factor if self.factor is None else self.factor * factor, self.band, self.owned)
 
-    def settled(self) -> Tangent:
-        """The same tangent without a pending factor."""
+    def settled(self, *, last: bool = False) -> Tangent:
+        """The same tangent without a pending factor; computed in place where nobody else needs the value (`last`)."""
         if self.factor is None:
             return self
-        return Tangent(self.value * self.narrowed(self.factor), None, self.band)
+        factor = self.narrowed(self.factor)
+        value = self.value.mul_(factor) if last and self.owned else self.value * factor
+        return Tangent(value, None, self.band, True)
 
     def dense(self, shape: Sequence[int]) -> Tensor:
         """[K, *shape]: every channel, no pending factor."""
@@ -139,11 +142,21 @@ class Route:
         for position, (node, slots) in enumerate(self.nodes):
             given = _known([(node.next_functions[slot], slot) for slot in slots], tangents)
             if given:
-                for output in self._wanted.get(id(node), ()):
-                    tangents[id(node), output] = self._step(node, output, given)
+                outputs = self._wanted.get(id(node), ())
+                free = self._free(position, tangents) if len(outputs) == 1 else set()
+                for output in outputs:
+                    tangents[id(node), output] = self._step(node, output, given, free)
             yield from self._sites_at(position, tangents)
             for key in self._ends.get(position, ()):
                 tangents.pop(key, None)
+
+    def _free(self, position: int, tangents: dict[Key, Tangent]) -> set[int]:
+        """Storages that nothing needs once the node at `position` has been passed."""
+        due = {_key(edge) for _, site in self._due.get(position, ()) for edge, _ in site.legs}
+        ending = [key for key in self._ends.get(position, ()) if key in tangents and key not in due]
+        kept = {_storage(tangent) for key, tangent in tangents.items() if key not in ending}
+        freed = [_storage(tangents[key]) for key in ending]
+        return {storage for storage in freed if storage not in kept and freed.count(storage) == 1}
 
     def _sites_at(self, position: int, tangents: dict[Key, Tangent]) -> Iterator[tuple[int, Site, Tangent]]:
         for number, site in self._due.get(position, ()):
@@ -166,7 +179,9 @@ class Route:
             assert total is not None
             yield number, site, Tangent(total.expand(-1, *shape))
 
-    def _step(self, node: Any, output: int, given: list[tuple[int, Edge, Tangent]]) -> Tangent:
+    def _step(
+        self, node: Any, output: int, given: list[tuple[int, Edge, Tangent]], free: set[int]
+    ) -> Tangent:
         shape = edge_shape((node, output))
         if len(given) == 1:
             slot, edge, tangent = given[0]
@@ -174,6 +189,7 @@ class Route:
                 known, factor = self._factor(node, slot)
                 if known:
                     return tangent if factor is None else tangent.scaled(factor)
+        given = [(slot, edge, tangent.settled(last=_storage(tangent) in free)) for slot, edge, tangent in given]
         plain = all(tuple(edge_shape(edge)) == tuple(shape) for _, edge, _ in given)
         if plain and node.name() in ("AddBackward0", "SubBackward0"):
             return self._sum(node, given, shape)
@@ -203,7 +219,7 @@ class Route:
         total = values[0] if signs[0] == 1.0 else values[0] * signs[0]
         for value, sign in zip(values[1:], signs[1:]):
             total = torch.add(total, value, alpha=sign)
-        return Tangent(total, None, band)
+        return Tangent(total, None, band, len(values) > 1 or signs[0] != 1.0)
 
 
 T = TypeVar("T")
@@ -216,3 +232,7 @@ def _known(legs: Iterable[tuple[Edge, T]], tangents: dict[Key, Tangent]) -> list
 
 def _key(edge: Edge) -> Key:
     return id(edge[0]), edge[1]
+
+
+def _storage(tangent: Tangent) -> int:
+    return tangent.value.untyped_storage().data_ptr()

@@ -165,6 +165,14 @@ class Middle(nn.Module):
         return self.fc(F.gelu(h).flatten(1))  # type: ignore[no-any-return]
 
 
+def _three_ways(h: Tensor) -> Tensor:
+    """A scaled tensor seen through a view, through a convolution, and as a factor."""
+    turned = h.reshape(len(h), 4, 2, 8)
+    mixed = F.conv2d(h, torch.arange(16.0, dtype=h.dtype).reshape(4, 4, 1, 1) / 20)
+    mixed = F.conv2d(2 * mixed, torch.ones(4, 4, 1, 1, dtype=h.dtype) / 5) * mixed
+    return torch.cat([turned.reshape(len(h), 4, 4, 4), mixed], 1)
+
+
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "view": lambda h: h.reshape(len(h), 2, 2, 16),
     "flatten": lambda h: h.flatten(1),
@@ -227,6 +235,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hand-written swish": lambda h: h * torch.sigmoid(h),
     "gate": lambda h: h * torch.sigmoid(h.flip(1)),
     "broadcast gate": lambda h: h * torch.sigmoid(h.mean((2, 3), keepdim=True)),
+    "gate by a convolution": lambda h: (1.5 * h) * F.conv2d(1.5 * h, torch.ones(4, 4, 1, 1, dtype=h.dtype) / 3),
+    "one tensor, three ways": lambda h: _three_ways(1.5 * h),
     "in place": lambda h: F.silu(h * 1.5, inplace=True).mul_(2.0).add_(1.0),
 }
 

@@ -1,0 +1,287 @@
+"""Exact diagonals against their peers: `python -m benchmarks.exact`.
+
+MLPs on 64 samples in float32 against BackPACK's DiagHessian (`pip install backpack-for-pytorch unfoldNd`), and the
+residual conv net on 64 digits, which BackPACK refuses, against batched Hessian-vector products with unit vectors (the
+gradient's graph built once, 16 vectors at a time by one vectorised double backward). The two sides take turns in one
+run; ratios are medians over the turns with an interval of order statistics, of wall time and of processor time (which
+other work on the machine disturbs less). Peak memory is how far one evaluation raises the peak resident set (ru_maxrss)
+of a process of its own that has evaluated a tiny net before. Ours returns two parts, Gauss-Newton and functional; its
+peers the total alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.common import Median, digits, median, small_resnet, store
+from hessdiag import Objective
+from hessdiag.diagonal import exact, reference
+from hessdiag.diagonal.hutchinson import Products
+from hessdiag.sites import Linearisation
+
+WIDTHS = {
+    "784-128-128-10": (784, 128, 128, 10),
+    "784-512-512-10": (784, 512, 512, 10),
+    "784-256x4-10": (784, 256, 256, 256, 256, 10),
+}
+CURVES: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
+CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was run."""
+
+    rounds: int
+    conv_rounds: int
+    samples: int
+    threads: int
+
+
+def mlp(widths: tuple[int, ...], curve: str) -> nn.Sequential:
+    """Linear layers with one curve between them."""
+    layers: list[nn.Module] = []
+    for below, above in pairwise(widths):
+        layers += [nn.Linear(below, above), CURVES[curve]()]
+    return nn.Sequential(*layers[:-1])
+
+
+def problem(widths: tuple[int, ...], samples: int) -> tuple[Tensor, Tensor]:
+    """Random inputs and classes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(samples, widths[0], generator=generator)
+    return x, torch.randint(0, widths[-1], (samples,), generator=generator)
+
+
+def ours(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], dict[str, Tensor]]:
+    """Total of the summed loss by name: forward pass, linearisation and both parts."""
+    objective = Objective(model)
+
+    def run() -> dict[str, Tensor]:
+        gauss_newton, functional = exact.batch_diagonal(Linearisation(objective, x, y))
+        return {name: value.add_(functional[name]) for name, value in gauss_newton.items()}
+
+    return run
+
+
+def backpack(model: nn.Sequential, x: Tensor, y: Tensor) -> Callable[[], dict[str, Tensor]]:
+    """The same by BackPACK's DiagHessian, forward and backward pass included."""
+    from backpack import backpack as context
+    from backpack import extend
+    from backpack.extensions import DiagHessian
+
+    net, loss = extend(model), extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def run() -> dict[str, Tensor]:
+        net.zero_grad()
+        value = loss(net(x), y)
+        with context(DiagHessian()):
+            value.backward()
+        return {name: p.diag_h for name, p in net.named_parameters()}
+
+    return run
+
+
+def products(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], dict[str, Tensor]]:
+    """The same by one Hessian-vector product per parameter, CHUNK at a time."""
+    objective = Objective(model)
+
+    def run() -> dict[str, Tensor]:
+        found = Products(objective, x, y, parts=False)
+        out = {}
+        for place, (name, p) in enumerate(objective.parameters.items()):
+            rows = []
+            for low in range(0, p.numel(), CHUNK):
+                high = min(low + CHUNK, p.numel())
+                units = torch.zeros(high - low, p.numel())
+                units[torch.arange(high - low), torch.arange(low, high)] = 1
+                rows.append(reference._own_entries(found, place, units.reshape(-1, *p.shape), low))
+            out[name] = torch.cat(rows).reshape(p.shape)
+        return out
+
+    return run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of either side, and how many times faster the first is by the wall and by the processor's clock."""
+
+    first: Median
+    second: Median
+    wall: Median
+    processor: Median
+
+
+def take_turns(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> Comparison:
+    """Interleaved rounds of two evaluations."""
+    clocks = (time.perf_counter, time.process_time)
+    times: list[list[list[float]]] = [[[], []], [[], []]]
+    for _ in range(rounds):
+        for side, run in enumerate((first, second)):
+            starts = [clock() for clock in clocks]
+            run()
+            for into, clock, start in zip(times[side], clocks, starts):
+                into.append(clock() - start)
+    wall, processor = ([b / a for a, b in zip(times[0][clock], times[1][clock])] for clock in (0, 1))
+    return Comparison(median(times[0][0]), median(times[1][0]), median(wall), median(processor))
+
+
+def deviation(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Largest relative deviation of a tensor, in norm."""
+    return max(float((found[n].double() - w.double()).norm() / w.double().norm()) for n, w in wanted.items())
+
+
+def peak_megabytes(method: str, net: str, curve: str, settings: Settings) -> float:
+    """Rise of the peak resident set by one evaluation, in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.exact", "--memory", method, net, curve]
+    command += ["--samples", str(settings.samples), "--threads", str(settings.threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def _measure_memory(method: str, net: str, curve: str, samples: int) -> None:
+    make = {"ours": ours, "backpack": backpack}[method]
+    tiny = (WIDTHS[net][0], 16, 16, 10)
+    make(mlp(tiny, curve), *problem(tiny, 2))()
+    run = make(mlp(WIDTHS[net], curve), *problem(WIDTHS[net], samples))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    scale = 2**20 if sys.platform == "darwin" else 2**10
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / scale)
+
+
+class Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the arguments of every convolution that runs under it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation; note it if it is a convolution."""
+        if func is torch.ops.aten.convolution.default:
+            self.calls.append((args[0].shape, args[1].shape, *args[3:]))
+        return func(*args, **(kwargs or {}))
+
+
+def floor_seconds(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Time of the same convolutions alone, on random tensors: no method that makes these passes is faster."""
+    batch = Linearisation(Objective(model), x, y)
+    with Convolutions() as record:
+        exact.batch_diagonal(batch)
+    total = 0.0
+    tensors: dict[tuple[int, ...], Tensor] = {}
+    with torch.no_grad():
+        for image, weight, *rest in record.calls:
+            a = tensors.setdefault(tuple(image), torch.randn(image))
+            w = tensors.setdefault(tuple(weight), torch.randn(weight))
+            start = time.perf_counter()
+            torch.convolution(a, w, None, *rest)
+            total += time.perf_counter() - start
+    return total
+
+
+def forward_seconds(model: nn.Module, x: Tensor, count: int = 20) -> float:
+    """One plain forward pass of the batch."""
+    times = []
+    with torch.no_grad():
+        for _ in range(count):
+            start = time.perf_counter()
+            model(x)
+            times.append(time.perf_counter() - start)
+    return median(times).value
+
+
+def run_mlps(settings: Settings) -> dict[str, Any]:
+    """Every MLP against BackPACK."""
+    results: dict[str, Any] = {}
+    print("net, curve: ours ms, BackPACK ms; times faster by wall and by processor time; MB of both; deviation")
+    for net, widths in WIDTHS.items():
+        for curve in CURVES:
+            torch.manual_seed(0)
+            model = mlp(widths, curve)
+            twin = mlp(widths, curve)
+            twin.load_state_dict(model.state_dict())
+            x, y = problem(widths, settings.samples)
+            mine, theirs = ours(model, x, y), backpack(twin, x, y)
+            error = deviation(mine(), theirs())
+            turns = take_turns(mine, theirs, settings.rounds)
+            memory = [peak_megabytes(method, net, curve, settings) for method in ("ours", "backpack")]
+            results[f"{net} {curve}"] = {"turns": turns, "megabytes": memory, "deviation": error}
+            print(
+                f"{net:16} {curve:8} {1e3 * turns.first.value:8.1f} {1e3 * turns.second.value:8.1f}   {turns.wall!s}, "
+                f"{turns.processor!s} {memory[0]:6.1f} /{memory[1]:6.1f} {error:10.1e}",
+                flush=True,
+            )
+    return results
+
+
+def run_conv(settings: Settings) -> dict[str, Any]:
+    """The residual conv net against batched products."""
+    model = small_resnet("silu", steps=50, seed=0)
+    x, y = digits(settings.samples)
+    size = sum(p.numel() for p in model.parameters())
+    mine, theirs = ours(model, x, y), products(model, x, y)
+    found = mine()
+    turns = take_turns(mine, theirs, settings.conv_rounds)
+    error = deviation(found, theirs())
+    floor = median([floor_seconds(model, x, y) for _ in range(5)]).value
+    forward = forward_seconds(model, x)
+    print(
+        f"residual conv net, p = {size}: ours {turns.first} s, p batched products {turns.second} s, "
+        f"times faster {turns.wall} wall, {turns.processor} processor; deviation {error:.1e}\n"
+        f"  floor (the same convolutions alone) {floor:.3g} s; one plain forward pass {1e3 * forward:.2f} ms, p of them "
+        f"{size * forward:.3g} s",
+        flush=True,
+    )
+    return {"parameters": size, "turns": turns, "deviation": error, "floor": floor, "forward": forward}
+
+
+def main() -> None:
+    """Run, print the table, write results/exact.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--conv-rounds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
+    parser.add_argument("--only", choices=("mlp", "conv"), help="one half, without writing results")
+    parser.add_argument("--memory", nargs=3, metavar=("METHOD", "NET", "CURVE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.memory:
+        method, net, curve = options.memory
+        _measure_memory(method, net, curve, options.samples)
+        return
+    settings = Settings(options.rounds, options.conv_rounds, options.samples, torch.get_num_threads())
+    results: dict[str, Any] = {}
+    if options.only != "conv":
+        results["mlp"] = run_mlps(settings)
+    if options.only != "mlp":
+        results["conv"] = run_conv(settings)
+    if options.only is None:
+        print(store("exact", settings, plain(results)))
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as plain values, for JSON."""
+    if isinstance(value, (Median, Comparison)):
+        return asdict(value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main()
