@@ -88,8 +88,8 @@ def _run(
     exporting: bool,
 ) -> int:
     with Reader(store) as reader:
-        rows = reader.rows()
-        members = {row.key for row in reader.rows(sweep.name)}
+        rows = reader.rows(records=False)
+        members = {row.key for row in reader.rows(sweep.name, records=False)}
         own = [(row.config, row.seconds) for row in rows if row.state == "done" and row.seconds]
         finished = [row.key for row in rows if row.state == "done"]
     known = [("this store", own), ("exported results", export.timings(export.read_all(results)))]
@@ -111,7 +111,7 @@ def _run(
             )
     with Reader(store) as reader:
         print(f"{sweep.name}: {counts['done']} done, {counts['failed']} failed")
-        for row in reader.rows(sweep.name):
+        for row in reader.rows(sweep.name, records=False):
             if row.state == "failed":
                 print(f"  failed {row.key[:8]} {row.label}: {(row.error or '').splitlines()[0]}", file=sys.stderr)
         if exporting:

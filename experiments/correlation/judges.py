@@ -199,29 +199,6 @@ def same_place(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> 
     return Answer(NO if not meet else UNDECIDED if low.edge or high.edge else YES, text)
 
 
-def difference(high: Sequence[Row], low: Sequence[Row], name: str, level: float) -> tuple[float, float, float] | None:
-    """Smallest mean of `high` less largest mean of `low` over configurations, with Student's interval."""
-    groups: list[tuple[Array, ...]] = []
-    for side in (high, low):
-        values: dict[object, list[float]] = {}
-        for row in side:
-            value = row.value(name)
-            if np.isfinite(value):
-                values.setdefault(row.configuration, []).append(value)
-        if not values:
-            return None
-        groups.append(tuple(np.array(v) for v in values.values()))
-    everything = [*groups[0], *groups[1]]
-    freedom = sum(len(v) - 1 for v in everything)
-    if not freedom:
-        return None
-    sigma = np.sqrt(sum(float(((v - v.mean()) ** 2).sum()) for v in everything) / freedom)
-    weakest, strongest = min(groups[0], key=np.mean), max(groups[1], key=np.mean)
-    value = float(weakest.mean() - strongest.mean())
-    half = float(stats.t.isf(level / 2, freedom) * sigma * np.sqrt(1 / len(weakest) + 1 / len(strongest)))
-    return value, value - half, value + half
-
-
 def signal(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
     """Whether a curve moves by more than a seed does."""
     chosen = _finite(chosen)

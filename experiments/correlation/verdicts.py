@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.correlation import judges
+from experiments.correlation.differences import difference, matched
 from experiments.correlation.judges import NO, UNDECIDED, YES, Answer, Rules
 from experiments.correlation.printed import PRINTED
 from experiments.correlation.rows import Row, one_family, rows, split
@@ -140,12 +141,14 @@ def _answers(
 
 def _compare(rule: Mapping[str, Any], chosen: list[Row], shared: Rules) -> Answer:
     above, below = ([row for row in chosen if _fits(row, rule[side])] for side in ("high", "low"))
-    found = judges.difference(above, below, rule["quantity"], shared.level)
+    compare = matched if rule.get("matched") else difference
+    found = compare(above, below, rule["quantity"], shared.level)
     if found is None:
         return Answer(UNDECIDED, "too few runs: more than one seed is needed")
     value, low, high = found
     floor = -shared.margin if rule["rule"] == "not_lower" else 0.0
-    text = f"weakest of the one less strongest of the other: {value:+.3g} [{low:+.3g}, {high:+.3g}]"
+    what = "mean difference over shared activations" if rule.get("matched") else "weakest less strongest configuration"
+    text = f"{what}: {value:+.3g} [{low:+.3g}, {high:+.3g}]"
     return Answer(YES if low > floor else NO if high < floor else UNDECIDED, text, value, low, high)
 
 

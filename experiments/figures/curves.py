@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.correlation.printed import PRINTED
 from experiments.correlation.rows import Row, column, curvatures, one_family, split
-from experiments.figures.style import PAPER, band, canvas, label, log_curvature, looks
+from experiments.figures.style import PAPER, band, canvas, label, log_curvature, log_values, looks
 from experiments.sweep.export import SweepResults
 
 BAND = (4.0, 10.0)
@@ -129,7 +129,7 @@ def figure7(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
             draw(axis, chosen, name, "beta", "figure7", scale=scale)
             axis.set(title=title)
             if scale == 1.0:
-                axis.set_yscale("log")
+                log_values(axis, horizontal=False)
             log_curvature(axis, curvatures(chosen).tolist())
             band(axis, *BAND)
         axes[0][0].legend()

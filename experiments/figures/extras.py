@@ -10,7 +10,7 @@ import numpy as np
 from experiments.correlation.judges import quantity
 from experiments.correlation.rows import Row, column, curvatures, one_family, split
 from experiments.figures.curves import footer, robust_name
-from experiments.figures.style import COLOURS, canvas, label, looks
+from experiments.figures.style import COLOURS, canvas, label, log_values, looks
 from experiments.sweep.export import SweepResults
 
 
@@ -30,7 +30,8 @@ def scatter(results: SweepResults, chosen: Sequence[Row], path: Path, note: str 
                 x, y = column(members, norm), 100 * column(members, name)
                 style = {"edgecolors": look["color"], "facecolors": look["markerfacecolor"], "marker": look["marker"]}
                 axis.scatter(x, y, s=sizes, label=f"β = {beta}", alpha=0.8, **style)
-            axis.set(xscale="log", xlabel=title)
+            log_values(axis, horizontal=True)
+            axis.set_xlabel(title)
         axes[0][0].set_ylabel("robust accuracy, %")
         axes[0][0].legend()
         label(axes[0][0], footer(results, chosen) + note)

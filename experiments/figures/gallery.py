@@ -22,7 +22,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem;
   border-top: 1px solid var(--line); padding-top: 1rem; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; }
 figcaption, .soft { color: var(--soft); font-size: .87rem; }
-.tier { display: inline-block; border: 1px solid var(--line); border-radius: 4px; padding: 0 .4em; font-size: .8rem; }
+.tier { display: table; margin-bottom: .4rem; border: 1px solid var(--line); border-radius: 4px;
+  padding: 0 .4em; font-size: .8rem; }
 .missing { background: var(--panel); padding: .6rem .8rem; border-radius: 6px; overflow-x: auto; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .55rem; text-align: left; vertical-align: top; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import matplotlib
@@ -12,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's palette, ordered from dark to light so that grey prints differ; markers and lines differ
 # as well.
@@ -67,12 +68,22 @@ def canvas(path: Path, rows: int = 1, columns: int = 1, *, width: float = 3.6, h
 
 def label(axis: Any, text: str) -> None:
     """What is shown and from which tier it comes, under the plot."""
-    axis.figure.supxlabel(text, fontsize=7, color="#444444")
+    width = int(20 * axis.figure.get_figwidth())  # characters of 7 points that fit
+    axis.figure.supxlabel("\n".join(wrap(text, width)), fontsize=7, color="#444444")
 
 
 def band(axis: Any, low: float, high: float) -> None:
     """The paper's optimal range, shaded."""
     axis.axvspan(low, high, color=BAND, alpha=0.35, linewidth=0, zorder=0)
+
+
+def log_values(axis: Any, *, horizontal: bool) -> None:
+    """A logarithmic axis labelled at 1, 2 and 5 times the powers of ten, in plain numbers."""
+    side = axis.xaxis if horizontal else axis.yaxis
+    (axis.set_xscale if horizontal else axis.set_yscale)("log")
+    side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    side.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.1g}"))
+    side.set_minor_formatter(NullFormatter())
 
 
 def log_curvature(axis: Any, values: Sequence[float]) -> None:

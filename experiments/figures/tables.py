@@ -122,7 +122,7 @@ def _dots(path: Path, marks: list[tuple[str, float, float, float | None]], what:
                     color=PAPER,
                     linestyle="none",
                     markersize=8,
-                    label="paper" if not height else None,
+                    label="paper (its own setting)" if not height else None,
                 )
         axis.set_yticks(range(len(marks)), [title for title, *_ in reversed(marks)])
         axis.set_xlabel(what)

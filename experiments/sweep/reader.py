@@ -10,6 +10,10 @@ from typing import Any, TypeVar
 from experiments.sweep import schema
 from experiments.sweep.keys import RunConfig
 
+COLUMNS = (
+    "key", "config", "label", "state", "failures", "interruptions", "attempt", "owner", "lease", "started", "seconds",
+    "error",
+)  # fmt: skip
 S = TypeVar("S", bound="Reader")
 
 
@@ -55,15 +59,16 @@ class Reader:
         """Where a run keeps its files."""
         return self.root / "runs" / key
 
-    def rows(self, sweep: str | None = None) -> list[Row]:
-        """All runs, or those of one sweep, in the order in which the sweep names them."""
+    def rows(self, sweep: str | None = None, *, records: bool = True) -> list[Row]:
+        """All runs, or those of one sweep, in the order in which the sweep names them; `records` False leaves out
+        what they recorded, which is most of what there is to read.
+        """
+        columns = ", ".join(f"r.{name}" for name in COLUMNS) + (", r.record" if records else ", NULL AS record")
         if sweep is None:
-            query, values = "SELECT * FROM runs ORDER BY rowid", tuple[str, ...]()
+            query, values = f"SELECT {columns}, '' AS variant FROM runs r ORDER BY r.rowid", tuple[str, ...]()
         else:
-            query, values = (
-                "SELECT r.*, m.variant FROM members m JOIN runs r USING (key) WHERE m.sweep = ? ORDER BY m.position",
-                (sweep,),
-            )
+            members = "FROM members m JOIN runs r USING (key) WHERE m.sweep = ? ORDER BY m.position"
+            query, values = f"SELECT {columns}, m.variant {members}", (sweep,)
         with schema.explained(self.path):
             return [_row(row) for row in self._connection.execute(query, values)]
 
@@ -115,5 +120,5 @@ def _row(row: Any) -> Row:
         seconds=row["seconds"],
         error=row["error"],
         record=None if row["record"] is None else json.loads(row["record"]),
-        variant=row["variant"] if "variant" in row.keys() else "",  # noqa: SIM118 (a sqlite3.Row has no `in`)
+        variant=row["variant"],
     )

@@ -34,7 +34,8 @@ TABLES = (
 
 
 def _one_to_two(connection: sqlite3.Connection) -> None:
-    """Version 1 counted failures only and kept no history of attempts."""
+    """Version 1 counted failures only, kept no history of attempts and knew no variants."""
+    connection.execute("ALTER TABLE members ADD COLUMN variant TEXT NOT NULL DEFAULT ''")
     connection.execute("ALTER TABLE runs ADD COLUMN interruptions INTEGER NOT NULL DEFAULT 0")
     connection.execute(TABLES[-1])
     connection.execute(

@@ -27,7 +27,7 @@ def render(store: Reader, sweep: str | None = None) -> RenderableType:
     for about in store.sweeps():
         if sweep not in (None, about["name"]):
             continue
-        rows = store.rows(about["name"])
+        rows = store.rows(about["name"], records=False)
         running.update({row.key: row for row in rows if row.state == "running"})
         failed.update({row.key: row for row in rows if row.state == "failed"})
         overview.add_row(*_line(about["name"], rows))

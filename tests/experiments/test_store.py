@@ -275,7 +275,8 @@ def test_a_store_of_version_1_migrates_with_its_results(tmp_path):
     runs = configs(3)
     with sqlite3.connect(root / schema.NAME) as connection:
         for statement in schema.TABLES[:4]:
-            connection.execute(statement.replace(",\n       interruptions INTEGER NOT NULL DEFAULT 0", ""))
+            old = statement.replace(",\n       interruptions INTEGER NOT NULL DEFAULT 0", "")
+            connection.execute(old.replace(" variant TEXT NOT NULL DEFAULT '',", ""))
         connection.execute("INSERT INTO sweeps VALUES ('sweep', 'smoke', '', '', 1.0)")
         for position, run in enumerate(runs):
             state = ("done", "failed", "queued")[position]

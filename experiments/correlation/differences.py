@@ -1,0 +1,56 @@
+"""Is one side higher than another? Differences of means with Student's interval, the scatter pooled over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+from experiments.correlation.coefficients import Array
+from experiments.correlation.rows import Row
+
+
+def difference(high: Sequence[Row], low: Sequence[Row], name: str, level: float) -> tuple[float, float, float] | None:
+    """Smallest mean of `high` less largest mean of `low` over configurations, with Student's interval."""
+    groups: list[tuple[Array, ...]] = []
+    for side in (high, low):
+        values: dict[object, list[float]] = {}
+        for row in side:
+            value = row.value(name)
+            if np.isfinite(value):
+                values.setdefault(row.configuration, []).append(value)
+        if not values:
+            return None
+        groups.append(tuple(np.array(v) for v in values.values()))
+    everything = [*groups[0], *groups[1]]
+    freedom = sum(len(v) - 1 for v in everything)
+    if not freedom:
+        return None
+    sigma = np.sqrt(sum(float(((v - v.mean()) ** 2).sum()) for v in everything) / freedom)
+    weakest, strongest = min(groups[0], key=np.mean), max(groups[1], key=np.mean)
+    value = float(weakest.mean() - strongest.mean())
+    half = float(stats.t.isf(level / 2, freedom) * sigma * np.sqrt(1 / len(weakest) + 1 / len(strongest)))
+    return value, value - half, value + half
+
+
+def matched(high: Sequence[Row], low: Sequence[Row], name: str, level: float) -> tuple[float, float, float] | None:
+    """Mean of `high` less mean of `low` over the activations that both have, with Student's interval."""
+    sides: list[dict[str, Array]] = []
+    for side in (high, low):
+        values: dict[str, list[float]] = {}
+        for row in side:
+            value = row.value(name)
+            if np.isfinite(value):
+                values.setdefault(row.activation, []).append(value)
+        sides.append({activation: np.array(found) for activation, found in values.items()})
+    shared = [activation for activation in sides[0] if activation in sides[1]]
+    cells = [side[activation] for activation in shared for side in sides]
+    freedom = sum(len(v) - 1 for v in cells)
+    if not freedom:
+        return None
+    variance = sum(float(((v - v.mean()) ** 2).sum()) for v in cells) / freedom
+    value = float(np.mean([sides[0][activation].mean() - sides[1][activation].mean() for activation in shared]))
+    error = np.sqrt(variance * sum(1 / len(v) for v in cells)) / len(shared)
+    half = float(stats.t.isf(level / 2, freedom) * error)
+    return value, value - half, value + half

@@ -1,0 +1,195 @@
+"""Sweep files: what they expand to, and what is refused with which words; cost said before the start."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import main
+from experiments.config import TrainConfig
+from experiments.sweep.cost import check_budget, duration, estimate
+from experiments.sweep.grid import load
+from experiments.sweep.settings import AttackSettings, MeasureSettings
+from experiments.sweep.store import Store
+from hessdiag.errors import BudgetError, ConfigurationError, UnknownNameError
+
+BASE = """
+figure = "figure3"
+tier = "smoke"
+[train]
+method = "n_fgsm"
+network = "small_resnet"
+data = "digits"
+eps = "0.15"
+epochs = 2
+augment = { crop = 0, flip = false }
+[attack]
+aa2_samples = 20
+[[grid]]
+beta = [0, 1]
+curvature = [2, 7]
+seed = [0, 1]
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_grid_is_every_combination_first_seed_first(tmp_path):
+    sweep = load(write(tmp_path, BASE))
+    assert sweep.name == "smoke/mine"
+    assert len(sweep.runs) == 8
+    assert [run.train["seed"] for run in sweep.runs] == [0] * 4 + [1] * 4
+    assert {run.train["activation"] for run in sweep.runs} == {
+        "rct:beta=0,alpha=8", "rct:beta=0,alpha=28", "rct:beta=1,alpha=4", "rct:beta=1,alpha=14",
+    }  # fmt: skip
+    assert len({run.key for run in sweep.runs}) == 8
+    assert len({run.family for run in sweep.runs}) == 1
+    assert len(load(write(tmp_path, BASE), seeds=[3]).runs) == 4
+
+
+def test_every_default_is_written_out(tmp_path):
+    run = load(write(tmp_path, BASE)).runs[0]
+    assert set(run.train) == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(run.attack) == {field.name for field in dataclasses.fields(AttackSettings)}
+    assert set(run.measure) == {field.name for field in dataclasses.fields(MeasureSettings)}
+    assert run.attack["eps"] == "0.15"
+    spelt = BASE.replace("epochs = 2", "epochs = 2\nmomentum = 0.9").replace("curvature = [2, 7]", "alpha = [14]")
+    other = load(write(tmp_path, spelt.replace("beta = [0, 1]", "beta = 1")))
+    assert other.runs[0].key in {run.key for run in load(write(tmp_path, BASE)).runs}
+
+
+def test_overrides_change_what_they_match(tmp_path):
+    text = BASE + "\n[[override]]\nwhere = { beta = 1, curvature = [7.0], seed = 0 }\nattack = { aa_samples = 5 }\n"
+    runs = load(write(tmp_path, text)).runs
+    assert [run.attack["aa_samples"] for run in runs].count(5) == 1
+    assert len({run.family for run in runs}) == 1
+    with pytest.raises(ConfigurationError, match="matches no run"):
+        load(write(tmp_path, text.replace("[7.0]", "[8]")))
+    with pytest.raises(UnknownNameError, match="did you mean 'curvature'"):
+        load(write(tmp_path, text.replace("curvature = [7.0]", "curvatur = 7")))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("[attack]", "[atack]", "unknown key 'atack'; did you mean 'attack'"),
+        ("epochs = 2", "epoch = 2", "did you mean 'epochs'"),
+        ("aa2_samples", "aa2_sample", "did you mean 'aa2_samples'"),
+        ("curvature = [2, 7]", "curvatre = [2, 7]", "did you mean 'curvature'"),
+        ('tier = "smoke"', 'tier = "smok"', "did you mean 'smoke'"),
+        ('figure = "figure3"', 'figure = "figur3"', "did you mean 'figure3'"),
+        ('method = "n_fgsm"', 'method = "nfgsm"', "did you mean 'n_fgsm'"),
+        ("curvature = [2, 7]", "curvature = []", "curvature is empty"),
+        ("beta = [0, 1]\n", "", "by `activation`, or by `beta` with"),
+        ("[[grid]]", "[grid]", "grid"),
+        ("aa2_samples = 20", "aa2_samples = -1", "must not be negative"),
+        ("aa2_samples = 20", 'eps = "3"', "attack.eps"),
+        ("[attack]", "[measure]\nrtol = 0\n[attack]", "measure.rtol"),
+        ("[attack]", '[measure]\nsplits = ["tran"]\n[attack]', "did you mean 'train'"),
+        ("[attack]", "[measure]\nplugin_probes = 1\n[attack]", "at least 2"),
+        ("[attack]", "[attack", "mine.toml"),
+    ],
+)
+def test_refusals_say_what_and_where(tmp_path, old, new, words):
+    assert old in BASE
+    with pytest.raises(ConfigurationError) as caught:
+        load(write(tmp_path, BASE.replace(old, new, 1)))
+    assert words in str(caught.value)
+    assert "mine.toml" in str(caught.value)
+
+
+def test_a_missing_file_and_a_foreign_store_end_with_one_line(tmp_path, capsys):
+    assert main(["sweep", str(tmp_path / "none.toml"), "--store", str(tmp_path / "s")]) == 3
+    assert "no such file" in capsys.readouterr().err
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.tex").write_text("")
+    assert main(["sweep", str(write(tmp_path, BASE)), "--store", str(tmp_path / "s")]) == 3
+    assert "holds other files" in capsys.readouterr().err
+    for bad in (["--executor", "lcal"], ["--seeds", "a"], ["--seeds", "1,1"], ["--retries", "-1"]):
+        assert main(["sweep", str(tmp_path / "mine.toml"), "--store", str(tmp_path / "t"), *bad]) == 3
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+        assert not (tmp_path / "t").exists()
+
+
+def test_cost_is_said_from_runs_of_the_same_kind(tmp_path):
+    runs = load(write(tmp_path, BASE)).runs
+    other = runs[0].replace(train={"epochs": 50})
+    nothing = estimate(runs, [], [("here", [(other, 100.0)])])
+    assert "no timing" in nothing.sentence(2)
+    cost = estimate(runs, [runs[0].key], [("here", [(runs[0], 30.0), (runs[1], 50.0), (other, 1000.0)])])
+    assert (cost.runs, cost.done, cost.seconds) == (8, 1, 280.0)
+    assert cost.sentence(2) == "8 runs, 1 done, 7 to do; about 40 s each (here: 2 runs), 2 min on 2 workers"
+    assert estimate(runs, [run.key for run in runs], []).sentence(2) == "8 runs, all done"
+    assert estimate(runs, [], [], pilot=lambda run: 3.0).seconds == 24.0
+    check_budget(cost, 2, 3)
+    with pytest.raises(BudgetError, match="--budget 2"):
+        check_budget(cost, 2, 2)
+    assert [duration(s) for s in (2.5, 40, 600, 7200, 400000)] == ["2.5 s", "40 s", "10 min", "2.0 h", "4.6 d"]
+
+
+def test_status_shows_states_workers_and_errors(tmp_path, capsys):
+    from experiments.sweep.owner import Owner
+
+    sweep = load(write(tmp_path, BASE))
+    with Store(tmp_path / "s") as store:
+        store.add(sweep.name, sweep.runs, tier="smoke")
+        mine = [store.claim(Owner.current().text) for _ in range(3)]
+        assert mine[0] is not None
+        assert mine[1] is not None
+        store.finish(mine[0], {"aa2": {"value": 0.5}}, 12.0)
+        store.fail(mine[1], "ValueError: the reason\n\ntraceback")
+    assert main(["status", "--store", str(tmp_path / "s"), "--list"]) == 0
+    shown = capsys.readouterr().out
+    assert "1/8" in shown
+    assert "ValueError: the" in shown
+    assert "50.0" in shown
+
+
+@pytest.mark.slow
+def test_a_whole_sweep_from_the_command_line(tmp_path):
+    """Two real runs on digits: trained, attacked, measured, exported, drawn; the second call does nothing."""
+    path = write(tmp_path, BASE.replace("[0, 1]", "1", 1).replace("[0, 1]", "[0]"))
+    path.write_text(path.read_text() + '[measure]\nsamples = 16\nrtol = 5.0\nplugin_probes = 2\nlosses = ["clean"]\n')
+    command = [
+        sys.executable,
+        "-m",
+        "experiments",
+        "sweep",
+        str(path),
+        "--store",
+        str(tmp_path / "s"),
+        "--workers",
+        "2",
+    ]
+    command += ["--results", str(tmp_path / "results"), "--export"]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    assert "2 done, 0 failed" in first.stdout
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "2 runs, all done" in again.stderr
+    with Store(tmp_path / "s") as store:
+        assert [len(store.attempts(row.key)) for row in store.rows()] == [1, 1]
+        record = store.rows()[0].record
+    assert record is not None
+    assert {"aa2", "norms", "clean_accuracy", "effective_curvature", "seconds", "provenance"} <= set(record)
+    assert record["norms"]["test/clean"]["plugin"]["biased"] is True
+    figures = [
+        sys.executable,
+        "-m",
+        "experiments",
+        "figures",
+        "--results",
+        str(tmp_path / "results"),
+        "--resamples",
+        "100",
+    ]
+    assert subprocess.run(figures, capture_output=True, check=False).returncode == 0
+    assert (tmp_path / "results" / "figures" / "mine_smoke.png").exists()
