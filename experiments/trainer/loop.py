@@ -80,7 +80,7 @@ class Loop:
             self.reporter.step(epoch, step)
             if (step + 1) % CHECK_EVERY == 0 and tally.broken_step() is not None:
                 break
-        refuse_broken(rig.model, epoch=epoch, step=tally.broken_step(), config=config, saved=self.saved())
+        refuse_broken(rig.model, epoch=epoch, step=tally.broken_step(), config=config, saved=self.saved)
         if rig.means is not None:
             rig.means.turn()
         rig.average.after_epoch(epoch)

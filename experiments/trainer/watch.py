@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ def first_broken(model: nn.Module) -> str | None:
     return next((name for (name, _), good in zip(floats, finite) if not good), None)
 
 
-def refuse_broken(model: nn.Module, *, epoch: int, step: int | None, config: TrainConfig, saved: str) -> None:
+def refuse_broken(
+    model: nn.Module, *, epoch: int, step: int | None, config: TrainConfig, saved: Callable[[], str]
+) -> None:
     """NonFiniteError naming epoch, step and tensor, if a loss, weight or running statistic is not finite."""
     name = first_broken(model)
     if step is None and name is None:
@@ -38,7 +40,7 @@ def refuse_broken(model: nn.Module, *, epoch: int, step: int | None, config: Tra
     what = "the training loss became NaN or Inf" if step is not None else f"{name} holds NaN or Inf"
     tensor = f"; first broken tensor: {name}" if step is not None and name is not None else ""
     raise NonFiniteError(
-        f"{config.label}: {what} in {where}{tensor}; stopped. {saved} Lower lr (now {config.lr:g}) or the curvature"
+        f"{config.label}: {what} in {where}{tensor}; stopped. {saved()} Lower lr (now {config.lr:g}) or the curvature"
     )
 
 

@@ -248,7 +248,7 @@ def test_nan_in_a_weight_is_named() -> None:
     net[1].running_var[0] = float("inf")
     assert watch.first_broken(net) == "1.running_var"
     with pytest.raises(NonFiniteError, match=r"1\.running_var holds NaN or Inf in epoch 3"):
-        watch.refuse_broken(net, epoch=3, step=None, config=configuration(), saved="")
+        watch.refuse_broken(net, epoch=3, step=None, config=configuration(), saved=str)
 
 
 def look(epoch: int, fgsm: float, pgd: float) -> dict[str, Any]:
