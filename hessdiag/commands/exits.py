@@ -115,6 +115,10 @@ def guarded(command: Command) -> Command:
         except errors.HessdiagError as error:
             _trace(debug)
             complain(one_line(error))
+            if isinstance(error, errors.DistributedError):
+                from hessdiag.commands.processes import leave_lost
+
+                leave_lost(LOST)
             raise typer.Exit(code_of(error)) from None
         except MemoryError:
             _trace(debug)

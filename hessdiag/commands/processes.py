@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,11 +39,23 @@ def joined(device: str, timeout: float) -> Iterator[World]:
     before = [signal.signal(signal.SIGTERM, _told_to_stop), signal.signal(signal.SIGINT, _interrupted)]
     try:
         yield World.current()
+    except DistributedError:
+        # Torchrun's SIGTERM must not end this process before its error is told, nor may leaving wait for the dead.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
         World.asked_to_stop = False
-        dist.destroy_process_group()
+    signal.signal(signal.SIGTERM, before[0])
+    signal.signal(signal.SIGINT, before[1])
+    dist.destroy_process_group()
+
+
+def leave_lost(code: int) -> None:
+    """End at once where another process is lost: an orderly exit would wait for it."""
+    if dist.is_available() and dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _interrupted(_number: int, _frame: FrameType | None) -> None:

@@ -19,7 +19,7 @@ from rich.text import Text
 from hessdiag.errors import HessdiagError
 from hessdiag.norm import NormEstimate, Ratio, ratio
 from hessdiag.report.document import norm_of
-from hessdiag.report.table import NARROW
+from hessdiag.report.table import NARROW, WIDE
 from hessdiag.report.text import interval, percent, plain, value
 
 
@@ -132,11 +132,11 @@ def curvature_of(content: Mapping[str, Any]) -> tuple[str | None, float]:
 
 def print_comparison(out: Console, rows: Sequence[Row], *, confidence: float) -> None:
     """The table, and below it what a reader must know of each ratio."""
-    narrow = out.width < NARROW
+    narrow, wide = out.width < NARROW, out.width >= WIDE
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
     table.add_column("measurement", overflow="fold", min_width=12)
     heads = ["max|σ''|", "rms"] + ([] if narrow else ["interval", "functional"])
-    heads += ["ratio", f"{100 * confidence:g}%"] + ([] if narrow else ["paired"])
+    heads += ["ratio", f"{100 * confidence:g}%"] + (["paired"] if wide else [])
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
@@ -148,10 +148,10 @@ def print_comparison(out: Console, rows: Sequence[Row], *, confidence: float) ->
                 percent(_plain(row.share_functional)),
             ]
         if r is None:
-            cells += ["1", ""] + ([] if narrow else [""])
+            cells += ["1", ""] + ([""] if wide else [])
         else:
             cells += [value(r.value), interval(r.low, r.high, 3) if r.low < r.high else "exact"]
-            cells += [] if narrow else ["yes" if row.unpaired is None else "no"]
+            cells += ["yes" if row.unpaired is None else "no"] if wide else []
         table.add_row(*(Text(cell) for cell in cells))
     out.print(Text(f"Norms relative to {plain(rows[0].name)}", style="bold"))
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
@@ -170,7 +170,9 @@ def _bounds(r: Ratio) -> str:
 
 
 def _remarks(row: Row) -> list[str]:
-    lines = [f"not paired: {row.unpaired}"] if row.unpaired and row.unpaired != "both are exact" else []
+    lines = [] if row.unpaired == "both are exact" else [f"not paired: {row.unpaired}"]
+    if row.unpaired is None:
+        lines = ["paired: common signs, so that what both have in common cancels"]
     lines += [f"measured otherwise: {what}" for what in row.differs]
     if row.estimate.status not in ("ok", "exact"):
         lines.append(f"status {row.estimate.status}")

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hessdiag.report import facts
-from hessdiag.report.text import interval, percent, percent_interval, plain, spread, value
+from hessdiag.report.text import digits, interval, percent, percent_interval, plain, spread, value
 
 NARROW, WIDE = 76, 110
 """Below the first width tables leave columns out, from the second on they show all."""
@@ -64,7 +64,12 @@ def _headline(out: Console, content: dict[str, Any]) -> None:
     scaled = [x / root if isinstance(x, float) else x for x in (total["low"], total["high"])]
     sure = f"{100 * content['confidence']:g}%"
     lines = [
-        ("rms norm", value(content["rms"]), interval(*content["interval"]), "sqrt(sum h^2 / p)"),
+        (
+            "rms norm",
+            value(content["rms"], digits(*content["interval"])),
+            interval(*content["interval"]),
+            "sqrt(sum h^2 / p)",
+        ),
         ("mean-scaled norm", value(content["mean_scaled"]), interval(*scaled), "sqrt(sum h^2) / p"),
         _share("Gauss-Newton", norm["share_gauss_newton"], "share of sum h^2"),
         _share("functional", norm["share_functional"], "share of sum h^2; rest: their cancellation"),
@@ -87,8 +92,8 @@ def _headline(out: Console, content: dict[str, Any]) -> None:
     if out.width >= NARROW:
         table.add_column(overflow="fold", style="dim")
     for number, (label, amount, bounds, meaning) in enumerate(lines):
-        exact = bounds[1:-1].split(", ") if bounds else []
-        told = "" if len(exact) == 2 and exact[0] == exact[1] else bounds
+        ends = bounds[1:-1].split(", ")
+        told = "" if len(ends) == 2 and ends[0] == ends[1] else bounds
         if number == 0:
             told = f"{told} at {sure}" if told else "exact"
         table.add_row(*[Text(x) for x in (label, amount, told, meaning)][: len(table.columns)])

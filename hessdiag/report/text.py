@@ -17,9 +17,18 @@ def value(x: Any, digits: int = 4) -> str:
     return f"{x:.{digits}g}"
 
 
-def interval(low: Any, high: Any, digits: int = 4) -> str:
-    """[low, high]."""
-    return f"[{value(low, digits)}, {value(high, digits)}]"
+def digits(low: Any, high: Any, least: int = 4, most: int = 9) -> int:
+    """Significant digits that tell the ends of an interval apart by two digits, where floats can."""
+    ends = (low, high)
+    if not all(isinstance(x, float) and math.isfinite(x) for x in ends) or not high > low or high <= 0:
+        return least
+    return min(max(math.ceil(math.log10(high / (high - low))) + 2, least), most)
+
+
+def interval(low: Any, high: Any, least: int = 4) -> str:
+    """[low, high], with as many digits as it takes to tell them apart."""
+    count = digits(low, high, least)
+    return f"[{value(low, count)}, {value(high, count)}]"
 
 
 def spread(estimate: dict[str, Any]) -> str:
