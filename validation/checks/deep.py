@@ -1,0 +1,231 @@
+"""E[7], E[20]-E[33]: the derivation for deep nets, by subtraction on symbolic nets and on the engine's networks.
+
+E[27] drops the ways through a neighbour; all that follows from it keeps pairs of equal paths only. Each of these
+checks shows: the identity at l >= L-2 (holds), at every l (fails, with the missing term), the engine against autograd,
+the printed form against autograd, and the special nets on which it is exact.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import sympy as sp
+import torch
+
+from theory import shapes
+from theory.net import make_net, random_net
+from theory.path_expansion import paper_recursion
+from theory.symbolic import LayerIdentity, parameter_identities, recursion_identities, subtract
+from theory.symbolic.deep import DeepNet
+from validation.bridge import TOLERANCE
+from validation.evidence import Evidence, Finding, exactly, measured, zeros
+from validation.numbers import largest, linear_net, random_nets, special_nets
+from validation.register import Run, check
+
+TOP = "l >= L-2, the top two hidden layers and the output"
+THREE, FOUR = (2, 2, 2), (2, 2, 2, 2)
+
+
+@lru_cache(maxsize=2)
+def _rows(widths: tuple[int, ...]) -> tuple[LayerIdentity, ...]:
+    return (*recursion_identities(widths), *parameter_identities(widths))
+
+
+def rows_of(equation: str) -> list[LayerIdentity]:
+    """Derived minus printed at every layer of nets with three and with four hidden layers."""
+    return [row for widths in (THREE, FOUR) for row in _rows(widths) if row.equation == equation]
+
+
+def _holds(equation: str, *more: Finding, note: str = "") -> Evidence:
+    return Evidence(equation, (zeros(rows_of(equation)), *more), note=note)
+
+
+def _engine(run: Run) -> tuple[Finding, ...]:
+    cases = random_nets(run.quick)
+    return (
+        measured("the exact form of theory equals autograd", max(c.theory for c in cases), at_most=TOLERANCE),
+        measured("the engine's exact diagonal equals autograd", max(c.engine for c in cases), at_most=TOLERANCE),
+    )
+
+
+def _printed(equation: str, run: Run, correction: str) -> Evidence:
+    """A form that keeps equal paths only: exact at the top and on nets with one path, wrong below in general."""
+    rows = rows_of(equation)
+    failing = [row for row in rows if not row.holds]
+    shown = min(failing, key=lambda row: len(str(row.difference)))
+    ones = shown.difference.subs(dict.fromkeys(shown.difference.free_symbols, 1))
+    missing = subtract(THREE, 1)
+    below = [value for case in random_nets(run.quick) for value in case.below]
+    middle = float(torch.tensor(below, dtype=torch.float64).median())
+    top = largest([case.paper_top for case in random_nets(run.quick)])
+    findings = [
+        zeros([row for row in rows if row.distance <= 2], condition=TOP),
+        exactly(
+            "at every hidden layer",
+            not failing,
+            detail=f"{len(failing)} of {len(rows)} layers of nets with three and four hidden layers differ",
+            counterexample=f"hidden widths (2, 2, 2), l = 1, {shown.statement}: derived - printed = {shown.difference} "
+            f"({ones} if every factor is 1)",
+        ),
+        exactly(
+            "every missing term is twice a product along two different paths",
+            missing.explained and subtract(FOUR, 1).explained,
+            condition="l < L-2",
+        ),
+        measured("as printed against autograd, engine's nets", top, at_most=TOLERANCE, condition=TOP),
+        measured(
+            f"as printed against autograd below (median of {len(below)} layers, functional part)",
+            middle,
+            at_most=TOLERANCE,
+            label="relative error",
+        ),
+        *(
+            measured("as printed against autograd", max(case.paper_top, *case.below), at_most=TOLERANCE, condition=name)
+            for name, case in special_nets().items()
+        ),
+        measured("largest |D| of both forms", linear_net(), at_most=0.0, condition="linear σ"),
+    ]
+    wrong = [f for f in findings if f.exact and not f.condition]
+    agreed = tuple(f for f in _engine(run))
+    scoped = tuple(Finding(f.statement, f.holds, False, "the exact form", f.detail, f.figure) for f in agreed)
+    assert wrong
+    return Evidence(equation, (*findings, *scoped), correction=correction, note="sizes: study error_size")
+
+
+EXACT = "D_i^(l) = Σ_{r>=l} Σ_j σ''(z_j^r) S_j^r (∂z_j^r/∂z_i^l)², with the sum over paths squared (pairs of paths)"
+MATRIX = "H^(l) = diag(σ''S) + diag(σ') Wᵀ H^(l+1) W diag(σ'), H^(L) = 0, D^(l) = diag H^(l)"
+
+
+@check("E7")
+def check_E7(run: Run) -> Evidence:
+    """E[7] = E[33]: exact for l >= L-2, wrong below."""
+    found = _printed("E33", run, EXACT)
+    return Evidence("E7", found.findings, correction=found.correction, note="E[7] repeats E[33]; " + found.note)
+
+
+@check("E20")
+def check_E20(run: Run) -> Evidence:
+    """E[20]: δ by backpropagation equals ∂f/∂z."""
+    return _holds("E20", *_engine(run))
+
+
+@check("E21")
+def check_E21(run: Run) -> Evidence:
+    """E[21], a definition: ∂z/∂θ in its own layer is an input, or 1."""
+    return _holds("E21")
+
+
+@check("E22")
+def check_E22(run: Run) -> Evidence:
+    """E[22]: ∂f/∂θ = δ c; squared it is the engine's Gauss-Newton part for one output."""
+    split = max(case.gauss_newton for case in random_nets(run.quick))
+    return _holds("E22", measured("the engine's Gauss-Newton part is Σ (δ c)∇²ℓ(δ c)", split, at_most=TOLERANCE))
+
+
+@check("E23")
+def check_E23(run: Run) -> Evidence:
+    """E[23]: ∂²f/∂θ² = D c² with the exact D = ∂δ/∂z."""
+    return _holds("E23", *_engine(run))
+
+
+@check("E24")
+def check_E24(run: Run) -> Evidence:
+    """E[24]: the product rule for D."""
+    return _holds("E24")
+
+
+@check("E25")
+def check_E25(run: Run) -> Evidence:
+    """E[25], a definition: one layer of E[19]."""
+    return _holds("E25")
+
+
+@check("E26")
+def check_E26(run: Run) -> Evidence:
+    """E[26]: ∂z_t^(l+1)/∂z_i^(l) = W_ti σ'(z_i)."""
+    return _holds("E26")
+
+
+@check("E27")
+def check_E27(run: Run) -> Evidence:
+    """E[27]: the chain rule through the own pre-activation alone; the way through the neighbours is missing."""
+    return _printed("E27", run, "∂δ_t/∂z_i = Σ_t' H_tt' W_t'i σ'(z_i): the sum over all t', not t' = t alone")
+
+
+@check("E28")
+def check_E28(run: Run) -> Evidence:
+    """E[28]: the recurrence for D, exact for l >= L-2, wrong below."""
+    return _printed("E28", run, MATRIX)
+
+
+@check("E29")
+def check_E29(run: Run) -> Evidence:
+    """E[29]: S = δ/σ' where σ' ≠ 0, as the text says; σ' of RCT-AF has a zero for β = 1, 2."""
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    negative = [b for b in (0, 1, 2) if bool((shapes.rct(1.0, b).d1(x) < 0).any())]
+    note = f"σ' changes sign for β = {', '.join(map(str, negative))}, so E[29] has a hole inside the family; S has none"
+    return _holds("E29", note=note)
+
+
+@check("E30")
+def check_E30(run: Run) -> Evidence:
+    """E[30]: E[28] with δ/σ' for S, and 0/0 where σ' = 0."""
+    found = _printed("E30", run, MATRIX + "; with S, since δ/σ' is 0/0 where σ' = 0")
+    flat = make_net([torch.ones(1, 1).double(), torch.ones(1, 1).double()], None, shapes.quadratic(1.0))
+    at = torch.tensor([[-1.0]], dtype=torch.float64)
+    kept = float(paper_recursion(flat, at).layer(1))
+    note = f"at σ'(z) = 0 E[30] is 0/0 while E[28] gives D = {kept:g} (σ = x + x²/2, z = -1); " + found.note
+    return Evidence("E30", found.findings, correction=found.correction, note=note)
+
+
+@check("E31")
+def check_E31(run: Run) -> Evidence:
+    """E[31]: the same polynomial as E[28], hence the same scope."""
+    return _printed("E31", run, EXACT)
+
+
+@check("E32")
+def check_E32(run: Run) -> Evidence:
+    """E[32]: the entry with E[30] inside."""
+    return _printed("E32", run, "(δ c)² + (f - y) c² D with D = diag H, " + MATRIX)
+
+
+@check("E33")
+def check_E33(run: Run) -> Evidence:
+    """E[33]: the entry with E[31] inside."""
+    return _printed("E33", run, "(δ c)² + (f - y) c² D, " + EXACT)
+
+
+@check("A4.2.ck-independent")
+def check_A4_2_ck_independent(run: Run) -> Evidence:
+    """Section A.4.2: c_k = ∂z/∂θ_k holds no θ_k: ∂²z/∂θ_k² = 0 in every layer, and h^(l-1) holds no W^(l)."""
+    net, free = DeepNet(FOUR), True
+    for l in range(2, net.depth + 1):
+        z = net.forward(l - 1)
+        for theta in (net.weight(l, 0, 0), sp.Symbol(f"b{l}_0")):
+            free &= sp.diff(z[l, 0], theta, 2) == 0
+            free &= all(theta not in z[l - 1, j].free_symbols for j in range(net.width(l - 1)))
+    return Evidence(
+        "A4.2.ck-independent",
+        (exactly("∂c_k/∂θ_k = ∂²z_i/∂θ_k² = 0, layer by layer", bool(free)), zeros(rows_of("E21"))),
+        note="holds for a parameter used once; weights shared between layers are refused by the engine",
+    )
+
+
+@check("A4.3.base-case")
+def check_A4_3_base_case(run: Run) -> Evidence:
+    """Section A.4.3: δ^(L) = 1, so D^(L) = 0; for vector outputs too if D carries the functional part."""
+    g = torch.Generator().manual_seed(43)
+    net = random_net([3, 4, 1], shapes.tanh(), generator=g)
+    z = net.weights[1].new_zeros(1).requires_grad_(True)
+    (slope,) = torch.autograd.grad((z * 1.0).sum(), z, create_graph=True)
+    return Evidence(
+        "A4.3.base-case",
+        (
+            exactly(
+                "∂f/∂z^(L) = 1 does not depend on z^(L)", DeepNet((2,)).delta(2, 0) == 1 and not slope.requires_grad
+            ),
+            exactly("D^(L) = 0 in the symbolic recursion", DeepNet((2,)).paper_recursion(2, 0) == 0),
+        ),
+        note="for any loss: D^(L) = 0 and the Gauss-Newton part added apart; starting from diag ∇²ℓ is worse",
+    )

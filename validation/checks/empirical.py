@@ -1,0 +1,73 @@
+"""Claims that rest on experiments: read from stored results, `results/verdicts.json`; without them "not tested".
+
+The file is written by `python -m experiments figures`, a mapping claim id -> {verdict, evidence, figure, tier, ...}
+with either `interval` [low, high] or `value`, `low`, `high`. Nothing else makes such a claim hold or fail.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hessdiag.errors import DataError
+from theory.claims import CLAIMS
+from validation.evidence import Evidence, Figure, Report
+from validation.register import Function, Run, check, slug
+
+COMMAND = "python -m experiments figures"
+
+
+def path_of(run: Run) -> Path:
+    """Where experiments leave their verdicts."""
+    return run.results / "verdicts.json"
+
+
+def read(run: Run) -> dict[str, dict[str, Any]]:
+    """The stored verdicts, empty where there are none; refused where the file is no such mapping."""
+    path = path_of(run)
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no JSON ({error}); write it anew with {COMMAND}") from None
+    if not isinstance(found, dict) or not all(isinstance(row, dict) and "verdict" in row for row in found.values()):
+        raise DataError(f"{path}: not a mapping from claims to verdicts; write it anew with {COMMAND}")
+    return found
+
+
+def report(claim: str, run: Run) -> Report:
+    """What the results say of a claim."""
+    row = read(run).get(claim)
+    source = str(path_of(run))
+    if row is None:
+        return Report("not tested", f"no results in {source}: {COMMAND}", source)
+    words = [str(row.get("evidence") or ""), str(row.get("scope") or "")]
+    tier = row.get("tier")
+    text = "; ".join(w for w in words if w) + (f" (tier {tier})" if tier and f"tier {tier}" not in words[0] else "")
+    command = str(row.get("command") or "")
+    return Report(row["verdict"], text + (f"; {command}" if command else ""), f"{source}: {claim}", _figure(row))
+
+
+def _figure(row: dict[str, Any]) -> Figure | None:
+    low, high = row.get("interval") or (row.get("low"), row.get("high"))
+    value = row.get("value")
+    if value is None and low is None:
+        return None
+    value, low, high = (float("nan") if v is None else float(v) for v in (value, low, high))
+    return Figure(str(row.get("figure") or "measured"), value, low, high, "confidence interval")
+
+
+def _reader(claim: str, where: str) -> Function:
+    def function(run: Run) -> Evidence:
+        return Evidence(claim, report=report(claim, run))
+
+    function.__name__ = f"check_{slug(claim)}"
+    function.__doc__ = f"{where}: read from the results of experiments."
+    return function
+
+
+for _claim in CLAIMS:
+    if _claim.kind == "empirical":
+        check(_claim.id, reads_results=True)(_reader(_claim.id, _claim.where))

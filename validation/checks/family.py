@@ -1,0 +1,263 @@
+"""E[1]-E[6] and what section 3.1, figure 2 and section 4.2 say of the RCT-AF family."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import sympy as sp
+import torch
+from mpmath import mp  # type: ignore[import-untyped]
+
+import hessdiag as hd
+from hessdiag.activations import rct as engine_rct
+from hessdiag.activations import rct_d2
+from theory.symbolic import curvature_at_zero, extrema, maximum_at_zero, second_derivative
+from theory.symbolic.rct import (
+    PRINTED,
+    alpha,
+    evenness,
+    flat_limit_slope,
+    identities,
+    integral,
+    recursion_step,
+    rescaling_identity,
+    sharp_limit,
+    x,
+    zero,
+)
+from theory.symbolic.rct import rct as family
+from validation.evidence import Evidence, Figure, Finding, exactly, measured, zeros
+from validation.register import Run, check
+
+
+@lru_cache(maxsize=8)
+def engine_deviation(number: int) -> Finding:
+    """The engine's σ or σ'' in float64 against the printed formula in 50 digits, relative to its largest value."""
+    beta, curved = (number - 1) // 2, number % 2 == 0
+    printed = sp.lambdify((x, alpha), PRINTED[f"E{number}"], "mpmath")
+    worst = 0.0
+    for a in (0.5, 7.0, 30.0):
+        at = torch.linspace(-40.0, 40.0, 41, dtype=torch.float64) / a
+        found = rct_d2(at, a, beta) if curved else engine_rct(at, a, beta)
+        with mp.workdps(50):
+            truth = torch.tensor([float(printed(mp.mpf(v), mp.mpf(a))) for v in at.tolist()], dtype=torch.float64)
+        worst = max(worst, float((found - truth).abs().max() / truth.abs().max()))
+    return measured("the engine's closed form equals the printed one", worst, at_most=1e-14, label="deviation")
+
+
+def _equation(number: int, *, note: str = "") -> Evidence:
+    rows = [row for row in identities() if row.equation == f"E{number}"]
+    if number in (3, 5):
+        rows.append(recursion_step((number - 1) // 2))
+    return Evidence(f"E{number}", (zeros(rows), engine_deviation(number)), note=note)
+
+
+@check("E1")
+def check_E1(run: Run) -> Evidence:
+    """E[1], a definition: base of the recursion, and what the engine evaluates."""
+    return _equation(1)
+
+
+@check("E2")
+def check_E2(run: Run) -> Evidence:
+    """E[2]: σ'' of E[1] minus print is zero."""
+    return _equation(2)
+
+
+@check("E3")
+def check_E3(run: Run) -> Evidence:
+    """E[3]: (σ_0)'·x minus print is zero."""
+    return _equation(3)
+
+
+@check("E4")
+def check_E4(run: Run) -> Evidence:
+    """E[4]: σ'' of E[3] minus print is zero."""
+    return _equation(4)
+
+
+@check("E5")
+def check_E5(run: Run) -> Evidence:
+    """E[5]: ((σ_0)'·x)'·x minus print is zero. Right, but not fit for float32 as printed."""
+    t = torch.arange(1.0, 120.0)
+    e = torch.exp(t)
+    first = float(t[~torch.isfinite((e**2 + (t + 1) * e) * t / (e**2 + 2 * e + 1))][0])
+    stable = bool(torch.isfinite(engine_rct(t, 1.0, 2)).all())
+    note = f"evaluated as printed in float32 it is NaN from αx = {first:g} on; the engine's form is finite: {stable}"
+    return _equation(5, note=note)
+
+
+@check("E6")
+def check_E6(run: Run) -> Evidence:
+    """E[6]: σ'' of E[5] minus print is zero."""
+    return _equation(6)
+
+
+def _maximum(beta: int) -> tuple[Finding, ...]:
+    proof = maximum_at_zero(beta)
+    printed = (alpha / 4, alpha / 2, alpha)[beta]
+    value = exactly(f"σ''(0) = {printed}", zero(curvature_at_zero(beta) - printed) == 0)
+    bound = exactly(
+        "|σ''(x)| < σ''(0) for every x ≠ 0: no Taylor coefficient of either bound is negative", proof.proved
+    )
+    found = hd.activations.max_curvature(f"rct:beta={beta},alpha=8.0")
+    truth = float(printed.subs(alpha, 8))
+    return (value, bound, measured("the engine's max|σ''| at α = 8", abs(found - truth), at_most=1e-12))
+
+
+@check("S3.1.alpha-over-4")
+def check_S3_1_alpha_over_4(run: Run) -> Evidence:
+    """Section 3.1: max σ'' = α/4 at 0 for β = 0."""
+    return Evidence("S3.1.alpha-over-4", _maximum(0))
+
+
+@check("S3.1.alpha-over-2")
+def check_S3_1_alpha_over_2(run: Run) -> Evidence:
+    """Section 3.1: max σ'' = α/2 at 0 for β = 1."""
+    return Evidence("S3.1.alpha-over-2", _maximum(1))
+
+
+@check("S3.1.alpha")
+def check_S3_1_alpha(run: Run) -> Evidence:
+    """Section 3.1: max σ'' = α at 0 for β = 2."""
+    return Evidence("S3.1.alpha", _maximum(2))
+
+
+@check("S3.1.is-softplus")
+def check_S3_1_is_softplus(run: Run) -> Evidence:
+    """Section 3.1: β = 0, α = 1 is ln(1 + e^x)."""
+    gap = sp.simplify(family(0).subs(alpha, 1) - sp.log(1 + sp.exp(x)))
+    at = torch.linspace(-30, 30, 61, dtype=torch.float64)
+    far = float((engine_rct(at, 1.0, 0) - torch.nn.functional.softplus(at)).abs().max())
+    same = measured("the engine's β = 0 equals torch's softplus", far, at_most=1e-8, label="largest difference")
+    return Evidence("S3.1.is-softplus", (exactly("σ_{1,0} - ln(1+e^x) = 0", gap == 0), same))
+
+
+@check("S3.1.is-swish")
+def check_S3_1_is_swish(run: Run) -> Evidence:
+    """Section 3.1: β = 1, α = 1 is x/(1 + e^-x)."""
+    gap = zero(family(1).subs(alpha, 1) - x / (1 + sp.exp(-x)))
+    at = torch.linspace(-30, 30, 61, dtype=torch.float64)
+    far = float((engine_rct(at, 1.0, 1) - torch.nn.functional.silu(at)).abs().max())
+    same = measured("the engine's β = 1 equals torch's silu", far, at_most=1e-14, label="largest difference")
+    return Evidence("S3.1.is-swish", (exactly("σ_{1,1} - x/(1+e^-x) = 0", gap == 0), same))
+
+
+@check("S3.1.linear-in-alpha")
+def check_S3_1_linear_in_alpha(run: Run) -> Evidence:
+    """Section 3.1: the peak is α times the peak at α = 1 (value at 0, and the maximum stands at 0)."""
+    peaks = [curvature_at_zero(b) for b in (0, 1, 2)]
+    linear = all(zero(p - alpha * p.subs(alpha, 1)) == 0 for p in peaks)
+    found = (
+        exactly("σ''_{α,β}(0) = α σ''_{1,β}(0), β = 0, 1, 2", linear),
+        exactly("the maximum stands at 0", all(maximum_at_zero(b).proved for b in (0, 1, 2))),
+    )
+    return Evidence("S3.1.linear-in-alpha", found)
+
+
+@check("S3.1.rectification")
+def check_S3_1_rectification(run: Run) -> Evidence:
+    """Section 3.1, figure 1: σ_α tends to max(x, 0), and σ_α(x) = σ_1(αx)/α makes α the sharpness."""
+    limits = [sharp_limit(b) for b in (0, 1, 2)]
+    p = next(iter(limits[0][0].free_symbols))
+    found = (
+        exactly("σ_α(x) -> x for x > 0 and 0 for x < 0 as α -> oo", all(pair == (p, 0) for pair in limits)),
+        zeros(
+            [rescaling_identity(b) for b in (0, 1, 2)],
+            statement="σ_{α,β}(x) = σ_{1,β}(αx)/α, hence sup|σ_α - max(x, 0)| = sup|σ_1 - max(x, 0)|/α",
+        ),
+    )
+    at = torch.linspace(0.1, 8.0, 1000, dtype=torch.float64)
+    here = torch.stack([engine_rct(torch.tensor([-1.0], dtype=torch.float64), float(a), 2) for a in at]).reshape(-1)
+    rising = int((here.abs().diff() > 0).sum())
+    note = f"at a single x < 0 and β = 2 |σ_α(x)| is not monotone in α: at x = -1 it rises in {rising} of 999 steps"
+    return Evidence("S3.1.rectification", found, note=note)
+
+
+@check("S3.1.independent-control")
+def check_S3_1_independent_control(run: Run) -> Evidence:
+    """Section 3.1: α, β and the curvature κ = 2^(β-2) α are three names for two degrees of freedom."""
+    kappa = sp.Symbol("kappa", positive=True)
+    solved = [sp.solve(curvature_at_zero(b) - kappa, alpha) for b in (0, 1, 2)]
+    free = exactly(
+        "each β reaches every κ > 0, by one α each: 4κ, 2κ, κ",
+        solved == [[4 * kappa], [2 * kappa], [kappa]],
+        condition="two of α, β, max|σ''| chosen, the third follows",
+    )
+    distinct = exactly(
+        "the three α that give one κ differ, so at equal curvature α is not free",
+        len({s[0] for s in solved}) == 3,
+        condition="two of α, β, max|σ''| chosen, the third follows",
+    )
+    return Evidence(
+        "S3.1.independent-control",
+        (free, distinct),
+        correction="α and β fix the curvature; rectification cannot be varied at given β and curvature",
+    )
+
+
+@check("F2.even")
+def check_F2_even(run: Run) -> Evidence:
+    """Figure 2: σ''(-x) - σ''(x) = 0 for β = 0, 1, 2; beside it ∫σ'' = 1."""
+    areas = [integral(b) for b in (0, 1, 2)]
+    note = f"∫σ'' = {', '.join(str(a) for a in areas)} for β = 0, 1, 2: max|σ''| is the reciprocal of a width"
+    return Evidence("F2.even", (zeros([evenness(b) for b in (0, 1, 2)]),), note=note)
+
+
+def _extrema(beta: int) -> tuple[Finding, ...]:
+    found = extrema(beta)
+    centre = next(p for p in found.points if p.place.low == p.place.high == 0)
+    count = Figure("extrema", found.count, 2 * beta + 1, found.at_most, "certain, at most")
+    kinds = [p.kind for p in found.points]
+    wanted = [["maximum"], ["minimum", "maximum", "minimum"], ["maximum", "minimum", "maximum", "minimum", "maximum"]]
+    places = ", ".join(f"{p.place.middle:.12g}" for p in found.points)
+    return (
+        exactly(f"exactly {2 * beta + 1}", found.exact and found.count == 2 * beta + 1, figure=count),
+        exactly("a maximum at 0, the others in symmetric pairs", centre.kind == "maximum" and kinds == wanted[beta],
+                detail=f"αx = {places}"),
+    )  # fmt: skip
+
+
+@check("F2.b0-one-extremum")
+def check_F2_b0_one_extremum(run: Run) -> Evidence:
+    """Figure 2(a)."""
+    return Evidence("F2.b0-one-extremum", _extrema(0))
+
+
+@check("F2.b1-three-extrema")
+def check_F2_b1_three_extrema(run: Run) -> Evidence:
+    """Figure 2(b)."""
+    return Evidence("F2.b1-three-extrema", _extrema(1))
+
+
+@check("F2.b2-five-extrema")
+def check_F2_b2_five_extrema(run: Run) -> Evidence:
+    """Figure 2(c)."""
+    return Evidence("F2.b2-five-extrema", _extrema(2))
+
+
+@check("S4.2.2beta+1-extrema")
+def check_S4_2_2beta_1_extrema(run: Run) -> Evidence:
+    """Section 4.2, for the three β of the paper, and β = 3 beyond it."""
+    orders = (0, 1, 2) if run.quick else (0, 1, 2, 3)
+    rows = [extrema(b) for b in orders]
+    holds = all(row.exact and row.count == 2 * row.beta + 1 for row in rows)
+    counts = ", ".join(f"β = {row.beta}: {row.count}" for row in rows)
+    return Evidence("S4.2.2beta+1-extrema", (exactly("Descartes' bound meets certain zeros", holds, detail=counts),))
+
+
+@check("S4.5.near-linear")
+def check_S4_5_near_linear(run: Run) -> Evidence:
+    """Section 4.5: on a fixed range of pre-activations σ' tends to 1/2; with rescaled weights nothing changes."""
+    slopes = [flat_limit_slope(b) for b in (0, 1, 2)]
+    reach = sp.Symbol("r", positive=True)
+    gone = all(sp.limit(second_derivative(b).subs(x, reach), alpha, 0, "+") == 0 for b in (0, 1, 2))
+    bounded = "pre-activations stay in a fixed range while α falls"
+    found = (
+        exactly("σ' -> 1/2 for α -> 0", all(s == sp.Rational(1, 2) for s in slopes), condition=bounded),
+        exactly("σ'' -> 0 for α -> 0", gone, condition=bounded),
+        zeros([rescaling_identity(b) for b in (0, 1, 2)], condition="else σ_α is σ_1 in other coordinates"),
+    )
+    return Evidence(
+        "S4.5.near-linear", found, correction="with pre-activations growing like 1/α the activation acts as σ_1 does"
+    )
