@@ -59,6 +59,9 @@ def footer(results: SweepResults, chosen: Sequence[Row]) -> str:
     """Tier, setting, seeds, and what is missing."""
     seeds = len({row.seed for row in chosen})
     text = f"tier {results.tier}: {results.title}; {len(chosen)} runs, {seeds} seed{'s' * (seeds > 1)}"
+    stopped = sum((row.record.get("train") or {}).get("status", "finished") != "finished" for row in chosen)
+    if stopped:
+        text += f"; {stopped} stopped early by catastrophic overfitting"
     return text + (f"; {results.missing} runs missing" if results.missing else "")
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from hessdiag.errors import ConfigurationError
@@ -67,12 +68,12 @@ class RunConfig:
         """The inverse of `to_dict`."""
         return cls(dict(value["train"]), dict(value["attack"]), dict(value["measure"]), str(value["schema"]))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The run's name: a hash over all of it."""
         return digest(self.to_dict())
 
-    @property
+    @cached_property
     def family(self) -> str:
         """The hash of what the curves of one figure share: all but the activation, the seed and the images
         for AA.

@@ -244,11 +244,11 @@ class _Clock:
         self.laps[name], self._last = round(now - self._last, 3), now
 
 
-def pilot(config: RunConfig, images: int = 32) -> float:
+def pilot(config: RunConfig, images: int = 128) -> float:
     """Seconds that a run would take, from one epoch of it, some images under attack and one rough norm.
 
     Epochs, images and measurements are scaled to their full number; replicates that a narrow interval needs are not
-    known before, so a measurement counts as five rough ones.
+    known before, so a measurement counts as two rough ones.
     """
     from tempfile import TemporaryDirectory
 
@@ -270,4 +270,4 @@ def pilot(config: RunConfig, images: int = 32) -> float:
         laps = run_one(short, Path(folder))["seconds"]
     full = laps.get("aa2", 0.0) * (config.attack["aa2_samples"] + 4 * config.attack["aa_samples"]) / max(few, 1)
     rough = [seconds for name, seconds in laps.items() if name.startswith("norm")]
-    return float(laps["train"] * whole + full + 5 * norms * sum(rough))
+    return float(laps["train"] * whole + full + 2 * norms * sum(rough))

@@ -236,7 +236,9 @@ def test_from_a_store_to_a_figure(tmp_path):
 
 @pytest.mark.slow
 def test_a_thousand_runs_are_listed_and_drawn_in_ten_seconds(tmp_path):
-    """42 seeds of 24 runs: read from a store, listed, exported, drawn (figures, not statistics)."""
+    """42 seeds of 24 runs: read from a store, listed, exported, drawn. Time is the process's own, so that a busy
+    machine does not fail it.
+    """
     from rich.console import Console
 
     from experiments.figures.curves import figure3
@@ -247,11 +249,11 @@ def test_a_thousand_runs_are_listed_and_drawn_in_ten_seconds(tmp_path):
     with Store(tmp_path / "store") as store:
         store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title)
     work(tmp_path / "store", lambda config, out: fake_record(config))
-    begin = time.perf_counter()
+    begin = time.process_time()
     console = Console(file=(tmp_path / "out.txt").open("w"), width=120)
     with Reader(tmp_path / "store") as store:
         console.print(render(store))
         console.print(listing(store.rows(sweep.name)))
         results = export.from_store(store, sweep.name)
     figure3(results, rows(export.read(export.save(results, tmp_path / "results"))), tmp_path / "figure3")
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
