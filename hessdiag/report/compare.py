@@ -20,7 +20,7 @@ from hessdiag.errors import HessdiagError
 from hessdiag.norm import NormEstimate, Ratio, ratio
 from hessdiag.report.document import norm_of
 from hessdiag.report.table import NARROW, WIDE
-from hessdiag.report.text import interval, percent, plain, value
+from hessdiag.report.text import digits, interval, percent, plain, value
 
 
 @dataclass(frozen=True)
@@ -135,18 +135,17 @@ def print_comparison(out: Console, rows: Sequence[Row], *, confidence: float) ->
     narrow, wide = out.width < NARROW, out.width >= WIDE
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
     table.add_column("measurement", overflow="fold", min_width=12)
-    heads = ["max|σ''|", "rms"] + ([] if narrow else ["interval", "functional"])
+    heads = ["max|σ''|", "rms"] + ([] if narrow else ["interval"]) + (["functional"] if wide else [])
     heads += ["ratio", f"{100 * confidence:g}%"] + (["paired"] if wide else [])
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         e, r = row.estimate, row.ratio
-        cells = [plain(row.name), value(row.max_curvature), value(e.rms)]
+        cells = [plain(row.name), value(row.max_curvature), value(e.rms, digits(e.low, e.high))]
         if not narrow:
-            cells += [
-                "exact" if e.status == "exact" else interval(e.low, e.high, 3),
-                percent(_plain(row.share_functional)),
-            ]
+            cells.append("exact" if e.status == "exact" else interval(e.low, e.high, 3))
+        if wide:
+            cells.append(percent(_plain(row.share_functional)))
         if r is None:
             cells += ["1", ""] + ([""] if wide else [])
         else:
