@@ -94,7 +94,8 @@ def test_json_equals_the_library_and_autograd(small: str, tmp_path: Path) -> Non
     data = load("digits", samples=24)
     objective = hd.Objective(hd.load_checkpoint(small).model.double())
     m = hd.measure(objective, data.batches(10, dtype=torch.float64))
-    assert content["rms"] == m.rms and content["trace"]["value"] == m.trace.value
+    assert content["rms"] == m.rms
+    assert content["trace"]["value"] == m.trace.value
     # An independent reference: the diagonal from torch.autograd.functional on the whole loss.
     model, names = objective.model, list(objective.parameters)
     shapes = [p.shape for p in objective.parameters.values()]
@@ -107,9 +108,11 @@ def test_json_equals_the_library_and_autograd(small: str, tmp_path: Path) -> Non
     square = sum(float(blocks[i][i].reshape(s.numel(), -1).diagonal().square().sum()) for i, s in enumerate(shapes))
     assert content["rms"] == pytest.approx(math.sqrt(square / objective.size), rel=1e-10)
     cli = content["cli"]
-    assert cli["checkpoint"]["epoch"] == 3 and cli["data"]["samples"] == 24
+    assert cli["checkpoint"]["epoch"] == 3
+    assert cli["data"]["samples"] == 24
     assert cli["checkpoint"]["sha256"] == hd.load_checkpoint(small).sha256
-    assert cli["data"]["sha256"] == data.sha256 and cli["perturbation"] is None
+    assert cli["data"]["sha256"] == data.sha256
+    assert cli["perturbation"] is None
 
 
 def test_quiet_line_is_the_number(small: str) -> None:
@@ -128,7 +131,8 @@ def test_wide_interval_exits_1(small: str) -> None:
 def test_seconds_stop_it(small: str) -> None:
     found = run(small, *SMALL, "--method", "hutchinson", "--rtol", "1e-9", "--max-seconds", "0.2",
                 "--min-replicates", "60000", "--max-replicates", "60000")  # fmt: skip
-    assert found.exit_code == 1 and "stopped after" in found.stdout
+    assert found.exit_code == 1
+    assert "stopped after" in found.stdout
 
 
 @pytest.mark.parametrize(
@@ -168,14 +172,16 @@ def test_refusals_are_one_line_with_a_code(code: Path, small: str, args: list[st
     """Every refusal: its exit code, one line on stderr, nothing on stdout, no traceback."""
     found = run(*[small if a == "FILE" else a for a in args])
     assert found.exit_code == code_, found.output
-    assert found.stdout == "" and found.stderr.startswith("hessdiag: ")
+    assert found.stdout == ""
+    assert found.stderr.startswith("hessdiag: ")
     assert found.stderr.count("\n") == 1 and words in found.stderr, found.stderr
     assert "Traceback" not in found.stderr
 
 
 def test_debug_shows_the_traceback() -> None:
     found = run("nothing.pt", "--debug")
-    assert found.exit_code == 3 and "Traceback" in found.stderr
+    assert found.exit_code == 3
+    assert "Traceback" in found.stderr
 
 
 def test_usage_errors_exit_2() -> None:
@@ -189,14 +195,18 @@ def test_internal_errors_are_told_as_such(small: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("hessdiag.commands.measuring.measure", broken)
     found = run(small)
-    assert found.exit_code == 70 and found.stderr.count("\n") == 1 and "ZeroDivisionError" in found.stderr
+    assert found.exit_code == 70
+    assert found.stderr.count("\n") == 1
+    assert "ZeroDivisionError" in found.stderr
 
 
 def test_uncovered_model_falls_back_with_the_reason(code: Path) -> None:
     found = run("twice.pt", "--model", "usernets:twice", "--data", "digits", *SMALL, "--max-replicates", "12")
     assert found.exit_code in (0, 1), found.output
     text = " ".join(found.stdout.split())
-    assert "hutchinson" in text and "the site identity does not serve here" in text and "inner" in text
+    assert "hutchinson" in text
+    assert "the site identity does not serve here" in text
+    assert "inner" in text
 
 
 def test_loss_of_ones_own(code: Path, small: str) -> None:
@@ -212,7 +222,8 @@ def test_loss_of_ones_own(code: Path, small: str) -> None:
 
 def test_layers_and_l2(small: str) -> None:
     one = json.loads(run(small, *SMALL, "--layers", ".*bias", "--json", "-", "--dtype", "float64").stdout)
-    assert one["layers"] and all(name.endswith("bias") for name in one["layers"])
+    assert one["layers"]
+    assert all(name.endswith("bias") for name in one["layers"])
     more = json.loads(
         run(small, *SMALL, "--layers", ".*bias", "--l2", "0.25", "--json", "-", "--dtype", "float64").stdout
     )
@@ -229,7 +240,8 @@ def test_attack_is_that_of_the_library_and_hurts(small: str) -> None:
     m = hd.measure(hd.Objective(model), crafted, seed=7)
     assert content["rms"] == m.rms
     told = content["cli"]["perturbation"]
-    assert told["spec"].startswith("pgd:eps=8/255,steps=3,") and "seed=7" in told["spec"]
+    assert told["spec"].startswith("pgd:eps=8/255,steps=3,")
+    assert "seed=7" in told["spec"]
     assert content["loss"] > told["clean_loss"]
     other = json.loads(
         run(small, "--samples", "24", "--batch-size", "7", "--attack", spec, "--seed", "7", "--json", "-",
@@ -253,7 +265,8 @@ def test_saved_estimate_has_errors(small: str, tmp_path: Path) -> None:
     path = tmp_path / "d.safetensors"
     run(small, *SMALL, "--method", "hutchinson", "--max-replicates", "12", "--save-diagonal", str(path), "-q")
     errors = [t for name, t in load_file(path).items() if name.startswith("standard_error|")]
-    assert errors and all(bool((e > 0).any()) for e in errors)
+    assert errors
+    assert all(bool((e > 0).any()) for e in errors)
 
 
 def test_dry_run_runs_nothing(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,13 +283,16 @@ def test_dry_run_runs_nothing(small: str, monkeypatch: pytest.MonkeyPatch) -> No
     methods = {one["method"]: one for one in content["methods"]}
     size = 64 * 5 + 5 + 50 + 10
     assert methods["reference"]["passes_once"] == 2 * size + 2
-    assert methods["propagation"]["passes_once"] == 9 and methods["propagation"]["passes_each"] == 2
+    assert methods["propagation"]["passes_once"] == 9
+    assert methods["propagation"]["passes_each"] == 2
     assert all(one["bytes"] > 0 and one["batches"] == 3 and one["seconds_once"] > 0 for one in methods.values())
 
 
 def test_dry_run_says_what_does_not_serve(code: Path) -> None:
     found = run("twice.pt", "--model", "usernets:twice", "--data", "digits", *SMALL, "--dry-run")
-    assert found.exit_code == 0 and found.stdout.count("does not serve") == 2 and "inner" in found.stdout
+    assert found.exit_code == 0
+    assert found.stdout.count("does not serve") == 2
+    assert "inner" in found.stdout
 
 
 @pytest.mark.parametrize("columns", [60, 70, 80, 100, 120, 200])
@@ -285,7 +301,8 @@ def test_no_line_is_wider_than_the_terminal(columns: int) -> None:
                 columns=columns)  # fmt: skip
     lines = found.stdout.splitlines()
     assert max(map(len, lines)) <= columns
-    assert any("rms norm" in line for line in lines) and sum("functional" in line for line in lines) >= 3
+    assert any("rms norm" in line for line in lines)
+    assert sum("functional" in line for line in lines) >= 3
 
 
 def test_interrupted_gives_what_is_there(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,10 +320,12 @@ def test_interrupted_gives_what_is_there(small: str, monkeypatch: pytest.MonkeyP
     found = run(*args, "--json", "-")
     assert found.exit_code == 1
     content = json.loads(found.stdout)
-    assert content["replicates"] == 8 and "interrupted" in content["status"]
+    assert content["replicates"] == 8
+    assert "interrupted" in content["status"]
     monkeypatch.setattr(Loop, "run_round", lambda self, count: (_ for _ in ()).throw(KeyboardInterrupt()))
     found = run(*args)
-    assert found.exit_code == 130 and "interrupted before there was a result" in found.stderr
+    assert found.exit_code == 130
+    assert "interrupted before there was a result" in found.stderr
 
 
 def test_names_in_a_file_cannot_steer_the_terminal(tmp_path: Path) -> None:
@@ -315,8 +334,10 @@ def test_names_in_a_file_cannot_steer_the_terminal(tmp_path: Path) -> None:
     hd.save_checkpoint(path, model, metrics={"\x1b[31m[red]acc": 0.5}, data="digits", method="\x1b]0;owned\x07[bold]x")
     found = run(str(path), *SMALL)
     assert found.exit_code == 0, found.output
-    assert "\x1b" not in found.stdout and "\x07" not in found.stdout
-    assert "[red]acc" in found.stdout and "[bold]x" in found.stdout
+    assert "\x1b" not in found.stdout
+    assert "\x07" not in found.stdout
+    assert "[red]acc" in found.stdout
+    assert "[bold]x" in found.stdout
 
 
 def test_a_file_cannot_name_code_or_paths_as_its_data(tmp_path: Path) -> None:
@@ -325,7 +346,8 @@ def test_a_file_cannot_name_code_or_paths_as_its_data(tmp_path: Path) -> None:
     for name in ("os:getcwd", "npz:/etc/passwd"):
         hd.save_checkpoint(path, model, data=name)
         found = run(str(path))
-        assert found.exit_code == 2 and "names no data set" in found.stderr
+        assert found.exit_code == 2
+        assert "names no data set" in found.stderr
 
 
 def test_averaged_weights_on_request(tmp_path: Path) -> None:
@@ -351,10 +373,14 @@ def test_given_plan_is_kept(small: str, tmp_path: Path) -> None:
     second = json.loads(run(small, *SMALL, "--plan", str(first), "--max-replicates", "10", "--json", "-").stdout)
     assert second["plan"] == json.loads(first.read_text())["plan"]
     found = run(small, "--plan", str(first), "--method", "exact")
-    assert found.exit_code == 2 and "leave one of them out" in found.stderr
+    assert found.exit_code == 2
+    assert "leave one of them out" in found.stderr
 
 
 def test_help_teaches_by_example() -> None:
     text = run("--help", columns=80).stdout
-    assert "hessdiag measure digits-example" in text and "torchrun" in text and "Exit codes" in text
-    assert re.search(r"--attack", text) and "pgd:eps=8/255,steps=10" in text
+    assert "hessdiag measure digits-example" in text
+    assert "torchrun" in text
+    assert "Exit codes" in text
+    assert re.search(r"--attack", text)
+    assert "pgd:eps=8/255,steps=10" in text

@@ -1,0 +1,165 @@
+"""Several processes measure what one does: the same estimate, and no hang where one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import hessdiag as hd
+from hessdiag.cli import app
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process tables are read from /proc")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shared") / "m.pt"
+    model = hd.networks.build("small_resnet", activation="silu", width=2, strides=(1,), seed=0)
+    hd.save_checkpoint(path, model, data="digits")
+    return path
+
+
+def arguments(checkpoint: Path, *more: str) -> list[str]:
+    options = "--samples 60 --batch-size 13 --dtype float64 -q --timeout 60"
+    return ["-m", "hessdiag", "measure", str(checkpoint), *options.split(), *more]
+
+
+def together(processes: int, args: list[str], **options: Any) -> subprocess.Popen[str]:
+    """A torchrun of its own, on a port of its own."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*start, *args], env=ENV, **pipes, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def assert_same(one: dict[str, Any], many: dict[str, Any]) -> None:
+    """Every norm to float64 rounding, counts and plan exactly."""
+    assert many["replicates"] == one["replicates"]
+    assert many["plan"] == one["plan"]
+    for name, row in one["layers"].items():
+        for part in ("total", "gauss_newton", "functional"):
+            for key in ("square", "low", "high"):
+                want, found = row[part][key], many["layers"][name][part][key]
+                assert found == pytest.approx(want, rel=1e-11, abs=1e-13 * abs(row["total"]["square"])), (name, part)
+    assert many["trace"]["value"] == pytest.approx(one["trace"]["value"], rel=1e-12)
+
+
+def check(checkpoint: Path, tmp_path: Path, processes: int, method: str, *more: str) -> None:
+    """One process first, whose plan the others are given: a pilot's clock might choose otherwise."""
+    one, many = tmp_path / "one.json", tmp_path / "many.json"
+    rounds = ("--min-replicates", "11", "--max-replicates", "11", *more)
+    alone = CliRunner().invoke(app, arguments(checkpoint, "--method", method, *rounds, "--json", str(one))[2:])
+    assert alone.exit_code in (0, 1), alone.stderr
+    group = together(processes, arguments(checkpoint, "--plan", str(one), *rounds, "--json", str(many)))
+    out, err = group.communicate(timeout=240)
+    assert many.exists(), err
+    assert out.count("\n") == 1  # printed once, by the first
+    a, b = json.loads(one.read_text()), json.loads(many.read_text())
+    assert b["provenance"]["processes"] == processes
+    assert_same(a, b)
+
+
+def test_two_processes(checkpoint: Path, tmp_path: Path) -> None:
+    check(checkpoint, tmp_path, 2, "propagation", "--attack", "pgd:eps=8/255,steps=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["exact", "hutchinson", "propagation"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_more_processes_and_methods(checkpoint: Path, tmp_path: Path, processes: int, method: str) -> None:
+    check(checkpoint, tmp_path, processes, method)
+
+
+@pytest.mark.slow
+def test_fewer_batches_than_processes(checkpoint: Path, tmp_path: Path) -> None:
+    check(checkpoint, tmp_path, 4, "propagation", "--batch-size", "30")
+
+
+@pytest.mark.slow
+def test_state_of_one_process_is_taken_up_by_two(checkpoint: Path, tmp_path: Path) -> None:
+    """What one process had half summed counts once, not once per process."""
+    state, whole, many = (tmp_path / name for name in ("r.st", "whole.json", "many.json"))
+    rounds = ("--method", "hutchinson", "--min-replicates", "12", "--max-replicates", "12")
+    CliRunner().invoke(app, arguments(checkpoint, *rounds, "--json", str(whole))[2:])
+    script = (
+        "import sys, hessdiag.measurement.loop as loop\n"
+        "loop.SAVE_EVERY = loop.SAVE_SHARE = 0.0\n"
+        "honest, seen = loop.Loop._save_in_time, []\n"
+        "def stop(self):\n"
+        "    honest(self)\n"
+        "    seen.append(1)\n"
+        "    if len(seen) == 7: __import__('os')._exit(9)\n"  # in the middle of a round
+        "loop.Loop._save_in_time = stop\n"
+        "from hessdiag.cli import main\n"
+        f"sys.argv = {['hessdiag', *arguments(checkpoint, *rounds, '--resume', str(state))[2:]]!r}\n"
+        "main()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], env=ENV, check=False).returncode == 9
+    group = together(2, arguments(checkpoint, *rounds, "--resume", str(state), "--json", str(many)))
+    _, err = group.communicate(timeout=240)
+    assert many.exists(), err
+    assert_same(json.loads(whole.read_text()), json.loads(many.read_text()))
+
+
+def workers(parent: int) -> list[int]:
+    """The processes that a torchrun started, by rank."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                for pair in (entry / "environ").read_bytes().split(b"\0"):
+                    if pair.startswith(b"RANK="):
+                        found[int(pair[5:])] = int(entry.name)
+        except (OSError, ValueError, IndexError):
+            continue
+    return [found[rank] for rank in sorted(found)]
+
+
+def kill_one(checkpoint: Path, tmp_path: Path, victim: int, processes: int = 2) -> None:
+    """SIGKILL to one process in the middle of the work: an error of one line from each other, and an end."""
+    state = tmp_path / "r.st"
+    rounds = ("--method", "hutchinson", "--min-replicates", "60000", "--max-replicates", "60000")
+    group = together(processes, arguments(checkpoint, *rounds, "--resume", str(state)))
+    try:
+        deadline = time.monotonic() + 120
+        while not state.exists() and group.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1.0)
+        ranks = workers(group.pid)
+        assert len(ranks) == processes, group.communicate(timeout=60)
+        os.kill(ranks[victim], signal.SIGKILL)
+        begun = time.monotonic()
+        out, err = group.communicate(timeout=90)
+    finally:
+        if group.poll() is None:
+            group.kill()
+    assert group.returncode != 0
+    assert out == ""
+    assert time.monotonic() - begun < 60
+    told = [line for line in err.splitlines() if line.startswith("hessdiag (process ")]
+    assert told and all("another" in line for line in told), err
+    assert not any(f"(process {victim} " in line for line in told)
+    assert 'File "' not in "".join(line for line in err.splitlines() if "/hessdiag/" in line), err
+
+
+def test_one_of_two_is_killed(checkpoint: Path, tmp_path: Path) -> None:
+    kill_one(checkpoint, tmp_path, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "processes"), [(0, 2), (2, 4)])
+def test_any_of_more_is_killed(checkpoint: Path, tmp_path: Path, victim: int, processes: int) -> None:
+    kill_one(checkpoint, tmp_path, victim, processes)

@@ -1,0 +1,200 @@
+"""Interrupted measurements: killed anywhere and started again, the result is that of the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hessdiag as hd
+from hessdiag.data import load
+from hessdiag.errors import ResumeError
+from hessdiag.measurement.loop import Event, Loop
+
+COUNT = 40
+
+
+class Killed(BaseException):
+    """Stands for a process that ends between two statements."""
+
+
+def setting(name: str = "mlp", activation: str = "silu") -> tuple[hd.Objective, Any]:
+    options: dict[str, Any] = {"in_features": 64, "widths": (4, 3)} if name == "mlp" else {"width": 2, "strides": (1,)}
+    model = hd.networks.build(name, activation=activation, seed=0, **options).eval()
+    return hd.Objective(model), load("digits", samples=40).batches(9)
+
+
+def plain(m: hd.Measurement) -> dict[str, Any]:
+    """All numbers of a measurement but its clock."""
+    content = json.loads(json.dumps(m.to_dict()))
+    del content["seconds"], content["provenance"]["when"]
+    return content
+
+
+def measured(**options: Any) -> hd.Measurement:
+    objective, batches = setting()
+    options = {"min_replicates": COUNT, "max_replicates": COUNT, "rtol": 1e-9, **options}
+    return hd.measure(objective, batches, **options)
+
+
+def killer(after: int) -> Any:
+    """A progress callback that ends the process after so many events."""
+    seen = [0]
+
+    def tell(_event: Event) -> None:
+        seen[0] += 1
+        if seen[0] > after:
+            raise Killed
+
+    return tell
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "propagation"])
+def test_killed_anywhere_gives_the_same_bits(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after every few events, the file written as often as can be: all numbers equal, the history too."""
+    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_SHARE", 0.0)
+    whole = plain(measured(method=method, min_replicates=10))
+    path, kills, rng = tmp_path / "r.st", 0, random.Random(0)
+    while True:
+        try:
+            found = measured(method=method, min_replicates=10, resume=path, progress=killer(rng.randrange(4, 30)))
+            break
+        except Killed:
+            kills += 1
+            assert kills < 100
+    assert kills >= 4
+    assert plain(found) == whole
+    again = measured(method=method, min_replicates=10, resume=path)  # finished: nothing is left to do
+    assert plain(again) == whole
+
+
+def test_ctrl_c_within_a_batch_does_not_count_it_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KeyboardInterrupt between the replicates of one batch must not leave half of them in the file."""
+    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_SHARE", 0.0)
+    whole = plain(measured(method="hutchinson"))
+    path, honest, calls = tmp_path / "r.st", Loop._replicate, [0]
+
+    def interrupted(self: Loop, batch: Any, r: int) -> Any:
+        calls[0] += 1
+        if calls[0] == 101:  # neither the first batch of a round nor the first replicate of a batch
+            raise KeyboardInterrupt
+        return honest(self, batch, r)
+
+    monkeypatch.setattr(Loop, "_replicate", interrupted)
+    cut = measured(method="hutchinson", resume=path)
+    assert "interrupted" in cut.status
+    assert cut.replicates < COUNT
+    monkeypatch.setattr(Loop, "_replicate", honest)
+    assert plain(measured(method="hutchinson", resume=path)) == whole
+
+
+def test_exact_part_is_taken_up_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_SHARE", 0.0)
+    whole, path = plain(measured(method="exact")), tmp_path / "r.st"
+    batches = [0]
+    honest = Loop._known_batch
+
+    def counted(self: Loop, batch: Any) -> None:
+        batches[0] += 1
+        honest(self, batch)
+
+    monkeypatch.setattr(Loop, "_known_batch", counted)
+    with pytest.raises(Killed):
+        measured(method="exact", resume=path, progress=killer(5))
+    before = batches[0]
+    assert plain(measured(method="exact", resume=path)) == whole
+    assert 0 < before < 5
+    assert batches[0] <= 6
+
+
+def test_writes_are_rare_where_they_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write of 0.02 s is not repeated within 20 times that, whatever SAVE_EVERY says."""
+    from hessdiag.measurement import resume as files
+
+    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
+    honest, writes = files.store, []
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        time.sleep(0.02)
+        writes.append(time.monotonic())
+        honest(*args, **kwargs)
+
+    monkeypatch.setattr(files, "store", slow)
+    begun = time.monotonic()
+    measured(method="hutchinson", resume=tmp_path / "r.st")
+    looks = 4  # the first write, after the known phase, at the look at 40, and one in doubt
+    assert len(writes) <= looks + (time.monotonic() - begun) / 0.4
+
+
+def test_another_measurement_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.st"
+    measured(method="hutchinson", resume=path)
+    with pytest.raises(ResumeError, match="seed"):
+        measured(method="hutchinson", resume=path, seed=1)
+    objective, _ = setting()
+    with pytest.raises(ResumeError, match="remove it to start anew"):
+        hd.measure(objective, load("digits", samples=39).batches(9), method="hutchinson", resume=path)
+    with pytest.raises(ResumeError, match="begun with method"):
+        measured(method="propagation", resume=path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ResumeError):
+        measured(method="hutchinson", resume=path)
+
+
+def command(checkpoint: Path, *more: str) -> list[str]:
+    options = "--samples 40 --batch-size 20 --method hutchinson --min-replicates 250 --max-replicates 250"
+    return [sys.executable, "-m", "hessdiag", "measure", str(checkpoint), *options.split(), "-q", *more]
+
+
+def kill_and_resume(tmp_path: Path, *, kills: int, seed: int) -> None:
+    model = setting()[0].model
+    checkpoint, state, rng = tmp_path / "m.pt", tmp_path / "r.st", random.Random(seed)
+    hd.save_checkpoint(checkpoint, model, data="digits")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    results = [tmp_path / "whole.json", tmp_path / "resumed.json"]
+    done = 0
+    while done < kills:
+        process = subprocess.Popen(command(checkpoint, "--resume", str(state), "--json", str(results[1])), env=env)
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if state.exists() and state.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done += 1
+        if results[1].exists():
+            break
+    assert done > 0
+    for path, more in zip(results, ([], ["--resume", str(state)])):
+        ended = subprocess.run(command(checkpoint, "--json", str(path), *more), env=env, capture_output=True, text=True)
+        assert ended.returncode in (0, 1), ended.stderr
+    whole, resumed = (json.loads(path.read_text()) for path in results)
+    for content in (whole, resumed):
+        del content["seconds"], content["provenance"]["when"]
+    assert resumed == whole
+
+
+def test_sigkill_once(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, kills=1, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_sigkill_at_many_times(tmp_path: Path, seed: int) -> None:
+    kill_and_resume(tmp_path, kills=5, seed=seed)
+
+
