@@ -4,21 +4,21 @@ MLPs on 64 samples in float32 against BackPACK's DiagHessian (`pip install backp
 residual conv net on 64 digits, which BackPACK refuses, against batched Hessian-vector products with unit vectors (the
 gradient's graph built once, 16 vectors at a time by one vectorised double backward). The two sides take turns in one
 run; ratios are medians over the turns with an interval of order statistics, of wall time and of processor time (which
-other work on the machine disturbs less). Peak memory is how far one evaluation raises the peak resident set (ru_maxrss)
-of a process of its own that has evaluated a tiny net before. Ours returns two parts, Gauss-Newton and functional; its
-peers the total alone.
+other work on the machine disturbs less). Peak memory is how far one evaluation raises the peak resident set of a
+process of its own (Linux: VmHWM, set back just before) that has evaluated a tiny net. Ours returns two parts,
+Gauss-Newton and functional; its peers the total alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,10 +155,16 @@ def _measure_memory(method: str, net: str, curve: str, samples: int) -> None:
     tiny = (WIDTHS[net][0], 16, 16, 10)
     make(mlp(tiny, curve), *problem(tiny, 2))()
     run = make(mlp(WIDTHS[net], curve), *problem(WIDTHS[net], samples))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
+    before = _status("VmRSS")
     run()
-    scale = 2**20 if sys.platform == "darwin" else 2**10
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / scale)
+    print((_status("VmHWM") - before) / 1024)
+
+
+def _status(entry: str) -> float:
+    """Kilobytes, from the kernel's own account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(entry + ":")))
 
 
 class Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -241,8 +247,8 @@ def run_conv(settings: Settings) -> dict[str, Any]:
     print(
         f"residual conv net, p = {size}: ours {turns.first} s, p batched products {turns.second} s, "
         f"times faster {turns.wall} wall, {turns.processor} processor; deviation {error:.1e}\n"
-        f"  floor (the same convolutions alone) {floor:.3g} s; one plain forward pass {1e3 * forward:.2f} ms, p of them "
-        f"{size * forward:.3g} s",
+        f"  floor (the same convolutions alone) {floor:.3g} s; one plain forward pass {1e3 * forward:.2f} ms, p of "
+        f"them {size * forward:.3g} s",
         flush=True,
     )
     return {"parameters": size, "turns": turns, "deviation": error, "floor": floor, "forward": forward}

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..sites.elementwise import derivatives, is_elementwise
 from ..sites.graph import BATCH_NORM, Edge
 from ..sites.linearise import edge_shape
+from .denserules import DENSE, broadcast
 
 if TYPE_CHECKING:
     from .pushforward import Tangent
@@ -24,13 +24,6 @@ Given = tuple[int, Edge, "Tangent"]
 Cache = dict[tuple[str, int, int], Any]
 
 _SAME = frozenset({"AliasBackward0", "CloneBackward0", "AddBackward1", "SubBackward1"})
-_RESHAPES = tuple(
-    f"{name}Backward{number}"
-    for name, number in (
-        ("View", 0), ("UnsafeView", 0), ("ReshapeAlias", 0), ("Squeeze", 0), ("Squeeze", 1), ("Squeeze", 2),
-        ("Unsqueeze", 0), ("Unsqueeze", 1), ("Alias", 0), ("Clone", 0),
-    )
-)  # fmt: skip
 
 
 def factor_of(node: Any, slot: int) -> tuple[bool, Tensor | None]:
@@ -76,7 +69,7 @@ def move(node: Any, output: int, shape: torch.Size, given: Sequence[Given]) -> T
     slot, edge, tangent = given[0]
     if name == "ConvolutionBackward0":
         return _convolution(node, shape, edge, tangent) if slot == 0 else None
-    rule = _DENSE.get(name)
+    rule = DENSE.get(name)
     if rule is None:
         return None
     from .pushforward import Tangent
@@ -111,15 +104,13 @@ def double_backward(
         roots.append(root)
         vectors.append(tangent.to(root.dtype))
     if not roots:
-        return seed.new_zeros(count, *shape)
+        return torch.zeros(count, *shape, dtype=seed.dtype, device=seed.device)
     with contextlib.suppress(RuntimeError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (found,) = torch.autograd.grad(roots, seed, vectors, retain_graph=True, is_grads_batched=True)
+        found = torch.autograd.grad(roots, seed, vectors, retain_graph=True, is_grads_batched=True)[0]
         batched: Tensor = found.detach()
         return batched
-    rows = [
-        torch.autograd.grad(roots, seed, [v[k] for v in vectors], retain_graph=True)[0] for k in range(count)
-    ]
+    rows = [torch.autograd.grad(roots, seed, [v[k] for v in vectors], retain_graph=True)[0] for k in range(count)]
     return torch.stack(rows).detach()
 
 
@@ -132,10 +123,22 @@ def _convolution(node: Any, shape: torch.Size, edge: Edge, tangent: Tangent) -> 
         value, weight = settled.value, weight[:, settled.band[0] : settled.band[1]]
     else:
         value = settled.dense(edge_shape(edge))
+    images, stride = value.flatten(0, 1), node._saved_stride
+    if not node._saved_transposed and weight[0, 0].numel() == 1 and not any(node._saved_padding):
+        # a strided convolution of one pixel picks pixels; the libraries' own kernels for it can be ten times slower
+        images = images[(slice(None), slice(None), *(slice(None, None, step) for step in stride))].contiguous()
+        stride = (1,) * len(stride)
     moved = torch.convolution(
-        value.flatten(0, 1), weight, None, node._saved_stride, node._saved_padding, node._saved_dilation,
-        node._saved_transposed, node._saved_output_padding, groups,
-    )  # fmt: skip
+        images,
+        weight,
+        None,
+        stride,
+        node._saved_padding,
+        node._saved_dilation,
+        node._saved_transposed,
+        node._saved_output_padding,
+        groups,
+    )
     return Tangent(moved.reshape(len(value), *shape), owned=True)
 
 
@@ -145,7 +148,7 @@ def _product(node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent:
     total: Tensor | None = None
     for slot, edge, tangent in given:
         other = (node._saved_other if slot == 0 else node._saved_self).detach()
-        part = _broadcast(tangent.dense(edge_shape(edge)), shape) * other
+        part = broadcast(tangent.dense(edge_shape(edge)), shape) * other
         total = part if total is None else total + part
     assert total is not None
     return Tangent(total)
@@ -165,96 +168,3 @@ def _scalar(value: float, node: Any) -> Tensor:
 
 def _aligned(other: Tensor, shape: torch.Size) -> Tensor:
     return other.reshape(*(1,) * (len(shape) - other.ndim), *other.shape)
-
-
-def _broadcast(value: Tensor, shape: torch.Size) -> Tensor:
-    """[K, *small] -> [K, *1s, *small], which broadcasts against [K, *shape]."""
-    return value.reshape(len(value), *(1,) * (len(shape) + 1 - value.ndim), *value.shape[1:])
-
-
-def _reshape(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    return value.reshape(len(value), *shape)
-
-
-def _expand(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    return _broadcast(value, shape).expand(len(value), *shape)
-
-
-def _sum(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    sign = 1.0
-    if slot == 1 or node.name() == "RsubBackward0":
-        sign = float(getattr(node, "_saved_alpha", 1))
-    negative = (node.name() == "SubBackward0" and slot == 1) or (node.name() == "RsubBackward0" and slot == 0)
-    if node.name() == "RsubBackward0" and slot == 1:
-        sign = 1.0
-    moved = _expand(node, slot, value, shape)
-    return moved if sign == 1.0 and not negative else moved * (-sign if negative else sign)
-
-
-def _linear(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor | None:
-    if slot != {"AddmmBackward0": 1, "MmBackward0": 0, "LinearBackward0": 0}[node.name()]:
-        return None
-    matrix = node._saved_weight.detach().T if node.name() == "LinearBackward0" else node._saved_mat2.detach()
-    moved: Tensor = value @ matrix
-    alpha = float(getattr(node, "_saved_alpha", 1))
-    return moved if alpha == 1.0 else moved * alpha
-
-
-def _dims(node: Any, ndim: int) -> list[int]:
-    dims = node._saved_dim
-    dims = [dims] if isinstance(dims, int) else list(dims or range(ndim))
-    wrapped = [d - (1 << 64) if d >= 1 << 63 else d for d in dims]
-    return [(d + ndim if d < 0 else d) + 1 for d in wrapped]
-
-
-def _mean(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    return value.mean(_dims(node, value.ndim - 1), keepdim=True).reshape(len(value), *shape)
-
-
-def _total(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    return value.sum(_dims(node, value.ndim - 1), keepdim=True).reshape(len(value), *shape)
-
-
-def _avg_pool(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    moved = F.avg_pool2d(
-        value.flatten(0, -4), node._saved_kernel_size, node._saved_stride or None, node._saved_padding,
-        node._saved_ceil_mode, node._saved_count_include_pad, node._saved_divisor_override,
-    )  # fmt: skip
-    return moved.reshape(len(value), *shape)
-
-
-def _adaptive_pool(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    return F.adaptive_avg_pool2d(value.flatten(0, -4), (shape[-2], shape[-1])).reshape(len(value), *shape)
-
-
-def _max_pool(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    where = node._saved_result1.flatten(-2)
-    flat = value.flatten(-2)
-    return flat.gather(-1, where.expand(len(value), *where.shape)).reshape(len(value), *shape)
-
-
-def _permute(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    ndim = value.ndim - 1
-    dims = [d - (1 << 64) if d >= 1 << 63 else d for d in node._saved_dims]
-    return value.permute(0, *(d % ndim + 1 for d in dims))
-
-
-def _transpose(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    ndim = value.ndim - 1
-    first, second = (d - (1 << 64) if d >= 1 << 63 else d for d in (node._saved_dim0, node._saved_dim1))
-    return value.transpose(first % ndim + 1, second % ndim + 1)
-
-
-_DENSE: dict[str, Callable[[Any, int, Tensor, torch.Size], Tensor | None]] = {
-    **dict.fromkeys(_RESHAPES, _reshape),
-    **dict.fromkeys(("AddmmBackward0", "MmBackward0", "LinearBackward0"), _linear),
-    **dict.fromkeys(("AddBackward0", "SubBackward0", "RsubBackward0"), _sum),
-    "ExpandBackward0": _expand,
-    "MeanBackward1": _mean,
-    "SumBackward1": _total,
-    "AvgPool2DBackward0": _avg_pool,
-    "AdaptiveAvgPool2DBackward0": _adaptive_pool,
-    "MaxPool2DWithIndicesBackward0": _max_pool,
-    "PermuteBackward0": _permute,
-    "TransposeBackward0": _transpose,
-}
