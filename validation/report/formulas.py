@@ -23,6 +23,7 @@ def mathtext(latex: str) -> str:
     text = re.sub(r"\\ge(?![a-zA-Z])", r"\\geq ", text)
     text = re.sub(r"\\[Bb]igg?l", r"\\left", text)
     text = re.sub(r"\\[Bb]igg?r", r"\\right", text)
+    text = re.sub(r"\\frac(?![a-zA-Z])", r"\\dfrac", text)
     return text.replace(r"\textstyle", "").replace(r"\iff", r"\Leftrightarrow ")
 
 
