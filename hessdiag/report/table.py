@@ -17,9 +17,17 @@ NARROW, WIDE = 76, 110
 """Below the first width tables leave columns out, from the second on they show all."""
 
 
+class Terminal(Console):
+    """A console that leaves a closed pipe to its caller, which knows the exit code."""
+
+    def on_broken_pipe(self) -> None:
+        """Instead of rich's own exit with 1."""
+        raise BrokenPipeError
+
+
 def terminal() -> Console:
     """Stdout: coloured and as wide as the terminal if it is one, plain otherwise; $COLUMNS decides if set."""
-    return Console(highlight=False, soft_wrap=False, emoji=False, markup=False, file=sys.stdout)
+    return Terminal(highlight=False, soft_wrap=False, emoji=False, markup=False, file=sys.stdout)
 
 
 def print_measurement(content: dict[str, Any], console: Console | None = None) -> None:
