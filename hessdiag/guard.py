@@ -1,4 +1,4 @@
-"""The user's model is handed back as it came, also after an error: modes, gradients, buffers, requires_grad."""
+"""The user's model is handed back as it came, also after an error: modes, gradients, buffers, flags and hooks."""
 
 from __future__ import annotations
 
@@ -6,29 +6,56 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .errors import OutOfMemoryError
+from .errors import OutOfMemoryError, UncoveredModelError
 
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Restore everything a measurement could touch."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise UncoveredModelError(
+                f"parameter {name!r} was made under torch.inference_mode(), which forbids differentiating it; "
+                "build or load the model outside of it"
+            )
     modes = [(module, module.training) for module in model.modules()]
+    scripted = torch.jit.ScriptModule  # whose buffers cannot be bound anew
+    bound = [(m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, scripted)]
     gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
+    values = [(b, b.detach().clone()) for b in model.buffers()]
+    hooks = [(found, dict(found)) for p in model.parameters() if (found := p._backward_hooks)]
+    states = _random_states(model)
     try:
-        yield
+        for found, _ in hooks:  # they change gradients, hence the Hessian that autograd shows, not the loss
+            found.clear()
+        with torch.inference_mode(False):
+            yield
     finally:
+        for found, kept in hooks:
+            found.update(kept)
         for module, training in modes:
             module.training = training
+        for present, before in bound:
+            present.clear()
+            present.update(before)
         for parameter, gradient, requires in gradients:
             parameter.grad = gradient
             parameter.requires_grad_(requires)
-        with torch.no_grad():
-            for buffer, value, version in buffers:
-                if buffer._version != version:
+        for buffer, value in values:
+            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
+        torch.set_rng_state(states[0])
+        for device, state in states[1]:
+            torch.cuda.set_rng_state(state, device)
+
+
+def _random_states(model: nn.Module) -> tuple[Tensor, list[tuple[torch.device, Tensor]]]:
+    """Global random states, which a shuffling loader or the model itself may draw from."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return torch.get_rng_state(), [(device, torch.cuda.get_rng_state(device)) for device in devices]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import ConfigurationError, TargetError, UnknownNameError, nearest
+from .errors import ConfigurationError, HessdiagError, NonFiniteError, TargetError, UnknownNameError, nearest
 
 PerSample = Callable[[Tensor, Tensor], Tensor]
 
@@ -86,6 +86,8 @@ class CrossEntropy(Loss):
         if self.class_weights is not None and len(self.class_weights) != classes:
             raise ConfigurationError(f"{len(self.class_weights)} class weights for {classes} outputs")
         if targets.is_floating_point():
+            if bool((targets < 0).any()):
+                raise TargetError("probability targets must not be negative")
             if targets.shape != outputs.shape:
                 raise TargetError(
                     f"probability targets must have the outputs' shape {list(outputs.shape)}, not {list(targets.shape)}"
@@ -214,7 +216,15 @@ class CallableLoss(Loss):
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The function itself, its shape checked."""
-        loss = self.function(outputs, targets)
+        try:
+            loss = self.function(outputs, targets)
+        except (HessdiagError, MemoryError):
+            raise
+        except Exception as error:
+            text = (str(error).splitlines() or [""])[0]
+            raise ConfigurationError(f"loss {self.name!r} raised {type(error).__name__}: {text}") from error
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            raise ConfigurationError(f"loss {self.name!r} must return a real tensor, one value per sample")
         if loss.shape != (len(outputs),):
             raise ConfigurationError(
                 f"loss {self.name!r} must return one value per sample, shape [{len(outputs)}], not {list(loss.shape)}; "
@@ -225,9 +235,11 @@ class CallableLoss(Loss):
     def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
         """C Hessian-vector products on the outputs alone, then eigenvectors scaled by sqrt|eigenvalue|."""
         with torch.enable_grad():
-            f = outputs.detach().double().requires_grad_(True)
-            y = targets.double() if targets.is_floating_point() else targets
-            loss = self.values(f, y)
+            f, loss = self._in_double(outputs, targets)
+            if not loss.requires_grad:
+                raise ConfigurationError(
+                    f"loss {self.name!r} does not depend differentiably on the outputs (is it detached?)"
+                )
             (gradient,) = torch.autograd.grad(loss.sum(), f, create_graph=True)
             flat = _rows(gradient)
             rows = []
@@ -237,17 +249,31 @@ class CallableLoss(Loss):
                     continue
                 (row,) = torch.autograd.grad(flat[:, c].sum(), f, retain_graph=True, allow_unused=True)
                 rows.append(torch.zeros_like(flat) if row is None else _rows(row))
-        hessian = torch.stack(rows, 1).detach()
+        hessian = torch.stack(rows, 1).detach().double()
+        loss, flat = loss.detach().double(), flat.detach().double()
+        if not bool(torch.isfinite(hessian).all()):
+            raise NonFiniteError(f"the loss {self.name!r} has a second derivative that is NaN or Inf")
         values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.transpose(1, 2)))
         positive = vectors * values.clamp(min=0).sqrt()[:, None, :]
         negative = vectors * (-values).clamp(min=0).sqrt()[:, None, :]
-        signs = torch.ones(positive.shape[2], dtype=f.dtype, device=f.device)
+        signs = torch.ones(positive.shape[2], dtype=torch.float64, device=f.device)
         parts, kept = [positive], [signs]
         if bool((values < 0).any()):
             parts.append(negative)
             kept.append(-signs)
         factor = torch.cat(parts, 2).permute(2, 0, 1).contiguous()
-        return Curvature(loss.detach(), flat.detach(), factor, torch.cat(kept))
+        return Curvature(loss, flat, factor, torch.cat(kept))
+
+    def _in_double(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(outputs, loss) in float64; in the outputs' own dtype where the function holds tensors that insist on it."""
+        f = outputs.detach().double().requires_grad_(True)
+        try:
+            return f, self.values(f, targets.double() if targets.is_floating_point() else targets)
+        except ConfigurationError as error:
+            if outputs.dtype == torch.float64 or not isinstance(error.__cause__, RuntimeError):
+                raise
+        f = outputs.detach().requires_grad_(True)
+        return f, self.values(f, targets)
 
 
 LOSSES = ("cross_entropy", "mse", "half_mse", "bce")

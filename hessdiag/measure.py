@@ -74,7 +74,8 @@ def measure(
     Interrupted (Ctrl-C, `max_seconds`, `max_replicates`), the result is what is there, and its status says so.
     """
     begun = time.monotonic()
-    _check_arguments(method, rtol, confidence, min_replicates, max_replicates, max_seconds, target)
+    _check_basics(objective, method, seed)
+    _check_arguments(rtol, confidence, min_replicates, max_replicates, max_seconds, target)
     world = World.current()
     with as_it_was(objective.model), memory_errors(ADVICE):
         objective.check_modes()
@@ -159,8 +160,7 @@ def diagonal(
     Stochastic methods average `replicates` and come with per-entry standard errors. `per_sample` gives the
     diagonals of the single samples' losses (method "exact").
     """
-    if method != "auto" and method not in METHODS:
-        raise UnknownNameError(f"unknown method {method!r}; {nearest(method, [*METHODS, 'auto'])}")
+    _check_basics(objective, method, seed)
     if not isinstance(replicates, int) or replicates < 2:
         raise ConfigurationError(f"replicates={replicates!r}: at least 2 are needed for an error")
     world = World.current()
@@ -192,15 +192,21 @@ def diagonal(
         return loop.diagonal(provenance(objective, facts, plan, seed=seed, target="data", world=world))
 
 
-def _check_arguments(
-    method: str, rtol: float, confidence: float, low: int, high: int, seconds: float | None, target: str
-) -> None:
+def _check_basics(objective: Objective, method: str, seed: int) -> None:
+    if not isinstance(objective, Objective):
+        raise ConfigurationError(f"an Objective(model, loss) is needed first, not a {type(objective).__name__}")
     if method != "auto" and method not in METHODS:
-        raise UnknownNameError(f"unknown method {method!r}; {nearest(method, [*METHODS, 'auto'])}")
+        raise UnknownNameError(f"unknown method {method!r}; {nearest(str(method), [*METHODS, 'auto'])}")
+    if not isinstance(seed, int):
+        raise ConfigurationError(f"seed={seed!r}: an integer is needed")
+
+
+def _check_arguments(rtol: float, confidence: float, low: int, high: int, seconds: float | None, target: str) -> None:
     if not (isinstance(rtol, (int, float)) and 0.0 < rtol < float("inf")):
         raise ConfigurationError(f"rtol={rtol!r}: a positive number is needed, e.g. 0.05 for five per cent")
     check_confidence(confidence)
-    if low < 2 or high < 2 or high < low:
+    whole = isinstance(low, int) and isinstance(high, int)
+    if not whole or low < 2 or high < 2 or high < low:
         raise ConfigurationError(f"min_replicates={low}, max_replicates={high}: at least 2 probes, and min <= max")
     if seconds is not None and not seconds > 0:
         raise ConfigurationError(f"max_seconds={seconds!r} must be positive")

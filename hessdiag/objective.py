@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from .errors import (
     ConfigurationError,
     DeviceError,
     DtypeError,
     EmptyDataError,
+    HessdiagError,
     NonFiniteError,
     NoParametersError,
     StochasticModeError,
@@ -68,7 +70,15 @@ class Objective:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     def check_modes(self) -> None:
-        """Refuse what makes the loss no mean over samples: BatchNorm on batch statistics, active dropout."""
+        """Refuse a model that is no longer the one described, and what makes the loss no mean over samples:
+        BatchNorm on batch statistics, active dropout.
+        """
+        present = dict(self.model.named_parameters())
+        for name, parameter in self.parameters.items():
+            if present.get(name) is not parameter or not parameter.requires_grad or parameter.dtype != self.dtype:
+                raise ConfigurationError(
+                    f"parameter {name!r} was replaced, frozen or converted after Objective(...) was made; make it anew"
+                )
         for name, module in self.model.named_modules():
             if isinstance(module, _BATCH_NORM) and (module.training or module.running_mean is None):
                 why = "is in training mode" if module.training else "has no running statistics"
@@ -106,11 +116,20 @@ class Objective:
 
     def outputs(self, inputs: Any, targets: Tensor, *, index: int) -> Tensor:
         """The model's outputs on one checked batch, themselves checked against the targets."""
-        outputs = self.model(inputs)
+        try:
+            outputs = self.model(inputs)
+        except (HessdiagError, MemoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error)):
+                raise
+            raise self._failure(error, inputs, index) from error
         if not isinstance(outputs, Tensor):
             raise ConfigurationError(
                 f"the model returned {_describe(outputs)}; wrap it so that it returns one tensor of outputs"
             )
+        if not outputs.is_floating_point():
+            raise DtypeError(f"the model's outputs are {outputs.dtype}; real floating-point outputs are needed")
         if outputs.ndim == 0 or len(outputs) != len(targets):
             raise TargetError(
                 f"batch {index}: outputs of shape {list(outputs.shape)} for {len(targets)} targets; "
@@ -131,6 +150,8 @@ class Objective:
 
     def _check_parameters(self) -> None:
         for name, parameter in self.parameters.items():
+            if not isinstance(parameter, nn.parameter.UninitializedParameter) and parameter.numel() == 0:
+                raise NoParametersError(f"parameter {name!r} has no entries: leave it out (parameters=...)")
             if parameter.device != self.device:
                 raise DeviceError(f"parameter {name!r} is on {parameter.device}, others on {self.device}")
             if parameter.dtype not in (torch.float32, torch.float64):
@@ -140,8 +161,30 @@ class Objective:
             if parameter.dtype != self.dtype:
                 raise DtypeError(f"parameter {name!r} is {parameter.dtype}, others {self.dtype}; convert with .to()")
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
+                raise ConfigurationError(f"{name!r} has no shape yet: run the model once on a batch")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
                 raise NonFiniteError(f"{name!r} holds NaN or Inf: the model cannot be measured; reload or retrain it")
+
+    def _failure(self, error: Exception, inputs: Any, index: int) -> HessdiagError:
+        """The model's own exception as one line, with what is visibly wrong with the inputs."""
+        for leaf in _pytree.tree_leaves(inputs):
+            if not isinstance(leaf, Tensor):
+                if hasattr(leaf, "__array__"):
+                    return ConfigurationError(
+                        f"batch {index} holds a {type(leaf).__name__} where a tensor is needed; use torch.as_tensor"
+                    )
+                continue
+            if leaf.device != self.device:
+                return DeviceError(f"batch {index} is on {leaf.device}, the model on {self.device}; use .to()")
+            if leaf.is_inference():
+                return ConfigurationError(
+                    f"batch {index} was made under torch.inference_mode(); load it outside, or clone its tensors"
+                )
+            if leaf.dtype != self.dtype and "dtype" in str(error):
+                return DtypeError(f"batch {index} is {leaf.dtype}, the model {self.dtype}; convert one with .to()")
+        text = (str(error).splitlines() or [""])[0]
+        return ConfigurationError(f"batch {index}: the model raised {type(error).__name__}: {text}")
 
     def _first_non_finite(self, inputs: Any) -> str:
         """Name of the first module whose output is NaN or Inf, found by one more pass with hooks."""
@@ -180,7 +223,10 @@ def _choose(model: nn.Module, wanted: Any) -> dict[str, nn.Parameter]:
             raise NoParametersError("no parameter of the model requires a gradient; call requires_grad_(True)")
         return chosen
     if isinstance(wanted, str):
-        pattern = re.compile(wanted)
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise ConfigurationError(f"parameters={wanted!r} is no regular expression: {error}") from None
         names = [name for name in everything if pattern.fullmatch(name)]
         if not names:
             raise NoParametersError(f"no parameter matches {wanted!r}; there are {_some(list(everything))}")

@@ -25,6 +25,11 @@ def key(*parts: int) -> int:
     return state >> 1
 
 
+def cpu_generator(seed: int) -> torch.Generator:
+    """A seeded generator on the processor, whatever the default device."""
+    return torch.Generator(device="cpu").manual_seed(seed & _MASK)
+
+
 class Signs:
     """Source of Rademacher signs for one measurement on one device."""
 

@@ -7,7 +7,7 @@ A second pass is compared with the first to catch what is not deterministic, and
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,10 @@ Batches = Iterable[Any]
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the data found; `order` differs where samples come in another order, the rest may not."""
+    """What one pass over the data found; `order` differs where samples come in another order, the rest may not.
+
+    `checked` says that a second pass agreed, and that later ones are held to it.
+    """
 
     samples: int
     batches: int
@@ -33,6 +36,7 @@ class Survey:
     data_size: float
     order: float
     shuffled: bool = False
+    checked: bool = False
 
     @property
     def mean_loss(self) -> float:
@@ -51,7 +55,8 @@ class Numbered:
 
     def part(self, chosen: Tensor) -> Numbered:
         """Some samples of the batch."""
-        inputs = _pytree.tree_map(lambda x: x[chosen] if isinstance(x, Tensor) else x, self.inputs)
+        count = len(self.targets)
+        inputs = _pytree.tree_map(lambda x: x[chosen] if _by_sample(x, count) else x, self.inputs)
         return Numbered(self.index, self.start, inputs, self.targets[chosen])
 
 
@@ -120,7 +125,23 @@ def check_deterministic(objective: Objective, batches: Batches) -> Survey:
             "(functional dropout, noise, batch statistics); make it deterministic, e.g. by model.eval()"
         )
     shuffled = abs(first.order - second.order) > 1e-9 * (first.data_size + 1e-300)
-    return Survey(**{**first.__dict__, "shuffled": shuffled})
+    return replace(first, shuffled=shuffled, checked=True)
+
+
+def watch(facts: Survey, batches: Iterable[Numbered]) -> Iterator[Numbered]:
+    """Hand the batches of a later pass on; at its end, refuse data that are not those of the survey."""
+    samples, data = 0, 0.0
+    for batch in batches:
+        yield batch
+        samples += len(batch.targets)
+        if facts.checked:
+            data += float(_fingerprint(batch.inputs, batch.targets).sum())
+    changed = facts.checked and abs(data - facts.data) > 1e-9 * (facts.data_size + 1e-300)
+    if samples != facts.samples or changed:
+        what = f"{samples} samples, not {facts.samples}" if samples != facts.samples else "other values"
+        raise NotDeterministicError(
+            f"the data changed during the measurement: a later pass gave {what}; pass a fixed set of batches"
+        )
 
 
 def check_apart(objective: Objective, first: Numbered) -> None:
@@ -129,16 +150,32 @@ def check_apart(objective: Objective, first: Numbered) -> None:
     if count < 2:
         return
     alone = first.part(torch.arange(count - 1, count, device=first.targets.device))
+    tolerance = 1e-8 if objective.dtype == torch.float64 else 1e-3
     with torch.no_grad():
-        whole = objective.outputs(first.inputs, first.targets, index=first.index)[-1].detach()
-        cut = objective.outputs(alone.inputs, alone.targets, index=first.index)[0].detach()
-    scale = float(whole.double().abs().max()) or 1.0
-    off = float((whole.double() - cut.double()).abs().max()) / scale
-    if off > (1e-8 if objective.dtype == torch.float64 else 1e-3):
+        outputs = objective.outputs(first.inputs, first.targets, index=first.index)
+        cut = objective.outputs(alone.inputs, alone.targets, index=first.index)
+        losses = objective.loss.values(outputs, first.targets)[-1:]
+        lone = objective.loss.values(outputs[-1:], alone.targets)
+    off = _apart(outputs[-1:], cut)
+    if off > tolerance:
         raise UncoveredModelError(
             f"the model mixes the samples of a batch: alone, a sample's outputs change by {off:.1e} of their size; "
             "its loss is no mean over samples, and no method here measures it"
         )
+    off = _apart(losses, lone)
+    if off > tolerance:
+        raise UncoveredModelError(
+            f"the loss {objective.loss.name!r} mixes the samples of a batch: alone, a sample's loss changes by "
+            f"{off:.1e} of its size; it is no mean over samples, and no method here measures it"
+        )
+
+
+def _apart(whole: Tensor, cut: Tensor) -> float:
+    """Largest difference, relative to the largest entry."""
+    if not whole.numel():
+        return 0.0
+    a, b = whole.detach().double(), cut.detach().double()
+    return float((a - b).abs().max()) / (float(a.abs().max()) or 1.0)
 
 
 def _iterate(batches: Batches) -> Iterator[Any]:
@@ -157,10 +194,15 @@ def _iterate(batches: Batches) -> Iterator[Any]:
         raise
 
 
+def _by_sample(value: Any, count: int) -> bool:
+    """Whether a leaf of the inputs has one entry per sample (a mask or a table for all samples has not)."""
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+
+
 def _fingerprint(inputs: Any, targets: Tensor) -> Tensor:
     """One number per sample, a fixed random-looking function of its values."""
     marks = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
-    leaves = [x for x in _pytree.tree_leaves(inputs) if isinstance(x, Tensor) and len(x) == len(targets)]
+    leaves = [x for x in _pytree.tree_leaves(inputs) if _by_sample(x, len(targets))]
     for number, leaf in enumerate([*leaves, targets]):
         flat = leaf.detach().double().reshape(len(targets), -1)
         wave = torch.cos(torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device) * (1.7 + number) + 0.3)

@@ -114,7 +114,8 @@ def _matrix(batch: Linearisation, node: Any, layers: dict[int, Layer]) -> Tensor
         return saved.detach().T  # type: ignore[no-any-return]
     layer = layers.get(id(node))
     if layer is None or layer.weight is None:
-        return torch.empty(node._input_metadata[0].shape[1], 0)
+        meta = node._input_metadata[0]
+        return torch.empty(meta.shape[1], 0, dtype=meta.dtype, device=meta.device)
     weight = batch.objective.parameters[layer.weight].detach()
     return weight.T if layer.transposed else weight
 

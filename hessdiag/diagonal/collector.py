@@ -45,5 +45,5 @@ class Collector:
             if name in turned:
                 out[name] = values.reshape(*lead, *shape[::-1]).transpose(-1, -2).contiguous()
             else:
-                out[name] = values.reshape(*lead, *shape)
+                out[name] = values.reshape([*lead, *shape])
         return out

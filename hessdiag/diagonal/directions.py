@@ -111,7 +111,8 @@ class Directions:
         for low in range(0, units, count):
             high = min(low + count, units)
             seed = torch.zeros(high - low, samples, units, dtype=like.dtype, device=like.device)
-            seed[torch.arange(high - low), :, torch.arange(low, high)] = 1
+            rows = torch.arange(high - low, device=seed.device)
+            seed[rows, :, rows + low] = 1
             q = self._total(Tangent(seed.reshape(-1, *self.out)))
             if layer.bias:
                 into.add(layer.bias, slice(low, high), q)
@@ -165,7 +166,7 @@ class Directions:
             o, k = flat // fan, flat % fan
             values = inputs[:, o * groups // channels, k].transpose(0, 1)
             seed = values.new_zeros(len(flat), self.samples, channels, self.shape.positions)
-            seed[torch.arange(len(flat)), :, o] = values
+            seed[torch.arange(len(flat), device=seed.device), :, o] = values
             yield (
                 name,
                 slice(low, low + len(flat)),
@@ -178,7 +179,7 @@ class Directions:
         for low in range(0, channels, count):
             high = min(low + count, channels)
             seed = values.new_zeros(high - low, *values.shape)
-            picked = torch.arange(low, high)
+            picked = torch.arange(low, high, device=values.device)
             seed[picked - low, :, picked] = values[:, low:high].transpose(0, 1)
             yield name, slice(low, high), Tangent(seed)
 
@@ -200,7 +201,8 @@ class Directions:
         for low in range(0, size, count):
             high = min(low + count, size)
             unit = torch.zeros(high - low, size, dtype=parameter.dtype, device=parameter.device)
-            unit[torch.arange(high - low), torch.arange(low, high)] = 1
+            rows = torch.arange(high - low, device=unit.device)
+            unit[rows, rows + low] = 1
             unit = unit.reshape(-1, *(1,) * (len(self.out) - parameter.ndim), *parameter.shape)
             seed = unit.expand(-1, *self.out) if other is None else (unit * other).expand(-1, *self.out)
             yield name, slice(low, high), Tangent(seed)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError, UncoveredModelError
+from ..signs import cpu_generator
 from ..sites import Layer, Linearisation
 from ..sites.graph import Edge
 from ..squares import _matrix_input
@@ -117,8 +118,8 @@ def check_separate(batch: Linearisation) -> None:
     samples = batch.samples
     if samples == 1:
         return
-    generator = torch.Generator().manual_seed(samples)
-    half = (torch.randperm(samples, generator=generator) < (samples + 1) // 2).to(batch.outputs.device)
+    order = torch.randperm(samples, generator=cpu_generator(samples), device="cpu")
+    half = (order < (samples + 1) // 2).to(batch.outputs.device)
     seeds: list[Tensor | None] = []
     for site in batch.sites:
         if site.c.numel() % samples:

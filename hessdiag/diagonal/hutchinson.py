@@ -6,6 +6,8 @@ sum_{j != k} H_kj^2. The Gauss-Newton part is v * (G v), G v = J^T (d2l/df2) J v
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ class Products:
     def __init__(
         self, objective: Objective, inputs: Any, targets: Tensor, *, index: int = 0, parts: bool = True
     ) -> None:
-        self.objective = objective
+        self.objective, self.inputs, self.targets = objective, inputs, targets
         self.names = list(objective.parameters)
         self._parameters = [objective.parameters[name] for name in self.names]
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
@@ -61,13 +63,14 @@ class Products:
         pairs = [(g, vector[n]) for g, n in zip(self._gradient, self.names) if g is not None and g.requires_grad]
         if not pairs:
             return {name: torch.zeros_like(vector[name]) for name in self.names}
-        found = torch.autograd.grad(
-            [g for g, _ in pairs],
-            self._parameters,
-            [v for _, v in pairs],
-            retain_graph=True,
-            allow_unused=True,
-        )
+        with once_more():
+            found = torch.autograd.grad(
+                [g for g, _ in pairs],
+                self._parameters,
+                [v for _, v in pairs],
+                retain_graph=True,
+                allow_unused=True,
+            )
         return self._named(found, vector)
 
     def push(self, vector: Tensors) -> Tensor:
@@ -94,10 +97,23 @@ class Products:
 
 
 def _gradient(loss: Tensor, parameters: list[Any]) -> tuple[Tensor | None, ...]:
-    try:
+    if not loss.requires_grad:
+        raise UncoveredModelError(
+            "the loss does not depend on the chosen parameters (no autograd graph): does the model run under no_grad?"
+        )
+    with once_more():
         found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "memory" in str(error):
-            raise
-        raise UncoveredModelError(f"the model cannot be differentiated twice: {str(error).splitlines()[0]}") from error
     return found
+
+
+@contextmanager
+def once_more() -> Iterator[None]:
+    """What autograd says of a derivative it does not have, as one exception."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "allocate memory" in str(error):
+            raise
+        raise UncoveredModelError(
+            f"the model cannot be differentiated twice: {str(error).splitlines()[0]}; no method here measures it"
+        ) from error

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..objective import Objective
-from .hutchinson import Products
+from .hutchinson import Products, once_more
 from .parts import Tensors
 
 Progress = Callable[[int, int], None]
@@ -43,7 +43,8 @@ def batch_diagonal(
         for low in range(0, parameter.numel(), chunk):
             high = min(low + chunk, parameter.numel())
             units = torch.zeros(high - low, parameter.numel(), dtype=parameter.dtype, device=parameter.device)
-            units[torch.arange(high - low), torch.arange(low, high)] = 1
+            rows = torch.arange(high - low, device=parameter.device)
+            units[rows, rows + low] = 1
             units = units.reshape(-1, *parameter.shape)
             flat_total[low:high] = _own_entries(products, position, units, low)
             flat_outer[low:high] = _quadratic_forms(products, position, units)
@@ -64,7 +65,8 @@ def _own_entries(products: Products, position: int, units: Tensor, low: int) -> 
     rows = _grad_batched(gradient, parameter, units)
     if rows is None:
         return torch.zeros(count, dtype=torch.float64, device=units.device)
-    picked = rows.reshape(count, -1)[torch.arange(count), torch.arange(low, low + count)]
+    places = torch.arange(count, device=rows.device)
+    picked = rows.reshape(count, -1)[places, places + low]
     return picked.double()
 
 
@@ -87,5 +89,6 @@ def _grad_batched(output: Tensor, wrt: Tensor, vectors: Tensor) -> Tensor | None
             output, wrt, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
         return None if found is None else found.detach()
-    rows = [torch.autograd.grad(output, wrt, v, retain_graph=True, allow_unused=True)[0] for v in vectors]
+    with once_more():
+        rows = [torch.autograd.grad(output, wrt, v, retain_graph=True, allow_unused=True)[0] for v in vectors]
     return None if rows[0] is None else torch.stack(rows).detach()

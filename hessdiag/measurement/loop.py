@@ -29,7 +29,7 @@ from ..norm import NormEstimate, Replicates, estimate
 from ..objective import Objective
 from ..signs import Signs
 from ..sites import Linearisation, edge_shape
-from ..stream import Batches, Numbered, Survey, numbered
+from ..stream import Batches, Numbered, Survey, numbered, watch
 from . import resume as files
 from .plan import KEEP_BYTES, Plan
 from .world import World
@@ -303,14 +303,14 @@ class Loop:
         keep = self.survey.batches == 1 and _patch_bytes(linear) <= KEEP_BYTES
         propagator = Propagator(linear, start=batch.start, groups=self.plan.sample_groups, keep=keep)
         if self.survey.batches == 1:
-            self._prepared = (batch.index, propagator)
+            self._prepared = (batch.start, propagator)
         return propagator
 
     def _prepare(self, batch: Numbered, make: Callable[[], Any]) -> Any:
         """The graph of a batch, kept for all replicates of the batch (and for good if it is the only one)."""
-        if self._prepared is None or self._prepared[0] != batch.index:
+        if self._prepared is None or self._prepared[0] != batch.start:  # one batch may have been cut in two
             self._prepared = None
-            self._prepared = (batch.index, make())
+            self._prepared = (batch.start, make())
         return self._prepared[1]
 
     # -- bookkeeping
@@ -325,7 +325,8 @@ class Loop:
     def _mine(self) -> Iterator[tuple[int, Numbered]]:
         """Batches of this process that are not yet in the sums."""
         few = self.survey.batches < self.world.size
-        for position, batch in enumerate(numbered(self.objective, self.batches, align=self.plan.align)):
+        watched = watch(self.survey, numbered(self.objective, self.batches, align=self.plan.align))
+        for position, batch in enumerate(watched):
             if position < self._position:
                 continue
             if self.world.size == 1 or (few and self.known_done) or self.world.mine(position, self.survey.batches):

@@ -21,7 +21,7 @@ from ..diagonal.propagation import Propagator
 from ..errors import ConfigurationError
 from ..norm import Replicates, estimate, trace
 from ..objective import Objective
-from ..signs import Signs
+from ..signs import Signs, cpu_generator
 from ..sites import Linearisation
 from ..stream import Batches, Numbered, Survey, numbered
 from .audit import Audit
@@ -36,9 +36,9 @@ SHARDS = 16
 
 def deal(samples: int, shards: int, seed: int) -> torch.Tensor:
     """Shard of every sample: a random deal into shards of equal size (to one sample)."""
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    shard = torch.empty(samples, dtype=torch.long)
-    shard[order] = torch.arange(samples) % shards
+    order = torch.randperm(samples, generator=cpu_generator(seed), device="cpu")
+    shard = torch.empty(samples, dtype=torch.long, device="cpu")
+    shard[order] = torch.arange(samples, device="cpu") % shards
     return shard
 
 

@@ -201,6 +201,9 @@ class Graph:
         bias = None
         if extra is not None and extra < len(sources) and self.is_live(sources[extra]) and _is_leaf(sources[extra]):
             bias = self._direct(node, extra)
+            shape, width = sources[extra].variable.shape, node._input_metadata[0].shape[-1]
+            if shape.numel() != width:
+                self._refuse(node, f"bias {bias!r} of shape {list(shape)} for {width} outputs")
         turned = self._turned(sources[right])
         weight = self._direct(node, right) if _is_leaf(sources[right]) else turned
         if weight is None and self.is_live(sources[right]):
@@ -244,6 +247,8 @@ class Graph:
         source = node.next_functions[0][0]
         if not (_is_leaf(source) and self.is_live(source) and source.variable.ndim == 2):
             return None
+        if (uses := len(self.consumers(node))) > 1:
+            self._refuse(node, f"parameter {self.parameter_of(source)!r} (transposed) used {uses} times")
         return self._direct(node, 0)
 
     def _direct(self, node: Any, slot: int) -> str | None:
