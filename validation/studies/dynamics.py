@@ -62,7 +62,7 @@ def run(options: Run) -> Study:
     """Quadratics first, then the measured net."""
     n, lr = 4, 0.1
     h, commuting, (values, noises, basis), general = _quadratic(n, 5)
-    runs = 4000 if options.quick else 40000
+    runs = 4000 if options.quick else 20000
     rows: list[Row] = []
     findings: list[Finding] = []
     for momentum in (0.0, 0.9):
@@ -84,7 +84,7 @@ def run(options: Run) -> Study:
     notes = (
         "Largest |z| over the 10 different entries of each of four matrices: 5 raises a false "
         "alarm in about 1 of 40,000 runs if entries are normal.",
-        "Digits rows: MLP, α = 14, β = 1; noise covariance from per-sample gradients, batch 32; the row names its matrix.",
+        "Digits rows: MLP, α = 14, β = 1; noise covariance from per-sample gradients, batch 32.",
     )
     title = "SGD near a minimum: closed forms, Lyapunov's equation, simulation; flatness of a small net"
     return Study("dynamics", title, columns, tuple(rows + more), tuple(findings + found), notes)
@@ -97,7 +97,7 @@ def _net(options: Run) -> tuple[list[Row], list[Finding]]:
     model = hd.networks.build(
         "mlp", activation=rct_spec(14.0, 1), in_features=16, widths=(6, 6), num_classes=10, seed=0
     )
-    model = train(model.double(), "cross_entropy", 400 if options.quick else 2000, x, y, seed=0)
+    model = train(model.double(), "cross_entropy", 400 if options.quick else 1500, x, y, seed=0)
     part = slice(0, 64 if options.quick else 256)
     x, y, lr, batch, damping = x[part], y[part], 0.02, 32, 1e-3
     hessian = full_hessian(model, x, y, "cross_entropy").detach().numpy()

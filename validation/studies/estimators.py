@@ -134,7 +134,7 @@ def as_replicates(model: nn.Module, draws: Tensor, *, groups: int = 16) -> Repli
 def run(options: Run) -> Study:
     """Variances, biases and coverage, measured on the engine's own estimators."""
     c = case()
-    count = 600 if options.quick else 4000
+    count = 600 if options.quick else 2000
     hessian = full_hessian(c.model, c.x, c.y, "cross_entropy").detach()
     diagonal = hessian.diagonal()
     rows, findings = [], []

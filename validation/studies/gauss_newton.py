@@ -86,10 +86,10 @@ def draw(table: Table, canvas: Any) -> None:
 @study("gauss_newton", draw=draw)
 def run(options: Run) -> Study:
     """MLP and residual conv net on digits, MSE and cross-entropy."""
-    alphas = (1.0, 14.0) if options.quick else (1.0, 4.0, 14.0, 28.0, 50.0)
-    stages = (0, 60) if options.quick else (0, 50, 200, 800)
+    alphas = (1.0, 14.0) if options.quick else (1.0, 4.0, 14.0, 50.0)
+    stages = (0, 60) if options.quick else (0, 60, 300)
     x, y = digits(1297)
-    probe = slice(0, 16 if options.quick else 64)
+    probe = slice(0, 16 if options.quick else 32)
     rows = []
     for kind in ("mlp", "conv"):
         for loss in LOSSES:

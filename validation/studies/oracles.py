@@ -114,7 +114,7 @@ def run(options: Run) -> Study:
         for kind, alpha in kinds:
             model = train(build(kind, alpha), "cross_entropy", 40, x, y, seed=0)
             Objective(model)  # refuses what cannot be measured before the oracle is asked
-            more, found, density = pyhessian(model, x[:16], y[:16], kind, 100 if options.quick else 1000)
+            more, found, density = pyhessian(model, x[:16], y[:16], kind, 100 if options.quick else 600)
             rows += more
             findings += found
             notes = [f"{density}; its trace and eigenvalues are used."]
