@@ -155,6 +155,7 @@ def kill_one(checkpoint: Path, tmp_path: Path, victim: int, processes: int = 2) 
     assert 'File "' not in "".join(line for line in err.splitlines() if "/hessdiag/" in line), err
 
 
+@pytest.mark.slow
 def test_one_of_two_is_killed(checkpoint: Path, tmp_path: Path) -> None:
     kill_one(checkpoint, tmp_path, 1)
 

@@ -198,6 +198,7 @@ def kill_and_resume(tmp_path: Path, *, kills: int, seed: int) -> None:
     assert resumed == whole
 
 
+@pytest.mark.slow
 def test_sigkill_once(tmp_path: Path) -> None:
     kill_and_resume(tmp_path, kills=1, seed=0)
 
