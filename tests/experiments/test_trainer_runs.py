@@ -212,11 +212,11 @@ def test_sigkill_at_many_moments(tmp_path: Path) -> None:
 
     moments = random.Random(0)
     config = table(method="dkl", epochs=60, lr=0.05, awp={"start": 2})
-    kills = [(epoch, moments.uniform(0.0, 0.1)) for epoch in sorted(moments.sample(range(55), 12))]
+    kills = [(epoch, moments.uniform(0.0, 0.1)) for epoch in sorted(moments.sample(range(55), 6))]
     torch.set_num_threads(1)
     train(TrainConfig.from_dict(config), tmp_path / "whole")
     hits = killed_and_resumed(config, tmp_path / "killed", kills)
-    assert hits >= 10
+    assert hits >= 5
     same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
