@@ -50,7 +50,7 @@ class Propagator:
         self.squares = [LayerSquares(layer, batch.samples, keep=keep) for layer in batch.layers]
         self._groups = [(groups or {}).get(layer.name, 1) for layer in batch.layers]
         self._edges = [layer.edge for layer in batch.layers]
-        self._roots: dict[int, list[Tensor | None]] = {}
+        self._bent: dict[int, list[bool]] = {}
 
     def direct(self) -> Tensors:
         """The functional part's share of the sites that each layer feeds directly: exact, no pass at all."""
@@ -64,14 +64,13 @@ class Propagator:
 
     def functional(self, signs: Signs, replicate: int) -> Tensors:
         """One unbiased replicate of the functional part without its `direct` share, summed over the batch's samples."""
-        drawn = [
-            signs.samples(site.c.shape, self.start, replicate, FUNCTIONAL, number, dtype=site.c.dtype)
+        drawn = [  # a byte per sign: on large batches the sites weigh as much as the activations
+            signs.samples(site.c.shape, self.start, replicate, FUNCTIONAL, number, dtype=torch.int8)
             for number, site in enumerate(self.batch.sites)
         ]
         out = zeros(self.batch.objective.parameters)
         for sign in (1, -1):
-            seeds = [None if root is None else root * s for root, s in zip(self._root(sign), drawn)]
-            self._square_pass(seeds, None, out, float(sign), self._groups)
+            self._square_pass(self._seeds(sign, drawn), None, out, float(sign), self._groups)
         return out
 
     def gauss_newton(self) -> Tensors:
@@ -105,14 +104,15 @@ class Propagator:
                 out |= square.each(delta.detach())
         return out
 
-    def _root(self, sign: int) -> list[Tensor | None]:
-        if sign not in self._roots:
-            roots: list[Tensor | None] = []
-            for site in self.batch.sites:
-                part = (site.c * sign).clamp(min=0)
-                roots.append(part.sqrt_() if bool(part.any()) else None)
-            self._roots[sign] = roots
-        return self._roots[sign]
+    def _seeds(self, sign: int, drawn: Sequence[Tensor]) -> list[Tensor | None]:
+        """Signs times sqrt(max(+-c, 0)), site by site, None where it vanishes; made anew, being as large as c."""
+        sites = self.batch.sites
+        if sign not in self._bent:
+            self._bent[sign] = [bool((site.c > 0 if sign > 0 else site.c < 0).any()) for site in sites]
+        return [
+            (site.c * sign).clamp_(min=0).sqrt_().mul_(s) if bent else None
+            for site, s, bent in zip(sites, drawn, self._bent[sign])
+        ]
 
     def _square_pass(
         self,
@@ -124,8 +124,9 @@ class Propagator:
     ) -> None:
         if output_seed is None and all(seed is None for seed in seeds):
             return
-        deltas = self.batch.backward(seeds, output_seed, self._edges)
-        for place, (square, delta, group) in enumerate(zip(self.squares, deltas, groups)):
+        deltas = list(self.batch.backward(seeds, output_seed, self._edges))
+        for place, (square, group) in enumerate(zip(self.squares, groups)):
+            delta, deltas[place] = deltas[place], None
             if delta is None:
                 continue
             direct = self.batch.direct.get(place)

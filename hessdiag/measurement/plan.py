@@ -1,8 +1,8 @@
 """The plan of a measurement: what is computed how. Fixed before the first replicate, stored, and can be given.
 
-The same seed, plan, dtype, device and number of threads give the same bits. A pilot on the first batch, thrown away,
-chooses what is better measured than guessed: how many neighbouring samples to sum before squaring, and the balance of
-each product of activations.
+The same seed, plan, dtype, device and number of threads give the same bits. A pilot on samples of the first batch,
+thrown away, chooses what is better measured than guessed: how many neighbouring samples to sum before squaring, and
+the balance of each product of activations.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ EXACT_COLUMNS = 32
 """Loss-factor columns up to which the Gauss-Newton part is taken exactly, in one pass each."""
 KEEP_BYTES = 1 << 28
 """Patches of a single-batch data set are kept between replicates up to this size."""
+PILOT_SAMPLES = 2 * BLOCK
+"""Samples of the first batch that a pilot looks at: enough to tell groups from single samples."""
 _PILOT = 1 << 40  # replicate numbers of the pilot, never those of a measurement
 
 
@@ -98,6 +100,8 @@ def make_plan(
     at_once = 1 if batches == 1 else max(1, min(8, (1 << 28) // (8 * size)))
     if method != "propagation":
         return Plan(method, groups=groups, at_once=at_once, reason=reason)
+    if len(first.targets) > PILOT_SAMPLES:
+        first = first.part(torch.arange(PILOT_SAMPLES, device=first.targets.device))
     batch = Linearisation(objective, first.inputs, first.targets, index=first.index)
     columns = len(batch.curvature.signs)
     gauss_newton = "exact" if columns <= EXACT_COLUMNS else "signs"

@@ -107,7 +107,8 @@ class Linearisation:
                 continue
             for edge, factor in site.legs:
                 roots.append(GradientEdge(*edge))
-                vectors.append((seed * factor).sum_to_size(edge_shape(edge)))
+                plain = isinstance(factor, float) and factor == 1.0
+                vectors.append((seed if plain else seed * factor).sum_to_size(edge_shape(edge)))
         if output_seed is not None:
             roots.append(self.outputs)
             vectors.append(output_seed.to(self.outputs.dtype).reshape(self.outputs.shape))
