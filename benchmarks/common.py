@@ -1,0 +1,114 @@
+"""What every benchmark shares: where results go, what machine they come from, intervals of a median, a trained net."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+import hessdiag
+from hessdiag import networks
+from hessdiag.data import load
+from hessdiag.files import write_bytes
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Median:
+    """A median and an interval of order statistics, which needs no assumption on the distribution."""
+
+    value: float
+    low: float
+    high: float
+    coverage: float
+    """Probability that the interval holds the true median."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def median(values: Sequence[float], *, confidence: float = 0.95) -> Median:
+    """The narrowest symmetric pair of order statistics that covers the median with `confidence`, or all there is."""
+    ordered = sorted(values)
+    n = len(ordered)
+    cut = 0
+    while cut + 1 < (n + 1) // 2 and 1.0 - 2.0 * float(stats.binom.cdf(cut + 1, n, 0.5)) >= confidence:
+        cut += 1
+    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2.0
+    return Median(middle, ordered[cut], ordered[n - 1 - cut], 1.0 - 2.0 * float(stats.binom.cdf(cut, n, 0.5)))
+
+
+def binomial_interval(hits: int, count: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a probability."""
+    tail = (1.0 - confidence) / 2.0
+    low = float(stats.beta.ppf(tail, hits, count - hits + 1)) if hits else 0.0
+    high = float(stats.beta.ppf(1.0 - tail, hits + 1, count - hits)) if hits < count else 1.0
+    return low, high
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and threads of this run."""
+    return {
+        "hessdiag": hessdiag.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown processor"
+
+
+def store(name: str, settings: Any, results: Mapping[str, Any]) -> Path:
+    """Write results/NAME.json as a whole: environment, settings (a dataclass), results."""
+    RESULTS.mkdir(exist_ok=True)
+    content = {"environment": environment(), "settings": asdict(settings), "results": results}
+    path = RESULTS / f"{name}.json"
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+    return path
+
+
+def digits(samples: int, *, seed: int = 0, split: str = "train") -> tuple[Tensor, Tensor]:
+    """So many digits (float32 in [0, 1], [N, 1, 8, 8]) and their classes."""
+    data = load("digits", split=split, samples=samples, seed=seed)
+    return next(iter(data.batches(samples)))
+
+
+def train(model: nn.Module, inputs: Tensor, targets: Tensor, *, steps: int, batch: int, lr: float, seed: int) -> float:
+    """`steps` of SGD with momentum 0.9; leaves the model in eval mode and returns its mean loss there."""
+    model.train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        chosen = torch.randint(len(inputs), (batch,), generator=generator)
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen]).backward()
+        optimiser.step()
+    model.eval()
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(model(inputs), targets))
+
+
+def small_resnet(activation: str, *, steps: int, seed: int, **options: Any) -> nn.Module:
+    """The residual conv net on 8x8 digits, trained for `steps` (0: freshly initialised), in eval mode."""
+    model = networks.build("small_resnet", activation=activation, seed=seed, **options)
+    inputs, targets = digits(1297)
+    train(model, inputs, targets, steps=steps, batch=64, lr=0.1, seed=seed)
+    return model

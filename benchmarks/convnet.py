@@ -1,0 +1,136 @@
+"""Residual conv net: squared error of the diagonal at the wall time of 100 Hutchinson probes, set-up included.
+
+Each repeat times Hutchinson (graph of the gradient, then 100 probes), gives propagation the same time (linearisation,
+direct share, exact Gauss-Newton part, then as many replicates as were finished in it) and compares |d_hat - d|^2 of
+both with the exact diagonal d, taken in float64. The methods take turns; ratios are formed within a repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+import hessdiag as hd
+from hessdiag.diagonal import exact
+from hessdiag.diagonal.hutchinson import Products, probe
+from hessdiag.diagonal.parts import Tensors, accumulate, zeros
+from hessdiag.diagonal.propagation import Propagator
+from hessdiag.signs import Signs
+from hessdiag.sites import Linearisation
+
+from .common import digits, median, small_resnet, store
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    activation: str = "rct:beta=1,alpha=14"
+    samples: int = 64
+    probes: int = 100
+    repeats: int = 15
+    training_steps: tuple[int, ...] = (0, 200)
+    seed: int = 0
+    target: float = 150.0
+
+
+SETTINGS = Settings()
+
+
+def truth(model: nn.Module, x: Tensor, y: Tensor) -> Tensors:
+    """The exact diagonal in float64."""
+    linear = Linearisation(hd.Objective(copy.deepcopy(model).double()), x.double(), y)
+    outer, inner = exact.batch_diagonal(linear)
+    return {name: (outer[name] + inner[name]) / len(y) for name in outer}
+
+
+def hutchinson(objective: hd.Objective, x: Tensor, y: Tensor, probes: int, seed: int) -> tuple[Tensors, float]:
+    """(diagonal, seconds) of so many probes."""
+    begun = time.perf_counter()
+    signs, out = Signs(seed), zeros(objective.parameters)
+    products = Products(objective, x, y, parts=False)
+    for r in range(probes):
+        v = probe(objective, signs, r)
+        accumulate(out, {name: v[name] * hv for name, hv in products.hessian(v).items()}, 1.0 / (probes * len(y)))
+    return out, time.perf_counter() - begun
+
+
+def propagation(
+    objective: hd.Objective, x: Tensor, y: Tensor, seconds: float, seed: int
+) -> tuple[Tensors, int, float]:
+    """(diagonal, replicates finished within so many seconds, seconds of set-up)."""
+    begun = time.perf_counter()
+    signs, sums = Signs(seed), zeros(objective.parameters)
+    propagator = Propagator(Linearisation(objective, x, y), keep=True)
+    known = propagator.gauss_newton()
+    accumulate(known, propagator.direct())
+    setup, count = time.perf_counter() - begun, 0
+    while True:
+        found = propagator.functional(signs, count)
+        if count and time.perf_counter() - begun > seconds:
+            break
+        accumulate(sums, found)
+        count += 1
+    return {name: (known[name] + sums[name] / count) / len(y) for name in sums}, count, setup
+
+
+def squared_error(found: Tensors, exactly: Tensors) -> float:
+    """|d_hat - d|^2."""
+    return sum(float((found[name] - exactly[name]).square().sum()) for name in exactly)
+
+
+def one_net(settings: Settings, steps: int) -> dict[str, Any]:
+    """All repeats on one net."""
+    model = small_resnet(settings.activation, steps=steps, seed=settings.seed)
+    x, y = digits(settings.samples, seed=settings.seed)
+    objective = hd.Objective(model)
+    exactly = truth(model, x, y)
+    square = sum(float(t.square().sum()) for t in exactly.values())
+    rows = []
+    for repeat in range(-1, settings.repeats):  # the first warms up
+        h, seconds = hutchinson(objective, x, y, settings.probes if repeat >= 0 else 5, 2 * repeat + 10)
+        p, count, setup = propagation(objective, x, y, seconds, 2 * repeat + 11)
+        if repeat >= 0:
+            errors = squared_error(h, exactly) / square, squared_error(p, exactly) / square
+            rows.append((errors[0] / errors[1], *errors, seconds, float(count), setup))
+    ratio, h_error, p_error, seconds, count, setup = (list(column) for column in zip(*rows))
+    return {
+        "training_steps": steps,
+        "parameters": objective.size,
+        "ratio": median(ratio).__dict__,
+        "ratio_of_means": sum(h_error) / sum(p_error),
+        "hutchinson_relative_error": (sum(h_error) / len(rows)) ** 0.5,
+        "propagation_relative_error": (sum(p_error) / len(rows)) ** 0.5,
+        "seconds": median(seconds).value,
+        "replicates": median(count).value,
+        "setup_seconds": median(setup).value,
+        "repeats": len(rows),
+    }
+
+
+def main() -> None:
+    """Measure, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=SETTINGS.repeats)
+    settings = replace(SETTINGS, repeats=parser.parse_args().repeats)
+    nets = []
+    for steps in settings.training_steps:
+        nets.append(net := one_net(settings, steps))
+        r = net["ratio"]
+        print(
+            f"after {steps} training steps: {settings.probes} probes take {net['seconds']:.2f} s and err by "
+            f"{net['hutchinson_relative_error']:.2%}; propagation in that time ({net['replicates']:.0f} replicates, "
+            f"set-up {net['setup_seconds']:.2f} s) by {net['propagation_relative_error']:.2%}; squared error "
+            f"{r['value']:.0f} times less [{r['low']:.0f}, {r['high']:.0f}], target {settings.target:g}",
+            flush=True,
+        )
+        store("convnet", settings, {"nets": nets})
+
+
+if __name__ == "__main__":
+    main()

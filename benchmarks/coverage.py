@@ -1,0 +1,217 @@
+"""How often 95% intervals hold the true norm, over 1,000 seeded measurements in each of several settings.
+
+A measurement here is the engine's own loop, stopping rule and norm; only what does not depend on the seed (one
+linearisation, the exact part) is shared between the measurements of a setting. Every measurement draws signs by a seed
+of its own, so measurements are independent. The true norm is that of the exact diagonal, in float64.
+
+For the population target the population is known: digits drawn with replacement, so that its Hessian is the mean over
+all of them. A measurement there is one call of the engine's `measure_population` on its own draw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hessdiag as hd
+from hessdiag import networks
+from hessdiag.diagonal import exact
+from hessdiag.measure import _run
+from hessdiag.measurement.loop import Loop
+from hessdiag.measurement.plan import Plan
+from hessdiag.measurement.population import measure_population
+from hessdiag.measurement.world import World
+from hessdiag.norm import NormEstimate, Replicates, estimate
+from hessdiag.signs import Signs
+from hessdiag.sites import Linearisation
+from hessdiag.stream import survey
+
+from .common import binomial_interval, digits, store, train
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One kind of measurement: `rtol` set stops sequentially, else `replicates` are taken."""
+
+    name: str
+    network: str
+    options: dict[str, Any]
+    steps: int
+    samples: int
+    method: str = "propagation"
+    target: str = "data"
+    rtol: float | None = None
+    replicates: int = 16
+    parameters: str | None = None
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    measurements: int = 1000
+    activation: str = "rct:beta=1,alpha=14"
+    confidence: float = 0.95
+    low: float = 0.93
+    high: float = 0.97
+    seed: int = 0
+    settings: tuple[Setting, ...] = field(
+        default=(
+            Setting("conv net, fixed", "small_resnet", {}, 50, 32),
+            Setting("conv net, sequential", "small_resnet", {}, 50, 32, rtol=0.15),
+            Setting("population", "mlp", {"widths": (16,), "in_features": 64}, 50, 640, target="population"),
+            Setting("MLP, fixed", "mlp", {"widths": (16, 16), "in_features": 64}, 50, 32),
+            Setting("MLP, sequential", "mlp", {"widths": (16, 16), "in_features": 64}, 50, 32, rtol=0.05),
+            Setting("noise dominates: Hutchinson", "small_resnet", {}, 50, 32, method="hutchinson", required=False),
+            Setting(
+                "heavy tails: population, well trained", "mlp", {"widths": (16,), "in_features": 64}, 2000, 64,
+                target="population", required=False,
+            ),
+            Setting(
+                "few entries: three gains", "small_resnet", {"width": 3}, 50, 4, parameters="bn1.weight",
+                required=False,
+            ),
+        )
+    )  # fmt: skip
+
+
+SETTINGS = Settings()
+
+
+def model_of(setting: Setting, settings: Settings) -> tuple[nn.Module, Tensor, Tensor]:
+    """The trained network and all digits, shaped for it."""
+    model = networks.build(setting.network, activation=settings.activation, seed=settings.seed, **setting.options)
+    x, y = digits(1297)
+    x = x.flatten(1) if setting.network == "mlp" else x
+    train(model, x, y, steps=setting.steps, batch=64, lr=0.1, seed=settings.seed)
+    return model, x, y
+
+
+def true_rms(objective: hd.Objective, x: Tensor, y: Tensor) -> float:
+    """The rms of the exact diagonal of these samples, in float64."""
+    twin = hd.Objective(copy.deepcopy(objective.model).double(), parameters=list(objective.parameters))
+    square, size = 0.0, 0
+    sums: dict[str, Tensor] = {}
+    for low in range(0, len(y), 256):
+        linear = Linearisation(twin, x[low : low + 256].double(), y[low : low + 256])
+        for part in exact.batch_diagonal(linear):
+            for name, t in part.items():
+                sums[name] = sums[name] + t if name in sums else t
+    for t in sums.values():
+        square += float((t / len(y)).square().sum())
+        size += t.numel()
+    return math.sqrt(square / size)
+
+
+def over_signs(setting: Setting, settings: Settings) -> Iterator[tuple[float, NormEstimate]]:
+    """(true rms, estimate) of measurements of one data set, by their own signs."""
+    model, x, y = model_of(setting, settings)
+    x, y = x[: setting.samples], y[: setting.samples]
+    objective = hd.Objective(model, parameters=setting.parameters)
+    truth = true_rms(objective, x, y)
+    plan = Plan(setting.method, parts=False)
+    facts = survey(objective, [(x, y)])
+    loop = Loop(
+        objective, [(x, y)], plan, facts, seed=0, world=World(), invariant=False, progress=None, resume=None,
+        identity={},
+    )  # fmt: skip
+    loop.run_known()
+    for number in range(settings.measurements):
+        loop.signs, loop.done, loop.history = Signs(1000 * settings.seed + number + 1), 0, []
+        loop.streams = {name: Replicates(objective.parameters, groups=plan.groups) for name in loop.streams}
+        if setting.rtol is None:
+            for _ in range(setting.replicates):
+                loop.run_round(1)
+        else:
+            _run(loop, setting.rtol, settings.confidence, 10, 1000, None)
+        stream = loop.stream_of("total")
+        assert stream is not None
+        sequential = setting.rtol is not None
+        yield truth, estimate(
+            stream, offset=loop.offset("total"), confidence=settings.confidence, sequential=sequential
+        ).total
+
+
+def over_data(setting: Setting, settings: Settings) -> Iterator[tuple[float, NormEstimate]]:
+    """(true rms of the population, estimate) of measurements that draw their data anew."""
+    model, x, y = model_of(setting, settings)
+    objective = hd.Objective(model)
+    truth = true_rms(objective, x, y)
+    generator = torch.Generator().manual_seed(settings.seed)
+    for number in range(settings.measurements):
+        chosen = torch.randint(len(y), (setting.samples,), generator=generator)
+        batches = [(x[chosen], y[chosen])]
+        facts = survey(objective, batches)
+        measured = measure_population(
+            objective, batches, Plan(setting.method), facts, None, seed=number, confidence=settings.confidence,
+            begun=time.monotonic(), progress=None, replicates=setting.replicates, world=World(),
+        )  # fmt: skip
+        yield truth, measured.norm.total
+
+
+def run(setting: Setting, settings: Settings) -> dict[str, Any]:
+    """Coverage of one setting and what the status says."""
+    begun = time.perf_counter()
+    draw = over_data if setting.target == "population" else over_signs
+    covered = below = 0
+    flags: dict[str, int] = {}
+    found: list[NormEstimate] = []
+    truth = math.nan
+    for truth, e in draw(setting, settings):
+        covered += e.low <= truth <= e.high
+        below += e.high < truth
+        for flag in e.flags:
+            flags[flag] = flags.get(flag, 0) + 1
+        found.append(e)
+    count = len(found)
+    low, high = binomial_interval(covered, count)
+    return {
+        "setting": asdict(setting),
+        "coverage": covered / count,
+        "coverage_interval": (low, high),
+        "missed_below": below / count,
+        "flagged": sum(bool(e.flags) for e in found) / count,
+        "flags": {flag: n / count for flag, n in sorted(flags.items())},
+        "true_rms": truth,
+        "bias_of_square": sum(e.square for e in found) / count / (truth**2 * found[0].entries) - 1.0,
+        "mean_half_width": sum((e.high - e.low) / 2.0 for e in found) / count / truth,
+        "mean_replicates": sum(e.replicates for e in found) / count,
+        "measurements": count,
+        "seconds": time.perf_counter() - begun,
+    }
+
+
+def main() -> None:
+    """Measure setting by setting, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measurements", type=int, default=SETTINGS.measurements)
+    settings = replace(SETTINGS, measurements=parser.parse_args().measurements)
+    torch.set_num_threads(1)
+    rows = []
+    for setting in settings.settings:
+        rows.append(row := run(setting, settings))
+        low, high = row["coverage_interval"]
+        verdict = "" if not setting.required else (
+            ", within target" if settings.low <= row["coverage"] <= settings.high else ", OUTSIDE target"
+        )  # fmt: skip
+        flags = ", ".join(f"{flag} {share:.0%}" for flag, share in row["flags"].items())
+        print(
+            f"{setting.name:38} {row['coverage']:6.1%} [{low:.1%}, {high:.1%}]{verdict}; half width "
+            f"{row['mean_half_width']:.1%}, {row['mean_replicates']:.1f} replicates, flagged {row['flagged']:.1%}"
+            f"{f' ({flags})' if flags else ''}, {row['seconds']:.0f} s",
+            flush=True,
+        )
+        store("coverage", settings, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()

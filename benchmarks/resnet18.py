@@ -1,0 +1,217 @@
+"""ResNet-18, 16 images: how far two replicates fix the squared norm, propagation against Hutchinson.
+
+<d1, d2> of two independent replicates is unbiased for |diag|^2. From m = 40 replicates of either method (propagation's
+with its exact offsets: Gauss-Newton part and direct share) and their products K_ij the variance of one product is
+estimated without bias as
+
+    mean over pairs of K_ij^2  -  mean over disjoint pairs of pairs of K_ij K_kl.
+
+The methods take turns, replicate by replicate; a seed covers initial weights, training, images and signs. The curves
+(results/resnet18.svg) show error against wall time, set-up included: of |diag|^2 (disjoint blocks of replicates against
+propagation's estimate from all of them) and of the diagonal itself (trace of a replicate's covariance over m).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hessdiag as hd
+from hessdiag import networks
+from hessdiag.data import load
+from hessdiag.diagonal.hutchinson import Products, probe
+from hessdiag.diagonal.parts import Tensors, accumulate
+from hessdiag.diagonal.propagation import Propagator
+from hessdiag.errors import DataError
+from hessdiag.signs import Signs
+from hessdiag.sites import Linearisation
+
+from .common import RESULTS, median, store, train
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    network: str = "resnet18"
+    activation: str = "rct:beta=1,alpha=14"
+    samples: int = 16
+    seeds: int = 5
+    replicates: int = 40
+    steps: int = 5
+    batch: int = 16
+    lr: float = 0.05
+    threads: int = 2
+    target: float = 400.0
+
+
+SETTINGS = Settings()
+METHODS = ("propagation", "hutchinson")
+BLOCKS = (2, 4, 5, 10, 20)
+
+
+def images(settings: Settings, seed: int) -> tuple[Tensor, Tensor, str]:
+    """Images to train and measure on: CIFAR-10 where it is at hand, else random ones, and which it was."""
+    count = settings.samples + settings.batch * settings.steps
+    try:
+        data = load("cifar10", split="train", samples=count, seed=seed)
+    except DataError:
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.rand(count, 3, 32, 32, generator=generator)
+        return inputs, torch.randint(10, (count,), generator=generator), "random images"
+    inputs, targets = next(iter(data.batches(count)))
+    return inputs, targets, "CIFAR-10"
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Products of replicates in float64."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for part in rows.split(1 << 16, dim=1):
+        part = part.double()
+        total += part @ part.T
+    return total
+
+
+def product_variance(k: Tensor) -> tuple[float, float]:
+    """(T, unbiased variance of one product <d1, d2>) from the products of m replicates."""
+    m = len(k)
+    pairs = k - torch.diag(k.diagonal())
+    total, rows, squares = float(pairs.sum()), pairs.sum(1), float(pairs.square().sum())
+    disjoint = total**2 - 4.0 * float(rows.square().sum()) + 2.0 * squares
+    square_of_mean = disjoint / (m * (m - 1) * (m - 2) * (m - 3))
+    return total / (m * (m - 1)), squares / (m * (m - 1)) - square_of_mean
+
+
+def block_errors(k: Tensor, truth: float) -> dict[int, float]:
+    """Relative rms error of the unbiased square from so many replicates, over disjoint blocks of them."""
+    errors = {}
+    for size in (size for size in BLOCKS if size <= len(k)):
+        found = []
+        for low in range(0, len(k) - size + 1, size):
+            part = k[low : low + size, low : low + size]
+            found.append(float(part.sum() - part.trace()) / (size * (size - 1)) / truth - 1.0)
+        errors[size] = math.sqrt(sum(e * e for e in found) / len(found))
+    return errors
+
+
+def one_seed(settings: Settings, seed: int) -> dict[str, Any]:
+    """Train a net and measure both methods on it."""
+    inputs, targets, data = images(settings, seed)
+    model = networks.build(settings.network, activation=settings.activation, seed=seed)
+    steps, n = settings.steps, settings.samples
+    loss = train(model, inputs[n:], targets[n:], steps=steps, batch=settings.batch, lr=settings.lr, seed=seed)
+    objective = hd.Objective(model)
+    x, y, signs = inputs[:n], targets[:n], Signs(seed)
+    out: dict[str, Any] = {"seed": seed, "data": data, "loss": loss, "parameters": objective.size}
+
+    begun = time.perf_counter()
+    propagator = Propagator(Linearisation(objective, x, y), keep=False)
+    outer, known = propagator.gauss_newton(), propagator.direct()
+    share = sum(float(t.square().sum()) for t in outer.values())
+    accumulate(known, outer)
+    setups = {"propagation": time.perf_counter() - begun}
+    begun = time.perf_counter()
+    products = Products(objective, x, y, parts=False)
+    setups["hutchinson"] = time.perf_counter() - begun
+
+    def propagation(r: int) -> Tensors:
+        found = propagator.functional(signs, r)
+        accumulate(found, known)
+        return found
+
+    def hutchinson(r: int) -> Tensors:
+        v = probe(objective, signs, r)
+        return {name: v[name] * hv for name, hv in products.hessian(v).items()}
+
+    draw: dict[str, Callable[[int], Tensors]] = {"propagation": propagation, "hutchinson": hutchinson}
+    rows = {method: torch.empty(settings.replicates, objective.size) for method in METHODS}
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    for r in range(settings.replicates):
+        for method in METHODS:
+            begun = time.perf_counter()
+            found = draw[method](r)
+            seconds[method].append(time.perf_counter() - begun)
+            torch.cat([(t / n).reshape(-1).float() for t in found.values()], out=rows[method][r])
+    products_of = {method: gram(rows[method]) for method in METHODS}
+    truth, _ = product_variance(products_of["propagation"])
+    out |= {"square": truth, "gauss_newton_share": share / n**2 / truth, "setup_seconds": setups}
+    for method, k in products_of.items():
+        square, variance = product_variance(k)
+        scatter = float(k.trace()) / len(k) - square
+        out[method] = {
+            "square": square,
+            "variance": variance,
+            "relative_error": math.sqrt(max(variance, 0.0)) / truth,
+            "diagonal_error": math.sqrt(max(scatter, 0.0) / truth),
+            "seconds": median(seconds[method]).value,
+            "blocks": block_errors(k, truth),
+        }
+    p, h = out["propagation"], out["hutchinson"]
+    out["variance_ratio"] = h["variance"] / p["variance"]
+    out["time_ratio"] = median([a / b for a, b in zip(seconds["propagation"], seconds["hutchinson"])]).value
+    out["diagonal_ratio"] = (h["diagonal_error"] / p["diagonal_error"]) ** 2
+    return out
+
+
+def plot(seeds: list[dict[str, Any]]) -> None:
+    """Error against wall time, a line per method: medians over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), sharex=True)
+    for method, marker in zip(METHODS, "os"):
+        found = [(s[method], s["setup_seconds"][method]) for s in seeds]
+        setup = median([setup for _, setup in found]).value
+        each = median([f["seconds"] for f, _ in found]).value
+        times = [setup + size * each for size in BLOCKS]
+        keyed = [{int(size): e for size, e in f["blocks"].items()} for f, _ in found]
+        left.plot(times, [median([k[size] for k in keyed]).value for size in BLOCKS], marker=marker, label=method)
+        single = median([f["diagonal_error"] for f, _ in found]).value
+        right.plot(times, [single / math.sqrt(size) for size in BLOCKS], marker=marker, label=method)
+    left.set_ylabel("relative rms error of |diag|²")
+    right.set_ylabel("relative rms error of diag")
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log", xlabel="seconds, set-up included")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(RESULTS / "resnet18.svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Measure seed by seed, store after each, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=SETTINGS.seeds)
+    parser.add_argument("--replicates", type=int, default=SETTINGS.replicates)
+    given = parser.parse_args()
+    settings = replace(SETTINGS, seeds=given.seeds, replicates=given.replicates)
+    torch.set_num_threads(min(settings.threads, os.cpu_count() or 1))
+    seeds: list[dict[str, Any]] = []
+    for seed in range(settings.seeds):
+        seeds.append(one_seed(settings, seed))
+        last = seeds[-1]
+        ratio = median([s["variance_ratio"] for s in seeds])
+        print(
+            f"seed {seed} ({last['data']}): product within {last['propagation']['relative_error']:.1%} of |diag|² by "
+            f"propagation, {last['hutchinson']['relative_error']:.1%} by Hutchinson; variance ratio "
+            f"{last['variance_ratio']:.0f} at {last['time_ratio']:.2f} of the time; so far {ratio} "
+            f"(interval at {ratio.coverage:.0%}), target {settings.target:g}",
+            flush=True,
+        )
+        store("resnet18", settings, {"seeds": seeds, "variance_ratio": ratio.__dict__})
+        plot(seeds)
+
+
+if __name__ == "__main__":
+    main()
