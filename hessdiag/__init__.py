@@ -1,14 +1,26 @@
-"""Exact and stochastic Hessian diagonals of neural networks, and their norms with error bars."""
+"""Exact and stochastic Hessian diagonals of neural networks, and their norms with error bars.
+
+Public names are imported when first used, so that a command's --help need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from . import activations, networks
-from .checkpoint import load_checkpoint, save_checkpoint
-from .diagonal import Diagonal
-from .errors import HessdiagError
-from .measure import diagonal, measure
-from .measurement import Measurement, Plan
-from .objective import Objective
+if TYPE_CHECKING:
+    from . import activations, networks
+    from .checkpoint import load_checkpoint, save_checkpoint
+    from .diagonal import Diagonal
+    from .errors import HessdiagError
+    from .measure import diagonal, measure
+    from .measurement import Measurement, Plan
+    from .objective import Objective
 
 __all__ = [
     "Diagonal",
@@ -23,3 +35,39 @@ __all__ = [
     "networks",
     "save_checkpoint",
 ]
+
+_HOMES = {
+    "Diagonal": "diagonal.result",
+    "HessdiagError": "errors",
+    "Measurement": "measurement.result",
+    "Objective": "objective",
+    "Plan": "measurement.plan",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+}
+
+
+def _from_measure(name: str) -> property:
+    """A function that shares its name with a submodule: importing the submodule must not put it in its place."""
+    return property(lambda _: getattr(import_module("hessdiag.measure"), name), lambda _, submodule: None)
+
+
+class _Package(ModuleType):
+    measure = _from_measure("measure")
+    diagonal = _from_measure("diagonal")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _HOMES:
+            value = getattr(import_module(f"hessdiag.{_HOMES[name]}"), name)
+        elif not name.startswith("_") and find_spec(f"hessdiag.{name}") is not None:
+            return import_module(f"hessdiag.{name}")
+        else:
+            raise AttributeError(f"module 'hessdiag' has no attribute {name!r}")
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
