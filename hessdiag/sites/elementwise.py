@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..activations import RCTAF, RCTFunction, max_curvature, rct_d1, rct_d2
+from ..errors import UncoveredModelError
 
 Derivatives = tuple[Tensor, Tensor | None]
 
@@ -196,6 +197,7 @@ PIECEWISE_LINEAR: dict[str, Callable[[Any], Derivatives]] = {
     "ClampMinBackward0": _inside("_saved_min", ""),
     "ClampMaxBackward0": _inside("", "_saved_max"),
     "AbsBackward0": _abs,
+    "HardsigmoidBackward0": lambda node: ((node._saved_self.abs() < 3).to(node._saved_self) / 6, None),
 }
 
 
@@ -221,7 +223,15 @@ def derivatives(node: Any) -> Derivatives:
             (x,) = node.saved_tensors
             return rct_d1(x, node.alpha, node.beta), rct_d2(x, node.alpha, node.beta)
         table = CURVED if node.name() in CURVED else PIECEWISE_LINEAR
-        first, second = table[node.name()](node)
+        try:
+            first, second = table[node.name()](node)
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise UncoveredModelError(
+                f"{node.name()}: what it saved for its derivative was overwritten in place: no gradient exists; "
+                "use the out-of-place form of the operation after it"
+            ) from error
         return first.detach(), None if second is None else second.detach()
 
 

@@ -27,7 +27,7 @@ MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D Ma
 ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D
 UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D
 UpsampleTrilinear3D PixelShuffle PixelUnshuffle ChannelShuffle Unfold Im2Col Col2Im
-Threshold Hardsigmoid Softshrink Hardshrink
+Threshold Softshrink Hardshrink
 """
 _OVERLOADS = """
 Add Sub Rsub Mean Sum Squeeze Max Mul Div Transpose ClampMin Unsqueeze Threshold
@@ -41,7 +41,7 @@ BATCH_NORM = frozenset({"NativeBatchNormBackward0", "CudnnBatchNormBackward0", "
 MATRIX = frozenset({"AddmmBackward0", "MmBackward0", "LinearBackward0"})
 PRODUCTS = frozenset({"MulBackward0"})
 RANDOM = frozenset({"NativeDropoutBackward0", "FusedDropoutBackward0"})
-_TURNED = frozenset({"TBackward0", "TransposeBackward0"})
+_TURNED = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
 
 Edge = tuple[Any, int]
 
@@ -247,6 +247,11 @@ class Graph:
         source = node.next_functions[0][0]
         if not (_is_leaf(source) and self.is_live(source) and source.variable.ndim == 2):
             return None
+        dims = getattr(node, "_saved_dims", None) or (getattr(node, "_saved_dim0", 0), getattr(node, "_saved_dim1", 1))
+        if [int(d) % 2 for d in dims] not in ([0, 1], [1, 0]) or (
+            node.name() == "PermuteBackward0" and int(dims[0]) % 2 == 0
+        ):
+            return None  # a turn that turns nothing
         if (uses := len(self.consumers(node))) > 1:
             self._refuse(node, f"parameter {self.parameter_of(source)!r} (transposed) used {uses} times")
         return self._direct(node, 0)
