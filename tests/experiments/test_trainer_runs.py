@@ -183,7 +183,7 @@ def killed_and_resumed(config: dict[str, Any], folder: Path, kills: list[tuple[i
         assert process.stdout.readline() == "ready\n"
         if when is not None:
             while epochs_done(folder) < when[0] and process.poll() is None:
-                time.sleep(0.002)
+                time.sleep(0.01)
             time.sleep(when[1])
             process.send_signal(signal.SIGKILL)
         process.wait(timeout=120)
@@ -211,12 +211,12 @@ def test_sigkill_at_many_moments(tmp_path: Path) -> None:
     import random
 
     moments = random.Random(0)
-    config = table(method="dkl", epochs=60, lr=0.05, awp={"start": 2})
-    kills = [(epoch, moments.uniform(0.0, 0.1)) for epoch in sorted(moments.sample(range(55), 6))]
+    config = table(method="dkl", epochs=16, lr=0.05, awp={"start": 2})
+    kills = [(epoch, moments.uniform(0.0, 0.1)) for epoch in sorted(moments.sample(range(12), 4))]
     torch.set_num_threads(1)
     train(TrainConfig.from_dict(config), tmp_path / "whole")
     hits = killed_and_resumed(config, tmp_path / "killed", kills)
-    assert hits >= 5
+    assert hits >= 3
     same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
