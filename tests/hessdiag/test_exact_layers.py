@@ -347,3 +347,11 @@ def test_the_graph_serves_twice() -> None:
     for a, b in zip(first, second):
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_biases_alone() -> None:
+    """The lowest linear layer then keeps no copy of its weight in the graph."""
+    torch.manual_seed(0)
+    deep = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3))
+    for model in (nn.Linear(4, 3), shuffle(deep)):
+        check(model, images(5, 4), parameters=".*bias")
