@@ -20,7 +20,8 @@ import hessdiag as hd
 from hessdiag.cli import app
 from hessdiag.data import load
 from hessdiag.errors import ResumeError
-from hessdiag.measurement.loop import Event, Loop
+from hessdiag.measurement.loop import Event
+from hessdiag.measurement.passes import Passes
 
 COUNT = 40
 
@@ -85,19 +86,19 @@ def test_ctrl_c_within_a_batch_does_not_count_it_twice(tmp_path: Path, monkeypat
     monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
     monkeypatch.setattr("hessdiag.measurement.loop.SAVE_SHARE", 0.0)
     whole = plain(measured(method="hutchinson"))
-    path, honest, calls = tmp_path / "r.st", Loop._replicate, [0]
+    path, honest, calls = tmp_path / "r.st", Passes.replicate, [0]
 
-    def interrupted(self: Loop, batch: Any, r: int) -> Any:
+    def interrupted(self: Passes, batch: Any, r: int) -> Any:
         calls[0] += 1
         if calls[0] == 101:  # neither the first batch of a round nor the first replicate of a batch
             raise KeyboardInterrupt
         return honest(self, batch, r)
 
-    monkeypatch.setattr(Loop, "_replicate", interrupted)
+    monkeypatch.setattr(Passes, "replicate", interrupted)
     cut = measured(method="hutchinson", resume=path)
     assert "interrupted" in cut.status
     assert cut.replicates < COUNT
-    monkeypatch.setattr(Loop, "_replicate", honest)
+    monkeypatch.setattr(Passes, "replicate", honest)
     assert plain(measured(method="hutchinson", resume=path)) == whole
 
 
@@ -106,13 +107,13 @@ def test_exact_part_is_taken_up_in_the_middle(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("hessdiag.measurement.loop.SAVE_SHARE", 0.0)
     whole, path = plain(measured(method="exact")), tmp_path / "r.st"
     batches = [0]
-    honest = Loop._known_batch
+    honest = Passes.known
 
-    def counted(self: Loop, batch: Any) -> None:
+    def counted(self: Passes, batch: Any, tell: Any) -> Any:
         batches[0] += 1
-        honest(self, batch)
+        return honest(self, batch, tell)
 
-    monkeypatch.setattr(Loop, "_known_batch", counted)
+    monkeypatch.setattr(Passes, "known", counted)
     with pytest.raises(Killed):
         measured(method="exact", resume=path, progress=killer(5))
     before = batches[0]
