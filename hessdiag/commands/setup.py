@@ -17,7 +17,6 @@ from hessdiag.errors import (
     ConfigurationError,
     DataError,
     DeviceError,
-    HessdiagError,
     UnknownNameError,
     nearest,
 )
@@ -180,15 +179,15 @@ def try_out(objective: Objective, batches: Iterable[Any], data: DataSet) -> None
     few, labels = inputs[:2], targets[:2]
     try:
         with torch.no_grad():
-            objective.summed_loss(few, labels)
-    except HessdiagError:
-        raise
+            objective.model(few)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"the model does not take {data.name} (inputs of shape {list(inputs.shape[1:])}): {reason}; "
             "choose other --data, or the --network that fits"
         ) from error
+    with torch.no_grad():
+        objective.summed_loss(few, labels)
 
 
 def perturb(
