@@ -355,3 +355,21 @@ def test_biases_alone() -> None:
     deep = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3))
     for model in (nn.Linear(4, 3), shuffle(deep)):
         check(model, images(5, 4), parameters=".*bias")
+
+
+class LastProduct(nn.Module):
+    """A product as the last place that bends: its one factor is also the input of the layer that makes the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 3, 2), nn.Conv2d(3, 3, 1)
+        self.c, self.fc = nn.Conv2d(3, 3, 1), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = 1.5 * self.b(torch.tanh(self.a(x)))
+        return self.fc((h * self.c(h)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_site_still_sees_what_its_node_consumes() -> None:
+    torch.manual_seed(0)
+    check(shuffle(LastProduct()), images(3, 1, 4, 4))
