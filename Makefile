@@ -10,7 +10,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps pyautoattack pyhessian backpack-for-pytorch einops
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps pyautoattack pyhessian backpack-for-pytorch einops unfoldNd
 	touch $@
 
 demo: $(STAMP)
