@@ -144,12 +144,17 @@ class LayerSquares:
                 yield part.reshape(-1, *weight.shape)
 
     def _normalised(self) -> Tensor:
+        if self._kept is not None:
+            return self._kept
         node = self.layer.node
         x: Tensor = node._saved_input.detach()
         shape = (1, -1) + (1,) * (x.ndim - 2)
         scale: Tensor = torch.rsqrt(node._saved_running_var + node._saved_eps)
         mean: Tensor = node._saved_running_mean
-        return (x - mean.reshape(shape)) * scale.reshape(shape)
+        normalised = (x - mean.reshape(shape)) * scale.reshape(shape)
+        if self._keep:
+            self._kept = normalised
+        return normalised
 
     def _elementwise(self, delta: Tensor, group: int, *, power: int = 1) -> Iterator[tuple[str, Iterator[Tensor]]]:
         layer = self.layer

@@ -28,6 +28,8 @@ from ..squares import LayerSquares
 from .parts import Tensors, accumulate, zeros
 
 FUNCTIONAL, GAUSS_NEWTON = 0, 1  # streams of signs
+KEEP_ROOTS = 1 << 26
+"""Square roots of all c are kept between replicates up to this size; beyond it signs are drawn as bytes, too."""
 
 
 class Propagator:
@@ -50,7 +52,9 @@ class Propagator:
         self.squares = [LayerSquares(layer, batch.samples, keep=keep) for layer in batch.layers]
         self._groups = [(groups or {}).get(layer.name, 1) for layer in batch.layers]
         self._edges = [layer.edge for layer in batch.layers]
-        self._bent: dict[int, list[bool]] = {}
+        size = sum(site.c.numel() * site.c.element_size() for site in batch.sites)
+        self._small = size <= KEEP_ROOTS
+        self._roots: dict[int, list[Tensor | None]] = {}
 
     def direct(self) -> Tensors:
         """The functional part's share of the sites that each layer feeds directly: exact, no pass at all."""
@@ -64,8 +68,15 @@ class Propagator:
 
     def functional(self, signs: Signs, replicate: int) -> Tensors:
         """One unbiased replicate of the functional part without its `direct` share, summed over the batch's samples."""
-        drawn = [  # a byte per sign: on large batches the sites weigh as much as the activations
-            signs.samples(site.c.shape, self.start, replicate, FUNCTIONAL, number, dtype=torch.int8)
+        drawn = [
+            signs.samples(
+                site.c.shape,
+                self.start,
+                replicate,
+                FUNCTIONAL,
+                number,
+                dtype=site.c.dtype if self._small else torch.int8,
+            )
             for number, site in enumerate(self.batch.sites)
         ]
         out = zeros(self.batch.objective.parameters)
@@ -105,14 +116,19 @@ class Propagator:
         return out
 
     def _seeds(self, sign: int, drawn: Sequence[Tensor]) -> list[Tensor | None]:
-        """Signs times sqrt(max(+-c, 0)), site by site, None where it vanishes; made anew, being as large as c."""
-        sites = self.batch.sites
-        if sign not in self._bent:
-            self._bent[sign] = [bool((site.c > 0 if sign > 0 else site.c < 0).any()) for site in sites]
-        return [
-            (site.c * sign).clamp_(min=0).sqrt_().mul_(s) if bent else None
-            for site, s, bent in zip(sites, drawn, self._bent[sign])
-        ]
+        """Signs times sqrt(max(+-c, 0)), site by site, None where it vanishes."""
+        roots = self._roots.get(sign)
+        if roots is None:
+            roots = [self._root(site.c, sign) for site in self.batch.sites]
+            if self._small:
+                self._roots[sign] = roots
+        if self._small:
+            return [None if root is None else root * s for root, s in zip(roots, drawn)]
+        return [None if root is None else root.mul_(s) for root, s in zip(roots, drawn)]
+
+    def _root(self, c: Tensor, sign: int) -> Tensor | None:
+        part = (c * sign).clamp_(min=0)
+        return part.sqrt_() if bool(part.any()) else None
 
     def _square_pass(
         self,
