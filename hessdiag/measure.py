@@ -14,35 +14,27 @@ import torch
 from .diagonal import exact
 from .diagonal.result import Diagonal
 from .errors import (
-    AuditError,
-    BudgetError,
     ConfigurationError,
-    ResumeError,
-    UncoveredModelError,
     UnknownNameError,
     nearest,
 )
 from .guard import as_it_was, memory_errors
 from .measurement.audit import Audit, audit
+from .measurement.choose import EXACT_BUDGET, check_budget, decide, stored_plan
 from .measurement.loop import Callback, Loop
-from .measurement.plan import METHODS, Plan, make_plan
+from .measurement.plan import METHODS, Plan
 from .measurement.population import measure_population
 from .measurement.provenance import provenance
 from .measurement.result import Measurement
-from .measurement.resume import restore
 from .measurement.summary import summarise
+from .measurement.until import run
 from .measurement.world import World
-from .norm import enough
 from .norm.estimates import check_confidence
 from .objective import Objective
 from .sites import Linearisation
-from .stream import Batches, Numbered, Survey, check_apart, check_deterministic, numbered, survey
+from .stream import Batches, Survey, check_apart, check_deterministic, numbered, survey
 
 ADVICE = "lower the batch size, choose fewer parameters (parameters=...), or a method that needs less (propagation)"
-AUTO_EXACT_FLOPS = 3e10
-"""method='auto' takes the exact diagonal up to this many multiplications (a count, so that the choice repeats)."""
-EXACT_BUDGET = 1e14
-"""Multiplications beyond which an exact method is refused unless asked for by `budget=` (hours on a few cores)."""
 
 
 def measure(
@@ -86,16 +78,16 @@ def measure(
         notes: list[str] = []
         path = None if resume is None else Path(resume)
         if plan is None and path is not None and path.exists():
-            plan = _stored_plan(path, method)
+            plan = stored_plan(path, method)
         if plan is None:
-            plan, checked = _decide(objective, first, facts, method, seed, audit_model)
+            plan, checked = decide(objective, first, facts, method, seed, audit_model)
         elif audit_model:
             checked = audit(objective, first, method=plan.method, seed=seed)
             checked.require()
         if world.size > 1:  # a pilot's clock may choose otherwise elsewhere
             told = world.text_from_first(json.dumps(plan.to_dict()), objective.device)
             plan = Plan.from_dict(json.loads(told))
-        _check_budget(objective, first, facts, plan, budget)
+        check_budget(objective, first, facts, plan, budget)
         if facts.shuffled:
             notes.append("the data come in another order in every pass")
         if target == "population":
@@ -127,7 +119,7 @@ def measure(
         )
         if path is not None and not path.exists():
             loop.save()  # the plan first: a pilot repeated might choose otherwise
-        status = _run(loop, rtol, confidence, min_replicates, max_replicates, max_seconds)
+        status = run(loop, rtol, confidence, min_replicates, max_replicates, max_seconds)
         return summarise(
             loop,
             first=first,
@@ -170,8 +162,8 @@ def diagonal(
         first = next(iter(numbered(objective, batches)))
         check_apart(objective, first)
         if plan is None:
-            plan, _ = _decide(objective, first, facts, method, seed, audit_model)
-        _check_budget(objective, first, facts, plan, budget)
+            plan, _ = decide(objective, first, facts, method, seed, audit_model)
+        check_budget(objective, first, facts, plan, budget)
         if per_sample:
             return _per_sample(objective, batches, facts, plan)
         loop = Loop(
@@ -212,118 +204,6 @@ def _check_arguments(rtol: float, confidence: float, low: int, high: int, second
         raise ConfigurationError(f"max_seconds={seconds!r} must be positive")
     if target not in ("data", "population"):
         raise UnknownNameError(f"unknown target {target!r}; {nearest(target, ['data', 'population'])}")
-
-
-def _decide(
-    objective: Objective, first: Numbered, facts: Survey, method: str, seed: int, audit_model: bool
-) -> tuple[Plan, Audit | None]:
-    """Method and plan, audited; with method='auto' what fails falls back to Hutchinson, with the reason kept."""
-    wanted, reason = method, "asked for"
-    if method == "auto":
-        try:
-            wanted, reason = _cheapest(objective, first, facts)
-            checked = audit(objective, first, method=wanted, seed=seed) if audit_model else None
-            if checked is not None:
-                checked.require()
-            return _plan(objective, first, facts, wanted, seed, reason), checked
-        except (UncoveredModelError, AuditError) as error:
-            wanted, reason = "hutchinson", f"the site identity does not serve here: {error}"
-    checked = audit(objective, first, method=wanted, seed=seed) if audit_model else None
-    if checked is not None:
-        checked.require()
-    return _plan(objective, first, facts, wanted, seed, reason), checked
-
-
-def _plan(objective: Objective, first: Numbered, facts: Survey, method: str, seed: int, reason: str) -> Plan:
-    if method in ("exact", "propagation"):
-        Linearisation(objective, first.inputs, first.targets, index=first.index)  # coverage, also without an audit
-    return make_plan(
-        objective,
-        first,
-        method=method,
-        seed=seed,
-        samples=facts.samples,
-        batches=facts.batches,
-        reason=reason,
-    )
-
-
-def _cheapest(objective: Objective, first: Numbered, facts: Survey) -> tuple[str, str]:
-    linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
-    flops = exact.cost(linear).flops * facts.samples / linear.samples
-    if flops <= AUTO_EXACT_FLOPS:
-        return "exact", f"covered by the site identity, and exact takes only {flops:.1e} multiplications"
-    return "propagation", f"covered by the site identity; exact would take {flops:.1e} multiplications"
-
-
-def _run(loop: Loop, rtol: float, confidence: float, low: int, high: int, seconds: float | None) -> str:
-    """The loop to its end; returns the status."""
-    device = loop.objective.device
-    try:
-        loop.run_known()
-        check_at = _first_check(loop.done, low)
-        while loop.streams:
-            if loop.done >= check_at or loop.done >= high:
-                norm = loop.current(confidence)
-                loop.tell_norm(norm)
-                loop.save()
-                if enough(norm, rtol=rtol, min_replicates=low):
-                    return norm.status
-                if loop.done >= high:
-                    return f"{norm.status}; stopped at {loop.done} replicates before rtol={rtol:g} was reached"
-                check_at = _next_check(loop.done)
-            if loop.world.agree(World.asked_to_stop, device):
-                raise KeyboardInterrupt
-            late = seconds is not None and loop.seconds > seconds
-            if loop.world.agree(late, device) and loop.done >= 2:
-                found = loop.current(confidence).status
-                return f"{found}; stopped after {loop.seconds:.0f} s before rtol={rtol:g} was reached"
-            loop.run_round(min(loop.plan.at_once, max(check_at - loop.done, 1), high - loop.done))
-    except KeyboardInterrupt:
-        loop.save()
-        if loop.done < 2:
-            raise
-        loop.abandon_round()
-        return f"{loop.current(confidence).status}; interrupted before rtol={rtol:g} was reached"
-    return "exact"
-
-
-def _next_check(done: int) -> int:
-    """Replicates at which to look again after having looked at `done`."""
-    return max(done + 1, int(done * 1.1))
-
-
-def _first_check(done: int, low: int) -> int:
-    """The first look at or after `done` of those an uninterrupted run takes: 10, 11, ..., 20, 22, ..."""
-    check = low
-    while check < done:
-        check = _next_check(check)
-    return check
-
-
-def _check_budget(objective: Objective, first: Numbered, facts: Survey, plan: Plan, budget: float | None) -> None:
-    """Refuse an exact method whose cost is known to be beyond the budget, before it starts."""
-    if budget is None or not plan.deterministic:
-        return
-    if plan.method == "exact":
-        linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
-        flops = exact.cost(linear).flops * facts.samples / linear.samples
-    else:  # two products a parameter, each a few passes that touch every parameter at least once per sample
-        flops = 8.0 * objective.size**2 * facts.samples
-    if flops > budget:
-        raise BudgetError(
-            f"method={plan.method!r} would take {flops:.1e} multiplications, more than the budget of {budget:.1e}; "
-            "use method='propagation', fewer samples or parameters, or raise budget="
-        )
-
-
-def _stored_plan(path: Path, method: str) -> Plan:
-    """The plan of a measurement that was begun: a pilot repeated might choose otherwise."""
-    _, progress, _ = restore(path, identity=None)
-    plan = Plan.from_dict(progress["plan"])
-    if method not in ("auto", plan.method):
-        raise ResumeError(f"{path}: was begun with method {plan.method!r}, not {method!r}; remove it to start anew")
-    return plan
 
 
 def _identity(objective: Objective, facts: Survey, plan: Plan, seed: int) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from torch.autograd.graph import GradientEdge
 
 from ..sites import Layer, Linearisation, Site
 from ..sites.elementwise import derivatives, is_elementwise
-from ..sites.graph import BATCH_NORM, MATRIX, Edge
+from ..sites.graph import Edge
 from ..sites.linearise import edge_shape
+from ..sites.nodes import BATCH_NORM, MATRIX
 
 _NAMES = ("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Alias", "Clone", "View", "UnsafeView", "ReshapeAlias")
 _POINTWISE = frozenset(f"{name}Backward{number}" for name in _NAMES for number in (0, 1))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..sites.elementwise import derivatives, is_elementwise
-from ..sites.graph import BATCH_NORM, Edge
+from ..sites.graph import Edge
 from ..sites.linearise import edge_shape
+from ..sites.nodes import BATCH_NORM
 from .denserules import DENSE, broadcast
 
 if TYPE_CHECKING:

@@ -17,31 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from ..errors import StochasticModeError, UncoveredModelError
 from .elementwise import PIECEWISE_LINEAR, is_curved, is_elementwise
-
-_AFFINE = """
-View UnsafeView ReshapeAlias Alias Clone ToCopy Permute Transpose T Mt Squeeze Unsqueeze Expand Repeat Flip Roll
-Add Sub Rsub Neg Mean Sum Cumsum Where MaskedFill Index IndexSelect Gather Select Slice Narrow
-Cat Stack Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind
-AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D
-MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D Max Amax Maximum Minimum
-ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D
-UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D
-UpsampleTrilinear3D PixelShuffle PixelUnshuffle ChannelShuffle Unfold Im2Col Col2Im
-Threshold Softshrink Hardshrink
-"""
-_OVERLOADS = """
-Add Sub Rsub Mean Sum Squeeze Max Mul Div Transpose ClampMin Unsqueeze Threshold
-"""
-AFFINE = (
-    frozenset(name + "Backward0" for name in _AFFINE.split())
-    | frozenset(name + "Backward1" for name in _OVERLOADS.split())
-    | {"SqueezeBackward2"}
-)
-BATCH_NORM = frozenset({"NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"})
-MATRIX = frozenset({"AddmmBackward0", "MmBackward0", "LinearBackward0"})
-PRODUCTS = frozenset({"MulBackward0"})
-RANDOM = frozenset({"NativeDropoutBackward0", "FusedDropoutBackward0"})
-_TURNED = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
+from .nodes import AFFINE, BATCH_NORM, MATRIX, PRODUCTS, RANDOM, TURNED, forward_order, is_leaf
 
 Edge = tuple[Any, int]
 
@@ -78,7 +54,7 @@ class Graph:
         self.outputs = outputs
         self._chosen = {id(parameter): name for name, parameter in parameters.items()}
         self._names = names  # every parameter of the model by id, for messages
-        self.nodes = _forward_order(outputs.grad_fn)
+        self.nodes = forward_order(outputs.grad_fn)
         self._uses: dict[int, list[tuple[Any, int]]] = {}
         self._live = self._mark()
         self._below: dict[int, str] = {}
@@ -87,7 +63,7 @@ class Graph:
         self.elementwise: list[Any] = []
         self.products: list[Any] = []
         for node in self.nodes:
-            if self.is_live(node) and not _is_leaf(node):
+            if self.is_live(node) and not is_leaf(node):
                 self._classify(node)
         reached = {name for layer in self.layers for name in (layer.weight, layer.bias) if name}
         self.unused = tuple(name for name in parameters if name not in reached)
@@ -112,14 +88,14 @@ class Graph:
 
     def parameter_of(self, node: Any) -> str | None:
         """Name of the chosen parameter that an AccumulateGrad node stands for."""
-        return self._chosen.get(id(node.variable)) if _is_leaf(node) else None
+        return self._chosen.get(id(node.variable)) if is_leaf(node) else None
 
     # -- construction
 
     def _mark(self) -> set[int]:
         live: set[int] = set()
         for node in self.nodes:
-            if _is_leaf(node):
+            if is_leaf(node):
                 if id(node.variable) in self._chosen:
                     live.add(id(node))
                 continue
@@ -142,7 +118,7 @@ class Graph:
             self._convolution(node)
         elif name in MATRIX:
             self._matrix(node)
-        elif name in _TURNED and self._turned(node) is not None:
+        elif name in TURNED and self._turned(node) is not None:
             return  # a transposed weight on its way to its layer, read there
         elif is_elementwise(node):
             self._refuse_parameters(node)
@@ -162,7 +138,7 @@ class Graph:
         elif name in AFFINE or name in PIECEWISE_LINEAR or (name == "BmmBackward0" and sum(live) == 1):
             self._refuse_parameters(node)
         else:
-            taken = [self.parameter_of(s) for s in sources if _is_leaf(s) and self.is_live(s)]
+            taken = [self.parameter_of(s) for s in sources if is_leaf(s) and self.is_live(s)]
             of = f" (it takes parameter {taken[0]!r} itself: a parametrisation?)" if taken else ""
             self._refuse(node, f"an operation that the site identity does not cover{of}")
 
@@ -199,13 +175,13 @@ class Graph:
         }[name]
         sources = [source for source, _ in node.next_functions]
         bias = None
-        if extra is not None and extra < len(sources) and self.is_live(sources[extra]) and _is_leaf(sources[extra]):
+        if extra is not None and extra < len(sources) and self.is_live(sources[extra]) and is_leaf(sources[extra]):
             bias = self._direct(node, extra)
             shape, width = sources[extra].variable.shape, node._input_metadata[0].shape[-1]
             if shape.numel() != width:
                 self._refuse(node, f"bias {bias!r} of shape {list(shape)} for {width} outputs")
         turned = self._turned(sources[right])
-        weight = self._direct(node, right) if _is_leaf(sources[right]) else turned
+        weight = self._direct(node, right) if is_leaf(sources[right]) else turned
         if weight is None and self.is_live(sources[right]):
             if turned is None and self._through(sources[right]):
                 self._refuse(node, f"a weight computed from {self._through(sources[right])!r} (a parametrisation)")
@@ -215,7 +191,7 @@ class Graph:
                 if self.is_live(sources[left])
                 else "a matrix that is computed from parameters",
             )
-        if _is_leaf(sources[left]) and self.is_live(sources[left]):
+        if is_leaf(sources[left]) and self.is_live(sources[left]):
             self._refuse(node, f"parameter {self.parameter_of(sources[left])!r} applied from the left")
         if name == "AddmmBackward0" and (node._saved_alpha != 1 or node._saved_beta != 1) and (weight or bias):
             self._refuse(node, "a scaled addmm")
@@ -225,7 +201,7 @@ class Graph:
 
     def _applied(self, node: Any, kind: str) -> bool:
         """A parameter added or multiplied elementwise: a layer of its own."""
-        found = [slot for slot, (s, _) in enumerate(node.next_functions) if _is_leaf(s) and self.is_live(s)]
+        found = [slot for slot, (s, _) in enumerate(node.next_functions) if is_leaf(s) and self.is_live(s)]
         if not found:
             return False
         name = self._direct(node, found[0])
@@ -242,10 +218,10 @@ class Graph:
 
     def _turned(self, node: Any) -> str | None:
         """The chosen parameter behind one transposition, if that is all there is."""
-        if node is None or node.name() not in _TURNED:
+        if node is None or node.name() not in TURNED:
             return None
         source = node.next_functions[0][0]
-        if not (_is_leaf(source) and self.is_live(source) and source.variable.ndim == 2):
+        if not (is_leaf(source) and self.is_live(source) and source.variable.ndim == 2):
             return None
         dims = getattr(node, "_saved_dims", None) or (getattr(node, "_saved_dim0", 0), getattr(node, "_saved_dim1", 1))
         if [int(d) % 2 for d in dims] not in ([0, 1], [1, 0]) or (
@@ -263,7 +239,7 @@ class Graph:
         source = node.next_functions[slot][0]
         if not self.is_live(source):
             return None
-        if not _is_leaf(source):
+        if not is_leaf(source):
             self._refuse(node, f"a weight computed from {self._through(source)!r} (a parametrisation)")
         name = self.parameter_of(source)
         if len(self._uses[id(source)]) > 1:
@@ -277,14 +253,14 @@ class Graph:
             if current is None or id(current) in seen or not self.is_live(current):
                 continue
             seen.add(id(current))
-            if _is_leaf(current):
+            if is_leaf(current):
                 return self.parameter_of(current) or ""
             stack += [source for source, _ in current.next_functions]
         return ""
 
     def _refuse_parameters(self, node: Any) -> None:
         for source, _ in node.next_functions:
-            if _is_leaf(source) and self.is_live(source):
+            if is_leaf(source) and self.is_live(source):
                 self._refuse(
                     node,
                     f"parameter {self.parameter_of(source)!r} is not the weight or bias of a known layer",
@@ -292,7 +268,7 @@ class Graph:
 
     def _check_all_uses(self, reached: set[str]) -> None:
         for node in self.nodes:
-            if self.is_live(node) and _is_leaf(node):
+            if self.is_live(node) and is_leaf(node):
                 name = self.parameter_of(node)
                 if name not in reached:
                     self._refuse(
@@ -305,30 +281,6 @@ class Graph:
         raise UncoveredModelError(
             f"{name} {self.place(node)}: {what}; use method='hutchinson' (or 'auto'), or choose other parameters"
         )
-
-
-def _is_leaf(node: Any) -> bool:
-    return node is not None and hasattr(node, "variable")
-
-
-def _forward_order(root: Any) -> list[Any]:
-    """All nodes below `root`, every node after those it takes its inputs from; the order is the graph's own."""
-    order: list[Any] = []
-    done: set[int] = set()
-    stack: list[tuple[Any, bool]] = [(root, False)] if root is not None else []
-    while stack:
-        node, expanded = stack.pop()
-        if expanded:
-            order.append(node)
-            continue
-        if id(node) in done:
-            continue
-        done.add(id(node))
-        stack.append((node, True))
-        for source, _ in reversed(node.next_functions):
-            if source is not None and id(source) not in done:
-                stack.append((source, False))
-    return order
 
 
 def detach_guard(outputs: Tensor) -> None:

@@ -25,7 +25,8 @@ from ..errors import NonFiniteError
 from ..losses import Curvature
 from ..objective import Objective
 from .elementwise import derivatives, is_elementwise
-from .graph import BATCH_NORM, Edge, Graph, Layer, detach_guard
+from .graph import Edge, Graph, Layer, detach_guard
+from .nodes import BATCH_NORM
 
 Key = tuple[int, int]
 

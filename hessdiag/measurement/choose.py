@@ -1,0 +1,86 @@
+"""Which method a measurement uses: asked for, or the cheapest that serves; audited, and within its budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..diagonal import exact
+from ..errors import AuditError, BudgetError, ResumeError, UncoveredModelError
+from ..objective import Objective
+from ..sites import Linearisation
+from ..stream import Numbered, Survey
+from .audit import Audit, audit
+from .plan import Plan, make_plan
+from .resume import restore
+
+AUTO_EXACT_FLOPS = 3e10
+"""method='auto' takes the exact diagonal up to this many multiplications (a count, so that the choice repeats)."""
+EXACT_BUDGET = 1e14
+"""Multiplications beyond which an exact method is refused unless asked for by `budget=` (hours on a few cores)."""
+
+
+def decide(
+    objective: Objective, first: Numbered, facts: Survey, method: str, seed: int, audit_model: bool
+) -> tuple[Plan, Audit | None]:
+    """Method and plan, audited; with method='auto' what fails falls back to Hutchinson, with the reason kept."""
+    wanted, reason = method, "asked for"
+    if method == "auto":
+        try:
+            wanted, reason = _cheapest(objective, first, facts)
+            checked = audit(objective, first, method=wanted, seed=seed) if audit_model else None
+            if checked is not None:
+                checked.require()
+            return _plan(objective, first, facts, wanted, seed, reason), checked
+        except (UncoveredModelError, AuditError) as error:
+            wanted, reason = "hutchinson", f"the site identity does not serve here: {error}"
+    checked = audit(objective, first, method=wanted, seed=seed) if audit_model else None
+    if checked is not None:
+        checked.require()
+    return _plan(objective, first, facts, wanted, seed, reason), checked
+
+
+def _plan(objective: Objective, first: Numbered, facts: Survey, method: str, seed: int, reason: str) -> Plan:
+    if method in ("exact", "propagation"):
+        Linearisation(objective, first.inputs, first.targets, index=first.index)  # coverage, also without an audit
+    return make_plan(
+        objective,
+        first,
+        method=method,
+        seed=seed,
+        samples=facts.samples,
+        batches=facts.batches,
+        reason=reason,
+    )
+
+
+def _cheapest(objective: Objective, first: Numbered, facts: Survey) -> tuple[str, str]:
+    linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
+    flops = exact.cost(linear).flops * facts.samples / linear.samples
+    if flops <= AUTO_EXACT_FLOPS:
+        return "exact", f"covered by the site identity, and exact takes only {flops:.1e} multiplications"
+    return "propagation", f"covered by the site identity; exact would take {flops:.1e} multiplications"
+
+
+def check_budget(objective: Objective, first: Numbered, facts: Survey, plan: Plan, budget: float | None) -> None:
+    """Refuse an exact method whose cost is known to be beyond the budget, before it starts."""
+    if budget is None or not plan.deterministic:
+        return
+    if plan.method == "exact":
+        linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
+        flops = exact.cost(linear).flops * facts.samples / linear.samples
+    else:  # two products a parameter, each a few passes that touch every parameter at least once per sample
+        flops = 8.0 * objective.size**2 * facts.samples
+    if flops > budget:
+        raise BudgetError(
+            f"method={plan.method!r} would take {flops:.1e} multiplications, more than the budget of {budget:.1e}; "
+            "use method='propagation', fewer samples or parameters, or raise budget="
+        )
+
+
+def stored_plan(path: Path, method: str) -> Plan:
+    """The plan of a measurement that was begun: a pilot repeated might choose otherwise."""
+    _, progress, _ = restore(path, identity=None)
+    plan = Plan.from_dict(progress["plan"])
+    if method not in ("auto", plan.method):
+        raise ResumeError(f"{path}: was begun with method {plan.method!r}, not {method!r}; remove it to start anew")
+    return plan
