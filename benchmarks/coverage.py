@@ -24,10 +24,10 @@ from torch import Tensor, nn
 import hessdiag as hd
 from hessdiag import networks
 from hessdiag.diagonal import exact
-from hessdiag.measurement.until import run as run_until
 from hessdiag.measurement.loop import Loop
 from hessdiag.measurement.plan import Plan
 from hessdiag.measurement.population import measure_population
+from hessdiag.measurement.until import run as run_until
 from hessdiag.measurement.world import World
 from hessdiag.norm import NormEstimate, Replicates, estimate
 from hessdiag.signs import Signs
