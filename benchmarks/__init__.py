@@ -1,1 +1,1 @@
-"""What the engine claims, measured side by side: `python -m benchmarks [NAME...]`, then `python -m benchmarks table`."""
+"""What the engine claims, measured: `python -m benchmarks [NAME...]`, then `python -m benchmarks table`."""

@@ -23,7 +23,7 @@ from hessdiag.diagonal.propagation import Propagator
 from hessdiag.signs import Signs
 from hessdiag.sites import Linearisation
 
-from .common import digits, median, small_resnet, store
+from .common import digits, median, ratio_of_means, small_resnet, store
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,17 @@ def one_net(settings: Settings, steps: int) -> dict[str, Any]:
         if repeat >= 0:
             errors = squared_error(h, exactly) / square, squared_error(p, exactly) / square
             rows.append((errors[0] / errors[1], *errors, seconds, float(count), setup))
-    ratio, h_error, p_error, seconds, count, setup = (list(column) for column in zip(*rows))
+    ratio, h_error, p_error, times, counts, setups = (list(column) for column in zip(*rows))
     return {
         "training_steps": steps,
         "parameters": objective.size,
         "ratio": median(ratio).__dict__,
-        "ratio_of_means": sum(h_error) / sum(p_error),
+        "ratio_of_means": ratio_of_means(h_error, p_error).__dict__,
         "hutchinson_relative_error": (sum(h_error) / len(rows)) ** 0.5,
         "propagation_relative_error": (sum(p_error) / len(rows)) ** 0.5,
-        "seconds": median(seconds).value,
-        "replicates": median(count).value,
-        "setup_seconds": median(setup).value,
+        "seconds": median(times).value,
+        "replicates": median(counts).value,
+        "setup_seconds": median(setups).value,
         "repeats": len(rows),
     }
 
@@ -121,12 +121,13 @@ def main() -> None:
     nets = []
     for steps in settings.training_steps:
         nets.append(net := one_net(settings, steps))
-        r = net["ratio"]
+        r, m = net["ratio_of_means"], net["ratio"]
         print(
             f"after {steps} training steps: {settings.probes} probes take {net['seconds']:.2f} s and err by "
             f"{net['hutchinson_relative_error']:.2%}; propagation in that time ({net['replicates']:.0f} replicates, "
             f"set-up {net['setup_seconds']:.2f} s) by {net['propagation_relative_error']:.2%}; squared error "
-            f"{r['value']:.0f} times less [{r['low']:.0f}, {r['high']:.0f}], target {settings.target:g}",
+            f"{r['value']:.0f} times less by means [{r['low']:.0f}, {r['high']:.0f}], {m['value']:.0f} "
+            f"[{m['low']:.0f}, {m['high']:.0f}] by median of repeats, target {settings.target:g}",
             flush=True,
         )
         store("convnet", settings, {"nets": nets})

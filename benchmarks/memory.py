@@ -2,8 +2,8 @@
 
 Every number is the peak resident size (ru_maxrss) of a fresh process that does nothing else, less that of a process
 that only imports the same packages and builds the same model and data. The training step is SGD with momentum:
-forward, backward, update, twice, since the second holds the momentum. The measurement is `hessdiag.measure` as a user calls it, with
-its pilot, its audit and its checks. Inputs are random: memory does not depend on them.
+forward, backward, update, twice, since the second holds the momentum. The measurement is `hessdiag.measure` as a
+user calls it, with its pilot, its audit and its checks. Inputs are random: memory does not depend on them.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def main() -> None:
     rows = list(zip(*(found[task] for task in TASKS)))
     above = median([(m - n) / (t - n) for n, t, m in rows])
     whole = median([m / t for n, t, m in rows])
-    print(f"measurement / training step: {above.value:.2f} (process sizes: {whole.value:.2f}); target {settings.target:g}")
+    print(f"measurement / step: {above.value:.2f} (process sizes: {whole.value:.2f}); target {settings.target:g}")
     results: dict[str, Any] = {"peak_mib": found, "ratio_above_base": above.value, "ratio_whole": whole.value}
     store("memory", settings, results)
 

@@ -1,0 +1,178 @@
+"""benchmarks/README.md from the stored results: `python -m benchmarks table`. Nothing in it is typed by hand."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hessdiag.files import write_bytes
+
+from .common import RESULTS, median
+
+Row = Mapping[str, str]
+README = RESULTS.parent / "README.md"
+HEAD = """# Benchmarks
+
+Every number here comes from `benchmarks/results/*.json`, written by `python -m benchmarks NAME`; this page by
+`python -m benchmarks table`. What is compared ran in turns in one process tree on one machine; intervals of medians are
+those of order statistics, those of ratios of means from the bootstrap, at 95% or all there is.
+"""
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Rows of equal columns as a Markdown table."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row.get(c, "") for c in columns) + " |" for row in rows)])
+
+
+def spread(m: Mapping[str, float], *, digits: int = 3) -> str:
+    """A stored median with its interval."""
+    return f"{m['value']:.{digits}g} [{m['low']:.{digits}g}, {m['high']:.{digits}g}]"
+
+
+def verdict(target: str, reached: bool) -> str:
+    """The target, and whether it was reached."""
+    return f"{target}: {'reached' if reached else 'missed'}"
+
+
+def coverage(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row per setting."""
+    rows: list[Row] = []
+    for row in found["rows"]:
+        low, high = row["coverage_interval"]
+        inside = settings["low"] <= row["coverage"] <= settings["high"]
+        wanted = f"{settings['low']:.0%} to {settings['high']:.0%}"
+        flags = ", ".join(f"{flag} {share:.0%}" for flag, share in row["flags"].items() if share >= 0.005)
+        rows.append(
+            {
+                "setting": row["setting"]["name"],
+                "measurements": f"{row['measurements']}",
+                "coverage": f"{row['coverage']:.1%} [{low:.1%}, {high:.1%}]",
+                "target": verdict(wanted, inside) if row["setting"]["required"] else "reported",
+                "replicates": f"{row['mean_replicates']:.1f}",
+                "half width": f"{row['mean_half_width']:.1%}",
+                "bias of the square": f"{row['bias_of_square']:+.2%}",
+                "flagged": f"{row['flagged']:.1%}" + (f" ({flags})" if flags else ""),
+            }
+        )
+    return rows
+
+
+def convnet(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row per net."""
+    rows: list[Row] = []
+    for net in found["nets"]:
+        target = settings["target"]
+        rows.append(
+            {
+                "net": f"p = {net['parameters']}, {net['training_steps']} training steps",
+                f"{settings['probes']} Hutchinson probes": f"{net['seconds']:.2f} s, "
+                f"error {net['hutchinson_relative_error']:.1%}",
+                "propagation in that time": f"{net['replicates']:.0f} replicates after {net['setup_seconds']:.2f} s, "
+                f"error {net['propagation_relative_error']:.2%}",
+                "mean squared error, times less": spread(net["ratio_of_means"]),
+                "median of repeats": spread(net["ratio"]),
+                "repeats": f"{net['repeats']}",
+                "target": verdict(f"{target:g}", net["ratio_of_means"]["value"] >= target),
+            }
+        )
+    return rows
+
+
+def resnet18(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row per seed, and their median."""
+    rows: list[Row] = []
+    for s in found["seeds"]:
+        p, h = s["propagation"], s["hutchinson"]
+        rows.append(
+            {
+                "seed": f"{s['seed']} ({s['data']})",
+                "propagation's product": f"±{p['relative_error']:.1%} in {p['seconds']:.1f} s each",
+                "Hutchinson's": f"±{h['relative_error']:.0%} in {h['seconds']:.1f} s each",
+                "variance, times less": f"{s['variance_ratio']:.0f}",
+                "time per replicate": f"{s['time_ratio']:.2f}",
+                "squared error of the diagonal, times less": f"{s['diagonal_ratio']:.0f}",
+                "Gauss-Newton share of the square": f"{s['gauss_newton_share']:.1e}",
+            }
+        )
+    m, target = found["variance_ratio"], settings["target"]
+    reached = verdict(f"{target:g}", m["value"] >= target)
+    summary = f"{spread(m)} at {m['coverage']:.0%}; {reached}"
+    return [*rows, {"seed": f"median of {len(rows)}", "variance, times less": summary}]
+
+
+def memory(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """One row."""
+    peaks = {task: median(values).value for task, values in found["peak_mib"].items()}
+    value, target = found["ratio_above_base"], settings["target"]
+    return [
+        {
+            "batch": f"{settings['batch']}",
+            "packages, model and data alone": f"{peaks['nothing']:.0f} MiB",
+            "training step": f"{peaks['training']:.0f} MiB",
+            "measurement": f"{peaks['measurement']:.0f} MiB",
+            "ratio above the first": f"{value:.2f}",
+            "ratio of process sizes": f"{found['ratio_whole']:.2f}",
+            "target": verdict(f"at most {target:g}", value <= target),
+        }
+    ]
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] = {
+    "coverage": coverage,
+    "convnet": convnet,
+    "resnet18": resnet18,
+    "memory": memory,
+}
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Whatever was stored, as one row of text: nested keys joined, medians with their intervals."""
+    if isinstance(value, dict) and {"value", "low", "high"} <= set(value):
+        return {prefix: spread(value)}
+    if isinstance(value, dict):
+        pairs = [(f"{prefix} {key}".strip(), item) for key, item in value.items()]
+        return {k: text for key, item in pairs for k, text in flat(item, key).items()}
+    if isinstance(value, list):
+        return {prefix: ", ".join(t for item in value for t in flat(item, prefix).values())}
+    if isinstance(value, float):
+        return {prefix: f"{value:.4g}"}
+    return {} if value is None else {prefix: str(value)}
+
+
+def generic(found: Mapping[str, Any]) -> str:
+    """A table for every mapping of mappings among the results; the rest in one row."""
+    parts: list[str] = []
+    rest: dict[str, str] = {}
+    for title, part in found.items():
+        if isinstance(part, dict) and part and all(isinstance(v, dict) for v in part.values()):
+            parts.append(f"{title}:\n\n" + markdown([{"": name, **flat(v)} for name, v in part.items()]))
+        else:
+            rest |= flat(part, title)
+    return "\n\n".join([*parts, *([markdown([rest])] if rest else [])])
+
+
+def section(path: Path) -> str:
+    """Heading, what it is, machine, table."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    name = path.stem.partition("-")[0]
+    source = RESULTS.parent / f"{name}.py"
+    text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) if source.exists() else ""
+    about = (text or "").partition("\n\n")[0].replace("\n", " ")
+    environment = ", ".join(f"{key} {value}" for key, value in content["environment"].items())
+    found, settings = content["results"], content["settings"]
+    table = markdown(TABLES[name](found, settings)) if name in TABLES else generic(found)
+    picture = path.with_suffix(".svg")
+    shown = f"\n\n![error against wall time](results/{picture.name})" if picture.exists() else ""
+    return f"## {path.stem}\n\n{about}\n\n{table}{shown}\n\nRun with {environment}.\n"
+
+
+def main() -> None:
+    """Write the page."""
+    sections = [section(path) for path in sorted(RESULTS.glob("*.json"))]
+    write_bytes(README, "\n".join([HEAD, *sections]).encode())
+    print(README)
