@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hessdiag.commands.exits import OK, WIDE
 from hessdiag.commands.processes import joined
 from hessdiag.commands.progress import watch
@@ -17,6 +19,9 @@ from hessdiag.report.document import document, read_document, strict, write_json
 from hessdiag.report.table import print_measurement, terminal
 from hessdiag.report.text import plain
 
+ONE_THREAD_BELOW = 100_000
+"""Parameters below which several threads wait for each other longer than they work, above all on a busy machine."""
+
 
 def run(request: Request) -> int:
     """One measurement and its outputs; returns the exit code."""
@@ -24,6 +29,8 @@ def run(request: Request) -> int:
     with joined(request.device, request.timeout) as world:
         plan = None if request.plan is None else plan_of(request.plan, request.method)
         prepared = prepare(request, world)
+        if prepared.objective.size < ONE_THREAD_BELOW:
+            torch.set_num_threads(1)
         if request.dry_run:
             if world.rank == 0:
                 dry_run(request, prepared)
