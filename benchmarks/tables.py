@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hessdiag.errors import ConfigurationError
 from hessdiag.files import write_bytes
 
 from .common import RESULTS, median
@@ -171,8 +172,21 @@ def section(path: Path) -> str:
     return f"## {path.stem}\n\n{about}\n\n{table}{shown}\n\nRun with {environment}.\n"
 
 
+def into_readme(sections: Sequence[str]) -> None:
+    """The same tables between the markers of the project's README, headings one level down."""
+    path = RESULTS.parents[1] / "README.md"
+    before, begin, rest = path.read_text(encoding="utf-8").partition("<!-- benchmarks: begin")
+    marker, _, rest = rest.partition("-->\n")
+    _, end, after = rest.partition("<!-- benchmarks: end -->")
+    if not (begin and end):
+        raise ConfigurationError(f"{path}: the markers around the benchmarks are gone")
+    shown = "\n".join(s.replace("## ", "### ", 1).replace("](results/", "](benchmarks/results/") for s in sections)
+    write_bytes(path, f"{before}{begin}{marker}-->\n{shown}{end}{after}".encode())
+
+
 def main() -> None:
-    """Write the page."""
+    """Write the page, and the tables into the project's README."""
     sections = [section(path) for path in sorted(RESULTS.glob("*.json"))]
     write_bytes(README, "\n".join([HEAD, *sections]).encode())
+    into_readme(sections)
     print(README)
