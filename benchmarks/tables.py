@@ -40,6 +40,12 @@ def verdict(target: str, reached: bool) -> str:
     return f"{target}: {'reached' if reached else 'missed'}"
 
 
+def _judged(wanted: str, inside: bool, row: Mapping[str, Any]) -> str:
+    """The verdict on a coverage, which takes a thousand measurements."""
+    enough = int(row["measurements"]) >= 1000
+    return verdict(wanted, inside) if enough else f"{wanted}: open, too few measurements"
+
+
 def coverage(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
     """A row per setting."""
     rows: list[Row] = []
@@ -53,7 +59,7 @@ def coverage(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]
                 "setting": row["setting"]["name"],
                 "measurements": f"{row['measurements']}",
                 "coverage": f"{row['coverage']:.1%} [{low:.1%}, {high:.1%}]",
-                "target": verdict(wanted, inside) if row["setting"]["required"] else "reported",
+                "target": _judged(wanted, inside, row) if row["setting"]["required"] else "reported",
                 "replicates": f"{row['mean_replicates']:.1f}",
                 "half width": f"{row['mean_half_width']:.1%}",
                 "bias of the square": f"{row['bias_of_square']:+.2%}",
