@@ -12,15 +12,13 @@ per-sample gradients exist for one chunk of samples at a time, `CHUNK` bytes at 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import UncoveredModelError
 from .sites import Layer, edge_shape
-
-CHUNK = 1 << 26
+from .unfold import chunk_samples, grouped, matrix_input, outer, patches
 
 
 class LayerSquares:
@@ -52,7 +50,7 @@ class LayerSquares:
         if layer.kind == "linear":
             flat = c.reshape(-1, c.shape[-1])
             if layer.weight:
-                x = _matrix_input(layer.node)
+                x = matrix_input(layer.node)
                 square = x.reshape(-1, x.shape[-1]).square()
                 out[layer.weight] = square.T @ flat if layer.transposed else flat.T @ square
             if layer.bias:
@@ -62,15 +60,15 @@ class LayerSquares:
             if layer.weight:
                 groups, weight = node._saved_groups, node._saved_weight
                 d = c.reshape(self.samples, groups, weight.shape[0] // groups, -1)
-                step = _chunk_samples(groups * weight[0].numel() * d.shape[3] * d.element_size(), 1)
+                step = chunk_samples(groups * weight[0].numel() * d.shape[3] * d.element_size(), 1)
                 total = torch.zeros(weight.numel(), dtype=torch.float64, device=c.device)
                 for low in range(0, self.samples, step):
-                    patches = (
+                    seen = (
                         self._kept[low : low + step]
                         if self._kept is not None
-                        else _patches(node._saved_input.detach()[low : low + step], node, groups)
+                        else patches(node._saved_input.detach()[low : low + step], node, groups)
                     )
-                    total += torch.einsum("ngas,ngbs->gab", d[low : low + step], patches.square()).reshape(-1)
+                    total += torch.einsum("ngas,ngbs->gab", d[low : low + step], seen.square()).reshape(-1)
                 out[layer.weight] = total.reshape(weight.shape)
             if layer.bias:
                 out[layer.bias] = c.flatten(2).sum((0, 2))
@@ -92,6 +90,36 @@ class LayerSquares:
             out[name] = torch.cat([part.clone() for part in parts])
         return out
 
+    def gram(self, delta: Tensor) -> Tensor:
+        """J_n J_n^T delta_n for every sample: the layer's answer to a step of its parameters along G_n."""
+        layer, node = self.layer, self.layer.node
+        out = torch.zeros_like(delta)
+        if layer.kind == "linear":
+            d = delta.reshape(self.samples, -1, delta.shape[-1])
+            if layer.weight:
+                x = matrix_input(node).reshape(self.samples, d.shape[1], -1)
+                out += ((x @ x.transpose(1, 2)) @ d).reshape(delta.shape)
+            if layer.bias:
+                out += d.sum(1, keepdim=True).expand(d.shape).reshape(delta.shape)
+        elif layer.kind == "conv":
+            if layer.weight:
+                out = torch.cat([self._conv_gram(delta, low, high) for low, high in self._chunks(delta, 1)])
+            if layer.bias:
+                out += delta.flatten(2).sum(2).reshape(*delta.shape[:2], *(1,) * (delta.ndim - 2))
+        elif layer.kind == "norm":
+            axes = tuple(range(2, delta.ndim))
+            if layer.weight:
+                x = self._normalised()
+                out += x * ((delta * x).sum(axes, keepdim=True) if axes else delta * x)
+            if layer.bias:
+                out += delta.sum(axes, keepdim=True) if axes else delta
+        else:
+            for _, parts in self._elementwise(delta, 1):
+                step = torch.cat(list(parts))
+                step = step.reshape(self.samples, *(1,) * (delta.ndim - step.ndim), *step.shape[1:])
+                out += step * self._other() if layer.kind == "scale" else step
+        return out
+
     # -- one generator of per-group gradients for each parameter
 
     def _gradients(
@@ -104,12 +132,12 @@ class LayerSquares:
             if layer.weight:
                 yield layer.weight, self._conv_weight(delta, group)
             if layer.bias:
-                yield layer.bias, iter([_grouped(delta.flatten(2).sum(2), group)])
+                yield layer.bias, iter([grouped(delta.flatten(2).sum(2), group)])
         elif kind == "norm":
             if layer.weight:
-                yield layer.weight, iter([_grouped(_pixels(delta * self._normalised()), group)])
+                yield layer.weight, iter([grouped(_pixels(delta * self._normalised()), group)])
             if layer.bias:
-                yield layer.bias, iter([_grouped(_pixels(delta), group)])
+                yield layer.bias, iter([grouped(_pixels(delta), group)])
         else:
             yield from self._elementwise(delta, group)
 
@@ -117,31 +145,47 @@ class LayerSquares:
         layer = self.layer
         d = delta.reshape(self.samples, -1, delta.shape[-1])
         if layer.weight:
-            x = _matrix_input(layer.node).reshape(self.samples, -1, _matrix_input(layer.node).shape[-1])
+            x = matrix_input(layer.node).reshape(self.samples, -1, matrix_input(layer.node).shape[-1])
             if squares and group == 1 and d.shape[1] == 1:
                 left, right = d[:, 0].square(), x[:, 0].square()
                 yield layer.weight, (right.T @ left if layer.transposed else left.T @ right)
             else:
                 first, second = (x, d) if layer.transposed else (d, x)
-                yield layer.weight, _outer(first.transpose(1, 2), second.transpose(1, 2), group)
+                yield layer.weight, outer(first.transpose(1, 2), second.transpose(1, 2), group)
         if layer.bias:
-            yield layer.bias, iter([_grouped(d.sum(1), group)])
+            yield layer.bias, iter([grouped(d.sum(1), group)])
 
     def _conv_weight(self, delta: Tensor, group: int) -> Iterator[Tensor]:
+        weight = self.layer.node._saved_weight
+        for low, high in self._chunks(delta, group):
+            d, seen = self._conv_parts(delta, low, high)
+            for part in outer(d, seen, group):
+                yield part.reshape(-1, *weight.shape)
+
+    def _conv_gram(self, delta: Tensor, low: int, high: int) -> Tensor:
+        d, seen = self._conv_parts(delta, low, high)
+        return ((d @ seen.transpose(-1, -2)) @ seen).reshape(high - low, *delta.shape[1:])
+
+    def _conv_parts(self, delta: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """(cotangent, patches) of some samples, [n, groups, channels of a group, positions] each."""
         node = self.layer.node
         groups, weight = node._saved_groups, node._saved_weight
-        x = node._saved_input.detach()
-        d = delta.reshape(self.samples, groups, weight.shape[0] // groups, -1)
-        per_sample = 2 * d.shape[1] * weight[0].numel() * (d.shape[2] + d.shape[3]) * d.element_size()
-        step = _chunk_samples(per_sample, group)
-        whole = self._kept
+        d = delta[low:high].reshape(high - low, groups, weight.shape[0] // groups, -1)
+        if self._kept is not None:
+            return d, self._kept[low:high]
+        seen = patches(node._saved_input.detach()[low:high], node, groups)
+        if self._keep and low == 0 and high == self.samples:
+            self._kept = seen
+        return d, seen
+
+    def _chunks(self, delta: Tensor, group: int) -> Iterator[tuple[int, int]]:
+        """Ranges of samples of a convolution whose patches and gradients fit into `CHUNK` bytes."""
+        weight = self.layer.node._saved_weight
+        groups, positions = self.layer.node._saved_groups, delta[0, 0].numel()
+        width = weight.shape[0] // groups + positions
+        step = chunk_samples(2 * groups * weight[0].numel() * width * delta.element_size(), group)
         for low in range(0, self.samples, step):
-            high = min(low + step, self.samples)
-            patches = _patches(x[low:high], node, groups) if whole is None else whole[low:high]
-            if self._keep and whole is None and low == 0 and high == self.samples:
-                self._kept = patches
-            for part in _outer(d[low:high], patches, group):
-                yield part.reshape(-1, *weight.shape)
+            yield low, min(low + step, self.samples)
 
     def _normalised(self) -> Tensor:
         if self._kept is not None:
@@ -156,6 +200,13 @@ class LayerSquares:
             self._kept = normalised
         return normalised
 
+    def _other(self) -> Tensor:
+        """What the parameter of a `scale` layer multiplies."""
+        node = self.layer.node
+        first = hasattr(node.next_functions[0][0], "variable")
+        other: Tensor = node._saved_other if first else node._saved_self
+        return other.detach()
+
     def _elementwise(self, delta: Tensor, group: int, *, power: int = 1) -> Iterator[tuple[str, Iterator[Tensor]]]:
         layer = self.layer
         leaf = next(slot for slot, (s, _) in enumerate(layer.node.next_functions) if hasattr(s, "variable"))
@@ -163,88 +214,14 @@ class LayerSquares:
         name = layer.weight or layer.bias
         assert name is not None
         if layer.kind == "scale":
-            other = layer.node._saved_other if leaf == 0 else layer.node._saved_self
-            delta = delta * other.detach() ** power
+            delta = delta * self._other() ** power
         if delta.ndim < 1 or len(delta) != self.samples or (len(shape) == delta.ndim and shape[0] != 1):
             raise UncoveredModelError(f"parameter {name!r} of shape {list(shape)} does not broadcast over the samples")
         full = (1,) * (delta.ndim - len(shape)) + tuple(shape)
         reduce = [axis for axis in range(1, delta.ndim) if full[axis] == 1]
         per_sample = delta.sum(reduce, keepdim=True) if reduce else delta
-        yield name, iter([_grouped(per_sample.reshape(self.samples, *shape), group)])
-
-
-def _matrix_input(node: Any) -> Tensor:
-    for attribute in ("_saved_mat1", "_saved_self", "_saved_input"):
-        saved = getattr(node, attribute, None)
-        if isinstance(saved, Tensor):
-            return saved.detach()
-    raise UncoveredModelError(f"{node.name()} did not save its input; is the weight's gradient needed?")
-
-
-def _patches(x: Tensor, node: Any, groups: int) -> Tensor:
-    """[n, groups, C/groups * kernel, positions]: what each output position of a convolution sees, for any dimension."""
-    kernel = node._saved_weight.shape[2:]
-    dims = len(kernel)
-    stride, padding, dilation = (
-        _per_axis(getattr(node, f"_saved_{k}"), dims) for k in ("stride", "padding", "dilation")
-    )
-    if any(padding):
-        x = torch.nn.functional.pad(x, [p for axis in reversed(range(dims)) for p in (padding[axis],) * 2])
-    x = x.contiguous()
-    out = [(x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(dims)]
-    base = x.stride()
-    view = x.as_strided(
-        (*x.shape[:2], *kernel, *out),
-        (
-            *base[:2],
-            *(base[2 + i] * dilation[i] for i in range(dims)),
-            *(base[2 + i] * stride[i] for i in range(dims)),
-        ),
-    )
-    positions = 1
-    for size in out:
-        positions *= size
-    return view.reshape(len(x), groups, -1, positions)
-
-
-def _per_axis(value: Any, dims: int) -> tuple[int, ...]:
-    values = tuple(int(v) for v in value)
-    return values if len(values) == dims else values * dims
-
-
-def _outer(left: Tensor, right: Tensor, group: int) -> Iterator[Tensor]:
-    """sum_s left[n, ..., a, s] right[n, ..., b, s], summed over groups of samples, in chunks of samples."""
-    samples = len(left)
-    step = _chunk_samples(left[0].numel() // left.shape[-1] * right.shape[-2] * left.element_size(), group)
-    for low in range(0, samples, step):
-        a, b = left[low : low + step], right[low : low + step]
-        full = len(a) // group * group
-        for first, last, size in ((0, full, group), (full, len(a), max(len(a) - full, 1))):
-            if first < last:
-                yield _joined(a[first:last], size) @ _joined(b[first:last], size).transpose(-1, -2)
-
-
-def _joined(x: Tensor, group: int) -> Tensor:
-    """Neighbouring samples become further positions: [n, ..., a, s] -> [n/group, ..., a, group * s]."""
-    if group == 1:
-        return x
-    return x.reshape(-1, group, *x.shape[1:]).movedim(1, -2).flatten(-2)
-
-
-def _grouped(x: Tensor, group: int) -> Tensor:
-    """Sums over groups of neighbouring samples (the last group may be smaller); a new tensor."""
-    if group == 1:
-        return x.clone()
-    full = len(x) // group * group
-    parts = [x[:full].reshape(-1, group, *x.shape[1:]).sum(1)] if full else []
-    if full < len(x):
-        parts.append(x[full:].sum(0, keepdim=True))
-    return torch.cat(parts)
+        yield name, iter([grouped(per_sample.reshape(self.samples, *shape), group)])
 
 
 def _pixels(x: Tensor) -> Tensor:
     return x.flatten(2).sum(2) if x.ndim > 2 else x
-
-
-def _chunk_samples(bytes_per_sample: int, group: int) -> int:
-    return max(CHUNK // max(bytes_per_sample, 1) // group, 1) * group

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..errors import UncoveredModelError
 from ..sites import Layer, Linearisation, Site
 from ..sites.linearise import edge_shape
-from ..squares import LayerSquares, _matrix_input, _patches
+from ..squares import LayerSquares
+from ..unfold import matrix_input, patches
 from .collector import Collector
 from .pushforward import Route, Tangent
 
@@ -58,7 +59,7 @@ class Directions:
             weight = layer.node._saved_weight
             return Shape(weight.shape[0], self.out[2:].numel(), weight[0].numel())
         if layer.kind == "linear":
-            fan = _matrix_input(layer.node).shape[-1] if layer.weight else 0
+            fan = matrix_input(layer.node).shape[-1] if layer.weight else 0
             return Shape(self.out[-1], self.out.numel() // (self.out[-1] * self.samples), fan)
         return Shape(0, 0, 0)
 
@@ -117,14 +118,14 @@ class Directions:
             if layer.bias:
                 into.add(layer.bias, slice(low, high), q)
             if layer.weight:
-                into.outer(layer.weight, low, q, _matrix_input(layer.node).reshape(samples, -1).square())
+                into.outer(layer.weight, low, q, matrix_input(layer.node).reshape(samples, -1).square())
 
     def _inputs(self) -> Tensor:
         """[N, groups, fan, positions]."""
         node = self.layer.node
         if self.layer.kind == "conv":
-            return _patches(node._saved_input.detach(), node, node._saved_groups)
-        x = _matrix_input(node)
+            return patches(node._saved_input.detach(), node, node._saved_groups)
+        x = matrix_input(node)
         return x.reshape(self.samples, 1, self.shape.positions, -1).transpose(2, 3)
 
     def _weights(self, count: int) -> Iterator[tuple[str, slice, Tangent]]:

@@ -20,7 +20,7 @@ from ..errors import BudgetError, UncoveredModelError
 from ..signs import cpu_generator
 from ..sites import Layer, Linearisation
 from ..sites.graph import Edge
-from ..squares import _matrix_input
+from ..unfold import matrix_input
 from .chain import CACHED, Level, best_switch, find_chain, gauss_newton
 from .chain import functional as diagonal_along
 from .collector import Collector
@@ -194,7 +194,7 @@ def _along_chain(
 ) -> None:
     """Both parts of a chain: q level by level, then H_ab = sum_n q_na x_nb^2."""
     squares = {
-        place: _matrix_input(level.node).square()
+        place: matrix_input(level.node).square()
         for place, level in enumerate(levels)
         if level.layer is not None and level.layer.weight
     }

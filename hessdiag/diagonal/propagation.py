@@ -12,7 +12,8 @@ What needs no signs is taken out of them. The Gauss-Newton part is exact in one 
 factor (C - 1 for softmax cross-entropy), or takes one signed pass instead. And a layer that feeds a site tensor by an
 elementwise map (through its normalisation and a residual sum) has its share of that site in closed form,
 sum_j c_j slope_j^2 (da_j/dtheta)^2: `direct`, once; the signed passes then carry the remote sites only, the layer's own
-seed being subtracted from its cotangent before squaring.
+seed being subtracted from its cotangent before squaring. And the directions of a sample's sites in which signs would be
+noisiest can be squared one by one, once: `deflate`, `deflated` (hessdiag.diagonal.deflation).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from ..signs import Signs
 from ..sites import Linearisation, edge_shape
 from ..squares import LayerSquares
+from .deflation import Deflation, deflation
 from .parts import Tensors, accumulate, zeros
 
 FUNCTIONAL, GAUSS_NEWTON = 0, 1  # streams of signs
@@ -46,8 +48,10 @@ class Propagator:
         start: int = 0,
         groups: Mapping[str, int] | None = None,
         keep: bool = False,
+        deflation: Deflation | None = None,
     ) -> None:
         self.batch = batch
+        self.deflation = deflation
         self.start = start
         self.squares = [LayerSquares(layer, batch.samples, keep=keep) for layer in batch.layers]
         self._groups = [(groups or {}).get(layer.name, 1) for layer in batch.layers]
@@ -66,8 +70,25 @@ class Propagator:
             accumulate(out, self.squares[place].weighted(weight))
         return out
 
+    def deflate(self, signs: Signs, rank: int) -> Deflation | None:
+        """Find `rank` directions per sample for the signed passes to leave out, if there is anything to leave out."""
+        if rank and self.batch.sites:
+            self.deflation = deflation(self.batch, self.squares, signs, start=self.start, rank=rank)
+        return self.deflation
+
+    def deflated(self) -> Tensors:
+        """The functional part's share along the directions left out: exact, two passes a direction."""
+        out = zeros(self.batch.objective.parameters)
+        single = [1] * len(self.squares)
+        for number in range(self.deflation.rank if self.deflation is not None else 0):
+            assert self.deflation is not None
+            direction = self.deflation.direction(number)
+            for sign in (1, -1):
+                self._square_pass(self._seeds(sign, direction), None, out, float(sign), single)
+        return out
+
     def functional(self, signs: Signs, replicate: int) -> Tensors:
-        """One unbiased replicate of the functional part without its `direct` share, summed over the batch's samples."""
+        """One unbiased replicate of the functional part beyond its `direct` and `deflated` shares, samples summed."""
         drawn = [
             signs.samples(
                 site.c.shape,
@@ -75,13 +96,14 @@ class Propagator:
                 replicate,
                 FUNCTIONAL,
                 number,
-                dtype=site.c.dtype if self._small else torch.int8,
+                dtype=site.c.dtype if self._small or self.deflation is not None else torch.int8,
             )
             for number, site in enumerate(self.batch.sites)
         ]
         out = zeros(self.batch.objective.parameters)
         for sign in (1, -1):
-            self._square_pass(self._seeds(sign, drawn), None, out, float(sign), self._groups)
+            left = drawn if self.deflation is None else self.deflation.project(drawn, sign)
+            self._square_pass(self._seeds(sign, left), None, out, float(sign), self._groups)
         return out
 
     def gauss_newton(self) -> Tensors:
@@ -116,15 +138,15 @@ class Propagator:
         return out
 
     def _seeds(self, sign: int, drawn: Sequence[Tensor]) -> list[Tensor | None]:
-        """Signs times sqrt(max(+-c, 0)), site by site, None where it vanishes."""
+        """Signs (or a direction) times sqrt(max(+-c, 0)), site by site, None where it vanishes."""
         roots = self._roots.get(sign)
         if roots is None:
             roots = [self._root(site.c, sign) for site in self.batch.sites]
             if self._small:
                 self._roots[sign] = roots
         if self._small:
-            return [None if root is None else root * s for root, s in zip(roots, drawn)]
-        return [None if root is None else root.mul_(s) for root, s in zip(roots, drawn)]
+            return [None if root is None else root * s.reshape(root.shape) for root, s in zip(roots, drawn)]
+        return [None if root is None else root.mul_(s.reshape(root.shape)) for root, s in zip(roots, drawn)]
 
     def _root(self, c: Tensor, sign: int) -> Tensor | None:
         part = (c * sign).clamp_(min=0)

@@ -1,0 +1,117 @@
+"""Directions of the sites in which a signed pass would be noisiest, taken out of it and squared exactly.
+
+A signed pass squares s.w_k, w_jk = sqrt|c_j| dz_j/dtheta_k, with a variance of 2 ((sum_j w_jk^2)^2 - sum_j w_jk^4).
+Within one sample the columns w_k lie mostly along few directions of the space of sites. With an orthonormal basis U of
+such directions, chosen without a look at s,
+
+    E[ (s.w)^2 ] = |U^T w|^2 + E[ ((I - U U^T) s . w)^2 ]:
+
+the first term is one pass per direction, once; the second is left to signs, with the variance of what is left of w.
+The idea is Hutch++'s (R. A. Meyer, C. Musco, C. Musco and D. P. Woodruff, 2021), here sample by sample and for the
+diagonal of a sum of squares. The basis spans A A^T g, A = (w_jk), for signs g keyed as all others are: one backward
+pass, each layer's own J J^T per sample, and one pass forward (by double backward), all samples at once. Sites of
+positive and of negative c are orthonormalised apart, since a and b are squared apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..signs import Signs
+from ..sites import Linearisation
+from ..squares import LayerSquares
+
+BASIS = 2  # stream of signs
+
+
+class Deflation:
+    """`rank` directions per sample and sign: `basis[site]` is [N, rank, entries of the site]."""
+
+    def __init__(self, basis: Sequence[Tensor], positive: Sequence[Tensor]) -> None:
+        self.basis = list(basis)
+        self.rank = basis[0].shape[1] if basis else 0
+        self._positive = list(positive)
+
+    def direction(self, number: int) -> list[Tensor]:
+        """Direction `number` of every sample, site by site, [N, entries]; both signs of c side by side."""
+        return [u[:, number] for u in self.basis]
+
+    def project(self, signs: Sequence[Tensor], sign: int) -> list[Tensor]:
+        """(I - U U^T) s over the sites where c has this sign, zero elsewhere."""
+        wanted = [p if sign > 0 else ~p for p in self._positive]
+        kept = [s.reshape(w.shape) * w for s, w in zip(signs, wanted)]
+        along = sum(torch.bmm(u, s[:, :, None]) for u, s in zip(self.basis, kept))
+        assert isinstance(along, Tensor)
+        along = along.transpose(1, 2)
+        return [s - torch.bmm(along, u)[:, 0] * w for u, s, w in zip(self.basis, kept, wanted)]
+
+
+def deflation(
+    batch: Linearisation, squares: Sequence[LayerSquares], signs: Signs, *, start: int, rank: int
+) -> Deflation:
+    """A basis of `rank` directions for one linearised batch; `start` is its first sample in the whole data."""
+    roots = [site.c.abs().sqrt() for site in batch.sites]
+    positive = [(site.c > 0).reshape(batch.samples, -1) for site in batch.sites]
+    edges = [layer.edge for layer in batch.layers]
+    blanks = [torch.zeros_like(root, requires_grad=True) for root in roots]
+    with torch.enable_grad():  # linear in its seeds: its gradient along a is the forward product J a
+        forward = batch.backward(list(blanks), None, edges, create_graph=True)
+    rows: list[list[Tensor]] = [[] for _ in roots]
+    for number in range(rank):
+        seeds = [
+            root * signs.samples(root.shape, start, number, BASIS, place, dtype=root.dtype)
+            for place, root in enumerate(roots)
+        ]
+        answers = _answers(batch, squares, seeds, batch.backward(seeds, None, edges))
+        ends = [f for f, answer in zip(forward, answers) if f is not None and answer is not None]
+        steps = [answer for f, answer in zip(forward, answers) if f is not None and answer is not None]
+        moved: Sequence[Tensor | None] = torch.autograd.grad(ends, blanks, steps, retain_graph=True, allow_unused=True)
+        z = [torch.zeros_like(root) if m is None else m.clone() for root, m in zip(roots, moved)]
+        for place, answer in enumerate(answers):
+            direct = batch.direct.get(place)
+            if direct is not None and answer is not None:  # a layer's own share needs no signs
+                z[direct.site] -= (answer * direct.slope).reshape(z[direct.site].shape)
+        for found, root, dz in zip(rows, roots, z):
+            found.append((dz * root).reshape(batch.samples, -1))
+    basis = [torch.stack(found, 1) for found in rows]
+    for _ in range(2):  # twice, since squared condition numbers cost half the digits
+        basis = _orthonormal(basis, positive)
+    return Deflation(basis, positive)
+
+
+def _answers(
+    batch: Linearisation,
+    squares: Sequence[LayerSquares],
+    seeds: Sequence[Tensor],
+    deltas: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """J J^T of every layer, applied to its cotangent from remote sites."""
+    answers: list[Tensor | None] = []
+    for place, (square, delta) in enumerate(zip(squares, deltas)):
+        if delta is None:
+            answers.append(None)
+            continue
+        direct = batch.direct.get(place)
+        if direct is not None:
+            delta = delta - seeds[direct.site].reshape(delta.shape) * direct.slope
+        answers.append(square.gram(delta))
+    return answers
+
+
+def _orthonormal(rows: list[Tensor], positive: Sequence[Tensor]) -> list[Tensor]:
+    """Orthonormal rows per sample, over the positive and over the negative entries; zero rows beyond the rank."""
+    out = [torch.zeros_like(row) for row in rows]
+    for wanted in (list(positive), [~p for p in positive]):
+        parts = [row * w[:, None] for row, w in zip(rows, wanted)]
+        products = sum(torch.bmm(part, part.transpose(1, 2)).double() for part in parts)
+        assert isinstance(products, Tensor)
+        values, vectors = torch.linalg.eigh(products)
+        floor = values[:, -1:] * len(values[0]) * torch.finfo(rows[0].dtype).eps * 10.0
+        scale = torch.where(values > floor, values, torch.inf).rsqrt()
+        turn = (vectors * scale[:, None, :]).transpose(1, 2).to(rows[0].dtype)
+        for total, part in zip(out, parts):
+            total += torch.bmm(turn, part)
+    return out

@@ -1,0 +1,118 @@
+"""Deflated propagation: the same mean, what is taken out is taken out exactly, and less is left to signs.
+
+z-tests are seeded; each compares at |z| < 5 over a few hundred entries at most: false alarms below 1e-3 in all.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))
+from models import Function, Residual, Tokens, dense_diagonal, seeded
+
+import hessdiag as hd
+from hessdiag.diagonal.parts import accumulate
+from hessdiag.diagonal.propagation import Propagator
+from hessdiag.signs import Signs
+from hessdiag.sites import Linearisation
+
+torch.set_num_threads(1)
+BUILDERS = {
+    "chain": lambda: Function(F.silu),
+    "residual": Residual,
+    "tokens": Tokens,
+}
+SHAPES = {"Residual": (2, 8, 8), "Tokens": (4, 5)}
+
+
+def losses(f: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(f, y, reduction="none")
+
+
+def prepared(name: str, n: int = 6) -> tuple[nn.Module, Tensor, Tensor, Propagator]:
+    model = seeded(BUILDERS[name])
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn((n, *SHAPES.get(type(model).__name__, (5,))), generator=g, dtype=torch.float64)
+    y = torch.randint(0, 3, (n,), generator=g)
+    return model, x, y, Propagator(Linearisation(hd.Objective(model), x, y), keep=True)
+
+
+def flat(parts: dict[str, Tensor]) -> Tensor:
+    return torch.cat([parts[name].flatten() for name in sorted(parts)])
+
+
+def known(propagator: Propagator) -> Tensor:
+    parts = propagator.gauss_newton()
+    accumulate(parts, propagator.direct())
+    accumulate(parts, propagator.deflated())
+    return flat(parts)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_gram_is_the_per_sample_jacobian_times_its_transpose(name: str) -> None:
+    """<e, J J^T d> = <J^T e, J^T d> for every sample and layer."""
+    *_, propagator = prepared(name)
+    g = torch.Generator().manual_seed(2)
+    for square, layer in zip(propagator.squares, propagator.batch.layers):
+        shape = layer.node._input_metadata[0].shape
+        d, e = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(2))
+        left, right = square.each(d), square.each(e)
+        wanted = torch.stack([(left[n] * right[n]).flatten(1).sum(1) for n in left]).sum(0)
+        found = (e * square.gram(d)).reshape(len(wanted), -1).sum(1)
+        assert torch.allclose(found, wanted, rtol=1e-11, atol=1e-11 * float(wanted.abs().max()))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_mean_stays_and_the_variance_falls(name: str) -> None:
+    model, x, y, propagator = prepared(name)
+    truth = flat(dense_diagonal(model, losses, x, y)) * len(y)
+    signs, spread = Signs(7), []
+    for rank in (0, 4):
+        propagator.deflate(signs, rank)
+        start = known(propagator)
+        draws = torch.stack([start + flat(propagator.functional(signs, r)) for r in range(300)])
+        error = draws.std(0) / len(draws) ** 0.5
+        noisy = error > 1e-10 * truth.norm()
+        assert (draws.mean(0) - truth)[~noisy].norm() <= 1e-9 * truth.norm()
+        z = ((draws.mean(0) - truth) / error)[noisy]
+        assert z.numel() == 0 or z.abs().max() < 5
+        spread.append(float(draws.var(0).sum()))
+    assert spread[1] < 0.5 * spread[0]
+
+
+@pytest.mark.parametrize("name", ["chain", "tokens"])
+def test_a_full_basis_leaves_nothing_to_signs(name: str) -> None:
+    model, x, y, propagator = prepared(name)
+    truth = flat(dense_diagonal(model, losses, x, y)) * len(y)
+    signs = Signs(7)
+    propagator.deflate(signs, max(sum(site.c[0].numel() for site in propagator.batch.sites), 1))
+    found = known(propagator)
+    assert (found - truth).norm() <= 1e-10 * truth.norm()
+    assert flat(propagator.functional(signs, 0)).norm() <= 1e-10 * truth.norm()
+
+
+def test_the_basis_is_orthonormal_for_each_sign_and_belongs_to_the_sample() -> None:
+    """Keyed like all signs: a sample's basis does not depend on the batch it is met in."""
+    model, x, y, propagator = prepared("residual")
+    whole = propagator.deflate(Signs(3), 3)
+    assert whole is not None
+    for wanted in (True, False):
+        parts = [
+            u * ((site.c > 0).reshape(len(y), 1, -1) == wanted) for u, site in zip(whole.basis, propagator.batch.sites)
+        ]
+        products = sum(torch.bmm(part, part.transpose(1, 2)) for part in parts)
+        assert torch.allclose(products, torch.eye(3, dtype=torch.float64).expand(len(y), 3, 3), atol=1e-12)
+    rest = Propagator(Linearisation(hd.Objective(model), x[2:], y[2:]), start=2)
+    part = rest.deflate(Signs(3), 3)
+    assert part is not None
+    signs = [torch.randn(site.c.shape, dtype=torch.float64) for site in propagator.batch.sites]
+    for sign in (1, -1):  # the space that is left out, whichever basis spans it
+        left = whole.project(signs, sign), part.project([s[2:] for s in signs], sign)
+        assert all(torch.allclose(a[2:], b, atol=1e-9) for a, b in zip(*left))
