@@ -1,7 +1,7 @@
 """ResNet-18, 16 images: how far two replicates fix the squared norm, propagation against Hutchinson.
 
 <d1, d2> of two independent replicates is unbiased for |diag|^2. From m = 40 replicates of either method (propagation's
-with its exact offsets: Gauss-Newton part and direct share) and their products K_ij the variance of one product is
+with its exact offsets: Gauss-Newton part, direct share and the directions squared exactly) and their products K_ij the variance of one product is
 estimated without bias as
 
     mean over pairs of K_ij^2  -  mean over disjoint pairs of pairs of K_ij K_kl.
@@ -32,6 +32,7 @@ from hessdiag.diagonal.hutchinson import Products, probe
 from hessdiag.diagonal.parts import Tensors, accumulate
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import DataError
+from hessdiag.measurement.pilot import affordable_rank
 from hessdiag.signs import Signs
 from hessdiag.sites import Linearisation
 
@@ -116,6 +117,9 @@ def one_seed(settings: Settings, seed: int) -> dict[str, Any]:
     begun = time.perf_counter()
     propagator = Propagator(Linearisation(objective, x, y), keep=False)
     outer, known = propagator.gauss_newton(), propagator.direct()
+    rank = affordable_rank(propagator.batch, n)
+    propagator.deflate(signs, rank)
+    accumulate(known, propagator.deflated())
     share = sum(float(t.square().sum()) for t in outer.values())
     accumulate(known, outer)
     setups = {"propagation": time.perf_counter() - begun}
@@ -143,7 +147,7 @@ def one_seed(settings: Settings, seed: int) -> dict[str, Any]:
             torch.cat([(t / n).reshape(-1).float() for t in found.values()], out=rows[method][r])
     products_of = {method: gram(rows[method]) for method in METHODS}
     truth, _ = product_variance(products_of["propagation"])
-    out |= {"square": truth, "gauss_newton_share": share / n**2 / truth, "setup_seconds": setups}
+    out |= {"square": truth, "directions": rank, "gauss_newton_share": share / n**2 / truth, "setup_seconds": setups}
     for method, k in products_of.items():
         square, variance = product_variance(k)
         scatter = float(k.trace()) / len(k) - square

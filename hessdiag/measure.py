@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .errors import (
 )
 from .guard import as_it_was, memory_errors
 from .measurement.audit import Audit, audit
-from .measurement.choose import EXACT_BUDGET, check_budget, decide, stored_plan
+from .measurement.choose import EXACT_BUDGET, check_budget, check_directions, decide, stored_plan
 from .measurement.loop import Callback, Loop
 from .measurement.plan import METHODS, Plan
 from .measurement.population import measure_population
@@ -81,7 +82,9 @@ def measure(
             plan = stored_plan(path, method)
         if plan is None:
             plan, checked = decide(objective, first, facts, method, seed, audit_model)
-        elif audit_model:
+        else:
+            check_directions(objective, first, facts, plan)
+        if checked is None and audit_model:
             checked = audit(objective, first, method=plan.method, seed=seed)
             checked.require()
         if world.size > 1:  # a pilot's clock may choose otherwise elsewhere
@@ -94,7 +97,7 @@ def measure(
             return measure_population(
                 objective,
                 batches,
-                plan,
+                replace(plan, deflate=0),  # every sample is used once: nothing to spread the exact passes over
                 facts,
                 checked,
                 seed=seed,
@@ -224,6 +227,8 @@ def _identity(objective: Objective, facts: Survey, plan: Plan, seed: int) -> dic
         "weights": digest.hexdigest(),
         "method": plan.method,
         "groups": plan.groups,
+        "deflate": plan.deflate,
+        "order": facts.order if plan.deflate else None,
     }
 
 

@@ -91,7 +91,7 @@ def survey(objective: Objective, batches: Batches) -> Survey:
             batch_loss, batch_weight = objective.summed_loss(batch.inputs, batch.targets, index=batch.index)
             loss += float(batch_loss.double())
             weight += float(batch_weight)
-            marks = _fingerprint(batch.inputs, batch.targets)
+            marks = fingerprint(batch.inputs, batch.targets)
             place = torch.arange(batch.start, batch.start + len(marks), dtype=torch.float64, device=marks.device)
             data += float(marks.sum())
             size += float(marks.abs().sum())
@@ -135,7 +135,7 @@ def watch(facts: Survey, batches: Iterable[Numbered]) -> Iterator[Numbered]:
         yield batch
         samples += len(batch.targets)
         if facts.checked:
-            data += float(_fingerprint(batch.inputs, batch.targets).sum())
+            data += float(fingerprint(batch.inputs, batch.targets).sum())
     changed = facts.checked and abs(data - facts.data) > 1e-9 * (facts.data_size + 1e-300)
     if samples != facts.samples or changed:
         what = f"{samples} samples, not {facts.samples}" if samples != facts.samples else "other values"
@@ -199,7 +199,7 @@ def _by_sample(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
 
 
-def _fingerprint(inputs: Any, targets: Tensor) -> Tensor:
+def fingerprint(inputs: Any, targets: Tensor) -> Tensor:
     """One number per sample, a fixed random-looking function of its values."""
     marks = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
     leaves = [x for x in _pytree.tree_leaves(inputs) if _by_sample(x, len(targets))]

@@ -76,7 +76,7 @@ def deflation(
                 z[direct.site] -= (answer * direct.slope).reshape(z[direct.site].shape)
         for found, root, dz in zip(rows, roots, z):
             found.append((dz * root).reshape(batch.samples, -1))
-    basis = [torch.stack(found, 1) for found in rows]
+    basis = [torch.stack(rows.pop(0), 1) for _ in roots]
     for _ in range(2):  # twice, since squared condition numbers cost half the digits
         basis = _orthonormal(basis, positive)
     return Deflation(basis, positive)
@@ -103,15 +103,16 @@ def _answers(
 
 def _orthonormal(rows: list[Tensor], positive: Sequence[Tensor]) -> list[Tensor]:
     """Orthonormal rows per sample, over the positive and over the negative entries; zero rows beyond the rank."""
-    out = [torch.zeros_like(row) for row in rows]
+    turns = []
     for wanted in (list(positive), [~p for p in positive]):
-        parts = [row * w[:, None] for row, w in zip(rows, wanted)]
+        parts = (row * w[:, None] for row, w in zip(rows, wanted))
         products = sum(torch.bmm(part, part.transpose(1, 2)).double() for part in parts)
         assert isinstance(products, Tensor)
         values, vectors = torch.linalg.eigh(products)
         floor = values[:, -1:] * len(values[0]) * torch.finfo(rows[0].dtype).eps * 10.0
         scale = torch.where(values > floor, values, torch.inf).rsqrt()
-        turn = (vectors * scale[:, None, :]).transpose(1, 2).to(rows[0].dtype)
-        for total, part in zip(out, parts):
-            total += torch.bmm(turn, part)
-    return out
+        turns.append((vectors * scale[:, None, :]).transpose(1, 2).to(rows[0].dtype))
+    for place, p in enumerate(positive):  # one site at a time: the rows are the largest thing held
+        row = rows[place]
+        rows[place] = torch.where(p[:, None], torch.bmm(turns[0], row), torch.bmm(turns[1], row))
+    return rows

@@ -10,6 +10,7 @@ from ..objective import Objective
 from ..sites import Linearisation
 from ..stream import Numbered, Survey
 from .audit import Audit, audit
+from .pilot import DEFLATE_BYTES, direction_bytes
 from .plan import Plan, make_plan
 from .resume import restore
 
@@ -17,6 +18,8 @@ AUTO_EXACT_FLOPS = 3e10
 """method='auto' takes the exact diagonal up to this many multiplications (a count, so that the choice repeats)."""
 EXACT_BUDGET = 1e14
 """Multiplications beyond which an exact method is refused unless asked for by `budget=` (hours on a few cores)."""
+GIVEN_BYTES = 8 * DEFLATE_BYTES
+"""Bytes of directions beyond which a plan that was given is refused."""
 
 
 def decide(
@@ -49,6 +52,7 @@ def _plan(objective: Objective, first: Numbered, facts: Survey, method: str, see
         seed=seed,
         samples=facts.samples,
         batches=facts.batches,
+        ordered=facts.checked and not facts.shuffled,
         reason=reason,
     )
 
@@ -74,6 +78,19 @@ def check_budget(objective: Objective, first: Numbered, facts: Survey, plan: Pla
         raise BudgetError(
             f"method={plan.method!r} would take {flops:.1e} multiplications, more than the budget of {budget:.1e}; "
             "use method='propagation', fewer samples or parameters, or raise budget="
+        )
+
+
+def check_directions(objective: Objective, first: Numbered, facts: Survey, plan: Plan) -> None:
+    """Refuse a given plan whose directions would fill the memory: it was made for fewer samples."""
+    if plan.method != "propagation" or not plan.deflate:
+        return
+    linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
+    size = plan.deflate * direction_bytes(linear, facts.samples)
+    if size > GIVEN_BYTES:
+        raise BudgetError(
+            f"a plan with deflate={plan.deflate} would hold {size / 1e9:.1f} GB of directions for {facts.samples} "
+            "samples; give one with deflate=0, or fewer samples"
         )
 
 

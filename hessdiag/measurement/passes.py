@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..diagonal import exact, hutchinson, reference
-from ..diagonal.parts import Tensors
+from ..diagonal.deflation import Deflation
+from ..diagonal.parts import Tensors, accumulate
 from ..diagonal.propagation import Propagator
+from ..errors import NotDeterministicError
 from ..objective import Objective
 from ..signs import Signs
 from ..sites import Linearisation, edge_shape
-from ..stream import Numbered
+from ..stream import Numbered, fingerprint
 from .plan import KEEP_BYTES, Plan
 
 Tell = Callable[[int, int], None]
@@ -23,6 +28,7 @@ class Passes:
     def __init__(self, objective: Objective, plan: Plan, signs: Signs, *, batches: int) -> None:
         self.objective, self.plan, self.signs, self.batches = objective, plan, signs, batches
         self._prepared: Any = None
+        self._deflations: dict[int, tuple[Tensor, Deflation | None]] = {}  # by first sample, with its fingerprints
 
     def forget(self) -> None:
         """Let go of the graph that was kept."""
@@ -44,8 +50,9 @@ class Passes:
         if plan.method == "exact":
             return exact.batch_diagonal(linear, progress=tell)
         propagator = self._propagator(linear, batch)
-        direct = propagator.direct()
-        return (propagator.gauss_newton() if plan.gauss_newton == "exact" else None), direct
+        functional = propagator.direct()
+        accumulate(functional, propagator.deflated())
+        return (propagator.gauss_newton() if plan.gauss_newton == "exact" else None), functional
 
     def replicate(self, batch: Numbered, r: int) -> dict[str, Tensors]:
         """Replicate number `r` of every stream, summed over the batch."""
@@ -87,9 +94,23 @@ class Passes:
     def _propagator(self, linear: Linearisation, batch: Numbered) -> Propagator:
         keep = self.batches == 1 and _patch_bytes(linear) <= KEEP_BYTES
         propagator = Propagator(linear, start=batch.start, groups=self.plan.sample_groups, keep=keep)
+        if self.plan.deflate:
+            self._deflate(propagator, batch)
         if self.batches == 1:
             self._prepared = (batch.start, propagator)
         return propagator
+
+    def _deflate(self, propagator: Propagator, batch: Numbered) -> None:
+        """Give a propagator the directions that belong to its batch: what is exact of them was counted once."""
+        marks = fingerprint(batch.inputs, batch.targets)
+        if batch.start not in self._deflations:
+            self._deflations[batch.start] = (marks, propagator.deflate(self.signs, self.plan.deflate))
+        seen, propagator.deflation = self._deflations[batch.start]
+        if not torch.equal(seen, marks):
+            raise NotDeterministicError(
+                f"batch {batch.index}: other samples than before; a plan with deflate={self.plan.deflate} needs the "
+                "samples in one order: do not shuffle, or give a plan with deflate=0"
+            )
 
     def _prepare(self, batch: Numbered, make: Callable[[], Any]) -> Any:
         """The graph of a batch, kept for all replicates of the batch (and for good if it is the only one)."""

@@ -1,13 +1,11 @@
 """The plan of a measurement: what is computed how. Fixed before the first replicate, stored, and can be given.
 
-The same seed, plan, dtype, device and number of threads give the same bits. A pilot on samples of the first batch,
-thrown away, chooses what is better measured than guessed: how many neighbouring samples to sum before squaring, and
-the balance of each product of activations.
+The same seed, plan, dtype, device and number of threads give the same bits. What is better measured than guessed is
+chosen by a pilot (`hessdiag.measurement.pilot`) on samples of the first batch, thrown away.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,22 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diagonal.parts import Tensors
-from ..diagonal.propagation import Propagator
 from ..errors import ConfigurationError, UnknownNameError, nearest
 from ..objective import Objective
-from ..signs import BLOCK, Signs
-from ..sites import Linearisation, edge_shape
+from ..sites import Linearisation
 from ..stream import Numbered
+from .pilot import PILOT_SAMPLES, balance_products, choose_groups, choose_rank
 
 METHODS = ("exact", "propagation", "hutchinson", "reference")
 EXACT_COLUMNS = 32
 """Loss-factor columns up to which the Gauss-Newton part is taken exactly, in one pass each."""
 KEEP_BYTES = 1 << 28
 """Patches of a single-batch data set are kept between replicates up to this size."""
-PILOT_SAMPLES = 2 * BLOCK
-"""Samples of the first batch that a pilot looks at: enough to tell groups from single samples."""
-_PILOT = 1 << 40  # replicate numbers of the pilot, never those of a measurement
 
 
 @dataclass(frozen=True)
@@ -43,6 +36,7 @@ class Plan:
     at_once: int = 1
     sample_groups: Mapping[str, int] = field(default_factory=dict)
     balance: Mapping[int, float] = field(default_factory=dict)
+    deflate: int = 0
     parts: bool = True
     reason: str = ""
 
@@ -51,8 +45,8 @@ class Plan:
             raise UnknownNameError(f"unknown method {self.method!r}; {nearest(self.method, [*METHODS, 'auto'])}")
         if self.gauss_newton not in ("exact", "signs"):
             raise ConfigurationError(f"gauss_newton must be 'exact' or 'signs', not {self.gauss_newton!r}")
-        if self.groups < 4 or self.at_once < 1:
-            raise ConfigurationError("a plan needs groups >= 4 and at_once >= 1")
+        if self.groups < 4 or self.at_once < 1 or self.deflate < 0:
+            raise ConfigurationError("a plan needs groups >= 4, at_once >= 1 and deflate >= 0")
 
     @property
     def deterministic(self) -> bool:
@@ -92,9 +86,13 @@ def make_plan(
     seed: int,
     samples: int,
     batches: int,
+    ordered: bool = True,
     reason: str = "",
 ) -> Plan:
-    """The plan for a method, with a pilot where the method has something to choose."""
+    """The plan for a method, with a pilot where the method has something to choose.
+
+    `ordered`: the samples are known to come in the same order in every pass.
+    """
     size = objective.size
     groups = replicate_groups(size)
     at_once = 1 if batches == 1 else max(1, min(8, (1 << 28) // (8 * size)))
@@ -109,67 +107,8 @@ def make_plan(
     if balance:
         batch = Linearisation(objective, first.inputs, first.targets, index=first.index, balance=balance)
     chosen = choose_groups(batch, seed)
-    return Plan(method, gauss_newton, groups, at_once, chosen, balance, True, reason)
-
-
-def choose_groups(batch: Linearisation, seed: int, *, candidates: tuple[int, ...] = (1, BLOCK)) -> dict[str, int]:
-    """How many samples to sum before squaring, by variance times time of pilot replicates.
-
-    Summing is chosen only where it wins by a factor of two, so that the noise of a clock does not decide.
-    """
-    convolutions = [layer.name for layer in batch.layers if layer.kind == "conv"]
-    if not convolutions or not batch.sites or batch.samples < BLOCK:
-        return {}
-    signs = Signs(seed, batch.outputs.device)
-    cost: dict[int, float] = {}
-    for group in candidates:
-        propagator = Propagator(batch, groups={layer.name: group for layer in batch.layers})
-        propagator.functional(signs, _PILOT)  # first call prepares
-        begun = time.perf_counter()
-        pair = [propagator.functional(signs, _PILOT + i) for i in (1, 2)]
-        seconds = time.perf_counter() - begun
-        cost[group] = seconds * _half_difference(*pair)
-    best = min(cost, key=lambda g: cost[g])
-    if best == 1 or cost[best] * 2.0 > cost[1]:
-        return {}
-    return {layer.name: best for layer in batch.layers}
-
-
-def balance_products(batch: Linearisation, seed: int) -> dict[int, float]:
-    """Lambda of each product of activations, so that both factors reach the parameters with equal strength.
-
-    lambda^4 = |J_b^T s|^2 / |J_a^T s|^2 with random signs s on the product's entries: two backward passes each.
-    """
-    halves: dict[int, int] = {}
-    for number, site in enumerate(batch.sites):
-        if site.product is not None and site.product not in halves:
-            halves[site.product] = number
-    signs = Signs(seed, batch.outputs.device)
-    parameters = list(batch.objective.parameters.values())
-    balance: dict[int, float] = {}
-    for product, number in halves.items():
-        site = batch.sites[number]
-        s = signs.plain(site.c, _PILOT, number) * site.c.abs().sqrt()
-        strength = []
-        for edge, _ in site.legs:
-            seed_ = s.sum_to_size(edge_shape(edge))
-            found = torch.autograd.grad(
-                [torch.autograd.graph.GradientEdge(*edge)],
-                parameters,
-                [seed_],
-                retain_graph=True,
-                allow_unused=True,
-            )
-            strength.append(sum(float(g.double().square().sum()) for g in found if g is not None))
-        a, b = strength
-        if a > 0 and b > 0:
-            balance[product] = min(max((b / a) ** 0.25, 1e-3), 1e3)
-    return balance
-
-
-def _half_difference(a: Tensors, b: Tensors) -> float:
-    """Unbiased total variance of one replicate, from two."""
-    return 0.5 * sum(float((a[name] - b[name]).square().sum()) for name in a)
+    rank = choose_rank(batch, seed, samples=samples, groups=chosen, outer=gauss_newton == "exact") if ordered else 0
+    return Plan(method, gauss_newton, groups, at_once, chosen, balance, rank, True, reason)
 
 
 def double_copy(objective: Objective) -> Objective:

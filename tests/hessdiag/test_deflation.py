@@ -6,6 +6,7 @@ z-tests are seeded; each compares at |z| < 5 over a few hundred entries at most:
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from models import Function, Residual, Tokens, dense_diagonal, seeded
 import hessdiag as hd
 from hessdiag.diagonal.parts import accumulate
 from hessdiag.diagonal.propagation import Propagator
+from hessdiag.errors import BudgetError, NotDeterministicError, ResumeError
+from hessdiag.measurement.pilot import DEFLATE, choose_rank
+from hessdiag.measurement.plan import Plan
 from hessdiag.signs import Signs
 from hessdiag.sites import Linearisation
 
@@ -116,3 +120,75 @@ def test_the_basis_is_orthonormal_for_each_sign_and_belongs_to_the_sample() -> N
     for sign in (1, -1):  # the space that is left out, whichever basis spans it
         left = whole.project(signs, sign), part.project([s[2:] for s in signs], sign)
         assert all(torch.allclose(a[2:], b, atol=1e-9) for a, b in zip(*left))
+
+
+def batches_of(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(x.split(size), y.split(size)))
+
+
+def measured(model: nn.Module, batches: object, rank: int, **options: object) -> hd.Measurement:
+    plan = Plan("propagation", deflate=rank)
+    return hd.measure(hd.Objective(model), batches, plan=plan, max_replicates=12, rtol=1e-6, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [12, 5])
+def test_a_measurement_deflates_and_any_cut_into_batches_gives_the_same(size: int) -> None:
+    model, x, y, _ = prepared("residual", n=12)
+    truth = flat(dense_diagonal(model, losses, x, y)).square().mean().sqrt()
+    found = measured(model, batches_of(x, y, size), 4)
+    whole, plain = measured(model, [(x, y)], 4), measured(model, [(x, y)], 0)
+    assert found.plan.deflate == 4
+    assert abs(found.norm.rms - whole.norm.rms) <= 1e-9 * whole.norm.rms
+    low, high = found.interval
+    assert low - (high - low) < float(truth) < high + (high - low)
+    assert high - low < plain.interval[1] - plain.interval[0]
+
+
+def test_the_pilot_deflates_noisy_nets_and_leaves_quiet_ones_and_shuffled_data_alone() -> None:
+    model, x, y, propagator = prepared("residual", n=12)
+    assert choose_rank(propagator.batch, 0, samples=12) == DEFLATE
+    assert choose_rank(propagator.batch, 0, samples=10**7) == 0  # no memory for so many
+    relu = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    quiet = Linearisation(hd.Objective(relu), torch.randn(4, 5, dtype=torch.float64), y[:4])
+    assert choose_rank(quiet, 0, samples=4) == 0
+
+    class Shuffled:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            order = torch.randperm(len(y))
+            return iter(batches_of(x[order], y[order], 5))
+
+    found = hd.measure(hd.Objective(model), Shuffled(), method="propagation", max_replicates=10)
+    assert found.plan.deflate == 0
+    with pytest.raises(NotDeterministicError, match="deflate=0"):
+        hd.measure(
+            hd.Objective(model), Shuffled(), plan=Plan("propagation", deflate=3), deterministic_check=False,
+            max_replicates=10,
+        )  # fmt: skip
+
+
+def test_a_resumed_deflated_measurement_has_the_same_bits(tmp_path: Path) -> None:
+    model, x, y, _ = prepared("residual", n=12)
+    batches = batches_of(x, y, 5)
+    whole = measured(model, batches, 4)
+
+    class Stop(Exception):
+        pass
+
+    def stop(event: hd.Event) -> None:
+        if event.phase == "norm" and event.replicates >= 10:
+            raise Stop
+
+    path = tmp_path / "resume.safetensors"
+    with pytest.raises(Stop):
+        measured(model, batches, 4, resume=path, progress=stop)
+    again = measured(model, batches, 4, resume=path)
+    assert (again.norm.rms, again.interval) == (whole.norm.rms, whole.interval)
+    with pytest.raises(ResumeError):
+        measured(model, batches, 3, resume=path)
+
+
+def test_a_given_plan_whose_directions_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y, _ = prepared("residual", n=12)
+    monkeypatch.setattr("hessdiag.measurement.choose.GIVEN_BYTES", 1000)
+    with pytest.raises(BudgetError, match="deflate=0"):
+        measured(model, [(x, y)], 4)

@@ -19,7 +19,7 @@ from models import Function, Residual, Tokens, dense_diagonal, seeded
 import hessdiag as hd
 from hessdiag.diagonal.hutchinson import Products, probe
 from hessdiag.diagonal.propagation import Propagator
-from hessdiag.measurement.plan import balance_products
+from hessdiag.measurement.pilot import balance_products
 from hessdiag.signs import BLOCK, Signs, key
 from hessdiag.sites import Linearisation
 

@@ -1,0 +1,122 @@
+"""What a plan measures rather than guesses, on samples of the first batch whose replicates are thrown away.
+
+How many neighbouring samples to sum before squaring, how many directions per sample to take out of the signs, and the
+balance of the two factors of each product of activations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from ..diagonal.parts import Tensors, accumulate
+from ..diagonal.propagation import Propagator
+from ..signs import BLOCK, Signs
+from ..sites import Linearisation, edge_shape
+
+PILOT_SAMPLES = 2 * BLOCK
+"""Samples of the first batch that a pilot looks at: enough to tell groups from single samples."""
+DEFLATE = 16
+"""Directions per sample squared exactly where signs are noisy: about forty replicates' time, once."""
+DEFLATE_BYTES = 1 << 29
+"""The directions of all samples are kept, in this many bytes at most."""
+DEFLATE_LEAST = 4
+NOISY = 0.05
+"""Squared relative error of one replicate's diagonal beyond which directions are taken out of it."""
+_PILOT = 1 << 40  # replicate numbers of the pilot, never those of a measurement
+
+
+def choose_groups(batch: Linearisation, seed: int, *, candidates: tuple[int, ...] = (1, BLOCK)) -> dict[str, int]:
+    """How many samples to sum before squaring, by variance times time of pilot replicates.
+
+    Summing is chosen only where it wins by a factor of two, so that the noise of a clock does not decide.
+    """
+    convolutions = [layer.name for layer in batch.layers if layer.kind == "conv"]
+    if not convolutions or not batch.sites or batch.samples < BLOCK:
+        return {}
+    signs = Signs(seed, batch.outputs.device)
+    cost: dict[int, float] = {}
+    for group in candidates:
+        propagator = Propagator(batch, groups={layer.name: group for layer in batch.layers})
+        propagator.functional(signs, _PILOT)  # first call prepares
+        begun = time.perf_counter()
+        pair = [propagator.functional(signs, _PILOT + i) for i in (1, 2)]
+        seconds = time.perf_counter() - begun
+        cost[group] = seconds * _half_difference(*pair)
+    best = min(cost, key=lambda g: cost[g])
+    if best == 1 or cost[best] * 2.0 > cost[1]:
+        return {}
+    return {layer.name: best for layer in batch.layers}
+
+
+def balance_products(batch: Linearisation, seed: int) -> dict[int, float]:
+    """Lambda of each product of activations, so that both factors reach the parameters with equal strength.
+
+    lambda^4 = |J_b^T s|^2 / |J_a^T s|^2 with random signs s on the product's entries: two backward passes each.
+    """
+    halves: dict[int, int] = {}
+    for number, site in enumerate(batch.sites):
+        if site.product is not None and site.product not in halves:
+            halves[site.product] = number
+    signs = Signs(seed, batch.outputs.device)
+    parameters = list(batch.objective.parameters.values())
+    balance: dict[int, float] = {}
+    for product, number in halves.items():
+        site = batch.sites[number]
+        s = signs.plain(site.c, _PILOT, number) * site.c.abs().sqrt()
+        strength = []
+        for edge, _ in site.legs:
+            seed_ = s.sum_to_size(edge_shape(edge))
+            found = torch.autograd.grad(
+                [torch.autograd.graph.GradientEdge(*edge)],
+                parameters,
+                [seed_],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            strength.append(sum(float(g.double().square().sum()) for g in found if g is not None))
+        a, b = strength
+        if a > 0 and b > 0:
+            balance[product] = min(max((b / a) ** 0.25, 1e-3), 1e3)
+    return balance
+
+
+def direction_bytes(batch: Linearisation, samples: int) -> float:
+    """Bytes of one direction for so many samples like the batch's."""
+    return sum(site.c.numel() * site.c.element_size() for site in batch.sites) / batch.samples * samples
+
+
+def affordable_rank(batch: Linearisation, samples: int) -> int:
+    """Directions per sample that `DEFLATE_BYTES` hold for so many samples like the batch's; 0 where too few."""
+    size = direction_bytes(batch, samples)
+    rank = min(DEFLATE, int(DEFLATE_BYTES / size)) if size else 0
+    return rank if rank >= DEFLATE_LEAST else 0
+
+
+def choose_rank(
+    batch: Linearisation, seed: int, *, samples: int, groups: Mapping[str, int] | None = None, outer: bool = True
+) -> int:
+    """Directions per sample to square exactly: as many as memory allows, or none where signs are quiet without.
+
+    Which is told by two replicates, against the diagonal itself: `outer` adds the exact Gauss-Newton part to it.
+    """
+    rank = affordable_rank(batch, samples)
+    if not rank:
+        return 0
+    propagator, signs = Propagator(batch, groups=groups), Signs(seed, batch.outputs.device)
+    known = propagator.direct()
+    if outer:
+        accumulate(known, propagator.gauss_newton())
+    pair = [propagator.functional(signs, _PILOT + i) for i in (1, 2)]
+    noise = _half_difference(*pair)
+    for found in pair:
+        accumulate(found, known)
+    square = sum(float((pair[0][name] * pair[1][name]).sum()) for name in known)
+    return rank if noise > NOISY * square else 0
+
+
+def _half_difference(a: Tensors, b: Tensors) -> float:
+    """Unbiased total variance of one replicate, from two."""
+    return 0.5 * sum(float((a[name] - b[name]).square().sum()) for name in a)
