@@ -77,9 +77,7 @@ def _batch(data: DataSet) -> tuple[Tensor, Tensor]:
 def ours(net: nn.Module, x: Tensor, y: Tensor, attack: str, seed: int) -> float:
     """Robust accuracy in percent by experiments.attacks."""
     run = apgd_ce if attack == "apgd-ce" else apgd_t
-    return 100 * float(
-        run(net, x, y, eps=EPS, generator=torch.Generator().manual_seed(seed)).robust.double().mean()
-    )
+    return 100 * float(run(net, x, y, eps=EPS, generator=torch.Generator().manual_seed(seed)).robust.double().mean())
 
 
 def theirs(net: nn.Module, x: Tensor, y: Tensor, attack: str, seed: int) -> float:

@@ -1,8 +1,9 @@
 """Residual conv net: squared error of the diagonal at the wall time of 100 Hutchinson probes, set-up included.
 
 Each repeat times Hutchinson (graph of the gradient, then 100 probes), gives propagation the same time (linearisation,
-direct share, exact Gauss-Newton part, the directions that are squared exactly, then as many replicates as were finished in it) and compares |d_hat - d|^2 of
-both with the exact diagonal d, taken in float64. The methods take turns; ratios are formed within a repeat.
+direct share, exact Gauss-Newton part, the directions that are squared exactly, then as many replicates as were finished
+in it) and compares |d_hat - d|^2 of both with the exact diagonal d, taken in float64. The methods take turns; ratios
+are formed within a repeat.
 """
 
 from __future__ import annotations
@@ -61,9 +62,7 @@ def hutchinson(objective: hd.Objective, x: Tensor, y: Tensor, probes: int, seed:
     return out, time.perf_counter() - begun
 
 
-def propagation(
-    objective: hd.Objective, x: Tensor, y: Tensor, seconds: float, seed: int
-) -> tuple[Tensors, int, float]:
+def propagation(objective: hd.Objective, x: Tensor, y: Tensor, seconds: float, seed: int) -> tuple[Tensors, int, float]:
     """(diagonal, replicates finished within so many seconds, seconds of set-up)."""
     begun = time.perf_counter()
     signs, sums = Signs(seed), zeros(objective.parameters)

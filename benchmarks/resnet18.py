@@ -1,8 +1,8 @@
 """ResNet-18, 16 images: how far two replicates fix the squared norm, propagation against Hutchinson.
 
 <d1, d2> of two independent replicates is unbiased for |diag|^2. From m = 40 replicates of either method (propagation's
-with its exact offsets: Gauss-Newton part, direct share and the directions squared exactly) and their products K_ij the variance of one product is
-estimated without bias as
+with its exact offsets: Gauss-Newton part, direct share and the directions squared exactly) and their products K_ij the
+variance of one product is estimated without bias as
 
     mean over pairs of K_ij^2  -  mean over disjoint pairs of pairs of K_ij K_kl.
 
@@ -51,7 +51,7 @@ class Settings:
     steps: int = 5
     batch: int = 16
     lr: float = 0.05
-    threads: int = 2
+    threads: int = 1
     target: float = 400.0
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from experiments.sweep import cluster, export, grid, local, status
+from experiments.sweep import cluster, export, grid, local, schema, status
 from experiments.sweep.cost import check_budget, estimate
 from experiments.sweep.reader import Reader
 from experiments.sweep.store import Store
@@ -48,11 +48,13 @@ def command(
         raise ConfigurationError(f"--retries {retries}: not negative")
     sweeps = [grid.load(path, seeds=_seeds(seeds)) for path in files]
     show = Console(stderr=True)
-    with Store(store) as opened:
-        for sweep in sweeps:
-            opened.add(
-                sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title, variants=sweep.variants
-            )
+    if not dry_run:
+        with Store(store) as opened:
+            for sweep in sweeps:
+                opened.add(
+                    sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title,
+                    variants=sweep.variants,
+                )  # fmt: skip
     if list_runs or only_export:
         with Reader(store) as reader:
             for sweep in sweeps:
@@ -87,28 +89,30 @@ def _run(
     results: Path,
     exporting: bool,
 ) -> int:
-    with Reader(store) as reader:
-        rows = reader.rows(records=False)
-        members = {row.key for row in reader.rows(sweep.name, records=False)}
-        own = [(row.config, row.seconds) for row in rows if row.state == "done" and row.seconds]
-        finished = [row.key for row in rows if row.state == "done"]
+    rows = []
+    if (store / schema.NAME).exists():  # a dry run makes none
+        with Reader(store) as reader:
+            rows = reader.rows(records=False)
+    own = [(row.config, row.seconds) for row in rows if row.state == "done" and row.seconds]
+    finished = [row.key for row in rows if row.state == "done"]
     known = [("this store", own), ("exported results", export.timings(export.read_all(results)))]
-    runs = [row.config for row in rows if row.key in members]
     measure = _pilot if pilot else None
-    cost = estimate(runs, finished, known, pilot=measure)
+    cost = estimate(sweep.runs, finished, known, pilot=measure)
     show.print(f"[bold]{sweep.name}[/]: {sweep.title}\n  {cost.sentence(plan.count)}")
     check_budget(cost, plan.count, budget)
     if dry_run:
         return 0
+    seeds = sorted({run.train["seed"] for run in sweep.runs})
     with Reader(store) as reader, Live(console=show, refresh_per_second=2, transient=True) as live:
         watch = _watcher(live, reader, sweep.name)
         if executor == "local":
-            counts = local.execute(store, sweep=sweep.name, workers=plan, retries=retries, watch=watch)
+            counts = local.execute(store, sweep=sweep.name, seeds=seeds, workers=plan, retries=retries, watch=watch)
         else:
             gpus = 1.0 / per_gpu if plan.gpus else 0.0
             counts = cluster.execute(
-                store, sweep=sweep.name, address=address, threads=plan.threads, gpus=gpus, retries=retries, watch=watch
-            )
+                store, sweep=sweep.name, seeds=seeds, address=address, threads=plan.threads, gpus=gpus,
+                retries=retries, watch=watch,
+            )  # fmt: skip
     with Reader(store) as reader:
         print(f"{sweep.name}: {counts['done']} done, {counts['failed']} failed")
         for row in reader.rows(sweep.name, records=False):

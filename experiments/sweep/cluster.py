@@ -11,7 +11,7 @@ import contextlib
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def execute(
     root: Path,
     *,
     sweep: str,
+    seeds: Collection[int] | None = None,
     runner: str = "experiments.sweep.run:run_one",
     address: str | None = None,
     threads: int = 1,
@@ -68,7 +69,7 @@ def execute(
     interruptions: int = MAX_INTERRUPTIONS,
     watch: Callable[[], None] | None = None,
 ) -> dict[str, int]:
-    """Run a registered sweep to its end on a cluster; each run takes `threads` cores and a share of a GPU."""
+    """Run a registered sweep (or these seeds of it) on a cluster; a run takes `threads` cores and a share of a GPU."""
     ray = connect(address)
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_do)
     owner = Owner.current().text
@@ -76,9 +77,11 @@ def execute(
     with Store(root) as store:
         beat = time.monotonic()
         try:
-            while running or store.remaining(sweep, retries=retries):
+            while running or store.remaining(sweep, seeds=seeds, retries=retries):
                 while len(running) < _slots(ray, threads, gpus) + 1:  # one more, so that no slot waits for the driver
-                    claim = store.claim(owner, sweep=sweep, retries=retries, lease=lease, interruptions=interruptions)
+                    claim = store.claim(
+                        owner, sweep=sweep, seeds=seeds, retries=retries, lease=lease, interruptions=interruptions
+                    )
                     if claim is None:
                         break
                     found = read_result(store.folder(claim.key), claim.config)

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +69,7 @@ def execute(
     *,
     sweep: str,
     workers: Workers,
+    seeds: Collection[int] | None = None,
     runner: str = "experiments.sweep.run:run_one",
     retries: int = 0,
     lease: float = LEASE_SECONDS,
@@ -77,7 +78,7 @@ def execute(
     environment: Mapping[str, str] | None = None,
     interval: float = 0.25,
 ) -> dict[str, int]:
-    """Run a registered sweep to its end; returns how many runs are in each state."""
+    """Run a registered sweep, or what has these seeds of it, to its end; returns how many runs are in each state."""
     logs = root / "logs"
     logs.mkdir(exist_ok=True)
 
@@ -93,13 +94,15 @@ def execute(
             runner,
         ]
         command += ["--retries", str(retries), "--lease", str(lease), "--interruptions", str(interruptions)]
+        if seeds is not None:
+            command += ["--seeds", *map(str, seeds)]
         command += ["--threads", str(workers.threads), "--parent", str(os.getpid())]
         variables = {**os.environ, **workers.environment(index), **(environment or {})}
         with open(logs / f"worker-{index}.log", "ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
 
     with Store(root) as store:
-        wanted = min(workers.count, store.remaining(sweep, retries=retries))
+        wanted = min(workers.count, store.remaining(sweep, seeds=seeds, retries=retries))
         crew = {index: start(index) for index in range(wanted)}
         quick_deaths = 0
         births = dict.fromkeys(crew, time.monotonic())
@@ -122,7 +125,7 @@ def execute(
                     if quick_deaths > 3 * workers.count:
                         line = _last_line(logs / f"worker-{index}.log")
                         raise StoreError(f"workers end as soon as they start; the last said: {line}")
-                    if code != FINE and store.remaining(sweep, retries=retries):
+                    if code != FINE and store.remaining(sweep, seeds=seeds, retries=retries):
                         crew[index], births[index] = start(index), time.monotonic()
         finally:
             _end(list(crew.values()))

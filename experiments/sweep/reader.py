@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,12 +87,11 @@ class Reader:
             counts.update(dict(self._connection.execute(query, {"sweep": sweep}).fetchall()))
         return counts
 
-    def remaining(self, sweep: str | None = None, *, retries: int = 0) -> int:
-        """How many runs are not settled: queued, running, or failed with a retry left."""
-        join = "" if sweep is None else "JOIN members m ON m.key = r.key AND m.sweep = :sweep"
+    def remaining(self, sweep: str | None = None, *, seeds: Collection[int] | None = None, retries: int = 0) -> int:
+        """How many runs, of these seeds if given, are not settled: queued, running, or failed with a retry left."""
         query = (
-            f"SELECT count(*) FROM runs r {join} WHERE state IN ('queued', 'running')"
-            " OR (state = 'failed' AND failures <= :retries)"
+            "SELECT count(*) FROM runs r WHERE (state IN ('queued', 'running')"
+            f" OR (state = 'failed' AND failures <= :retries)){scope(sweep, seeds)}"
         )
         with schema.explained(self.path):
             return int(self._connection.execute(query, {"sweep": sweep, "retries": retries}).fetchone()[0])
@@ -103,6 +103,16 @@ class Reader:
                 dict(r)
                 for r in self._connection.execute("SELECT * FROM attempts WHERE key = ? ORDER BY number", (key,))
             ]
+
+
+def scope(sweep: str | None, seeds: Collection[int] | None) -> str:
+    """The condition on a run `r` that it belongs to the parameter :sweep and has one of the seeds."""
+    text = ""
+    if sweep is not None:
+        text += " AND EXISTS (SELECT 1 FROM members m WHERE m.key = r.key AND m.sweep = :sweep)"
+    if seeds is not None:
+        text += f" AND json_extract(r.config, '$.train.seed') IN ({', '.join(str(int(seed)) for seed in seeds)})"
+    return text
 
 
 def _row(row: Any) -> Row:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from experiments.sweep import schema
 from experiments.sweep.files import storable
 from experiments.sweep.keys import RunConfig, dumps
 from experiments.sweep.owner import Owner
-from experiments.sweep.reader import Reader
+from experiments.sweep.reader import Reader, scope
 
 LEASE_SECONDS = 60.0
 MAX_INTERRUPTIONS = 10
@@ -88,15 +88,15 @@ class Store(Reader):
         owner: str,
         *,
         sweep: str | None = None,
+        seeds: Collection[int] | None = None,
         retries: int = 0,
         lease: float = LEASE_SECONDS,
         interruptions: int = MAX_INTERRUPTIONS,
     ) -> Claim | None:
-        """Take the next run that is queued, or failed at most `retries` times; None when none is free now."""
+        """Take the next run (of these seeds), queued or failed at most `retries` times; None when none is free."""
         query = "SELECT key, config, attempt FROM runs r WHERE"
         query += " (state = 'queued' OR (state = 'failed' AND failures <= :retries))"
-        if sweep is not None:
-            query += " AND EXISTS (SELECT 1 FROM members m WHERE m.key = r.key AND m.sweep = :sweep)"
+        query += scope(sweep, seeds)
         first = "(SELECT min(position) FROM members m WHERE m.key = r.key)"
         query += f" ORDER BY state = 'failed', {first}, key LIMIT 1"
         with schema.transaction(self._connection, self.path):

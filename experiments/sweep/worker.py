@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -115,6 +115,7 @@ def work(
     runner: Runner,
     *,
     sweep: str | None = None,
+    seeds: Collection[int] | None = None,
     retries: int = 0,
     lease: float = LEASE_SECONDS,
     interruptions: int = MAX_INTERRUPTIONS,
@@ -125,8 +126,10 @@ def work(
     outcomes: dict[str, int] = {}
     owner = Owner.current().text
     with Store(root) as store:
-        while store.remaining(sweep, retries=retries):
-            claim = store.claim(owner, sweep=sweep, retries=retries, lease=lease, interruptions=interruptions)
+        while store.remaining(sweep, seeds=seeds, retries=retries):
+            claim = store.claim(
+                owner, sweep=sweep, seeds=seeds, retries=retries, lease=lease, interruptions=interruptions
+            )
             if claim is None:  # others hold what is left; they may die yet
                 if parent is not None and os.getppid() != parent:
                     raise SystemExit(ORPHANED)
@@ -146,6 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.sweep.worker", description=__doc__)
     parser.add_argument("store", type=Path)
     parser.add_argument("--sweep")
+    parser.add_argument("--seeds", type=int, nargs="*")
     parser.add_argument("--runner", default="experiments.sweep.run:run_one")
     parser.add_argument("--retries", type=int, default=0)
     parser.add_argument("--lease", type=float, default=LEASE_SECONDS)
@@ -162,6 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.store,
             runner,
             sweep=options.sweep,
+            seeds=options.seeds,
             retries=options.retries,
             lease=options.lease,
             interruptions=options.interruptions,

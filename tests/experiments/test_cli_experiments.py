@@ -178,3 +178,10 @@ def test_the_digits_recipe_beats_standard_training_in_two_minutes(
     entry = json.loads((tmp_path / "a" / "robustbench.json").read_text())
     assert entry["eps"] == "0.15"
     assert "50 test images only" in entry["footnote"]
+
+
+def test_a_dry_run_of_a_sweep_registers_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(Path(__file__).parents[2] / "experiments" / "sweeps" / "smoke" / "figure3.toml")
+    assert main(["sweep", file, "--store", str(tmp_path / "store"), "--dry-run"]) == 0
+    assert "24 runs, 0 done" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()

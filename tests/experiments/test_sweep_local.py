@@ -243,3 +243,22 @@ def test_records_survive_as_plain_json(house):
     content = json.loads((root / "runs" / runs[0].key / "result.json").read_text())
     assert content["config"] == json.loads((root / "runs" / runs[0].key / "config.json").read_text())
     assert content["record"] == {"value": 0}
+
+
+def test_a_driver_of_some_seeds_leaves_the_others_queued(house: Path) -> None:
+    runs = fill(house / "store", 4, sleep=0.0)
+    wanted = local.execute(
+        house / "store",
+        sweep="sweep",
+        seeds=[1, 3],
+        workers=local.Workers(2),
+        runner="fake_runs:run_one",
+        interval=0.05,
+    )
+    assert (wanted["done"], wanted["queued"]) == (2, 2)
+    with Reader(house / "store") as reader:
+        assert {row.config.train["seed"] for row in reader.rows("sweep") if row.state == "done"} == {1, 3}
+    check = local.execute(
+        house / "store", sweep="sweep", workers=local.Workers(1), runner="fake_runs:run_one", interval=0.05
+    )
+    assert check["done"] == len(runs)
