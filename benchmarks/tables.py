@@ -129,11 +129,33 @@ def memory(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
     ]
 
 
+def sweeps(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row for each of the two targets."""
+    cost, seconds = found["overhead"], found["stored"]
+    work = f"{cost['runs']} smoke runs, {cost['work']:.0f} s of work"
+    parts = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("list", "draw", "export"))
+    share, limit = cost["overhead"], settings["overhead_target"]
+    whole, most = seconds["list and draw"], settings["drawn_target"]
+    return [
+        {
+            "what": f"overhead on {work}",
+            "measured": f"{share:.2%} ({1e3 * cost['each']:.0f} ms a run, {cost['starting']:.1f} s to start)",
+            "target": verdict(f"below {limit:.0%}", share < limit),
+        },
+        {
+            "what": f"{settings['stored_runs']} stored runs listed and drawn",
+            "measured": f"{whole:.1f} s ({parts})",
+            "target": verdict(f"below {most:g} s", whole < most),
+        },
+    ]
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] = {
     "coverage": coverage,
     "convnet": convnet,
     "resnet18": resnet18,
     "memory": memory,
+    "sweeps": sweeps,
 }
 
 
