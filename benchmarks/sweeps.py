@@ -111,7 +111,8 @@ def main() -> None:
     total = seconds["list"] + seconds["draw"]
     parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     print(
-        f"{settings.stored_runs} stored runs: {parts}; listed and drawn in {total:.1f} s, target {settings.drawn_target:g} s"
+        f"{settings.stored_runs} stored runs: {parts}; listed and drawn in {total:.1f} s, "
+        f"target {settings.drawn_target:g} s"
     )
     found = {"starting": starting, "each": each, "runs": len(runs), "work": work, "overhead": overhead}
     store("sweeps", settings, {"overhead": found, "stored": seconds | {"list and draw": total}})
