@@ -27,7 +27,8 @@ from .errors import (
     StochasticModeError,
     TargetError,
 )
-from .losses import Loss, PerSample, make_loss
+from .losses import make_loss
+from .persample import Loss, PerSample
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _DROPOUT = nn.modules.dropout._DropoutNd

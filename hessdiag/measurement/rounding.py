@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..diagonal.hutchinson import Products
-from ..losses import Curvature, Loss
 from ..objective import Objective
+from ..persample import Curvature, Loss
 from ..signs import Signs
 from ..sites import Linearisation
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..errors import NonFiniteError
-from ..losses import Curvature
 from ..objective import Objective
+from ..persample import Curvature
 from .elementwise import derivatives, is_elementwise
 from .graph import Edge, Graph, Layer, detach_guard
 from .nodes import BATCH_NORM

@@ -1,0 +1,135 @@
+"""A loss per sample: what a measurement needs to know of it, and any callable as one; all in float64.
+
+For one sample with outputs f and loss l(f) the measurement needs the value l, the gradient dl/df and a
+factor of the output Hessian: columns s with signs e such that  d2l/df2 = sum_c e_c s_c s_c^T.
+Everything is computed in float64 from the outputs: in float32 the softmax of a well-fitted sample has lost
+the digits of p - 1 that the gradient consists of.
+
+Every loss here is *a sum over samples divided by a weight that is known only when all data were seen*
+(the number of samples, or for class weights the sum of the weights of the targets); the weight of each
+sample is returned beside its loss, and the division is left to whoever sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigurationError, HessdiagError, NonFiniteError
+
+PerSample = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What the loss looks like at the outputs of one batch: `factor` has shape [columns, N, C], `signs` [columns].
+
+    d2l_n/df2 = sum_c signs[c] factor[c, n] factor[c, n]^T, for the loss *summed* over samples.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    factor: Tensor
+    signs: Tensor
+
+
+class Loss:
+    """One named loss: value, gradient and Hessian factor per sample."""
+
+    name: str
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise TargetError if the targets do not fit the outputs."""
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss per sample [N], differentiable, in the dtype of the outputs."""
+        raise NotImplementedError
+
+    def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """What each sample adds to the divisor of the mean: 1 unless classes are weighted."""
+        return torch.ones(len(targets), dtype=torch.float64, device=outputs.device)
+
+    def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
+        """Loss, gradient and Hessian factor at `outputs`, in float64 and shaped [N, C]."""
+        raise NotImplementedError
+
+
+class CallableLoss(Loss):
+    """Any twice-differentiable `function(outputs, targets) -> loss per sample [N]`; its C x C Hessian by autograd.
+
+    The Hessian of each sample is eigen-decomposed; columns of negative eigenvalue carry sign -1, so every column
+    index has one sign for all samples: 2C columns, the first C with the positive parts, the last C the negative.
+    """
+
+    def __init__(self, function: PerSample) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The function itself, its shape checked."""
+        try:
+            loss = self.function(outputs, targets)
+        except (HessdiagError, MemoryError):
+            raise
+        except Exception as error:
+            text = (str(error).splitlines() or [""])[0]
+            raise ConfigurationError(f"loss {self.name!r} raised {type(error).__name__}: {text}") from error
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            raise ConfigurationError(f"loss {self.name!r} must return a real tensor, one value per sample")
+        if loss.shape != (len(outputs),):
+            raise ConfigurationError(
+                f"loss {self.name!r} must return one value per sample, shape [{len(outputs)}], not {list(loss.shape)}; "
+                "use reduction='none'"
+            )
+        return loss
+
+    def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
+        """C Hessian-vector products on the outputs alone, then eigenvectors scaled by sqrt|eigenvalue|."""
+        with torch.enable_grad():
+            f, loss = self._in_double(outputs, targets)
+            if not loss.requires_grad:
+                raise ConfigurationError(
+                    f"loss {self.name!r} does not depend differentiably on the outputs (is it detached?)"
+                )
+            (gradient,) = torch.autograd.grad(loss.sum(), f, create_graph=True)
+            flat = as_rows(gradient)
+            rows = []
+            for c in range(flat.shape[1]):
+                if not flat.requires_grad:
+                    rows.append(torch.zeros_like(flat))
+                    continue
+                (row,) = torch.autograd.grad(flat[:, c].sum(), f, retain_graph=True, allow_unused=True)
+                rows.append(torch.zeros_like(flat) if row is None else as_rows(row))
+        hessian = torch.stack(rows, 1).detach().double()
+        loss, flat = loss.detach().double(), flat.detach().double()
+        if not bool(torch.isfinite(hessian).all()):
+            raise NonFiniteError(f"the loss {self.name!r} has a second derivative that is NaN or Inf")
+        values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.transpose(1, 2)))
+        positive = vectors * values.clamp(min=0).sqrt()[:, None, :]
+        negative = vectors * (-values).clamp(min=0).sqrt()[:, None, :]
+        signs = torch.ones(positive.shape[2], dtype=torch.float64, device=f.device)
+        parts, kept = [positive], [signs]
+        if bool((values < 0).any()):
+            parts.append(negative)
+            kept.append(-signs)
+        factor = torch.cat(parts, 2).permute(2, 0, 1).contiguous()
+        return Curvature(loss, flat, factor, torch.cat(kept))
+
+    def _in_double(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(outputs, loss) in float64; in the outputs' own dtype where the function holds tensors that insist on it."""
+        f = outputs.detach().double().requires_grad_(True)
+        try:
+            return f, self.values(f, targets.double() if targets.is_floating_point() else targets)
+        except ConfigurationError as error:
+            if outputs.dtype == torch.float64 or not isinstance(error.__cause__, RuntimeError):
+                raise
+        f = outputs.detach().requires_grad_(True)
+        return f, self.values(f, targets)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[N, C] from [N] or [N, ...]."""
+    return tensor[:, None] if tensor.ndim == 1 else tensor.flatten(1)
