@@ -24,11 +24,11 @@ from torch.autograd.graph import GradientEdge
 from ..errors import NonFiniteError
 from ..objective import Objective
 from ..persample import Curvature
+from .direct import Direct, find_direct
 from .elementwise import derivatives, is_elementwise
 from .graph import Edge, Graph, Layer, detach_guard
-from .nodes import BATCH_NORM
-
-Key = tuple[int, int]
+from .nodes import Key, edge_key
+from .nodes import edge_shape as edge_shape
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,6 @@ class Site:
     c: Tensor
     legs: tuple[tuple[Edge, float | Tensor], ...]
     product: int | None = None  # index of the product this half of a polarisation belongs to
-
-
-@dataclass(frozen=True)
-class Direct:
-    """A site tensor that one layer feeds by an elementwise affine map alone: dz = slope * da, entry by entry."""
-
-    site: int
-    slope: Tensor
 
 
 class Linearisation:
@@ -80,7 +72,8 @@ class Linearisation:
             raise NonFiniteError(f"batch {index}: the loss {objective.loss.name!r} is not finite; check the targets")
         self.balance = dict(balance or {})
         self.sites: list[Site] = self._find_sites(index)
-        self.direct: dict[int, Direct] = self._find_direct()
+        owners = {edge_key(site.legs[0][0]): n for n, site in enumerate(self.sites) if len(site.legs) == 1}
+        self.direct: dict[int, Direct] = find_direct(self.graph, owners)
 
     @property
     def loss(self) -> float:
@@ -162,16 +155,16 @@ class Linearisation:
         bases = [[self._base(edge) for edge in edges] for _, _, _, edges in raw]
         count: dict[Key, int] = {}
         for found in bases:
-            for key in {_key(edge) for edge, _ in found}:
+            for key in {edge_key(edge) for edge, _ in found}:
                 count[key] = count.get(key, 0) + 1
         merged: dict[Key, tuple[str, Edge, Tensor]] = {}
         sites: list[Site] = []
         for position, ((name, _, c, edges), found) in enumerate(zip(raw, bases)):
-            one_base = len({_key(edge) for edge, _ in found}) == 1
+            one_base = len({edge_key(edge) for edge, _ in found}) == 1
             if position >= curves and not one_base:
                 sites += self._polarise(name, c, edges, position - curves)
                 continue
-            if position < curves and count[_key(found[0][0])] == 1:
+            if position < curves and count[edge_key(found[0][0])] == 1:
                 sites.append(Site(name, c, ((edges[0], 1.0),)))
                 continue
             edge = found[0][0]
@@ -184,8 +177,8 @@ class Linearisation:
                     else [Site(name, c, ((edges[0], 1.0),))]
                 )
                 continue
-            old = merged.get(_key(edge))
-            merged[_key(edge)] = (
+            old = merged.get(edge_key(edge))
+            merged[edge_key(edge)] = (
                 name if old is None else old[0],
                 edge,
                 weight if old is None else old[2] + weight,
@@ -200,53 +193,6 @@ class Linearisation:
             Site(f"{name} (sum)", 0.5 * g, ((a, lam), (b, 1.0 / lam)), product),
             Site(f"{name} (difference)", -0.5 * g, ((a, lam), (b, -1.0 / lam)), product),
         ]
-
-    def _find_direct(self) -> dict[int, Direct]:
-        """For each layer (by its place in `layers`) the site tensor it feeds directly, if any.
-
-        Between a layer and that site nothing but normalisations, sums, constant factors and reshapes, each consumed
-        once: all of the layer's influence then passes through z, and its own share of the site is diagonal.
-        """
-        owners = {_key(site.legs[0][0]): n for n, site in enumerate(self.sites) if len(site.legs) == 1}
-        found: dict[int, Direct] = {}
-        for place, layer in enumerate(self.layers):
-            edge: Edge = (layer.node, 0)
-            while _key(edge) not in owners:
-                users = self.graph.consumers(edge[0])
-                if len(users) != 1 or not self._passes(users[0][0], users[0][1], edge):
-                    break
-                edge = (users[0][0], 0)
-            else:
-                site = owners[_key(edge)]
-                if edge == (layer.node, 0):
-                    found[place] = Direct(site, torch.ones((), dtype=self.outputs.dtype, device=self.outputs.device))
-                    continue
-                ones = torch.ones(edge_shape(edge), dtype=self.outputs.dtype, device=self.outputs.device)
-                (slope,) = torch.autograd.grad([GradientEdge(*edge)], [layer.edge], [ones], retain_graph=True)
-                first = slope[:1]
-                found[place] = Direct(site, first if bool((slope == first).all()) else slope)
-        return found
-
-    def _passes(self, node: Any, slot: int, edge: Edge) -> bool:
-        """Whether `node` maps the value of `edge` entry by entry, affinely."""
-        name = node.name()
-        if name in (
-            "ViewBackward0",
-            "UnsafeViewBackward0",
-            "ReshapeAliasBackward0",
-            "CloneBackward0",
-            "NegBackward0",
-        ):
-            return True
-        if tuple(edge_shape((node, 0))) != tuple(edge_shape(edge)):
-            return False
-        if name in BATCH_NORM:
-            return slot == 0
-        if name in ("AddBackward0", "SubBackward0"):
-            return True
-        if name == "MulBackward0":
-            return not any(self.graph.is_live(s) for i, (s, _) in enumerate(node.next_functions) if i != slot)
-        return False
 
     def _base(self, edge: Edge) -> tuple[Edge, Tensor]:
         """Follow elementwise nodes and constant factors down from `edge`: the tensor u below and d(edge)/du."""
@@ -284,15 +230,3 @@ class Linearisation:
     def _name(self, node: Any) -> str:
         short = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
         return f"{short} {self.graph.place(node)}"
-
-
-def edge_shape(edge: Edge) -> torch.Size:
-    """Shape of the forward value that an edge of the graph stands for."""
-    node, number = edge
-    if hasattr(node, "variable"):
-        return torch.Size(node.variable.shape)
-    return torch.Size(node._input_metadata[number].shape)
-
-
-def _key(edge: Edge) -> Key:
-    return id(edge[0]), edge[1]

@@ -1,8 +1,12 @@
-"""Names of autograd nodes by what they do, and the order of a graph's nodes: the vocabulary of the allow-list."""
+"""Names of autograd nodes by what they do: the vocabulary of the allow-list; the order of nodes, and their edges."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+
+Key = tuple[int, int]
 
 _AFFINE = """
 View UnsafeView ReshapeAlias Alias Clone ToCopy Permute Transpose T Mt Squeeze Unsqueeze Expand Repeat Flip Roll
@@ -53,3 +57,16 @@ def forward_order(root: Any) -> list[Any]:
             if source is not None and id(source) not in done:
                 stack.append((source, False))
     return order
+
+
+def edge_shape(edge: tuple[Any, int]) -> torch.Size:
+    """Shape of the forward value that an edge of the graph stands for."""
+    node, number = edge
+    if hasattr(node, "variable"):
+        return torch.Size(node.variable.shape)
+    return torch.Size(node._input_metadata[number].shape)
+
+
+def edge_key(edge: tuple[Any, int]) -> Key:
+    """The edge as a key of dictionaries."""
+    return id(edge[0]), edge[1]
