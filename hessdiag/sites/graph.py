@@ -17,7 +17,8 @@ from torch.autograd.graph import GradientEdge
 
 from ..errors import StochasticModeError, UncoveredModelError
 from .elementwise import PIECEWISE_LINEAR, is_curved, is_elementwise
-from .nodes import AFFINE, BATCH_NORM, MATRIX, PRODUCTS, RANDOM, TURNED, forward_order, is_leaf
+from .live import Live
+from .nodes import AFFINE, BATCH_NORM, MATRIX, PRODUCTS, RANDOM, TURNED, is_leaf
 
 Edge = tuple[Any, int]
 
@@ -43,7 +44,7 @@ class Layer:
         return GradientEdge(self.node, 0)
 
 
-class Graph:
+class Graph(Live):
     """The part of an autograd graph between chosen parameters and outputs, classified, in forward order.
 
     After construction: `layers`, `elementwise` (nodes), of these `curves` (with sigma'' != 0), `products`, and
@@ -51,13 +52,8 @@ class Graph:
     """
 
     def __init__(self, outputs: Tensor, parameters: Mapping[str, nn.Parameter], *, names: Mapping[int, str]) -> None:
-        self.outputs = outputs
-        self._chosen = {id(parameter): name for name, parameter in parameters.items()}
+        super().__init__(outputs, parameters)
         self._names = names  # every parameter of the model by id, for messages
-        self.nodes = forward_order(outputs.grad_fn)
-        self._uses: dict[int, list[tuple[Any, int]]] = {}
-        self._live = self._mark()
-        self._below: dict[int, str] = {}
         self.layers: list[Layer] = []
         self.curves: list[Any] = []
         self.elementwise: list[Any] = []
@@ -69,42 +65,11 @@ class Graph:
         self.unused = tuple(name for name in parameters if name not in reached)
         self._check_all_uses(reached)
 
-    def is_live(self, node: Any) -> bool:
-        """True if the node's output depends on a chosen parameter."""
-        return node is not None and id(node) in self._live
-
-    def place(self, node: Any) -> str:
-        """Where a node stands: the layer last passed on the way to it."""
-        below = self._below.get(id(node), "")
-        return f"after {below!r}" if below else "at the model's entrance"
-
-    def consumers(self, node: Any) -> list[tuple[Any, int]]:
-        """(node, input slot) of everything that takes `node`'s output, dead branches included."""
-        return self._uses.get(id(node), [])
-
     def is_first(self, layer: Layer) -> bool:
         """True if no other layer stands below this one."""
         return not any(self._below.get(id(source)) for source, _ in layer.node.next_functions if source is not None)
 
-    def parameter_of(self, node: Any) -> str | None:
-        """Name of the chosen parameter that an AccumulateGrad node stands for."""
-        return self._chosen.get(id(node.variable)) if is_leaf(node) else None
-
     # -- construction
-
-    def _mark(self) -> set[int]:
-        live: set[int] = set()
-        for node in self.nodes:
-            if is_leaf(node):
-                if id(node.variable) in self._chosen:
-                    live.add(id(node))
-                continue
-            for slot, (source, _) in enumerate(node.next_functions):
-                if source is not None:
-                    self._uses.setdefault(id(source), []).append((node, slot))
-                    if id(source) in live:
-                        live.add(id(node))
-        return live
 
     def _classify(self, node: Any) -> None:
         name, sources = node.name(), [source for source, _ in node.next_functions]
@@ -246,18 +211,6 @@ class Graph:
             self._refuse(node, f"parameter {name!r} used {len(self._uses[id(source)])} times")
         return name
 
-    def _through(self, node: Any) -> str:
-        stack, seen = [node], set()
-        while stack:
-            current = stack.pop()
-            if current is None or id(current) in seen or not self.is_live(current):
-                continue
-            seen.add(id(current))
-            if is_leaf(current):
-                return self.parameter_of(current) or ""
-            stack += [source for source, _ in current.next_functions]
-        return ""
-
     def _refuse_parameters(self, node: Any) -> None:
         for source, _ in node.next_functions:
             if is_leaf(source) and self.is_live(source):
@@ -275,12 +228,6 @@ class Graph:
                         self._uses[id(node)][0][0],
                         f"parameter {name!r} is not the weight or bias of a known layer",
                     )
-
-    def _refuse(self, node: Any, what: str) -> None:
-        name = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward") or node.name()
-        raise UncoveredModelError(
-            f"{name} {self.place(node)}: {what}; use method='hutchinson' (or 'auto'), or choose other parameters"
-        )
 
 
 def detach_guard(outputs: Tensor) -> None:
