@@ -1,6 +1,7 @@
 """How a measurement is run: plan, loop, audit, result."""
 
-from .audit import Audit, AuditEntry
+from .audit import Audit
+from .comparisons import AuditEntry
 from .plan import Plan
 from .result import Measurement, NormSummary
 

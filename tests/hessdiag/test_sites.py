@@ -17,7 +17,7 @@ from models import ELEMENTWISE, Function, Residual, Tokens, dense_diagonal, seed
 import hessdiag as hd
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import StochasticModeError, UncoveredModelError
-from hessdiag.measurement.audit import push
+from hessdiag.measurement.comparisons import push
 from hessdiag.sites import Linearisation
 
 torch.set_num_threads(1)

@@ -1,0 +1,186 @@
+"""The single comparisons of an audit, each of two ways to one number.
+
+Three comparisons, each relative to a scale that cancellation cannot shrink:
+identity   u^T H u by one Hessian-vector product against sum c (J u)^2 + the loss term, u random in one layer's
+           parameters, relative to sum |c| (J u)^2 + the Gauss-Newton term;
+squares    the layer functions' per-sample gradients against autograd's, for two samples and random cotangents (a
+           model that mixes samples, or uses a layer twice in parallel, fails here), relative to the tensor's norm;
+entries    for the exact method, a few entries against Hessian-vector products, relative to the largest entry.
+Hutchinson needs no identity; there the double backward itself is checked, by its symmetry v^T (H u) = u^T (H v) and by
+difference quotients of the gradient. No comparison asks for more digits than autograd has (see `rounding`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diagonal import exact
+from ..diagonal.hutchinson import Products
+from ..diagonal.parts import Tensors
+from ..diagonal.propagation import Propagator
+from ..errors import HessdiagError
+from ..objective import Objective
+from ..signs import Signs, cpu_generator
+from ..sites import Layer, Linearisation
+from ..stream import Numbered
+from .plan import as_double, double_copy
+from .rounding import ROUNDINGS, difference, unit
+
+DIFFERENCE = 1e-2
+"""Tolerance of difference quotients: what they are to catch is off by tens of per cent."""
+_AUDIT = 1 << 41  # sign streams of the audit
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    """One comparison: `deviation` relative to the scale named in the module's docstring."""
+
+    check: str
+    layer: str
+    deviation: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Within tolerance (NaN is not)."""
+        return self.deviation <= self.tolerance
+
+
+def _direction(objective: Objective, names: list[str], signs: Signs) -> Tensors:
+    return {
+        name: signs.plain(parameter, _AUDIT, number) if name in names else torch.zeros_like(parameter)
+        for number, (name, parameter) in enumerate(objective.parameters.items())
+    }
+
+
+def identity(linear: Linearisation, layer: Layer, products: Products, signs: Signs, tolerance: float) -> AuditEntry:
+    """The site identity along one random direction of one layer."""
+    names = [name for name in (layer.weight, layer.bias) if name]
+    u = _direction(linear.objective, names, signs)
+    curved = products.hessian(u)
+    left = sum(float((u[name].double() * curved[name].double()).sum()) for name in names)
+    value, scale = _site_sums(linear, names, u)
+    off = abs(left - value)
+    if off > tolerance * scale:
+        loose = unit(linear.objective, products.inputs, products.targets, 0)
+        noise = ROUNDINGS * torch.finfo(linear.outputs.dtype).eps * _site_sums(loose, names, u)[1]
+        off = max(off - noise, 0.0)
+    return AuditEntry("identity", layer.name, off / scale if scale else off, tolerance)
+
+
+def _site_sums(linear: Linearisation, names: list[str], u: Tensors) -> tuple[float, float]:
+    """(sum c (J u)^2 + the loss term, the same of absolute values)."""
+    pushed, output = push(linear, [linear.objective.parameters[n] for n in names], [u[n] for n in names])
+    value = scale = 0.0
+    for site, along in zip(linear.sites, pushed):
+        weighted = site.c.double() * along.double().square()
+        value += float(weighted.sum())
+        scale += float(weighted.abs().sum())
+    flat = output.double().reshape(linear.samples, -1)
+    loss = (linear.curvature.factor * flat[None]).sum(2).square().sum(1) * linear.curvature.signs
+    value += float(loss.sum())
+    scale += float(loss.abs().sum())
+    return value, scale
+
+
+def push(linear: Linearisation, wrt: list[Any], along: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Dz along a direction, for every site, and df: J u as the derivative of <J^T v, u> with respect to v."""
+    with torch.enable_grad():
+        seeds = [torch.zeros_like(site.c, requires_grad=True) for site in linear.sites]
+        output = torch.zeros_like(linear.outputs, requires_grad=True)
+        pulled = linear.backward(seeds, output, wrt, create_graph=True)
+        pairs = [(p, u) for p, u in zip(pulled, along) if p is not None and p.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(s) for s in seeds], torch.zeros_like(output)
+        found = torch.autograd.grad(
+            [p for p, _ in pairs],
+            [*seeds, output],
+            [u for _, u in pairs],
+            allow_unused=True,
+            retain_graph=True,
+        )
+    full = [torch.zeros_like(s) if f is None else f for s, f in zip([*seeds, output], found)]
+    return full[:-1], full[-1]
+
+
+def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[AuditEntry]:
+    """Every layer function's per-sample gradients, one entry of the audit per parameter."""
+    propagator = Propagator(linear)
+    seeds = [signs.plain(site.c, _AUDIT, 1, number) for number, site in enumerate(linear.sites)]
+    output = signs.plain(linear.outputs, _AUDIT, 2)
+    each = propagator.each(seeds, output)
+    names = [name for layer in linear.layers for name in (layer.weight, layer.bias) if name]
+    worst = dict.fromkeys(names, 0.0)
+    for n in range(linear.samples):
+        only = [_one(seed, n) for seed in seeds]
+        found = linear.backward(only, _one(output, n), [linear.objective.parameters[name] for name in names])
+        for name, truth in zip(names, found):
+            mine = each[name][n] if name in each else torch.zeros_like(linear.objective.parameters[name])
+            expected = torch.zeros_like(mine) if truth is None else truth
+            size = float(expected.double().norm()) or float(mine.double().norm()) or 1.0
+            worst[name] = max(worst[name], float((mine - expected).double().norm()) / size)
+    return [AuditEntry("squares", name, deviation, tolerance) for name, deviation in worst.items()]
+
+
+def _one(seed: Tensor, sample: int) -> Tensor:
+    """The cotangent of one sample alone."""
+    out = torch.zeros_like(seed)
+    out[sample] = seed[sample]
+    return out
+
+
+def entries(
+    linear: Linearisation, products: Products, layers: list[Layer], signs: Signs, tolerance: float
+) -> list[AuditEntry]:
+    """Two random entries of every parameter of `layers`, by the exact method."""
+    outer, inner = exact.batch_diagonal(linear)
+    generator = cpu_generator(signs.seed)
+    entries = []
+    for layer in layers:
+        for name in (n for n in (layer.weight, layer.bias) if n):
+            total = (outer[name] + inner[name]).reshape(-1)
+            scale = float((outer[name].abs() + inner[name].abs()).max()) or 1.0
+            worst = 0.0
+            for k in torch.randint(0, total.numel(), (2,), generator=generator, device="cpu").tolist():
+                unit = {n: torch.zeros_like(p) for n, p in linear.objective.parameters.items()}
+                unit[name].reshape(-1)[k] = 1
+                truth = float(products.hessian(unit)[name].reshape(-1)[k])
+                off = abs(truth - float(total[k]))
+                if off > tolerance * scale:
+                    off = max(off - _entry_noise(linear, products, name), 0.0)
+                worst = max(worst, off / scale)
+            entries.append(AuditEntry("entries", name, worst, tolerance))
+    return entries
+
+
+def _entry_noise(linear: Linearisation, products: Products, name: str) -> float:
+    outer, inner = exact.batch_diagonal(unit(linear.objective, products.inputs, products.targets, 0))
+    return ROUNDINGS * torch.finfo(linear.outputs.dtype).eps * float((outer[name] + inner[name].abs()).max())
+
+
+def quotients(objective: Objective, few: Numbered, signs: Signs) -> list[AuditEntry]:
+    """H u against difference quotients of the gradient; nothing where the model cannot be copied or run in float64."""
+    try:
+        moved = double_copy(objective)
+        inputs, targets = as_double(few.inputs), as_double(few.targets)
+        with torch.no_grad():
+            moved.summed_loss(inputs, targets, index=few.index)
+    except (HessdiagError, RuntimeError, TypeError, NotImplementedError):
+        return []
+    off = difference(moved, inputs, targets, few.index, signs, _AUDIT, 5)
+    return [AuditEntry("difference", "the whole model", off, DIFFERENCE)]
+
+
+def symmetry(objective: Objective, products: Products, signs: Signs, tolerance: float) -> AuditEntry:
+    """Of the double backward: v^T (H u) against u^T (H v)."""
+    u = {n: signs.plain(p, _AUDIT, 3, i) for i, (n, p) in enumerate(objective.parameters.items())}
+    v = {n: signs.plain(p, _AUDIT, 4, i) for i, (n, p) in enumerate(objective.parameters.items())}
+    hu, hv = products.hessian(u), products.hessian(v)
+    left = sum(float((v[n].double() * hu[n].double()).sum()) for n in u)
+    right = sum(float((u[n].double() * hv[n].double()).sum()) for n in u)
+    size = sum(float((v[n].double() * hu[n].double()).abs().sum()) for n in u) or 1.0
+    return AuditEntry("symmetry", "the whole model", abs(left - right) / size, tolerance)
