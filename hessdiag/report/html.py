@@ -11,6 +11,7 @@ from hessdiag import plot
 from hessdiag.diagonal.result import Diagonal
 from hessdiag.errors import DataError
 from hessdiag.files import BadFileError, path_text, write_bytes
+from hessdiag.histogram import histogram
 from hessdiag.report import facts
 from hessdiag.report.style import CSS
 from hessdiag.report.text import interval, percent, percent_interval, plain, spread, value
@@ -106,7 +107,7 @@ def _pictures(content: dict[str, Any], diagonal: Diagonal | None) -> list[str]:
                 "small entries look larger than they are and some change sign. The norms above are free of this."
             )
         )
-        figure = plot.histogram(diagonal.total, diagonal.standard_errors, exact=exact)
+        figure = histogram(diagonal.total, diagonal.standard_errors, exact=exact)
         found.append(_figure(figure, "The diagonal", f"How many entries h have which size.{noisy}"))
     found.append(_figure(plot.bars(content["layers"]), "Norm of each parameter", "Dark lines: intervals."))
     if len(content["history"]) > 1:
