@@ -20,12 +20,11 @@ import hessdiag
 from experiments.attacks import evaluate
 from experiments.config import TrainConfig
 from experiments.sweep.keys import RunConfig
+from experiments.sweep.records import Record, norm_record, proportion, vars_of
 from experiments.train import train
 from hessdiag import data, objective
 from hessdiag.activations import max_curvature
 from hessdiag.perturbation import parse_pgd, perturb_batches
-
-Record = dict[str, Any]
 
 
 def run_one(config: RunConfig, out: Path) -> Record:
@@ -109,19 +108,6 @@ def attacked(config: RunConfig, model: torch.nn.Module, device: torch.device, ou
     return record
 
 
-def proportion(count: int, number: int) -> Record:
-    """A share with Wilson's 95% interval: the luck of the test images, not of the seed."""
-    share, z = count / number, 1.959963984540054
-    centre = (share + z * z / (2 * number)) / (1 + z * z / number)
-    half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
-    return {
-        "value": share,
-        "low": max(0.0, centre - half),
-        "high": min(1.0, centre + half),
-        "samples": number,
-    }
-
-
 def measured(config: RunConfig, model: torch.nn.Module, device: torch.device, clock: _Clock) -> Record:
     """The norm of the diagonal for every split and loss that is asked for, and the effective curvatures."""
     settings = config.measure
@@ -153,46 +139,6 @@ def measured(config: RunConfig, model: torch.nn.Module, device: torch.device, cl
             curvature = [vars_of(layer) for layer in found.effective_curvature]
             clock.lap(f"norm {split}/{loss}")
     return {"norms": norms, "effective_curvature": curvature}
-
-
-def norm_record(found: Any) -> Record:
-    """What a sweep keeps of one measurement."""
-    return {
-        **(slim(found.norm.total) or {}),
-        "mean_scaled": found.mean_scaled,
-        "gauss_newton": slim(found.norm.gauss_newton),
-        "functional": slim(found.norm.functional),
-        "share_gauss_newton": ratio(found.norm.share_gauss_newton),
-        "share_functional": ratio(found.norm.share_functional),
-        "invariant": slim(found.invariant),
-        "groups": {name: slim(part.total) for name, part in found.groups.items()},
-        "invariant_groups": {name: slim(part) for name, part in found.invariant_groups.items()},
-        "layers": {name: slim(part.total) for name, part in found.layers.items()},
-        "trace": vars_of(found.trace),
-        "loss": found.loss,
-        "status": found.status,
-        "method": found.plan.method,
-        "replicates": found.replicates,
-        "samples": found.samples,
-        "audited": found.audit is not None,
-    }
-
-
-def slim(estimate: Any) -> Record | None:
-    """The rms norm with its interval."""
-    if estimate is None:
-        return None
-    return {"rms": estimate.rms, "low": estimate.low, "high": estimate.high, "entries": estimate.entries}
-
-
-def ratio(share: Any) -> Record | None:
-    """A share of the squared norm with its interval."""
-    return None if share is None else vars_of(share)
-
-
-def vars_of(value: Any) -> Record:
-    """The plain fields of a small frozen dataclass."""
-    return {name: item for name, item in vars(value).items() if isinstance(item, (int, float, str, bool, type(None)))}
 
 
 def plugin(goal: objective.Objective, batches: Any, probes: int, seed: int) -> Record:

@@ -1,0 +1,61 @@
+"""What a sweep keeps of a result: shares of test images and estimates of norms as plain values, with intervals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def proportion(count: int, number: int) -> Record:
+    """A share with Wilson's 95% interval: the luck of the test images, not of the seed."""
+    share, z = count / number, 1.959963984540054
+    centre = (share + z * z / (2 * number)) / (1 + z * z / number)
+    half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
+    return {
+        "value": share,
+        "low": max(0.0, centre - half),
+        "high": min(1.0, centre + half),
+        "samples": number,
+    }
+
+
+def norm_record(found: Any) -> Record:
+    """What a sweep keeps of one measurement."""
+    return {
+        **(slim(found.norm.total) or {}),
+        "mean_scaled": found.mean_scaled,
+        "gauss_newton": slim(found.norm.gauss_newton),
+        "functional": slim(found.norm.functional),
+        "share_gauss_newton": ratio(found.norm.share_gauss_newton),
+        "share_functional": ratio(found.norm.share_functional),
+        "invariant": slim(found.invariant),
+        "groups": {name: slim(part.total) for name, part in found.groups.items()},
+        "invariant_groups": {name: slim(part) for name, part in found.invariant_groups.items()},
+        "layers": {name: slim(part.total) for name, part in found.layers.items()},
+        "trace": vars_of(found.trace),
+        "loss": found.loss,
+        "status": found.status,
+        "method": found.plan.method,
+        "replicates": found.replicates,
+        "samples": found.samples,
+        "audited": found.audit is not None,
+    }
+
+
+def slim(estimate: Any) -> Record | None:
+    """The rms norm with its interval."""
+    if estimate is None:
+        return None
+    return {"rms": estimate.rms, "low": estimate.low, "high": estimate.high, "entries": estimate.entries}
+
+
+def ratio(share: Any) -> Record | None:
+    """A share of the squared norm with its interval."""
+    return None if share is None else vars_of(share)
+
+
+def vars_of(value: Any) -> Record:
+    """The plain fields of a small frozen dataclass."""
+    return {name: item for name, item in vars(value).items() if isinstance(item, (int, float, str, bool, type(None)))}
