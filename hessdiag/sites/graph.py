@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from ..errors import StochasticModeError, UncoveredModelError
-from .elementwise import PIECEWISE_LINEAR, is_curved, is_elementwise
+from .elementwise import is_curved, is_elementwise
+from .formulas import PIECEWISE_LINEAR
 from .live import Live
 from .nodes import AFFINE, BATCH_NORM, MATRIX, PRODUCTS, RANDOM, TURNED, is_leaf
 
