@@ -8,7 +8,6 @@ brings (shapes, dtypes, devices, targets), and evaluates model and loss on a bat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from .errors import (
 )
 from .losses import make_loss
 from .persample import Loss, PerSample
+from .selection import choose
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _DROPOUT = nn.modules.dropout._DropoutNd
@@ -60,7 +60,7 @@ class Objective:
         self.model = model
         self.loss: Loss = make_loss(loss, label_smoothing=label_smoothing, class_weights=weights)
         self.l2 = float(l2)
-        self.parameters: dict[str, nn.Parameter] = _choose(model, parameters)
+        self.parameters: dict[str, nn.Parameter] = choose(model, parameters)
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
         self._check_parameters()
@@ -212,43 +212,6 @@ class Objective:
         if isinstance(inputs, Tensor) and inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
             return "the inputs hold NaN or Inf"
         return f"layer {found[0]!r} gives NaN or Inf" if found else "the model's outputs are NaN or Inf"
-
-
-def _choose(model: nn.Module, wanted: Any) -> dict[str, nn.Parameter]:
-    everything = dict(model.named_parameters())
-    if not everything:
-        raise NoParametersError("the model has no parameters")
-    if wanted is None:
-        chosen = {name: p for name, p in everything.items() if p.requires_grad}
-        if not chosen:
-            raise NoParametersError("no parameter of the model requires a gradient; call requires_grad_(True)")
-        return chosen
-    if isinstance(wanted, str):
-        try:
-            pattern = re.compile(wanted)
-        except re.error as error:
-            raise ConfigurationError(f"parameters={wanted!r} is no regular expression: {error}") from None
-        names = [name for name in everything if pattern.fullmatch(name)]
-        if not names:
-            raise NoParametersError(f"no parameter matches {wanted!r}; there are {_some(list(everything))}")
-    elif callable(wanted):
-        names = [name for name in everything if wanted(name)]
-    else:
-        names = list(wanted)
-        unknown = [name for name in names if name not in everything]
-        if unknown:
-            raise NoParametersError(f"the model has no parameter {unknown[0]!r}; there are {_some(list(everything))}")
-    if not names:
-        raise NoParametersError("no parameter was chosen")
-    frozen = [name for name in names if not everything[name].requires_grad]
-    if frozen:
-        raise NoParametersError(f"parameter {frozen[0]!r} does not require a gradient; call requires_grad_(True)")
-    keep = set(names)
-    return {name: p for name, p in everything.items() if name in keep}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _describe(value: Any) -> str:
