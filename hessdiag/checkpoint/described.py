@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hessdiag import pickles
+from hessdiag import picklerules
 from hessdiag.files import BadFileError, shown, size_text
 from hessdiag.tensorfiles import TensorFacts
 
@@ -56,8 +56,8 @@ class TensorReader:
         self.legacy = legacy
         self.storages: dict[str, Storage] = {}
         self.tensor_bytes = 0
-        self.rules = pickles.Rules(
-            opcodes=pickles.TORCH_OPCODES,
+        self.rules = picklerules.Rules(
+            opcodes=picklerules.TORCH_OPCODES,
             names=_NAMES.__contains__,
             call=self.call,
             build=self.build,
@@ -71,7 +71,7 @@ class TensorReader:
         if not isinstance(reference, tuple) or len(reference) != length or reference[0] != "storage":
             raise BadFileError("the pickle refers to something that is no tensor data")
         _, kind, key, location, numel = reference[:5]
-        if not isinstance(kind, pickles.Global) or kind.name not in STORAGES:
+        if not isinstance(kind, picklerules.Global) or kind.name not in STORAGES:
             raise BadFileError("tensor data of an unknown type")
         if not isinstance(key, str) or not key.isalnum() or not key.isascii() or len(key) > 32:
             raise BadFileError(f"tensor data named {shown(key)}; torch.save numbers them")
@@ -152,5 +152,5 @@ def _ordered(arguments: tuple[Any, ...]) -> _Ordered:
         for pair in pairs:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise BadFileError("an OrderedDict in the pickle is made of no pairs")
-            table[pickles.plain_key(pair[0])] = pair[1]
+            table[picklerules.plain_key(pair[0])] = pair[1]
     return table

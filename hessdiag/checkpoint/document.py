@@ -14,7 +14,7 @@ from torch import Tensor
 from hessdiag import tensorfiles
 from hessdiag.checkpoint import torchfile
 from hessdiag.files import BadFileError, PathLike, read_bytes, shown, size_text
-from hessdiag.pickles import check_nesting
+from hessdiag.picklerules import check_nesting
 from hessdiag.tensorfiles import MAX_TENSORS, TensorFacts, check_key
 
 FORMAT = "hessdiag/1"

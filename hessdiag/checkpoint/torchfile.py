@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hessdiag import archives, pickles
+from hessdiag import archives, picklerules, pickles
 from hessdiag.checkpoint.described import Storage, TensorReader, wrong_size
 from hessdiag.files import BadFileError, shown, size_text
 
@@ -112,8 +112,8 @@ def _rebuilt(data: bytes, pickle_bytes: bytes, records: Mapping[str, archives.En
 
 def _parse_legacy(data: bytes) -> Parsed:
     """Five pickles (magic, version, machine, object, storage keys), then each storage with its length."""
-    plain = pickles.Rules(
-        opcodes=pickles.TORCH_OPCODES, names=lambda _: False, call=_no_call, build=_no_call, text=True
+    plain = picklerules.Rules(
+        opcodes=picklerules.TORCH_OPCODES, names=lambda _: False, call=_no_call, build=_no_call, text=True
     )
     magic, at = pickles.read(data, plain)
     if magic != LEGACY_MAGIC:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hessdiag import pickles
+from hessdiag import picklerules, pickles
 from hessdiag.data.registry import Source
 from hessdiag.files import BadFileError, shown
 
@@ -51,7 +51,7 @@ class _Type:
 
 
 def _parse_python(data: bytes, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    rules = pickles.Rules(opcodes=pickles.MODERN_OPCODES, names=_NAMES.__contains__, call=_call, build=_build)
+    rules = picklerules.Rules(opcodes=picklerules.MODERN_OPCODES, names=_NAMES.__contains__, call=_call, build=_build)
     table, _ = pickles.read(data, rules)
     if not isinstance(table, dict):
         raise BadFileError("no CIFAR batch: the pickle holds no dict")
