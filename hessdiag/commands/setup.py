@@ -11,23 +11,18 @@ import torch
 from torch import Tensor
 
 from hessdiag.checkpoint import Checkpoint, load_checkpoint
+from hessdiag.commands.options import data_named_by, device_of, dtype_of, loss_of, pattern_of, spec_of
 from hessdiag.commands.request import Request
 from hessdiag.data import DataSet, load
 from hessdiag.errors import (
-    ConfigurationError,
     DataError,
-    DeviceError,
     UnknownNameError,
     nearest,
 )
 from hessdiag.examples import EXAMPLES, example_path
 from hessdiag.measurement.world import World
 from hessdiag.objective import Objective
-from hessdiag.perturbation import PGDSpec, keyed_pgd, parse_pgd
-
-PLAIN_SETS = ("digits", "cifar10", "cifar100")
-"""Data sets that a checkpoint may name by itself; paths and code must come from the user."""
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+from hessdiag.perturbation import PGDSpec, keyed_pgd
 
 
 @dataclass(frozen=True)
@@ -91,86 +86,6 @@ def open_checkpoint(request: Request) -> Checkpoint:
         weights=request.weights,
         factory=request.model,
     )
-
-
-def device_of(text: str, world: World) -> torch.device:
-    """The device meant; with several processes on one machine each takes its own card."""
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise ConfigurationError(f"--device {text!r}: it is auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"--device {text!r}: cpu or cuda; sums need float64, which {device.type} may lack")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise DeviceError(f"--device {text!r}: this torch sees no CUDA device; use --device cpu")
-        count = torch.cuda.device_count()
-        number = device.index if device.index is not None else world.local_rank % count
-        if number >= count:
-            raise DeviceError(f"--device {text!r}: there are {count} CUDA devices, counted from 0")
-        device = torch.device("cuda", number)
-        torch.cuda.set_device(device)
-    return device
-
-
-def dtype_of(text: str | None, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype asked for, or that of the weights where curvature can be had in it."""
-    if text is None:
-        kinds = {p.dtype for p in checkpoint.model.parameters()}
-        return torch.float64 if torch.float64 in kinds else torch.float32
-    if text not in DTYPES:
-        raise UnknownNameError(f"--dtype {text!r}; {nearest(text, list(DTYPES))}")
-    return DTYPES[text]
-
-
-def data_named_by(checkpoint: Checkpoint) -> str:
-    """The data set that the checkpoint was trained on, if it says so and the name is a plain one."""
-    extra = checkpoint.extra
-    training = extra.get("training")
-    tables: list[Mapping[str, Any]] = [extra, training if isinstance(training, Mapping) else {}]
-    for table in tables:
-        for key in ("data", "dataset", "data_set"):
-            value = table.get(key)
-            if isinstance(value, Mapping):
-                value = value.get("name")
-            if value in PLAIN_SETS:
-                return str(value)
-    raise ConfigurationError(
-        f"the checkpoint names no data set: say --data NAME ({', '.join(PLAIN_SETS)}, npz:PATH, ...)"
-    )
-
-
-def loss_of(text: str) -> Any:
-    """A loss by name, or a function (outputs, targets) -> loss per sample of the user's own."""
-    from hessdiag.factories import import_object, is_factory_name
-
-    if not is_factory_name(text):
-        return text
-    found = import_object(text)
-    if not callable(found):
-        raise ConfigurationError(f"--loss {text}: no function (outputs, targets) -> loss per sample")
-    return found
-
-
-def pattern_of(text: str | None) -> str | None:
-    """A regular expression that compiles."""
-    import re
-
-    if text is not None:
-        try:
-            re.compile(text)
-        except re.error as error:
-            raise ConfigurationError(
-                f"--layers {text!r} is no regular expression ({error}); write e.g. 'layer3.*' or '.*bias'"
-            ) from None
-    return text
-
-
-def spec_of(text: str, seed: int) -> PGDSpec:
-    """The perturbation, its noise keyed by --seed unless it names a seed itself."""
-    return parse_pgd(text if "seed=" in text else f"{text.rstrip(',')},seed={seed}")
 
 
 def try_out(objective: Objective, batches: Iterable[Any], data: DataSet) -> None:
