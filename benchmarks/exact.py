@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import Median, digits, median, small_resnet, store
+from benchmarks.exact_sides import CURVES, WIDTHS, backpack, deviation, mlp, ours, problem, products
 from hessdiag import Objective
-from hessdiag.diagonal import exact, reference
-from hessdiag.diagonal.hutchinson import Products
+from hessdiag.diagonal import exact
 from hessdiag.sites import Linearisation
-
-WIDTHS = {
-    "784-128-128-10": (784, 128, 128, 10),
-    "784-512-512-10": (784, 512, 512, 10),
-    "784-256x4-10": (784, 256, 256, 256, 256, 10),
-}
-CURVES: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
-CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -48,70 +39,6 @@ class Settings:
     conv_rounds: int
     samples: int
     threads: int
-
-
-def mlp(widths: tuple[int, ...], curve: str) -> nn.Sequential:
-    """Linear layers with one curve between them."""
-    layers: list[nn.Module] = []
-    for below, above in pairwise(widths):
-        layers += [nn.Linear(below, above), CURVES[curve]()]
-    return nn.Sequential(*layers[:-1])
-
-
-def problem(widths: tuple[int, ...], samples: int) -> tuple[Tensor, Tensor]:
-    """Random inputs and classes."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(samples, widths[0], generator=generator)
-    return x, torch.randint(0, widths[-1], (samples,), generator=generator)
-
-
-def ours(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], dict[str, Tensor]]:
-    """Total of the summed loss by name: forward pass, linearisation and both parts."""
-    objective = Objective(model)
-
-    def run() -> dict[str, Tensor]:
-        gauss_newton, functional = exact.batch_diagonal(Linearisation(objective, x, y))
-        return {name: value.add_(functional[name]) for name, value in gauss_newton.items()}
-
-    return run
-
-
-def backpack(model: nn.Sequential, x: Tensor, y: Tensor) -> Callable[[], dict[str, Tensor]]:
-    """The same by BackPACK's DiagHessian, forward and backward pass included."""
-    from backpack import backpack as context
-    from backpack import extend
-    from backpack.extensions import DiagHessian
-
-    net, loss = extend(model), extend(nn.CrossEntropyLoss(reduction="sum"))
-
-    def run() -> dict[str, Tensor]:
-        net.zero_grad()
-        value = loss(net(x), y)
-        with context(DiagHessian()):
-            value.backward()
-        return {name: p.diag_h for name, p in net.named_parameters()}
-
-    return run
-
-
-def products(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], dict[str, Tensor]]:
-    """The same by one Hessian-vector product per parameter, CHUNK at a time."""
-    objective = Objective(model)
-
-    def run() -> dict[str, Tensor]:
-        found = Products(objective, x, y, parts=False)
-        out = {}
-        for place, (name, p) in enumerate(objective.parameters.items()):
-            rows = []
-            for low in range(0, p.numel(), CHUNK):
-                high = min(low + CHUNK, p.numel())
-                units = torch.zeros(high - low, p.numel())
-                units[torch.arange(high - low), torch.arange(low, high)] = 1
-                rows.append(reference._own_entries(found, place, units.reshape(-1, *p.shape), low))
-            out[name] = torch.cat(rows).reshape(p.shape)
-        return out
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -136,11 +63,6 @@ def take_turns(first: Callable[[], Any], second: Callable[[], Any], rounds: int)
                 into.append(clock() - start)
     wall, processor = ([b / a for a, b in zip(times[0][clock], times[1][clock])] for clock in (0, 1))
     return Comparison(median(times[0][0]), median(times[1][0]), median(wall), median(processor))
-
-
-def deviation(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Largest relative deviation of a tensor, in norm."""
-    return max(float((found[n].double() - w.double()).norm() / w.double().norm()) for n, w in wanted.items())
 
 
 def peak_megabytes(method: str, net: str, curve: str, settings: Settings) -> float:
