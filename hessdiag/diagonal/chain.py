@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..sites import Layer, Linearisation, Site
+from ..sites import Layer, Linearisation, Site, edge_shape
 from ..sites.elementwise import derivatives, is_elementwise
 from ..sites.graph import Edge
-from ..sites.linearise import edge_shape
 from ..sites.nodes import BATCH_NORM, MATRIX
 
 _NAMES = ("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Alias", "Clone", "View", "UnsafeView", "ReshapeAlias")

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UncoveredModelError
-from ..sites import Layer, Linearisation, Site
-from ..sites.linearise import edge_shape
+from ..sites import Layer, Linearisation, Site, edge_shape
 from ..squares import LayerSquares
 from ..unfold import matrix_input, patches
 from .collector import Collector

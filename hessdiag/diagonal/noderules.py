@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..sites import edge_shape
 from ..sites.elementwise import derivatives, is_elementwise
 from ..sites.graph import Edge
-from ..sites.linearise import edge_shape
 from ..sites.nodes import BATCH_NORM
 from .denserules import DENSE, broadcast
 

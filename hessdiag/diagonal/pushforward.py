@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..sites import Graph, Site
+from ..sites import Graph, Site, edge_shape
 from ..sites.graph import Edge
-from ..sites.linearise import edge_shape
 from .noderules import Cache, double_backward, factor_of, fan_of, move
 
 Key = tuple[int, int]

@@ -27,8 +27,7 @@ from ..persample import Curvature
 from .direct import Direct, find_direct
 from .elementwise import derivatives, is_elementwise
 from .graph import Edge, Graph, Layer, detach_guard
-from .nodes import Key, edge_key
-from .nodes import edge_shape as edge_shape
+from .nodes import Key, edge_key, edge_shape
 
 
 @dataclass(frozen=True)
