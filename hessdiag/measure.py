@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,13 +18,14 @@ from .errors import (
     nearest,
 )
 from .guard import as_it_was, memory_errors
-from .measurement.audit import Audit, audit
-from .measurement.choose import EXACT_BUDGET, check_budget, check_directions, decide, stored_plan
+from .measurement.audit import Audit
+from .measurement.choose import EXACT_BUDGET, check_budget, check_given, decide, stored_plan
 from .measurement.loop import Callback, Loop
 from .measurement.plan import METHODS, Plan
 from .measurement.population import measure_population
 from .measurement.provenance import provenance
 from .measurement.result import Measurement
+from .measurement.resume import identity_of
 from .measurement.summary import summarise
 from .measurement.until import run
 from .measurement.world import World
@@ -83,10 +82,8 @@ def measure(
         if plan is None:
             plan, checked = decide(objective, first, facts, method, seed, audit_model)
         else:
-            check_directions(objective, first, facts, plan)
-        if checked is None and audit_model:
-            checked = audit(objective, first, method=plan.method, seed=seed)
-            checked.require()
+            plan = replace(plan, deflate=0) if target == "population" else plan
+            checked = check_given(objective, first, facts, plan, seed, audit_model)
         if world.size > 1:  # a pilot's clock may choose otherwise elsewhere
             told = world.text_from_first(json.dumps(plan.to_dict()), objective.device)
             plan = Plan.from_dict(json.loads(told))
@@ -107,7 +104,7 @@ def measure(
                 replicates=max(min_replicates, 10),
                 world=world,
             )
-        identity = _identity(objective, facts, plan, seed)
+        identity = identity_of(objective, facts, plan, seed)
         loop = Loop(
             objective,
             batches,
@@ -166,6 +163,8 @@ def diagonal(
         check_apart(objective, first)
         if plan is None:
             plan, _ = decide(objective, first, facts, method, seed, audit_model)
+        else:
+            check_given(objective, first, facts, plan, seed, audit_model)
         check_budget(objective, first, facts, plan, budget)
         if per_sample:
             return _per_sample(objective, batches, facts, plan)
@@ -207,29 +206,6 @@ def _check_arguments(rtol: float, confidence: float, low: int, high: int, second
         raise ConfigurationError(f"max_seconds={seconds!r} must be positive")
     if target not in ("data", "population"):
         raise UnknownNameError(f"unknown target {target!r}; {nearest(target, ['data', 'population'])}")
-
-
-def _identity(objective: Objective, facts: Survey, plan: Plan, seed: int) -> dict[str, Any]:
-    """What must agree for a resume file to be taken up."""
-    digest = hashlib.sha256()
-    for name, tensor in objective.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return {
-        "seed": seed,
-        "samples": facts.samples,
-        "batches": facts.batches,
-        "data": facts.data,
-        "loss": facts.loss,
-        "loss name": objective.loss.name,
-        "l2": objective.l2,
-        "parameters": list(objective.parameters),
-        "weights": digest.hexdigest(),
-        "method": plan.method,
-        "groups": plan.groups,
-        "deflate": plan.deflate,
-        "order": facts.order if plan.deflate else None,
-    }
 
 
 def _per_sample(objective: Objective, batches: Batches, facts: Survey, plan: Plan) -> Diagonal:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import UncoveredModelError
 from .sites import Layer, edge_shape
-from .unfold import chunk_samples, grouped, matrix_input, outer, patches
+from .unfold import chunk_samples, gram_product, grouped, matrix_input, outer, patches
 
 
 class LayerSquares:
@@ -98,7 +98,7 @@ class LayerSquares:
             d = delta.reshape(self.samples, -1, delta.shape[-1])
             if layer.weight:
                 x = matrix_input(node).reshape(self.samples, d.shape[1], -1)
-                out += ((x @ x.transpose(1, 2)) @ d).reshape(delta.shape)
+                out += gram_product(x, d).reshape(delta.shape)
             if layer.bias:
                 out += d.sum(1, keepdim=True).expand(d.shape).reshape(delta.shape)
         elif layer.kind == "conv":

@@ -66,6 +66,18 @@ def outer(left: Tensor, right: Tensor, group: int) -> Iterator[Tensor]:
                 yield _joined(a[first:last], size) @ _joined(b[first:last], size).transpose(-1, -2)
 
 
+def gram_product(x: Tensor, d: Tensor) -> Tensor:
+    """X X^T d for every sample, x and d [n, positions, features]: the smaller product first, in chunks of samples."""
+    pairs, weights = x.shape[1] ** 2, x.shape[2] * d.shape[2]
+    step = chunk_samples(min(pairs, weights) * d.element_size(), 1)
+    parts = []
+    for low in range(0, len(x), step):
+        a, b = x[low : low + step], d[low : low + step]
+        turned = a.transpose(1, 2)
+        parts.append((a @ turned) @ b if pairs <= weights else a @ (turned @ b))
+    return torch.cat(parts)
+
+
 def _joined(x: Tensor, group: int) -> Tensor:
     """Neighbouring samples become further positions: [n, ..., a, s] -> [n/group, ..., a, group * s]."""
     if group == 1:

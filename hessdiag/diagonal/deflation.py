@@ -15,11 +15,13 @@ positive and of negative c are orthonormalised apart, since a and b are squared 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from ..errors import UncoveredModelError
 from ..signs import Signs
 from ..sites import Linearisation
 from ..squares import LayerSquares
@@ -52,12 +54,16 @@ class Deflation:
 def deflation(
     batch: Linearisation, squares: Sequence[LayerSquares], signs: Signs, *, start: int, rank: int
 ) -> Deflation:
-    """A basis of `rank` directions for one linearised batch; `start` is its first sample in the whole data."""
+    """A basis of `rank` directions for one linearised batch; `start` is its first sample in the whole data.
+
+    Of fewer where a sample has fewer sites. A sample whose directions overflow gets none: it is left to signs.
+    """
+    rank = min(rank, max(sum(site.c.numel() // batch.samples for site in batch.sites), 1))
     roots = [site.c.abs().sqrt() for site in batch.sites]
     positive = [(site.c > 0).reshape(batch.samples, -1) for site in batch.sites]
     edges = [layer.edge for layer in batch.layers]
     blanks = [torch.zeros_like(root, requires_grad=True) for root in roots]
-    with torch.enable_grad():  # linear in its seeds: its gradient along a is the forward product J a
+    with _double(), torch.enable_grad():  # linear in its seeds: its gradient along a is the forward product J a
         forward = batch.backward(list(blanks), None, edges, create_graph=True)
     rows: list[list[Tensor]] = [[] for _ in roots]
     for number in range(rank):
@@ -65,21 +71,66 @@ def deflation(
             root * signs.samples(root.shape, start, number, BASIS, place, dtype=root.dtype)
             for place, root in enumerate(roots)
         ]
-        answers = _answers(batch, squares, seeds, batch.backward(seeds, None, edges))
+        deltas = batch.backward(seeds, None, edges)
+        if not number:
+            _check_apart(batch, seeds, deltas)
+        answers = _answers(batch, squares, seeds, deltas)
         ends = [f for f, answer in zip(forward, answers) if f is not None and answer is not None]
         steps = [answer for f, answer in zip(forward, answers) if f is not None and answer is not None]
-        moved: Sequence[Tensor | None] = torch.autograd.grad(ends, blanks, steps, retain_graph=True, allow_unused=True)
+        with _double():
+            moved: Sequence[Tensor | None] = torch.autograd.grad(
+                ends, blanks, steps, retain_graph=True, allow_unused=True
+            )
         z = [torch.zeros_like(root) if m is None else m.clone() for root, m in zip(roots, moved)]
         for place, answer in enumerate(answers):
             direct = batch.direct.get(place)
             if direct is not None and answer is not None:  # a layer's own share needs no signs
                 z[direct.site] -= (answer * direct.slope).reshape(z[direct.site].shape)
-        for found, root, dz in zip(rows, roots, z):
-            found.append((dz * root).reshape(batch.samples, -1))
+        for found, row in zip(rows, _scaled([(dz * root).reshape(batch.samples, -1) for root, dz in zip(roots, z)])):
+            found.append(row)
     basis = [torch.stack(rows.pop(0), 1) for _ in roots]
     for _ in range(2):  # twice, since squared condition numbers cost half the digits
         basis = _orthonormal(basis, positive)
     return Deflation(basis, positive)
+
+
+def _scaled(row: list[Tensor]) -> list[Tensor]:
+    """One row per sample, its largest entry 1, so that no product of rows overflows; zero where an entry did."""
+    scale = torch.stack([part.abs().amax(1) for part in row]).amax(0).reciprocal()
+    scale = torch.where(scale.isfinite(), scale, 0.0)
+    return [part.nan_to_num(0.0, 0.0, 0.0).mul_(scale[:, None]) for part in row]
+
+
+def _check_apart(batch: Linearisation, seeds: Sequence[Tensor], deltas: Sequence[Tensor | None]) -> None:
+    """Refuse sites whose entries do not follow the samples in order: a direction must belong to one sample.
+
+    With some samples' cotangents doubled (which is exact), theirs alone must double at the layers.
+    """
+    twice = torch.tensor([1.0 + (n * 0.618 % 1.0 >= 0.5) for n in range(batch.samples)]).to(seeds[0])
+    doubled = [(seed.reshape(batch.samples, -1) * twice[:, None]).reshape(seed.shape) for seed in seeds]
+    found = batch.backward(doubled, None, [layer.edge for layer in batch.layers])
+    for layer, delta, other in zip(batch.layers, deltas, found):
+        if delta is not None and other is not None:
+            expected = delta.reshape(batch.samples, -1) * twice[:, None]
+            off = float((other.reshape(expected.shape) - expected).norm())
+            if off > torch.finfo(delta.dtype).eps ** 0.5 * float(expected.norm()):
+                raise UncoveredModelError(
+                    f"{layer.name!r}: between it and the loss the samples do not stay in order along the first axis, "
+                    "so no direction belongs to one sample; give a plan with deflate=0"
+                )
+
+
+@contextmanager
+def _double() -> Iterator[None]:
+    """What autograd says of a double backward that it does not have, as one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        raise UncoveredModelError(
+            f"directions take a double backward: {str(error).splitlines()[0]}; give a plan with deflate=0"
+        ) from error
 
 
 def _answers(

@@ -76,15 +76,18 @@ class Propagator:
             self.deflation = deflation(self.batch, self.squares, signs, start=self.start, rank=rank)
         return self.deflation
 
-    def deflated(self) -> Tensors:
-        """The functional part's share along the directions left out: exact, two passes a direction."""
+    def deflated(self, *, absolute: bool = False) -> Tensors:
+        """The functional part's share along the directions left out: exact, two passes a direction.
+
+        `absolute` adds what sites of negative c contribute rather than taking it off: rounding is relative to that.
+        """
         out = zeros(self.batch.objective.parameters)
         single = [1] * len(self.squares)
         for number in range(self.deflation.rank if self.deflation is not None else 0):
             assert self.deflation is not None
             direction = self.deflation.direction(number)
             for sign in (1, -1):
-                self._square_pass(self._seeds(sign, direction), None, out, float(sign), single)
+                self._square_pass(self._seeds(sign, direction), None, out, 1.0 if absolute else float(sign), single)
         return out
 
     def functional(self, signs: Signs, replicate: int) -> Tensors:

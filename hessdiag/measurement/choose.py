@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from ..diagonal import exact
-from ..errors import AuditError, BudgetError, ResumeError, UncoveredModelError
+from ..diagonal.propagation import Propagator
+from ..errors import AuditError, BudgetError, ConfigurationError, ResumeError, UncoveredModelError
 from ..objective import Objective
+from ..signs import Signs
 from ..sites import Linearisation
 from ..stream import Numbered, Survey
 from .audit import Audit, audit
-from .pilot import DEFLATE_BYTES, direction_bytes
+from .pilot import DEFLATE_BYTES, DEFLATE_LEAST, PILOT_SAMPLES, ROUNDED, direction_bytes, rounding
 from .plan import Plan, make_plan
 from .resume import restore
 
@@ -18,6 +22,7 @@ AUTO_EXACT_FLOPS = 3e10
 """method='auto' takes the exact diagonal up to this many multiplications (a count, so that the choice repeats)."""
 EXACT_BUDGET = 1e14
 """Multiplications beyond which an exact method is refused unless asked for by `budget=` (hours on a few cores)."""
+GIVEN_ROUNDED = 10 * ROUNDED
 GIVEN_BYTES = 8 * DEFLATE_BYTES
 """Bytes of directions beyond which a plan that was given is refused."""
 
@@ -81,8 +86,19 @@ def check_budget(objective: Objective, first: Numbered, facts: Survey, plan: Pla
         )
 
 
+def check_given(
+    objective: Objective, first: Numbered, facts: Survey, plan: Plan, seed: int, audit_model: bool
+) -> Audit | None:
+    """The audit of a plan that was given, or taken up, and whether it fits model and data."""
+    checked = audit(objective, first, method=plan.method, seed=seed) if audit_model else None
+    if checked is not None:
+        checked.require()
+    check_directions(objective, first, facts, plan)
+    return checked
+
+
 def check_directions(objective: Objective, first: Numbered, facts: Survey, plan: Plan) -> None:
-    """Refuse a given plan whose directions would fill the memory: it was made for fewer samples."""
+    """Refuse a given plan whose directions would fill the memory, or be lost in rounding: it was made for others."""
     if plan.method != "propagation" or not plan.deflate:
         return
     linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
@@ -91,6 +107,18 @@ def check_directions(objective: Objective, first: Numbered, facts: Survey, plan:
         raise BudgetError(
             f"a plan with deflate={plan.deflate} would hold {size / 1e9:.1f} GB of directions for {facts.samples} "
             "samples; give one with deflate=0, or fewer samples"
+        )
+    few = first.part(torch.arange(min(PILOT_SAMPLES, len(first.targets)), device=first.targets.device))
+    propagator = Propagator(
+        Linearisation(objective, few.inputs, few.targets, index=few.index, balance=plan.balance), start=few.start
+    )
+    if not propagator.batch.sites:
+        return
+    off = rounding(propagator, Signs(0, objective.device), propagator.direct(), min(plan.deflate, DEFLATE_LEAST))
+    if off > GIVEN_ROUNDED:
+        raise ConfigurationError(
+            f"a plan with deflate={plan.deflate} would lose up to {off:.0e} of the diagonal in {objective.dtype}: the "
+            "halves of its products cancel (balance of another model?); use float64, or give a plan with deflate=0"
         )
 
 

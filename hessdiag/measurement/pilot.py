@@ -13,6 +13,7 @@ import torch
 
 from ..diagonal.parts import Tensors, accumulate
 from ..diagonal.propagation import Propagator
+from ..errors import UncoveredModelError
 from ..signs import BLOCK, Signs
 from ..sites import Linearisation, edge_shape
 
@@ -25,6 +26,8 @@ DEFLATE_BYTES = 1 << 29
 DEFLATE_LEAST = 4
 NOISY = 0.05
 """Squared relative error of one replicate's diagonal beyond which directions are taken out of it."""
+ROUNDED = 1e-3
+"""Bound of the relative rounding error of what directions give; beyond it all is left to signs, whose spread shows."""
 _PILOT = 1 << 40  # replicate numbers of the pilot, never those of a measurement
 
 
@@ -100,6 +103,7 @@ def choose_rank(
 ) -> int:
     """Directions per sample to square exactly: as many as memory allows, or none where signs are quiet without.
 
+    None either where they cannot be found (no double backward), or what they give would be lost in rounding.
     Which is told by two replicates, against the diagonal itself: `outer` adds the exact Gauss-Newton part to it.
     """
     rank = affordable_rank(batch, samples)
@@ -114,7 +118,26 @@ def choose_rank(
     for found in pair:
         accumulate(found, known)
     square = sum(float((pair[0][name] * pair[1][name]).sum()) for name in known)
-    return rank if noise > NOISY * square else 0
+    if noise <= NOISY * square:
+        return 0
+    try:
+        return rank if rounding(propagator, signs, known, DEFLATE_LEAST) <= ROUNDED else 0
+    except UncoveredModelError:
+        return 0
+
+
+def rounding(propagator: Propagator, signs: Signs, known: Tensors, rank: int) -> float:
+    """Bound of the exact part's rounding relative to the diagonal: eps |sum of absolute contributions| / |their sum|.
+
+    Halves of a product far out of balance nearly cancel. Signs left to them show it in their spread; a direction,
+    squared once, does not. (Seen to be 20 to 100 times the error itself.)
+    """
+    propagator.deflate(signs, rank)
+    absolute, total = propagator.deflated(absolute=True), propagator.deflated()
+    accumulate(total, known)
+    size, norm = (sum(float(t.square().sum()) for t in tensors.values()) for tensors in (absolute, total))
+    eps = torch.finfo(propagator.batch.outputs.dtype).eps
+    return eps * float((size / norm) ** 0.5) if norm else 0.0
 
 
 def _half_difference(a: Tensors, b: Tensors) -> float:

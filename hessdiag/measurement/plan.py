@@ -45,6 +45,11 @@ class Plan:
             raise UnknownNameError(f"unknown method {self.method!r}; {nearest(self.method, [*METHODS, 'auto'])}")
         if self.gauss_newton not in ("exact", "signs"):
             raise ConfigurationError(f"gauss_newton must be 'exact' or 'signs', not {self.gauss_newton!r}")
+        whole = (self.groups, self.at_once, self.deflate, *self.sample_groups.values())
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in whole):
+            raise ConfigurationError("groups, at_once, deflate and sample_groups of a plan are whole numbers")
+        if not all(lam and abs(lam) < float("inf") for lam in self.balance.values()):
+            raise ConfigurationError("the balance of a plan holds finite numbers other than 0")
         if self.groups < 4 or self.at_once < 1 or self.deflate < 0:
             raise ConfigurationError("a plan needs groups >= 4, at_once >= 1 and deflate >= 0")
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import ResumeError
 from ..files import BadFileError, read_bytes, write_bytes
+from ..objective import Objective
+from ..stream import Survey
 from ..tensorfiles import looks_like, read_header, read_tensors
+from .plan import Plan
 
 FORMAT = "hessdiag-resume/1"
 BUDGET = 1 << 36
@@ -61,3 +66,28 @@ def restore(
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def identity_of(objective: Objective, facts: Survey, plan: Plan, seed: int) -> dict[str, Any]:
+    """What must agree for a resume file to be taken up."""
+    digest = hashlib.sha256()
+    for name, tensor in objective.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {
+        "seed": seed,
+        "samples": facts.samples,
+        "batches": facts.batches,
+        "data": facts.data,
+        "loss": facts.loss,
+        "loss name": objective.loss.name,
+        "l2": objective.l2,
+        "parameters": list(objective.parameters),
+        "weights": digest.hexdigest(),
+        "method": plan.method,
+        "groups": plan.groups,
+        "deflate": plan.deflate,
+        "order": facts.order if plan.deflate else None,
+        "largest batch": facts.largest,
+        "balance": {str(n): lam for n, lam in plan.balance.items()} if plan.deflate else None,
+    }

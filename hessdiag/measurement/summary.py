@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UncoveredModelError
@@ -76,6 +77,9 @@ def summarise(
             *notes,
             f"parameters that do not reach the outputs (their entries are zero): {', '.join(unused)}",
         ]
+    eps = torch.finfo(objective.dtype).eps
+    if norm.total.replicates and norm.total.half_width <= 8.0 * eps:  # what replicates have in common is rounded, too
+        notes = [*notes, f"the interval is of sampling alone, and narrower than rounding in {objective.dtype}"]
     reason = f"{loop.plan.method}: {loop.plan.reason}" if loop.plan.reason else loop.plan.method
     weight = sum(float(p.detach().double().square().sum()) for p in objective.parameters.values())
     return Measurement(
