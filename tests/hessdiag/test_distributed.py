@@ -88,6 +88,28 @@ def test_fewer_batches_than_processes(checkpoint: Path, tmp_path: Path) -> None:
     check(checkpoint, tmp_path, 4, "propagation", "--batch-size", "30")
 
 
+def deflated(checkpoint: Path, tmp_path: Path, *more: str) -> None:
+    """A plan with directions, taken from a file: each process finds those of the batches it meets."""
+    first, plan = tmp_path / "first.json", tmp_path / "plan.json"
+    rounds = ("--method", "propagation", "--min-replicates", "2", "--max-replicates", "2", *more)
+    CliRunner().invoke(app, arguments(checkpoint, *rounds, "--json", str(first))[2:])
+    content = json.loads(first.read_text())
+    content["plan"]["deflate"] = 3
+    plan.write_text(json.dumps(content))
+    check(checkpoint, tmp_path, 2, "propagation", "--plan", str(plan), *more)
+    assert json.loads((tmp_path / "many.json").read_text())["plan"]["deflate"] == 3
+
+
+@pytest.mark.slow
+def test_two_processes_with_directions(checkpoint: Path, tmp_path: Path) -> None:
+    deflated(checkpoint, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_with_directions_and_one_batch(checkpoint: Path, tmp_path: Path) -> None:
+    deflated(checkpoint, tmp_path, "--batch-size", "60")
+
+
 @pytest.mark.slow
 def test_state_of_one_process_is_taken_up_by_two(checkpoint: Path, tmp_path: Path) -> None:
     """What one process had half summed counts once, not once per process."""
