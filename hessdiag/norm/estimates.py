@@ -45,6 +45,8 @@ MIN_PARTICIPATION = 5.0
 """Fewer entries than this carrying the norm are a handful."""
 MAX_NOISE_SHARE = 0.5
 """More of the variance than this made by pairs of noises is noise that dominates."""
+MIN_NOISE = 1e-6
+"""A relative error of T below this is no noise that could dominate, but rounding, or too little to matter."""
 MAX_SPREAD = 1.5
 """A single replicate that varies by more than this, relative to T, makes tails heavy."""
 
@@ -125,7 +127,7 @@ def from_moments(moments: Moments, *, confidence: float = 0.95, sequential: bool
         flags.append("negative")
     if len(u.sizes) < 4 or math.isnan(variance):
         flags.append("few replicates")
-    if noise_share > MAX_NOISE_SHARE:
+    if noise_share > MAX_NOISE_SHARE and error > MIN_NOISE * abs(square):
         flags.append("noise dominates")
     if participation < MIN_PARTICIPATION:
         flags.append("few entries dominate")
