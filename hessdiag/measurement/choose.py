@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..diagonal import exact
+from ..diagonal.parts import accumulate
 from ..diagonal.propagation import Propagator
 from ..errors import AuditError, BudgetError, ConfigurationError, ResumeError, UncoveredModelError
 from ..objective import Objective
@@ -114,7 +115,10 @@ def check_directions(objective: Objective, first: Numbered, facts: Survey, plan:
     )
     if not propagator.batch.sites:
         return
-    off = rounding(propagator, Signs(0, objective.device), propagator.direct(), min(plan.deflate, DEFLATE_LEAST))
+    signs, known = Signs(0, objective.device), propagator.direct()
+    outer = plan.gauss_newton == "exact"
+    accumulate(known, propagator.gauss_newton() if outer else propagator.gauss_newton_signed(signs, 0))
+    off = rounding(propagator, signs, known, min(plan.deflate, DEFLATE_LEAST))
     if off > GIVEN_ROUNDED:
         raise ConfigurationError(
             f"a plan with deflate={plan.deflate} would lose up to {off:.0e} of the diagonal in {objective.dtype}: the "

@@ -78,7 +78,7 @@ def summarise(
             f"parameters that do not reach the outputs (their entries are zero): {', '.join(unused)}",
         ]
     eps = torch.finfo(objective.dtype).eps
-    if norm.total.replicates and norm.total.high > 0.0 and norm.total.half_width <= 8.0 * eps:  # all share a rounding
+    if norm.total.replicates and norm.total.high > 0.0 and norm.total.half_width <= 32.0 * eps:  # all share a rounding
         notes = [*notes, f"the interval is of sampling alone, and narrower than rounding in {objective.dtype}"]
     reason = f"{loop.plan.method}: {loop.plan.reason}" if loop.plan.reason else loop.plan.method
     weight = sum(float(p.detach().double().square().sum()) for p in objective.parameters.values())

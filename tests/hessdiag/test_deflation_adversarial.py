@@ -258,8 +258,20 @@ def test_an_interval_narrower_than_rounding_says_so() -> None:
         found = hd.measure(objective, [(x.to(dtype), y)], plan=plan, max_replicates=10)
         notes[dtype] = any("narrower than rounding in torch.float32" in note for note in found.notes)
         assert close(found, exact(model, x, y))
-        assert "noise dominates" not in found.norm.total.flags  # of rounding alone, the flag would ask for replicates
     assert notes == {torch.float32: True, torch.float64: False}
+
+
+def test_no_curvature_in_any_site_is_no_noise() -> None:
+    """All c zero: replicates differ in the last bit of the mean at most, and nothing asks for more of them."""
+    model = seeded(lambda: nn.Sequential(Function(torch.tanh), nn.Tanh(), nn.Linear(3, 3)))
+    with torch.no_grad():
+        model[2].weight.zero_()  # type: ignore[index]
+    x, y = data(9, 5)
+    found = hd.measure(hd.Objective(model), [(x, y)], plan=Plan("propagation", deflate=2), max_replicates=12)
+    assert close(found, exact(model, x, y), beyond=1e-12)
+    assert "noise dominates" not in found.norm.total.flags
+    none = hd.measure(hd.Objective(model, parameters="0.*"), [(x, y)], plan=found.plan, max_replicates=12)
+    assert (none.rms, none.interval, none.status) == (0.0, (0.0, 0.0), "ok")
 
 
 def test_without_a_double_backward_directions_are_left_out_or_refused_in_one_line(
