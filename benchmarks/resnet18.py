@@ -32,7 +32,7 @@ from hessdiag.diagonal.hutchinson import Products, probe
 from hessdiag.diagonal.parts import Tensors, accumulate
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import DataError
-from hessdiag.measurement.pilot import affordable_rank
+from hessdiag.measurement.pilot import affordable_rank, product_moments
 from hessdiag.signs import Signs
 from hessdiag.sites import Linearisation
 
@@ -80,16 +80,6 @@ def gram(rows: Tensor) -> Tensor:
         part = part.double()
         total += part @ part.T
     return total
-
-
-def product_variance(k: Tensor) -> tuple[float, float]:
-    """(T, unbiased variance of one product <d1, d2>) from the products of m replicates."""
-    m = len(k)
-    pairs = k - torch.diag(k.diagonal())
-    total, rows, squares = float(pairs.sum()), pairs.sum(1), float(pairs.square().sum())
-    disjoint = total**2 - 4.0 * float(rows.square().sum()) + 2.0 * squares
-    square_of_mean = disjoint / (m * (m - 1) * (m - 2) * (m - 3))
-    return total / (m * (m - 1)), squares / (m * (m - 1)) - square_of_mean
 
 
 def block_errors(k: Tensor, truth: float) -> dict[int, float]:
@@ -146,10 +136,10 @@ def one_seed(settings: Settings, seed: int) -> dict[str, Any]:
             seconds[method].append(time.perf_counter() - begun)
             torch.cat([(t / n).reshape(-1).float() for t in found.values()], out=rows[method][r])
     products_of = {method: gram(rows[method]) for method in METHODS}
-    truth, _ = product_variance(products_of["propagation"])
+    truth, _, _ = product_moments(products_of["propagation"])
     out |= {"square": truth, "directions": rank, "gauss_newton_share": share / n**2 / truth, "setup_seconds": setups}
     for method, k in products_of.items():
-        square, variance = product_variance(k)
+        square, variance, _ = product_moments(k)
         scatter = float(k.trace()) / len(k) - square
         out[method] = {
             "square": square,

@@ -80,7 +80,7 @@ def measure(
         if plan is None and path is not None and path.exists():
             plan = stored_plan(path, method)
         if plan is None:
-            plan, checked = decide(objective, first, facts, method, seed, audit_model)
+            plan, checked = decide(objective, first, facts, method, seed, audit_model, rtol=rtol)
         else:
             plan = replace(plan, deflate=0) if target == "population" else plan
             checked = check_given(objective, first, facts, plan, seed, audit_model)
@@ -162,7 +162,7 @@ def diagonal(
         first = next(iter(numbered(objective, batches)))
         check_apart(objective, first)
         if plan is None:
-            plan, _ = decide(objective, first, facts, method, seed, audit_model)
+            plan, _ = decide(objective, first, facts, method, seed, audit_model, replicates=replicates)
         else:
             check_given(objective, first, facts, plan, seed, audit_model)
         check_budget(objective, first, facts, plan, budget)

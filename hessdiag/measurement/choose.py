@@ -29,9 +29,34 @@ GIVEN_BYTES = 8 * DEFLATE_BYTES
 
 
 def decide(
-    objective: Objective, first: Numbered, facts: Survey, method: str, seed: int, audit_model: bool
+    objective: Objective,
+    first: Numbered,
+    facts: Survey,
+    method: str,
+    seed: int,
+    audit_model: bool,
+    *,
+    rtol: float = 0.05,
+    replicates: int | None = None,
 ) -> tuple[Plan, Audit | None]:
     """Method and plan, audited; with method='auto' what fails falls back to Hutchinson, with the reason kept."""
+
+    def plan(method: str, reason: str) -> Plan:
+        if method in ("exact", "propagation"):
+            Linearisation(objective, first.inputs, first.targets, index=first.index)  # coverage, also without an audit
+        return make_plan(
+            objective,
+            first,
+            method=method,
+            seed=seed,
+            samples=facts.samples,
+            batches=facts.batches,
+            ordered=facts.checked and not facts.shuffled,
+            rtol=rtol,
+            replicates=replicates,
+            reason=reason,
+        )
+
     wanted, reason = method, "asked for"
     if method == "auto":
         try:
@@ -39,28 +64,13 @@ def decide(
             checked = audit(objective, first, method=wanted, seed=seed) if audit_model else None
             if checked is not None:
                 checked.require()
-            return _plan(objective, first, facts, wanted, seed, reason), checked
+            return plan(wanted, reason), checked
         except (UncoveredModelError, AuditError) as error:
             wanted, reason = "hutchinson", f"the site identity does not serve here: {error}"
     checked = audit(objective, first, method=wanted, seed=seed) if audit_model else None
     if checked is not None:
         checked.require()
-    return _plan(objective, first, facts, wanted, seed, reason), checked
-
-
-def _plan(objective: Objective, first: Numbered, facts: Survey, method: str, seed: int, reason: str) -> Plan:
-    if method in ("exact", "propagation"):
-        Linearisation(objective, first.inputs, first.targets, index=first.index)  # coverage, also without an audit
-    return make_plan(
-        objective,
-        first,
-        method=method,
-        seed=seed,
-        samples=facts.samples,
-        batches=facts.batches,
-        ordered=facts.checked and not facts.shuffled,
-        reason=reason,
-    )
+    return plan(wanted, reason), checked
 
 
 def _cheapest(objective: Objective, first: Numbered, facts: Survey) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from ..diagonal.parts import Tensors, accumulate
 from ..diagonal.propagation import Propagator
@@ -24,8 +25,11 @@ DEFLATE = 16
 DEFLATE_BYTES = 1 << 29
 """The directions of all samples are kept, in this many bytes at most."""
 DEFLATE_LEAST = 4
-NOISY = 0.05
-"""Squared relative error of one replicate's diagonal beyond which directions are taken out of it."""
+DIRECTION_COST = 2.5
+"""Replicates that one direction costs, found and squared (measured: 1.5 to 2.5)."""
+DIRECTION_SHARE = 0.75
+LEAST_REPLICATES = 10
+PILOT_REPLICATES = 6
 ROUNDED = 1e-3
 """Bound of the relative rounding error of what directions give; beyond it all is left to signs, whose spread shows."""
 _PILOT = 1 << 40  # replicate numbers of the pilot, never those of a measurement
@@ -99,12 +103,21 @@ def affordable_rank(batch: Linearisation, samples: int) -> int:
 
 
 def choose_rank(
-    batch: Linearisation, seed: int, *, samples: int, groups: Mapping[str, int] | None = None, outer: bool = True
+    batch: Linearisation,
+    seed: int,
+    *,
+    samples: int,
+    rtol: float = 0.05,
+    replicates: int | None = None,
+    groups: Mapping[str, int] | None = None,
+    outer: bool = True,
 ) -> int:
-    """Directions per sample to square exactly: as many as memory allows, or none where signs are quiet without.
+    """Directions per sample to square exactly: as many as memory allows, and as pay for themselves.
 
-    None either where they cannot be found (no double backward), or what they give would be lost in rounding.
-    Which is told by two replicates, against the diagonal itself: `outer` adds the exact Gauss-Newton part to it.
+    Each costs `DIRECTION_COST` replicates, once. They may take `DIRECTION_SHARE` of the time of the replicates that
+    `rtol` would need without them, as pilot replicates tell (or make a diagonal of so many `replicates` take that much
+    longer). None where they cannot be found (no double backward), or what they give would be lost in rounding.
+    `outer` adds the exact Gauss-Newton part to what the noise is held against.
     """
     rank = affordable_rank(batch, samples)
     if not rank:
@@ -113,17 +126,63 @@ def choose_rank(
     known = propagator.direct()
     if outer:
         accumulate(known, propagator.gauss_newton())
-    pair = [propagator.functional(signs, _PILOT + i) for i in (1, 2)]
-    noise = _half_difference(*pair)
-    for found in pair:
-        accumulate(found, known)
-    square = sum(float((pair[0][name] * pair[1][name]).sum()) for name in known)
-    if noise <= NOISY * square:
+    if replicates is None:
+        products = _products(propagator, signs, known)
+        need = replicates_needed(products, rtol, share=batch.samples / samples)
+        rank = min(rank, int((DIRECTION_SHARE * need - LEAST_REPLICATES) / DIRECTION_COST))
+    else:
+        rank = min(rank, int(DIRECTION_SHARE * 2 * replicates / DIRECTION_COST))
+    if rank < DEFLATE_LEAST:
         return 0
     try:
         return rank if rounding(propagator, signs, known, DEFLATE_LEAST) <= ROUNDED else 0
     except UncoveredModelError:
         return 0
+
+
+def _products(propagator: Propagator, signs: Signs, known: Tensors) -> Tensor:
+    """<d_i, d_j> of the pilot's replicates."""
+    drawn = []
+    for number in range(PILOT_REPLICATES):
+        found = propagator.functional(signs, _PILOT + number)
+        accumulate(found, known)
+        drawn.append({name: t.float() for name, t in found.items()})  # half the memory; a pilot needs no more
+    out = torch.zeros(len(drawn), len(drawn), dtype=torch.float64)
+    for i, a in enumerate(drawn):
+        for j, b in enumerate(drawn[: i + 1]):
+            out[i, j] = out[j, i] = sum(float((a[name] * b[name]).sum(dtype=torch.float64)) for name in a)
+    return out
+
+
+def product_moments(products: Tensor) -> tuple[float, float, float]:
+    """(|d|^2, v, z) without bias from <d_i, d_j> of m >= 4 replicates: their mean, variance, and covariance.
+
+    v is the variance of one product, z the covariance of two that share a replicate; <d_i, d_i> are not looked at.
+    """
+    m = len(products)
+    pairs = products - torch.diag(products.diagonal())
+    total, squares, rows = float(pairs.sum()), float(pairs.square().sum()), float(pairs.sum(1).square().sum())
+    mean = total / (m * (m - 1))
+    apart = (total**2 - 4.0 * rows + 2.0 * squares) / (m * (m - 1) * (m - 2) * (m - 3))
+    return mean, squares / (m * (m - 1)) - apart, (rows - squares) / (m * (m - 1) * (m - 2)) - apart
+
+
+def replicates_needed(products: Tensor, rtol: float, *, share: float = 1.0, most: int = 1000) -> int:
+    """How many replicates would bring the norm within `rtol` at 95%, if `share` of the samples gave these products.
+
+    The mean of R (R - 1) / 2 products has the variance (2 / (R (R - 1))) (2 (R - 2) z + v). Relative to the square, z
+    falls with the number of samples, the rest of v with its square.
+    """
+    square, v, z = product_moments(products)
+    if square <= 0.0:
+        return most
+    z = max(z / square**2, 0.0) * share
+    pure = max(v / square**2 - 2.0 * z / share, 0.0) * share**2
+    for count in range(LEAST_REPLICATES, most):
+        variance = 2.0 / (count * (count - 1)) * (2.0 * (count - 1) * z + pure)
+        if 0.5 * 1.96 * variance**0.5 <= rtol:
+            return count
+    return most
 
 
 def rounding(propagator: Propagator, signs: Signs, known: Tensors, rank: int) -> float:

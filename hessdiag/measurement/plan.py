@@ -92,11 +92,14 @@ def make_plan(
     samples: int,
     batches: int,
     ordered: bool = True,
+    rtol: float = 0.05,
+    replicates: int | None = None,
     reason: str = "",
 ) -> Plan:
     """The plan for a method, with a pilot where the method has something to choose.
 
-    `ordered`: the samples are known to come in the same order in every pass.
+    `ordered`: the samples are known to come in the same order in every pass. Directions are taken out of the signs as
+    far as they pay for a norm within `rtol`, or for the mean of so many `replicates`.
     """
     size = objective.size
     groups = replicate_groups(size)
@@ -112,7 +115,10 @@ def make_plan(
     if balance:
         batch = Linearisation(objective, first.inputs, first.targets, index=first.index, balance=balance)
     chosen = choose_groups(batch, seed)
-    rank = choose_rank(batch, seed, samples=samples, groups=chosen, outer=gauss_newton == "exact") if ordered else 0
+    rank = 0
+    if ordered:
+        outer = gauss_newton == "exact"
+        rank = choose_rank(batch, seed, samples=samples, rtol=rtol, replicates=replicates, groups=chosen, outer=outer)
     return Plan(method, gauss_newton, groups, at_once, chosen, balance, rank, True, reason)
 
 

@@ -231,7 +231,7 @@ def test_float32_and_badly_scaled(name: str) -> None:
         assert close(found, truth), (plan, found.rms / truth - 1.0, found.norm.total.half_width)
 
 
-def test_what_cancels_in_rounding_is_refused_or_left_to_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cancels_in_rounding_is_refused_or_left_to_signs() -> None:
     """The halves of a product 10^4 out of balance: directions gave twice the norm, with an interval of 0.03%."""
     x, y = data(12, 5, dtype=torch.float32)
     model = single(Gated)
@@ -239,9 +239,8 @@ def test_what_cancels_in_rounding_is_refused_or_left_to_signs(monkeypatch: pytes
     with pytest.raises(ConfigurationError, match="deflate=0"):
         hd.measure(objective, [(x, y)], plan=Plan("propagation", balance={0: 1e4}, deflate=8), audit_model=False)
     far, near = (Linearisation(objective, x, y, balance={0: lam}) for lam in (1e4, 1.0))
-    monkeypatch.setattr("hessdiag.measurement.pilot.NOISY", 0.0)
-    assert choose_rank(far, 0, samples=12) == 0
-    assert choose_rank(near, 0, samples=12) > 0
+    assert choose_rank(far, 0, samples=12, rtol=1e-4) == 0
+    assert choose_rank(near, 0, samples=12, rtol=1e-4) > 0
     twin = hd.Objective(model.double())
     plan = Plan("propagation", balance={0: 1e4}, deflate=8)
     found = hd.measure(twin, [(x.double(), y)], plan=plan, max_replicates=12, audit_model=False)
@@ -274,26 +273,22 @@ def test_no_curvature_in_any_site_is_no_noise() -> None:
     assert (none.rms, none.interval, none.status) == (0.0, (0.0, 0.0), "ok")
 
 
-def test_without_a_double_backward_directions_are_left_out_or_refused_in_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("hessdiag.measurement.pilot.NOISY", 0.0)
+def test_without_a_double_backward_directions_are_left_out_or_refused_in_one_line() -> None:
     model = single(lambda: nn.Sequential(Function(torch.tanh), nn.Hardsigmoid(), nn.Linear(3, 4), nn.SiLU()))
     model = nn.Sequential(model, nn.Linear(4, 3)).double()
     x, y = data(6, 5)
     linear = Linearisation(hd.Objective(model), x, y)
-    assert choose_rank(linear, 0, samples=6) == 0
+    assert choose_rank(linear, 0, samples=6, rtol=1e-4) == 0
     with pytest.raises(UncoveredModelError, match=r"hardsigmoid.*deflate=0"):
         Propagator(linear).deflate(Signs(0), 2)
 
 
-def test_sites_that_do_not_follow_the_samples_are_never_deflated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sites_that_do_not_follow_the_samples_are_never_deflated() -> None:
     """A direction would mix samples before squaring: a biased number. The audit refuses the model; so does this."""
-    monkeypatch.setattr("hessdiag.measurement.pilot.NOISY", 0.0)
     model = seeded(SamplesSecond)
     x, y = data(3, 4, 5)
     linear = Linearisation(hd.Objective(model), x, y)
-    assert choose_rank(linear, 0, samples=3) == 0
+    assert choose_rank(linear, 0, samples=3, rtol=1e-4) == 0
     with pytest.raises(UncoveredModelError, match="in order"):
         Propagator(linear).deflate(Signs(0), 2)
     with pytest.raises(hd.errors.HessdiagError):

@@ -22,6 +22,7 @@ from hessdiag.data import load
 from hessdiag.errors import ResumeError
 from hessdiag.measurement.loop import Event
 from hessdiag.measurement.passes import Passes
+from hessdiag.measurement.plan import Plan
 
 COUNT = 40
 
@@ -61,23 +62,23 @@ def killer(after: int) -> Any:
     return tell
 
 
-@pytest.mark.parametrize("method", ["hutchinson", "propagation"])
-def test_killed_anywhere_gives_the_same_bits(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plan", [Plan("hutchinson"), Plan("propagation"), Plan("propagation", deflate=2)])
+def test_killed_anywhere_gives_the_same_bits(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after every few events, the file written as often as can be: all numbers equal, the history too."""
     monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
     monkeypatch.setattr("hessdiag.measurement.loop.SAVE_SHARE", 0.0)
-    whole = plain(measured(method=method, min_replicates=10))
+    whole = plain(measured(plan=plan, min_replicates=10))
     path, kills, rng = tmp_path / "r.st", 0, random.Random(0)
     while True:
         try:
-            found = measured(method=method, min_replicates=10, resume=path, progress=killer(rng.randrange(4, 30)))
+            found = measured(plan=plan, min_replicates=10, resume=path, progress=killer(rng.randrange(4, 30)))
             break
         except Killed:
             kills += 1
             assert kills < 100
     assert kills >= 4
     assert plain(found) == whole
-    again = measured(method=method, min_replicates=10, resume=path)  # finished: nothing is left to do
+    again = measured(plan=plan, min_replicates=10, resume=path)  # finished: nothing is left to do
     assert plain(again) == whole
 
 
