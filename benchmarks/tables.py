@@ -61,7 +61,7 @@ def coverage(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]
                 "coverage": f"{row['coverage']:.1%} [{low:.1%}, {high:.1%}]",
                 "target": _judged(wanted, inside, row) if row["setting"]["required"] else "reported",
                 "replicates": f"{row['mean_replicates']:.1f}",
-                "half width": f"{row['mean_half_width']:.1%}",
+                "half width": f"{row['mean_half_width']:.2%}",
                 "bias of the square": f"{row['bias_of_square']:+.2%}",
                 "flagged": f"{row['flagged']:.1%}" + (f" ({flags})" if flags else ""),
             }
