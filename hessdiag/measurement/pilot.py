@@ -29,7 +29,7 @@ DIRECTION_COST = 2.5
 """Replicates that one direction costs, found and squared (measured: 1.5 to 2.5)."""
 DIRECTION_SHARE = 0.75
 LEAST_REPLICATES = 10
-PILOT_REPLICATES = 6
+PILOT_REPLICATES = 8
 ROUNDED = 1e-3
 """Bound of the relative rounding error of what directions give; beyond it all is left to signs, whose spread shows."""
 _PILOT = 1 << 40  # replicate numbers of the pilot, never those of a measurement
@@ -171,13 +171,15 @@ def replicates_needed(products: Tensor, rtol: float, *, share: float = 1.0, most
     """How many replicates would bring the norm within `rtol` at 95%, if `share` of the samples gave these products.
 
     The mean of R (R - 1) / 2 products has the variance (2 / (R (R - 1))) (2 (R - 2) z + v). Relative to the square, z
-    falls with the number of samples, the rest of v with its square.
+    falls with the number of samples and the rest of v with its square, if no samples dominate; as some always do, with
+    the root of that number and with the number are assumed.
     """
     square, v, z = product_moments(products)
     if square <= 0.0:
         return most
-    z = max(z / square**2, 0.0) * share
-    pure = max(v / square**2 - 2.0 * z / share, 0.0) * share**2
+    z = max(z / square**2, 0.0)
+    pure = max(v / square**2 - 2.0 * z, 0.0) * share
+    z *= share**0.5
     for count in range(LEAST_REPLICATES, most):
         variance = 2.0 / (count * (count - 1)) * (2.0 * (count - 1) * z + pure)
         if 0.5 * 1.96 * variance**0.5 <= rtol:
