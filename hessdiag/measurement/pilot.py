@@ -147,7 +147,7 @@ def _products(propagator: Propagator, signs: Signs, known: Tensors) -> Tensor:
         found = propagator.functional(signs, _PILOT + number)
         accumulate(found, known)
         drawn.append({name: t.float() for name, t in found.items()})  # half the memory; a pilot needs no more
-    out = torch.zeros(len(drawn), len(drawn), dtype=torch.float64)
+    out = torch.zeros(len(drawn), len(drawn), dtype=torch.float64, device="cpu")
     for i, a in enumerate(drawn):
         for j, b in enumerate(drawn[: i + 1]):
             out[i, j] = out[j, i] = sum(float((a[name] * b[name]).sum(dtype=torch.float64)) for name in a)
