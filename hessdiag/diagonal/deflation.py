@@ -106,7 +106,7 @@ def _check_apart(batch: Linearisation, seeds: Sequence[Tensor], deltas: Sequence
 
     With some samples' cotangents doubled (which is exact), theirs alone must double at the layers.
     """
-    twice = torch.tensor([1.0 + (n * 0.618 % 1.0 >= 0.5) for n in range(batch.samples)]).to(seeds[0])
+    twice = torch.tensor([1.0 + (n * 0.618 % 1.0 >= 0.5) for n in range(batch.samples)], device="cpu").to(seeds[0])
     doubled = [(seed.reshape(batch.samples, -1) * twice[:, None]).reshape(seed.shape) for seed in seeds]
     found = batch.backward(doubled, None, [layer.edge for layer in batch.layers])
     for layer, delta, other in zip(batch.layers, deltas, found):
