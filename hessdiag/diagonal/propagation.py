@@ -165,13 +165,12 @@ class Propagator:
     ) -> None:
         if output_seed is None and all(seed is None for seed in seeds):
             return
-        deltas = list(self.batch.backward(seeds, output_seed, self._edges))
-        for place, (square, group) in enumerate(zip(self.squares, groups)):
-            delta, deltas[place] = deltas[place], None
-            if delta is None:
-                continue
+
+        def square(place: int, delta: Tensor) -> None:
             direct = self.batch.direct.get(place)
             seed = None if direct is None else seeds[direct.site]
             if direct is not None and seed is not None:
                 delta = delta - seed.reshape(delta.shape) * direct.slope
-            accumulate(out, square.summed(delta, group=group), sign)
+            accumulate(out, self.squares[place].summed(delta.detach(), group=groups[place]), sign)
+
+        self.batch.visit(seeds, output_seed, square)
