@@ -260,3 +260,33 @@ def test_chosen_parameters_only() -> None:
     assert set(part.total) == {"c2.weight", "c2.bias", "fc.bias"}
     for name, tensor in part.total.items():
         assert torch.allclose(tensor, whole.total[name], rtol=1e-11, atol=1e-14)
+
+
+class TwoStems(nn.Module):
+    """Two layers with none below them, one of which the output sees through an activation and beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.last = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.left(x)
+        return self.last(torch.tanh(h) + h + F.silu(self.right(torch.cos(x))))
+
+
+@pytest.mark.parametrize("build", [lambda: Function(F.silu), Residual, Tokens, TwoStems])
+def test_a_visit_hands_over_the_cotangents_that_a_backward_pass_returns(build: type[nn.Module]) -> None:
+    """Layer by layer the same tensors, each once, and no hook is left behind."""
+    model = seeded(build)
+    x, y = batch_for(model)
+    linear = Linearisation(hd.Objective(model), x, y)
+    g = torch.Generator().manual_seed(3)
+    seeds = [torch.randn(site.c.shape, generator=g, dtype=site.c.dtype) for site in linear.sites]
+    output = torch.randn(linear.outputs.shape, generator=g, dtype=linear.outputs.dtype)
+    for chosen in (seeds, [None] * len(seeds), [*seeds[:-1], None] if seeds else []):
+        wanted = linear.backward(chosen, output, [layer.edge for layer in linear.layers])
+        for _ in range(2):
+            found: dict[int, Tensor] = {}
+            linear.visit(chosen, output, lambda place, delta, found=found: found.__setitem__(place, delta.clone()))
+            assert set(found) == {place for place, delta in enumerate(wanted) if delta is not None}
+            assert all(torch.equal(found[place], wanted[place]) for place in found)
