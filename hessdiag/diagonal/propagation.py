@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..signs import Signs
-from ..sites import Linearisation, edge_shape
+from ..sites import Linearisation, edge_shape, visit
 from ..squares import LayerSquares
 from .deflation import Deflation, deflation
 from .parts import Tensors, accumulate, zeros
@@ -173,4 +173,4 @@ class Propagator:
                 delta = delta - seed.reshape(delta.shape) * direct.slope
             accumulate(out, self.squares[place].summed(delta.detach(), group=groups[place]), sign)
 
-        self.batch.visit(seeds, output_seed, square)
+        visit(self.batch, seeds, output_seed, square)

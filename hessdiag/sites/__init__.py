@@ -3,5 +3,6 @@
 from .graph import Graph, Layer
 from .linearise import Linearisation, Site
 from .nodes import edge_shape
+from .visit import visit
 
-__all__ = ["Graph", "Layer", "Linearisation", "Site", "edge_shape"]
+__all__ = ["Graph", "Layer", "Linearisation", "Site", "edge_shape", "visit"]

@@ -13,7 +13,7 @@ costs no more than SiLU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,38 +112,6 @@ class Linearisation:
             roots, wanted, vectors, retain_graph=True, allow_unused=True, create_graph=create_graph
         )
         return found
-
-    def visit(
-        self,
-        seeds: Sequence[Tensor | None],
-        output_seed: Tensor | None,
-        visitor: Callable[[int, Tensor], None],
-    ) -> None:
-        """One backward pass that hands over each layer's cotangent, by its place in `layers`, as soon as it is whole.
-
-        Nothing keeps them: at no time are those of all layers in memory, as they are in what `backward` returns.
-        """
-        handles = []
-
-        def tell(place: int) -> Callable[[tuple[Tensor | None, ...]], None]:
-            def hook(cotangents: tuple[Tensor | None, ...]) -> None:
-                if cotangents[0] is not None:
-                    visitor(place, cotangents[0])
-
-            return hook
-
-        # The pass goes down to the layers with none below them, and so through all the others.
-        first = [place for place, layer in enumerate(self.layers) if self.graph.is_first(layer)]
-        try:
-            for place in set(range(len(self.layers))) - set(first):
-                handles.append(self.layers[place].node.register_prehook(tell(place)))
-            found = self.backward(seeds, output_seed, [self.layers[place].edge for place in first])
-        finally:
-            for handle in handles:
-                handle.remove()
-        for place, cotangent in zip(first, found):
-            if cotangent is not None:
-                visitor(place, cotangent)
 
     def adjoints(self, nodes: Sequence[Any]) -> list[Tensor]:
         """dl/dh for the outputs h of `nodes`, the loss summed over the batch."""

@@ -18,7 +18,7 @@ import hessdiag as hd
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import StochasticModeError, UncoveredModelError
 from hessdiag.measurement.comparisons import push
-from hessdiag.sites import Linearisation
+from hessdiag.sites import Linearisation, visit
 
 torch.set_num_threads(1)
 
@@ -287,6 +287,6 @@ def test_a_visit_hands_over_the_cotangents_that_a_backward_pass_returns(build: t
         wanted = linear.backward(chosen, output, [layer.edge for layer in linear.layers])
         for _ in range(2):
             found: dict[int, Tensor] = {}
-            linear.visit(chosen, output, lambda place, delta, found=found: found.__setitem__(place, delta.clone()))
+            visit(linear, chosen, output, lambda place, delta, found=found: found.__setitem__(place, delta.clone()))
             assert set(found) == {place for place, delta in enumerate(wanted) if delta is not None}
             assert all(torch.equal(found[place], wanted[place]) for place in found)

@@ -1,0 +1,43 @@
+"""A backward pass that hands over each layer's cotangent as soon as it is whole, and keeps none.
+
+What `Linearisation.backward` returns are the cotangents of all layers at once, as many bytes as all their outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from .linearise import Linearisation
+
+Visitor = Callable[[int, Tensor], None]
+
+
+def visit(
+    batch: Linearisation, seeds: Sequence[Tensor | None], output_seed: Tensor | None, visitor: Visitor
+) -> None:
+    """Call `visitor(place, cotangent)` once for every layer that the roots reach, `place` being its index in `layers`.
+
+    The pass goes down to the layers with none below them, and so through all the others.
+    """
+    first = [place for place, layer in enumerate(batch.layers) if batch.graph.is_first(layer)]
+    handles = []
+    try:
+        for place in set(range(len(batch.layers))) - set(first):
+            handles.append(batch.layers[place].node.register_prehook(_teller(place, visitor)))
+        found = batch.backward(seeds, output_seed, [batch.layers[place].edge for place in first])
+    finally:
+        for handle in handles:
+            handle.remove()
+    for place, cotangent in zip(first, found):
+        if cotangent is not None:
+            visitor(place, cotangent)
+
+
+def _teller(place: int, visitor: Visitor) -> Callable[[tuple[Tensor | None, ...]], None]:
+    def hook(cotangents: tuple[Tensor | None, ...]) -> None:
+        if cotangents[0] is not None:
+            visitor(place, cotangents[0])
+
+    return hook
