@@ -120,6 +120,7 @@ def measure(
         if path is not None and not path.exists():
             loop.save()  # the plan first: a pilot repeated might choose otherwise
         status = run(loop, rtol, confidence, min_replicates, max_replicates, max_seconds)
+        loop.passes.forget()
         return summarise(
             loop,
             first=first,

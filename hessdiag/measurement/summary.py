@@ -156,8 +156,9 @@ def _summary(
 
 def _effective(objective: Objective, first: Numbered) -> tuple[tuple[EffectiveCurvature, ...], tuple[str, ...]]:
     """|gain| max|sigma''| of each normalisation that feeds an activation directly; parameters that reach nothing."""
+    one = first.part(torch.arange(1, device=first.targets.device))  # the graph's shape is that of any sample
     try:
-        linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
+        linear = Linearisation(objective, one.inputs, one.targets, index=one.index)
     except UncoveredModelError:
         return (), ()
     norms = {id(layer.node): layer for layer in linear.layers if layer.kind == "norm" and layer.weight}
