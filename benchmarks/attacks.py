@@ -21,9 +21,21 @@ from experiments.attacks import apgd_ce, apgd_t, n_fgsm
 from hessdiag import networks
 from hessdiag.data import DataSet, load
 
+from .common import store
+
 EPS = 0.15
 IMAGES = 300
 SEEDS = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared."""
+
+    seeds: int = SEEDS
+    images: int = IMAGES
+    eps: float = EPS
+    margin: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ def compare(net: nn.Module, x: Tensor, y: Tensor, attack: str, seeds: int = SEED
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, and store it."""
     parser = argparse.ArgumentParser(description="APGD beside pyautoattack on digits.")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     seeds = parser.parse_args().seeds
@@ -115,13 +127,24 @@ def main() -> None:
         clean = 100 * float((net(x).argmax(1) == y).double().mean())
     print(f"digits, {len(x)} images, eps {EPS}, {seeds} seeds, clean accuracy {clean:.2f}%")
     print(f"{'attack':8} {'ours %':>8} {'theirs %':>9} {'diff':>7} {'95% interval':>18} {'s/seed':>12}")
+    found = {}
     for attack in ("apgd-ce", "apgd-t"):
         row = compare(net, x, y, attack, seeds)
         low, high = row.interval
         print(
             f"{attack:8} {float(row.ours.mean()):8.3f} {float(row.theirs.mean()):9.3f} {row.difference:+7.3f} "
-            f"[{low:+7.3f},{high:+7.3f}] {row.our_seconds:6.2f} {row.their_seconds:5.2f}"
+            f"[{low:+7.3f},{high:+7.3f}] {row.our_seconds:6.2f} {row.their_seconds:5.2f}",
+            flush=True,
         )
+        found[attack] = {
+            "ours": float(row.ours.mean()),
+            "theirs": float(row.theirs.mean()),
+            "difference": row.difference,
+            "interval": row.interval,
+            "our_seconds": row.our_seconds,
+            "their_seconds": row.their_seconds,
+        }
+    store("attacks", Settings(seeds=seeds), {"clean": clean, "attacks": found})
 
 
 if __name__ == "__main__":

@@ -150,7 +150,27 @@ def sweeps(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
     ]
 
 
+def attacks(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row per attack."""
+    rows: list[Row] = []
+    for name, row in found["attacks"].items():
+        low, high = row["interval"]
+        margin = settings["margin"]
+        rows.append(
+            {
+                "attack": name,
+                "ours, robust": f"{row['ours']:.2f}%",
+                "pyautoattack's": f"{row['theirs']:.2f}%",
+                "difference": f"{row['difference']:+.2f} [{low:+.2f}, {high:+.2f}] points",
+                "seconds a seed": f"{row['our_seconds']:.1f} against {row['their_seconds']:.1f}",
+                "target": verdict(f"within {margin:g} points", abs(row["difference"]) <= margin),
+            }
+        )
+    return rows
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] = {
+    "attacks": attacks,
     "coverage": coverage,
     "convnet": convnet,
     "resnet18": resnet18,
