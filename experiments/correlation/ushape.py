@@ -86,7 +86,7 @@ def _least_squares(design: Array, y: Array, weight: Array, measured: Curve) -> t
 
 def _slope(value: float, variance: float, freedom: float, *, negative: bool) -> Slope:
     error = float(np.sqrt(max(variance, 0.0)))
-    ratio = value / error if error > 0 else np.sign(value) * np.inf
+    ratio = value / error if error > 0 else float(np.copysign(np.inf, value)) if value else 0.0
     p = stats.t.cdf(ratio, freedom) if negative else stats.t.sf(ratio, freedom)
     return Slope(float(value), error, float(p) if np.isfinite(ratio) or ratio != 0 else 0.5)
 

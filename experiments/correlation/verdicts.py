@@ -67,9 +67,9 @@ def verdicts(results: Sequence[SweepResults], *, rules: Mapping[str, Any] | None
     return found
 
 
-def best(results: Sequence[SweepResults], figure: str) -> SweepResults | None:
+def best(results: Sequence[SweepResults], figure: str, tiers: Sequence[str] = ORDER) -> SweepResults | None:
     """The sweep of the largest tier that has runs for a figure; of several, the one with most runs."""
-    for tier in ORDER:
+    for tier in tiers:
         chosen = [sweep for sweep in results if sweep.figure == figure and sweep.tier == tier and sweep.runs]
         if chosen:
             return max(chosen, key=lambda sweep: len(sweep.runs))
@@ -94,7 +94,7 @@ def _verdict(claim: str, rule: Mapping[str, Any], results: Sequence[SweepResults
     chosen = [row for row in rows(sweep) if "data" not in rule or row.data == rule["data"]]
     if not chosen:
         return _untested(claim, rule["figure"], f"no results on {rule['data']}", sweep.tier, sweep.title)
-    answers = _answers(rule, chosen, results, shared)
+    answers = _answers(rule, chosen, results, sweep.tier, shared)
     words = [f"{name}: {answer.text}" if name else answer.text for name, answer in answers.items()]
     evidence = f"{rule['figure']}, tier {sweep.tier} ({sweep.title}): " + "; ".join(words)
     given = [answer.answer for answer in answers.values()]
@@ -114,15 +114,15 @@ def _word(answers: Sequence[str], tier: str) -> str:
 
 
 def _answers(
-    rule: Mapping[str, Any], chosen: list[Row], results: Sequence[SweepResults], shared: Rules
+    rule: Mapping[str, Any], chosen: list[Row], results: Sequence[SweepResults], tier: str, shared: Rules
 ) -> dict[str, Answer]:
     kind = rule["rule"]
     if kind in ("higher", "not_lower"):
         return {"": _compare(rule, chosen, shared)}
     if kind == "association" and "with" in rule:
-        other = best(results, rule["with"])
+        other = best(results, rule["with"], [tier])  # two settings are never matched with each other
         if other is None:
-            return {"": Answer(UNDECIDED, f"no results of {rule['with']}")}
+            return {"": Answer(UNDECIDED, f"no results of {rule['with']} on the same tier")}
         return {"": judges.crossed(chosen, rows(other), rule, shared)}
     names = rule.get("curves")
     curves = split(chosen, *names) if names else {(): chosen}

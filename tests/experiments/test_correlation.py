@@ -288,3 +288,12 @@ def test_coincidence_refuses_what_it_cannot_compare():
         coincide(x, y, group, margin=0, generator=rng(15))
     with pytest.raises(ConfigurationError, match="nothing to coincide"):
         coincide(x, y, [0] * len(x), margin=1, generator=rng(15))
+
+
+def test_two_sweeps_are_matched_within_one_tier_only() -> None:
+    """A larger tier of the other figure is another setting: its runs belong to other data and another net."""
+    runs = (Result("k", RunConfig({"seed": 0}), "", 1.0, {}),)
+    small, large = (SweepResults(f"{tier}/figure3", "figure3", tier, "", 0, runs) for tier in ("smoke", "quick"))
+    assert best([small, large], "figure3") is large
+    assert best([small, large], "figure3", ["smoke"]) is small
+    assert best([large], "figure3", ["smoke"]) is None
