@@ -12,6 +12,9 @@ from experiments.correlation import associate, coincide, locate, u_shape
 from experiments.correlation.coefficients import KINDS, correlation, partial
 from experiments.correlation.noise import curve
 from experiments.correlation.shapes import quadratic, quadratic_peak, unimodal
+from experiments.correlation.verdicts import best
+from experiments.sweep.export import Result, SweepResults
+from experiments.sweep.keys import RunConfig
 from hessdiag.errors import ConfigurationError, UnknownNameError
 
 LEVELS = np.array([0.5, 1, 2, 4, 7, 10, 15, 25])
