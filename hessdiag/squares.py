@@ -29,7 +29,6 @@ class LayerSquares:
         self.samples = samples
         self._keep = keep
         self._kept: Tensor | None = None
-        self._linear_input: Tensor | None = None
 
     def summed(self, delta: Tensor, *, group: int = 1) -> dict[str, Tensor]:
         """{parameter name: sum over groups of (sum over the group's samples of G_n)^2}."""

@@ -59,6 +59,10 @@ class Numbered:
         inputs = _pytree.tree_map(lambda x: x[chosen] if _by_sample(x, count) else x, self.inputs)
         return Numbered(self.index, self.start, inputs, self.targets[chosen])
 
+    def few(self, count: int) -> Numbered:
+        """The first samples of the batch, `count` of them or all there are."""
+        return self.part(torch.arange(min(count, len(self.targets)), device=self.targets.device))
+
 
 def numbered(objective: Objective, batches: Batches, *, align: int = 1) -> Iterator[Numbered]:
     """Batches one after the other; with `align` > 1 re-cut so that all but the last hold a multiple of it."""

@@ -140,16 +140,10 @@ def _answers(
     deltas: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """J J^T of every layer, applied to its cotangent from remote sites."""
-    answers: list[Tensor | None] = []
-    for place, (square, delta) in enumerate(zip(squares, deltas)):
-        if delta is None:
-            answers.append(None)
-            continue
-        direct = batch.direct.get(place)
-        if direct is not None:
-            delta = delta - seeds[direct.site].reshape(delta.shape) * direct.slope
-        answers.append(square.gram(delta))
-    return answers
+    return [
+        None if delta is None else square.gram(batch.remote(place, delta, seeds))
+        for place, (square, delta) in enumerate(zip(squares, deltas))
+    ]
 
 
 def _orthonormal(rows: list[Tensor], positive: Sequence[Tensor]) -> list[Tensor]:

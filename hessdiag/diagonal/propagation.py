@@ -167,10 +167,7 @@ class Propagator:
             return
 
         def square(place: int, delta: Tensor) -> None:
-            direct = self.batch.direct.get(place)
-            seed = None if direct is None else seeds[direct.site]
-            if direct is not None and seed is not None:
-                delta = delta - seed.reshape(delta.shape) * direct.slope
+            delta = self.batch.remote(place, delta, seeds)
             accumulate(out, self.squares[place].summed(delta.detach(), group=groups[place]), sign)
 
         visit(self.batch, seeds, output_seed, square)

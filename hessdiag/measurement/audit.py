@@ -69,8 +69,7 @@ class Audit:
 
 def audit(objective: Objective, first: Numbered, *, method: str, seed: int) -> Audit:
     """Check `method` on the first samples of the data."""
-    keep = torch.arange(min(SAMPLES, len(first.targets)), device=first.targets.device)
-    few = first.part(keep)
+    few = first.few(SAMPLES)
     twin, inputs, targets = objective, few.inputs, few.targets
     if objective.dtype != torch.float64:
         try:

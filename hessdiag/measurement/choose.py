@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ..diagonal import exact
 from ..diagonal.parts import accumulate
 from ..diagonal.propagation import Propagator
@@ -42,7 +40,7 @@ def decide(
     """Method and plan, audited; with method='auto' what fails falls back to Hutchinson, with the reason kept."""
 
     def plan(method: str, reason: str) -> Plan:
-        if method in ("exact", "propagation"):
+        if method == "exact":  # propagation's pilot linearises
             Linearisation(objective, first.inputs, first.targets, index=first.index)  # coverage, also without an audit
         return make_plan(
             objective,
@@ -61,16 +59,19 @@ def decide(
     if method == "auto":
         try:
             wanted, reason = _cheapest(objective, first, facts)
-            checked = audit(objective, first, method=wanted, seed=seed) if audit_model else None
-            if checked is not None:
-                checked.require()
+            checked = _audited(objective, first, wanted, seed) if audit_model else None
             return plan(wanted, reason), checked
         except (UncoveredModelError, AuditError) as error:
             wanted, reason = "hutchinson", f"the site identity does not serve here: {error}"
-    checked = audit(objective, first, method=wanted, seed=seed) if audit_model else None
-    if checked is not None:
-        checked.require()
+    checked = _audited(objective, first, wanted, seed) if audit_model else None
     return plan(wanted, reason), checked
+
+
+def _audited(objective: Objective, first: Numbered, method: str, seed: int) -> Audit:
+    """The audit, passed."""
+    checked = audit(objective, first, method=method, seed=seed)
+    checked.require()
+    return checked
 
 
 def _cheapest(objective: Objective, first: Numbered, facts: Survey) -> tuple[str, str]:
@@ -101,9 +102,7 @@ def check_given(
     objective: Objective, first: Numbered, facts: Survey, plan: Plan, seed: int, audit_model: bool
 ) -> Audit | None:
     """The audit of a plan that was given, or taken up, and whether it fits model and data."""
-    checked = audit(objective, first, method=plan.method, seed=seed) if audit_model else None
-    if checked is not None:
-        checked.require()
+    checked = _audited(objective, first, plan.method, seed) if audit_model else None
     check_directions(objective, first, facts, plan)
     return checked
 
@@ -119,7 +118,7 @@ def check_directions(objective: Objective, first: Numbered, facts: Survey, plan:
             f"a plan with deflate={plan.deflate} would hold {size / 1e9:.1f} GB of directions for {facts.samples} "
             "samples; give one with deflate=0, or fewer samples"
         )
-    few = first.part(torch.arange(min(PILOT_SAMPLES, len(first.targets)), device=first.targets.device))
+    few = first.few(PILOT_SAMPLES)
     propagator = Propagator(
         Linearisation(objective, few.inputs, few.targets, index=few.index, balance=plan.balance), start=few.start
     )

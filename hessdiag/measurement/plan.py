@@ -106,8 +106,7 @@ def make_plan(
     at_once = 1 if batches == 1 else max(1, min(8, (1 << 28) // (8 * size)))
     if method != "propagation":
         return Plan(method, groups=groups, at_once=at_once, reason=reason)
-    if len(first.targets) > PILOT_SAMPLES:
-        first = first.part(torch.arange(PILOT_SAMPLES, device=first.targets.device))
+    first = first.few(PILOT_SAMPLES)
     batch = Linearisation(objective, first.inputs, first.targets, index=first.index)
     columns = len(batch.curvature.signs)
     gauss_newton = "exact" if columns <= EXACT_COLUMNS else "signs"

@@ -156,7 +156,7 @@ def _summary(
 
 def _effective(objective: Objective, first: Numbered) -> tuple[tuple[EffectiveCurvature, ...], tuple[str, ...]]:
     """|gain| max|sigma''| of each normalisation that feeds an activation directly; parameters that reach nothing."""
-    one = first.part(torch.arange(1, device=first.targets.device))  # the graph's shape is that of any sample
+    one = first.few(1)  # the graph's shape is that of any sample
     try:
         linear = Linearisation(objective, one.inputs, one.targets, index=one.index)
     except UncoveredModelError:

@@ -52,9 +52,8 @@ class Graph(Live):
     `unused`, the names of parameters that do not reach the outputs.
     """
 
-    def __init__(self, outputs: Tensor, parameters: Mapping[str, nn.Parameter], *, names: Mapping[int, str]) -> None:
+    def __init__(self, outputs: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(outputs, parameters)
-        self._names = names  # every parameter of the model by id, for messages
         self.layers: list[Layer] = []
         self.curves: list[Any] = []
         self.elementwise: list[Any] = []

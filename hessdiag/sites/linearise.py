@@ -61,8 +61,7 @@ class Linearisation:
         detach_guard(self.outputs)
         self.objective = objective
         self.samples = len(targets)
-        names = {id(p): name for name, p in objective.model.named_parameters()}
-        self.graph = Graph(self.outputs, objective.parameters, names=names)
+        self.graph = Graph(self.outputs, objective.parameters)
         self.layers: list[Layer] = self.graph.layers
         with torch.no_grad():
             self.curvature: Curvature = objective.loss.curvature(self.outputs, targets)
@@ -112,6 +111,14 @@ class Linearisation:
             roots, wanted, vectors, retain_graph=True, allow_unused=True, create_graph=create_graph
         )
         return found
+
+    def remote(self, place: int, cotangent: Tensor, seeds: Sequence[Tensor | None]) -> Tensor:
+        """A layer's cotangent without what the seeds of the sites that it feeds directly put into it."""
+        direct = self.direct.get(place)
+        seed = None if direct is None else seeds[direct.site]
+        if direct is None or seed is None:
+            return cotangent
+        return cotangent - seed.reshape(cotangent.shape) * direct.slope
 
     def adjoints(self, nodes: Sequence[Any]) -> list[Tensor]:
         """dl/dh for the outputs h of `nodes`, the loss summed over the batch."""
