@@ -96,7 +96,7 @@ def audit(objective: Objective, first: Numbered, *, method: str, seed: int) -> A
         entries += comparisons.squares(linear, signs, tolerance)
         if method == "exact":
             entries += comparisons.entries(linear, products, chosen, signs, tolerance)
-    return Audit(tuple(entries), len(keep), str(twin.dtype).removeprefix("torch."))
+    return Audit(tuple(entries), len(few.targets), str(twin.dtype).removeprefix("torch."))
 
 
 def choose_layers(linear: Linearisation, signs: Signs) -> list[Layer]:
