@@ -170,7 +170,7 @@ def normalisation(value: Any, data: str) -> Any:
                 f"normalize = 'standard' is known for {', '.join(STATISTICS)}, not {data}; give [[means], [deviations]]"
             )
         return STATISTICS[data]
-    if isinstance(value, str) or len(value) != 2:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise ConfigurationError(f"normalize must be 'none', 'standard' or [[means], [deviations]], not {value!r}")
     return value
 

@@ -87,9 +87,13 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ConfigurationError(f"{where} must be finite, not {value!r}")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            number = math.inf
+        if not math.isfinite(number):
+            raise ConfigurationError(f"{where} must be finite and within the range of a float, not {number!r}")
+        return number
     if hint is str and isinstance(value, str):
         return value
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -16,31 +16,30 @@ seed = [0]
 [[override]]                          # change settings of the runs that match
 where = { beta = 1, curvature = 7 }
 attack = { aa_samples = 50 }
+
+What a grid fixes (`train = { ... }`) goes over the sections, an override over both; tables within tables are merged.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.config import load_toml
+from experiments.fields import merged
 from experiments.sweep.keys import RunConfig, canonical
 from experiments.sweep.settings import complete, train_fields
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 TIERS = ("smoke", "quick", "paper")
 FIGURES = ("figure3", "figure4", "figure5", "figure6", "figure7", "table1", "table2", "control")
 TOP = ("figure", "tier", "title", "note", "train", "attack", "measure", "grid", "override")
 SECTIONS = ("train", "attack", "measure")
 SHAPE = ("beta", "curvature", "alpha", "activation")
+Point = tuple[dict[str, Any], dict[str, Any]]  # what the grid varies, and what it fixes
 
 
 @dataclass(frozen=True)
@@ -61,48 +60,56 @@ def load(
 ) -> Sweep:
     """Read a sweep file; `seeds` replaces its seeds."""
     path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigurationError(f"sweep {path}: no such file; experiments/sweeps holds one per figure") from error
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"sweep {path}: {error}") from error
-    _known(table, TOP, f"sweep {path.name}")
+    if not path.exists():
+        raise ConfigurationError(f"sweep {path}: no such file; experiments/sweeps holds one per figure")
+    table, place = load_toml(path), f"sweep {path.name}"
+    _known(table, TOP, place)
+    for name in SECTIONS:
+        _table(table.get(name, {}), f"{place}: [{name}]")
     tier, figure = table.get("tier", path.parent.name), table.get("figure", path.stem)
-    _one_of(tier, TIERS, f"sweep {path.name}: tier")
-    _one_of(figure, FIGURES, f"sweep {path.name}: figure")
+    _one_of(tier, TIERS, f"{place}: tier")
+    _one_of(figure, FIGURES, f"{place}: figure")
     grids, overrides = table.get("grid", []), table.get("override", [])
     if not isinstance(grids, list) or not grids:
-        raise ConfigurationError(f"sweep {path.name}: no [[grid]]: name at least one, with lists of what to vary")
-    points: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        raise ConfigurationError(f"{place}: no [[grid]]: name at least one, with lists of what to vary")
+    if not isinstance(overrides, list):
+        raise ConfigurationError(f"{place}: override: write [[override]], one for each change")
+    points: list[Point] = []
     for number, grid in enumerate(grids, start=1):
-        points += _points(grid, seeds, f"sweep {path.name}: grid {number}")
+        points += _points(grid, seeds, f"{place}: grid {number}")
     points.sort(key=lambda point: point[0].get("seed", 0))  # a whole sweep with the first seed before the next
+    for number, override in enumerate(overrides, start=1):
+        _check_override(override, table.get("train", {}), points, f"{place}: override {number}")
     runs: dict[str, RunConfig] = {}
     variants: dict[str, str] = {}
     used = [0] * len(overrides)
     for axes, extra in points:
-        sections = {name: {**table.get(name, {}), **extra.get(name, {})} for name in SECTIONS}
+        sections = {name: merged(table.get(name, {}), extra.get(name, {})) for name in SECTIONS}
         for index, override in enumerate(overrides):
-            where = f"sweep {path.name}: override {index + 1}"
-            _known(override, ("where", *SECTIONS), where)
-            if _matches(override.get("where", {}), {**sections["train"], **axes}, where):
+            if _matches(override["where"], {**sections["train"], **axes}, f"{place}: override {index + 1}"):
                 used[index] += 1
-                for name in SECTIONS:
-                    sections[name].update(override.get(name, {}))
-        run = _run(sections, axes, f"sweep {path.name}", complete)
+                sections = {name: merged(sections[name], override.get(name, {})) for name in SECTIONS}
+        run, variant = _run(sections, axes, place, complete), extra.get("variant", "")
+        if variants.setdefault(run.key, variant) != variant:
+            raise ConfigurationError(
+                f"{place}: variants {variants[run.key]!r} and {variant!r} are the same run ({run.label}); "
+                "give them different settings or one name"
+            )
         runs[run.key] = run
-        variants[run.key] = str(extra.get("variant", ""))
     for index, count in enumerate(used):
         if not count and seeds is None:
-            raise ConfigurationError(f"sweep {path.name}: override {index + 1} matches no run; correct its `where`")
+            raise ConfigurationError(f"{place}: override {index + 1} matches no run; correct its `where`")
     title = str(table.get("title", path.stem))
     return Sweep(f"{tier}/{path.stem}", figure, tier, title, tuple(runs.values()), variants, str(table.get("note", "")))
 
 
-def _known(table: Any, known: tuple[str, ...] | list[str], where: str) -> None:
+def _table(table: Any, where: str) -> None:
     if not isinstance(table, Mapping):
-        raise ConfigurationError(f"{where}: expected a table of settings, found {type(table).__name__}")
+        raise ConfigurationError(f"{where}: expected a table of settings, found {table!r}")
+
+
+def _known(table: Any, known: tuple[str, ...] | list[str], where: str) -> None:
+    _table(table, where)
     for key in table:
         if key not in known:
             raise UnknownNameError(f"{where}: unknown key {key!r}; {nearest(key, list(known))}")
@@ -113,16 +120,25 @@ def _one_of(value: Any, known: tuple[str, ...], where: str) -> None:
         raise UnknownNameError(f"{where} {value!r}; {nearest(str(value), list(known))}")
 
 
-def _points(grid: Any, seeds: list[int] | None, where: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _points(grid: Any, seeds: list[int] | None, where: str) -> list[Point]:
     """Every combination of a grid's lists, with its fixed extras."""
     _known(grid, (*SHAPE, "variant", *SECTIONS, *train_fields()), where)
     extra = {name: grid[name] for name in ("variant", *SECTIONS) if name in grid}
+    if not isinstance(extra.get("variant", ""), str):
+        raise ConfigurationError(f"{where}: variant must be text, not {extra['variant']!r}; write one grid per variant")
+    for name in SECTIONS:
+        _table(extra.get(name, {}), f"{where}: {name}")
     axes = {name: value if isinstance(value, list) else [value] for name, value in grid.items() if name not in extra}
     if seeds is not None:
         axes["seed"] = list(seeds)
     for name, values in axes.items():
         if not values:
             raise ConfigurationError(f"{where}: {name} is empty; give at least one value")
+        if name in extra.get("train", {}):
+            raise ConfigurationError(f"{where}: {name} is given twice, by itself and in train; give it once")
+    for value in axes.get("seed", ()):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigurationError(f"{where}: seed must be a whole number, not {value!r}")
     shaped = {name for name in SHAPE if name in axes}
     if shaped not in ({"activation"}, {"beta", "curvature"}, {"beta", "alpha"}):
         raise ConfigurationError(
@@ -133,14 +149,32 @@ def _points(grid: Any, seeds: list[int] | None, where: str) -> list[tuple[dict[s
     return [(dict(zip(names, values, strict=True)), extra) for values in itertools.product(*axes.values())]
 
 
-def _matches(where: Any, run: Mapping[str, Any], place: str) -> bool:
+def _check_override(override: Any, train: Mapping[str, Any], points: list[Point], place: str) -> None:
+    """Refuse what could match no run for its spelling, or change what the grid varies."""
+    _known(override, ("where", *SECTIONS), place)
+    where = override.get("where")
     if not isinstance(where, Mapping) or not where:
         raise ConfigurationError(f"{place}: needs where = {{ ... }} with what it applies to")
+    for name in SECTIONS:
+        _table(override.get(name, {}), f"{place}: {name}")
+    if not any(override.get(name) for name in SECTIONS):
+        raise ConfigurationError(f"{place}: changes nothing; give train, attack or measure = {{ ... }}")
+    varied = {name for axes, _ in points for name in axes}
+    given = varied | set(train) | {name for _, extra in points for name in extra.get("train", {})}
+    for name in where:
+        if name not in given:
+            known = nearest(name, sorted(given))
+            raise UnknownNameError(f"{place}: neither a grid nor [train] gives {name!r}; {known}")
+    for name in override.get("train", {}):
+        if name in varied | {"activation"}:
+            raise ConfigurationError(f"{place}: train.{name} is the grid's to say; write a further [[grid]] instead")
+
+
+def _matches(where: Mapping[str, Any], run: Mapping[str, Any], place: str) -> bool:
     for name, wanted in where.items():
-        if name not in run:
-            raise UnknownNameError(f"{place}: no run has {name!r}; {nearest(name, sorted(run))}")
         values = wanted if isinstance(wanted, list) else [wanted]
-        if canonical(run[name]) not in [canonical(value) for value in values]:
+        allowed = [canonical(value, where=f"{place}: where.{name}") for value in values]
+        if name not in run or canonical(run[name], where=f"{place}: {name}") not in allowed:
             return False
     return True
 

@@ -6,16 +6,24 @@ depend on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import json
 from dataclasses import dataclass, fields
-from typing import Any
 
+import torch
+
+from experiments.config import MEANING, TrainConfig
 from experiments.fields import plain, read
-from experiments.sweep.keys import RECORD_SCHEMA, RunConfig
+from experiments.sweep.keys import RECORD_SCHEMA, RunConfig, dumps
+from experiments.trainer.rig import build_network
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
+from hessdiag.measurement.plan import METHODS
+from hessdiag.perturbation import fraction
 
 SPLITS = ("train", "test")
 LOSSES = ("clean", "adversarial")
+NETWORK_FIELDS = ("method", "network", "network_options", "normalize", "data", "groups", "control")
+IMAGE = {"digits": (1, 8, 8)}
 
 
 @dataclass(frozen=True)
@@ -69,43 +77,51 @@ class MeasureSettings:
             for value in getattr(self, name):
                 if value not in known:
                     raise UnknownNameError(f"measure.{name}: {value!r}; {nearest(value, list(known))}")
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise ConfigurationError(f"measure.{name}: each once, not {', '.join(getattr(self, name))}")
+        if self.method not in (*METHODS, "auto"):
+            raise UnknownNameError(f"measure.method: {self.method!r}; {nearest(self.method, [*METHODS, 'auto'])}")
         if self.samples < 1 or self.batch_size < 1 or self.pgd_steps < 1:
             raise ConfigurationError("measure.samples, batch_size and pgd_steps must be at least 1")
         if self.plugin_probes < 0 or self.plugin_probes == 1:
             raise ConfigurationError(f"measure.plugin_probes must be 0 or at least 2, not {self.plugin_probes}")
         if not self.rtol > 0:
             raise ConfigurationError(f"measure.rtol must be positive, not {self.rtol}")
+        if not 0 < self.confidence < 1:
+            raise ConfigurationError(f"measure.confidence must lie between 0 and 1, not {self.confidence}")
+        if not 2 <= self.min_replicates <= self.max_replicates:
+            raise ConfigurationError(
+                f"measure: 2 <= min_replicates <= max_replicates, not {self.min_replicates} and {self.max_replicates}"
+            )
+        if self.seed < 0 or self.samples_seed < 0:
+            raise ConfigurationError("measure.seed and samples_seed must not be negative")
 
 
 def train_fields() -> list[str]:
     """The names that a training configuration knows."""
-    from experiments.config import TrainConfig
-
     return [field.name for field in fields(TrainConfig)]
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """The same run with every default written out and every value checked."""
-    from experiments.config import MEANING, TrainConfig
-
-    train = _train(config.train).to_dict()
-    attack = _section(AttackSettings, config.attack, "attack")
-    measure = _section(MeasureSettings, config.measure, "measure")
+    """The same run with every default written out and every value checked: what is wrong is said before training."""
+    try:
+        settings = TrainConfig.from_dict(config.train)
+        train = settings.to_dict()
+        shape = settings.activation if settings.control.as_alpha is not None else "relu"  # the control reads its alpha
+        _check_network(dumps({**{name: train[name] for name in NETWORK_FIELDS}, "activation": shape}))
+    except ConfigurationError as error:
+        raise type(error)(f"[train]: {error}") from error
+    attack = read(AttackSettings, config.attack, where="attack")
+    measure = read(MeasureSettings, config.measure, where="measure")
     radius = train["eps"] if attack.eps == "train" else attack.eps
-    from hessdiag.perturbation import fraction
-
     if not 0 < fraction(radius, "attack.eps") <= 1:
         raise ConfigurationError(f"attack.eps: {radius!r} is no radius in (0, 1]; give one, such as '8/255'")
-    assert set(train) == {field.name for field in fields(TrainConfig)}
-    attack_plain = {**plain(attack), "eps": radius}
-    return RunConfig(train, attack_plain, plain(measure), f"{RECORD_SCHEMA}.{MEANING}")
+    return RunConfig(train, {**plain(attack), "eps": radius}, plain(measure), f"{RECORD_SCHEMA}.{MEANING}")
 
 
-def _train(table: Mapping[str, Any]) -> Any:
-    from experiments.config import TrainConfig
-
-    return TrainConfig.from_dict(table)
-
-
-def _section(kind: type[Any], table: Mapping[str, Any], name: str) -> Any:
-    return read(kind, table, where=name)
+@functools.lru_cache(maxsize=64)
+def _check_network(text: str) -> None:
+    """Build the network without its numbers (seconds for hundreds of runs of one kind)."""
+    settings = TrainConfig.from_dict(json.loads(text))
+    with torch.device("meta"):
+        build_network(settings, IMAGE.get(settings.data, (3, 32, 32)), classes=10)

@@ -96,6 +96,22 @@ def test_overrides_change_what_they_match(tmp_path):
         ("[attack]", '[measure]\nsplits = ["tran"]\n[attack]', "did you mean 'train'"),
         ("[attack]", "[measure]\nplugin_probes = 1\n[attack]", "at least 2"),
         ("[attack]", "[attack", "mine.toml"),
+        ("epochs = 2", "epochs = 2\nnetwork_options = { widht = 4 }", "did you mean 'width'"),
+        ("epochs = 2", 'epochs = 2\nnetwork_options = { width = "four" }', "width must be a positive integer"),
+        ("epochs = 2", 'epochs = 2\ngroups = [{ match = "bnn" }]', "unknown group 'bnn'"),
+        ("epochs = 2", "epochs = 2\nnormalize = 3", "normalize must be"),
+        ("epochs = 2", 'epochs = 2\nnormalize = "standard"', "not digits"),
+        ("epochs = 2", "epochs = 2\nlr = 1" + "0" * 400, "range of a float"),
+        ("epochs = 2", "epochs = 2\nattack = { stepz = 1 }", "[train]: unknown key 'attack.stepz'"),
+        ("seed = [0, 1]", 'seed = ["a", 0]', "grid 1: seed must be a whole number, not 'a'"),
+        ("seed = [0, 1]", "variant = ['a', 'b']", "variant must be text"),
+        ("seed = [0, 1]", "train = 3", "grid 1: train: expected a table"),
+        ("seed = [0, 1]", "lr = [0.1]\ntrain = { lr = 0.2 }", "lr is given twice"),
+        ("aa2_samples = 20", '[measure]\nmethod = "propagatoin"', "did you mean 'propagation'"),
+        ("aa2_samples = 20", "[measure]\nconfidence = 2.0", "measure.confidence"),
+        ("aa2_samples = 20", "[measure]\nmin_replicates = 50\nmax_replicates = 20", "min_replicates <= max_replicates"),
+        ("aa2_samples = 20", '[measure]\nsplits = ["test", "test"]', "each once"),
+        ("aa2_samples = 20", "[measure]\nseed = -1", "must not be negative"),
     ],
 )
 def test_refusals_say_what_and_where(tmp_path, old, new, words):
@@ -104,6 +120,49 @@ def test_refusals_say_what_and_where(tmp_path, old, new, words):
         load(write(tmp_path, BASE.replace(old, new, 1)))
     assert words in str(caught.value)
     assert "mine.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["train", "attack", "measure", "override"])
+def test_a_section_that_is_no_table_is_refused(tmp_path, name):
+    grid = "[[grid]]\nbeta = 1\ncurvature = 2\n"
+    with pytest.raises(ConfigurationError, match=name):
+        load(write(tmp_path, f'tier = "smoke"\nfigure = "figure3"\n{name} = 3\n{grid}'))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("attack = 3", "attack: expected a table"),
+        ("attack = {}", "changes nothing"),
+        ("train = { seed = 5 }", "train.seed is the grid's to say"),
+        ('train = { activation = "relu" }', "train.activation is the grid's to say"),
+    ],
+)
+def test_an_override_that_would_do_nothing_is_refused(tmp_path, change, words):
+    with pytest.raises(ConfigurationError, match="override 1") as caught:
+        load(write(tmp_path, f"{BASE}\n[[override]]\nwhere = {{ beta = 1 }}\n{change}\n"))
+    assert words in str(caught.value)
+
+
+def test_an_override_reaches_the_runs_of_the_grid_that_has_its_key(tmp_path):
+    more = '[[grid]]\nactivation = ["relu"]\nseed = [0]\n[[override]]\nwhere = { beta = 1 }\nattack = { aa_samples = 5 }\n'
+    runs = load(write(tmp_path, BASE + more)).runs
+    assert [run.attack["aa_samples"] for run in runs if run.train["activation"] == "relu"] == [0]
+    assert [run.attack["aa_samples"] for run in runs].count(5) == 4
+
+
+def test_tables_within_sections_are_merged_not_replaced(tmp_path):
+    more = "\n[[override]]\nwhere = { beta = 1 }\ntrain = { augment = { auto = 'after' } }\n"
+    changed = [run for run in load(write(tmp_path, BASE + more)).runs if run.train["augment"]["auto"] == "after"]
+    assert len(changed) == 4
+    assert all(run.train["augment"]["crop"] == 0 for run in changed)  # as [train] says, not the default 4
+
+
+def test_one_run_cannot_be_two_variants(tmp_path):
+    again = "[[grid]]\nvariant = 'other'\nbeta = [0]\ncurvature = [2]\nseed = [0]\n"
+    with pytest.raises(ConfigurationError, match="'' and 'other' are the same run"):
+        load(write(tmp_path, BASE + again))
+    assert len(load(write(tmp_path, BASE + again.replace("variant = 'other'\n", ""))).runs) == 8
 
 
 def test_a_missing_file_and_a_foreign_store_end_with_one_line(tmp_path, capsys):
