@@ -3,7 +3,8 @@
 Runs that differ by their seed only give the noise directly: residuals around their mean, scaled by
 sqrt(n/(n-1)) so that their variance is unbiased, pooled over configurations. With a single seed per
 configuration the residuals of a smooth fit (a cubic in log x) stand in, scaled by its degrees of freedom;
-what the fit misses then counts as noise, so the intervals are wide rather than narrow.
+what the fit misses then counts as noise, so the intervals are wide rather than narrow. That few residuals tell
+the size of the noise poorly widens them further (`Curve.resample`).
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ class Curve:
     from_seeds: bool
 
     def resample(self, centre: Array, size: int, generator: np.random.Generator) -> Array:
-        """`size` curves of means: `centre` plus noise drawn afresh for every run."""
+        """`size` curves of means: `centre` plus noise drawn afresh for every run.
+
+        The size of the noise is itself an estimate from few residuals: each curve's is divided by
+        sqrt(chi²/freedom), as in Student's t, else intervals from one or two degrees of freedom are far too narrow.
+        """
         drawn = np.zeros((size, len(self.x)))
         for level, count in enumerate(self.count):
             drawn[:, level] = generator.choice(self.residuals, size=(size, int(count))).mean(1)
-        return centre + drawn
+        return centre + drawn / np.sqrt(generator.chisquare(self.freedom, size=(size, 1)) / self.freedom)
 
 
 def curve(x: npt.ArrayLike, y: npt.ArrayLike) -> Curve:

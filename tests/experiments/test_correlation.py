@@ -86,10 +86,7 @@ def test_intervals_cover_and_p_values_keep_their_level():
             covered += found.low <= value <= found.high
             noise = generator.normal(size=(2, number))
             alarms += (
-                associate(
-                    *noise, cluster=range(number), kind=kind, resamples=100, generator=generator
-                ).p_value
-                <= 0.05
+                associate(*noise, cluster=range(number), kind=kind, resamples=100, generator=generator).p_value <= 0.05
             )
         assert within(covered, repeats, 0.94)
         assert within(alarms, repeats, 0.05)
@@ -117,9 +114,7 @@ def test_seeds_are_no_independent_evidence():
     """
     x, y = np.array([1.0, 2, 3, 4]), np.array([1.0, 3, 2, 4])
     once = associate(x, y, cluster=list("abcd"), generator=rng(6))
-    often = associate(
-        np.repeat(x, 10), np.repeat(y, 10), cluster=list(np.repeat(list("abcd"), 10)), generator=rng(6)
-    )
+    often = associate(np.repeat(x, 10), np.repeat(y, 10), cluster=list(np.repeat(list("abcd"), 10)), generator=rng(6))
     assert (once.value, once.low, once.high, once.p_value) == (
         often.value,
         often.low,
@@ -177,19 +172,21 @@ def test_quadratic_peaks_are_exact_without_noise_and_stay_in_the_range():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("fit", ["quadratic", "unimodal"])
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_peak_intervals_cover(fit, seeds):
-    """True peak at 6, three points of noise against a fall of 18: at least 84% of nominal 95% intervals
-    (120 of them) hold it (one seed leaves four degrees of freedom), and the unimodal ones are the wider.
+@pytest.mark.parametrize(
+    ("levels", "seeds"), [(LEVELS, 1), (LEVELS, 3), (LEVELS[1::2], 3), (LEVELS[[1, 2, 3, 4, 6, 7]], 1)]
+)
+def test_peak_intervals_cover(fit, levels, seeds):
+    """True peak at 6, three points of noise against a fall of 18: 95% intervals (120 of them) hold it as often as
+    they say, or more often (fails once in 10,000 seeds at 94%), even where one seed leaves two degrees of freedom.
     """
     generator, covered = rng(9), 0
     for _ in range(120):
-        x = np.repeat(LEVELS, seeds)
+        x = np.repeat(levels, seeds)
         y = 50 - 3 * (np.log(x) - np.log(6)) ** 2 + generator.normal(size=len(x)) * 1.5
         peak = locate(x, y, fit=fit, resamples=200, generator=generator)
         covered += peak.low <= 6 <= peak.high
         assert peak.low <= peak.at <= peak.high
-    assert covered >= 120 * 0.84
+    assert covered >= stats.binom.ppf(1e-4, 120, 0.94)
     assert peak.from_seeds == (seeds > 1)
 
 
@@ -220,9 +217,7 @@ def test_monotone_curves_are_not_called_u_shaped(shape):
         "elbow": lambda x: np.maximum(np.log(x / 5), 0),
     }
     generator, x = rng(11), np.repeat(LEVELS, 3)
-    alarms = sum(
-        u_shape(x, functions[shape](x) + generator.normal(size=24) * 0.3).holds() for _ in range(150)
-    )
+    alarms = sum(u_shape(x, functions[shape](x) + generator.normal(size=24) * 0.3).holds() for _ in range(150))
     assert alarms <= stats.binom.isf(1e-4, 150, 0.05)
 
 
@@ -236,6 +231,17 @@ def test_a_clear_u_is_found_either_way_up():
     assert upright.quadratic_p_value < 0.001
     assert inverted.p_value == pytest.approx(upright.p_value)
     assert not u_shape(x, y, inverted=True).holds()
+
+
+@pytest.mark.parametrize("shape", [np.log, lambda x: -1 / x])
+def test_a_break_leaves_two_levels_on_either_side(shape):
+    """A monotone curve is lowest at its end; one level there bears no slope, which is no slope of the wrong sign."""
+    x = np.repeat(LEVELS, 3)
+    found = u_shape(x, shape(x) + np.tile([-0.01, 0.0, 0.01], 8))
+    assert found.break_at >= LEVELS[2] * (1 - 1e-9)
+    assert found.left.value > 0
+    assert found.left.p_value > 0.975
+    assert not found.holds()
 
 
 def test_seed_noise_is_measured_without_bias():
@@ -253,12 +259,7 @@ def test_seed_noise_is_measured_without_bias():
 def three_curves(generator, shift, noise):
     x = np.tile(np.repeat(LEVELS, 3), 3)
     group = np.repeat([0, 1, 2], 24)
-    y = (
-        50
-        - 3 * (np.log(x) - np.log(6)) ** 2
-        + np.where(group == 2, shift, 0.0)
-        + generator.normal(size=72) * noise
-    )
+    y = 50 - 3 * (np.log(x) - np.log(6)) ** 2 + np.where(group == 2, shift, 0.0) + generator.normal(size=72) * noise
     return x, y, list(group)
 
 
@@ -271,9 +272,7 @@ def test_coincidence_is_shown_only_within_the_margin():
     generator = rng(14)
     verdicts = {
         name: [
-            coincide(
-                *three_curves(generator, *setting), margin=2.0, resamples=200, generator=generator
-            ).verdict
+            coincide(*three_curves(generator, *setting), margin=2.0, resamples=200, generator=generator).verdict
             for _ in range(100)
         ]
         for name, setting in {"equal": (0, 0.6), "edge": (2, 0.6), "far": (6, 0.6), "noisy": (0, 10)}.items()
