@@ -101,6 +101,7 @@ def _two_lines(t: Array, measured: Curve, weight: Array) -> tuple[float, Slope, 
     inner = np.arange(1, len(t) - 1)
     lowest = inner[np.argmin(fitted[inner])]
     flat = t[inner][fitted[inner] <= fitted[lowest] + error[lowest]]
+    flat = np.clip(flat, t[2], t[max(2, len(t) - 2)])  # two levels on either side: one bears no slope
     point = float(np.median(flat))
     left, right = _interrupted(t, y, weight, point, measured)
     strength = [abs(slope.value) / slope.error if slope.error > 0 else 1e6 for slope in (left, right)]
