@@ -155,7 +155,7 @@ def shape(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answe
     text += (
         f" and {found.right.value:+.3g} (p = {found.right.p_value:.2g}); quadratic p = {found.quadratic_p_value:.2g}"
     )
-    wrong = max(found.left.p_value, found.right.p_value) > 1 - rules.level / 2
+    wrong = any(s.p_value > 1 - rules.level / 2 for s in (found.left, found.right) if np.isfinite(s.value))
     return Answer(YES if found.holds(rules.level) else NO if wrong else UNDECIDED, text, found.break_at)
 
 
@@ -169,7 +169,8 @@ def crossed(chosen: Sequence[Row], others: Sequence[Row], rule: Mapping[str, Any
     """The same between x of one sweep and y of another, matched by activation."""
     ys: dict[str, list[float]] = {}
     for row, value in zip(others, quantity(others, rule["y"]), strict=True):
-        ys.setdefault(row.activation, []).append(float(value))
+        if np.isfinite(value):
+            ys.setdefault(row.activation, []).append(float(value))
     kept = [row for row in chosen if row.activation in ys]
     if not kept:
         return Answer(UNDECIDED, "the two sweeps share no activation")
@@ -188,15 +189,19 @@ def _signed(x: Array, y: Array, cluster: Sequence[object], sign: int, rules: Rul
 
 
 def same_place(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
-    """Whether the interval of one curve's minimum meets that of the other's maximum."""
+    """Whether the interval of one curve's minimum meets that of the other's maximum, both within the measured range:
+    one that reaches its end, as noise makes it, meets everything.
+    """
     chosen = _finite(chosen)
     x, count, generator = curvatures(chosen), rules.resamples, rules.generator
     low = locate(x, quantity(chosen, rule["low"]), lowest=True, resamples=count, generator=generator)
     high = locate(x, quantity(chosen, rule["high"]), resamples=count, generator=generator)
     meet = low.low <= high.high and high.low <= low.high
+    ends = float(x.min()) * (1 + 1e-9), float(x.max()) * (1 - 1e-9)
+    inside = all(ends[0] < peak.low and peak.high < ends[1] for peak in (low, high))
     text = f"norm lowest at {low.at:.3g} [{low.low:.3g}, {low.high:.3g}]"
     text += f", robustness highest at {high.at:.3g} [{high.low:.3g}, {high.high:.3g}]"
-    return Answer(NO if not meet else UNDECIDED if low.edge or high.edge else YES, text)
+    return Answer(NO if not meet else YES if inside else UNDECIDED, text)
 
 
 def signal(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
@@ -205,9 +210,12 @@ def signal(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answ
     measured = curve(curvatures(chosen), quantity(chosen, rule["quantity"]))
     if not measured.from_seeds:
         return Answer(UNDECIDED, "a single seed does not tell its own scatter")
-    ratio = float(np.ptp(measured.mean)) / measured.sigma if measured.sigma > 0 else np.inf
+    moved = float(np.ptp(measured.mean))
+    if moved == 0 and measured.sigma == 0:
+        return Answer(UNDECIDED, "every run gave the same: neither curvature nor seed moves it")
+    ratio = moved / measured.sigma if measured.sigma > 0 else np.inf
     answer = YES if ratio >= rule["enough"] else NO if ratio < rule["little"] else UNDECIDED
-    text = f"range of the curve {np.ptp(measured.mean):.3g}, scatter of a seed {measured.sigma:.3g}: ratio {ratio:.2g}"
+    text = f"range of the curve {moved:.3g}, scatter of a seed {measured.sigma:.3g}: ratio {ratio:.2g}"
     return Answer(answer, text, ratio)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -81,9 +81,24 @@ def _untested(claim: str, figure: str, why: str, tier: str = "", scope: str = ""
 
 
 def _verdict(claim: str, rule: Mapping[str, Any], results: Sequence[SweepResults], table: Mapping[str, Any]) -> Verdict:
-    sweep = best(results, rule["figure"])
-    if sweep is None:
-        return _untested(claim, rule["figure"], f"no results: python -m experiments sweep {file_of(rule['figure'])}")
+    tiers = [sweep for tier in ORDER if (sweep := best(results, rule["figure"], [tier])) is not None]
+    if not tiers:
+        return _untested(claim, rule["figure"], f"no results: {command(rule['figure'])}")
+    verdict = _judged(claim, rule, tiers[0], results, table)
+    if verdict.verdict != NOT_TESTED:
+        return verdict
+    smaller = [_judged(claim, rule, sweep, results, table) for sweep in tiers[1:]]  # told, though not what decides
+    also = [f"a smaller tier: {other.verdict} ({other.evidence})" for other in smaller if other.verdict != NOT_TESTED]
+    return replace(verdict, evidence="; ".join([verdict.evidence, *also]))
+
+
+def _judged(
+    claim: str,
+    rule: Mapping[str, Any],
+    sweep: SweepResults,
+    results: Sequence[SweepResults],
+    table: Mapping[str, Any],
+) -> Verdict:
     shared = Rules(
         (float(table["band"][0]), float(table["band"][1])),
         float(table["level"]),
@@ -96,7 +111,8 @@ def _verdict(claim: str, rule: Mapping[str, Any], results: Sequence[SweepResults
         return _untested(claim, rule["figure"], f"no results on {rule['data']}", sweep.tier, sweep.title)
     answers = _answers(rule, chosen, results, sweep.tier, shared)
     words = [f"{name}: {answer.text}" if name else answer.text for name, answer in answers.items()]
-    evidence = f"{rule['figure']}, tier {sweep.tier} ({sweep.title}): " + "; ".join(words)
+    lacking = f"; {sweep.missing} runs missing" if sweep.missing else ""
+    evidence = f"{rule['figure']}, tier {sweep.tier} ({sweep.title}{lacking}): " + "; ".join(words)
     given = [answer.answer for answer in answers.values()]
     verdict = _word(given, sweep.tier)
     if verdict == NOT_TESTED:
@@ -120,9 +136,10 @@ def _answers(
     if kind in ("higher", "not_lower"):
         return {"": _compare(rule, chosen, shared)}
     if kind == "association" and "with" in rule:
-        other = best(results, rule["with"], [tier])  # two settings are never matched with each other
+        same = [sweep for sweep in results if _settings(rows(sweep)) == _settings(chosen)]
+        other = best(same, rule["with"], [tier])  # two settings are never matched with each other
         if other is None:
-            return {"": Answer(UNDECIDED, f"no results of {rule['with']} on the same tier")}
+            return {"": Answer(UNDECIDED, f"no results of {rule['with']} on the same tier, network and data")}
         return {"": judges.crossed(chosen, rows(other), rule, shared)}
     names = rule.get("curves")
     curves = split(chosen, *names) if names else {(): chosen}
@@ -137,6 +154,10 @@ def _answers(
         except ConfigurationError as error:
             answers[name] = Answer(UNDECIDED, str(error))
     return answers
+
+
+def _settings(chosen: Sequence[Row]) -> set[tuple[str, str]]:
+    return {(row.network, row.data) for row in chosen}
 
 
 def _compare(rule: Mapping[str, Any], chosen: list[Row], shared: Rules) -> Answer:
@@ -194,9 +215,7 @@ def _accuracy(
     claim: str, activation: str, printed: float, quantity: str, sweep: SweepResults | None, table: Mapping[str, Any]
 ) -> Verdict:
     if sweep is None or sweep.tier != "paper":
-        return _untested(
-            claim, "table1", "needs the paper's own setting: python -m experiments sweep " + file_of("table1", "paper")
-        )
+        return _untested(claim, "table1", "needs the paper's own setting: " + command("table1", "paper"))
     values = [row.value(quantity) for row in rows(sweep) if row.activation == activation]
     values = [value for value in values if value == value]
     if not values:
@@ -220,12 +239,18 @@ def _cost(
         str((row.record.get("provenance") or {}).get("device", "")).startswith("cuda") for row in rows(sweep)
     )
     if sweep is None or not on_gpu or not means["relu"] > 0 or means[activation] != means[activation]:
-        return _untested(claim, "table2", "needs a GPU: python -m experiments sweep " + file_of("table2", "quick"))
+        return _untested(claim, "table2", "needs a GPU: " + command("table2", "quick"))
     printed = {row.activation: row.memory if name == "memory" else row.minutes for row in PRINTED}
     ours, theirs = means[activation] / means["relu"], printed[activation] / printed["relu"]
     text = f"table2, tier {sweep.tier} ({sweep.title}): {ours:.2f} of ReLU's, printed {theirs:.2f}"
     close = abs(ours / theirs - 1) <= float(table["tolerance"]["ratio"])
     return Verdict(claim, CONDITIONS if close else CONTRADICTED, text, "table2", sweep.tier, sweep.title, ours)
+
+
+def command(figure: str, tier: str = "smoke") -> str:
+    """What makes and exports a figure's results: three seeds on the smallest tier, elsewhere the file's own."""
+    seeds = "--seeds 0,1,2 " if tier == "smoke" else ""
+    return f"python -m experiments sweep {file_of(figure, tier)} {seeds}--export"
 
 
 def file_of(figure: str, tier: str = "smoke") -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 from experiments.correlation.report import analyse
 from experiments.correlation.rows import Row, rows
-from experiments.correlation.verdicts import Verdict, file_of, load_rules, verdicts
+from experiments.correlation.verdicts import Verdict, command, load_rules, verdicts
 from experiments.figures.closed_forms import figure1, figure2
-from experiments.figures.curves import DRAWINGS
+from experiments.figures.curves import DRAWINGS, counted
 from experiments.figures.extras import control, heat_map, scatter
 from experiments.figures.tables import table1, table2
 from experiments.sweep.export import SweepResults, read_all, rounded
@@ -82,8 +82,7 @@ def build(results: Path, out: Path, *, resamples: int | None = None) -> Built:
                 pictures.append(_draw(scatter, "scatter", sweep, chosen, out / f"{name}_scatter_{sweep.tier}"))
                 pictures.append(_draw(heat_map, "heat", sweep, chosen, out / f"{name}_heat_{sweep.tier}"))
         if not found:
-            command = f"python -m experiments sweep {file_of(figure)} --seeds 0,1,2 --export"
-            pictures.append(Picture(figure, "", TITLES[figure], "no results yet", None, command))
+            pictures.append(Picture(figure, "", TITLES[figure], "no results yet", None, command(figure)))
     judged = verdicts(sweeps, rules=table)
     _write(results / "verdicts.json", {name: verdict.to_dict() for name, verdict in judged.items()})
     _write(results / "analysis.json", analyses)
@@ -100,10 +99,12 @@ def _closed(out: Path) -> list[Picture]:
 
 def _draw(drawing: Drawing, figure: str, sweep: SweepResults, chosen: Sequence[Row], path: Path) -> Picture:
     drawing(sweep, chosen, path)
-    caption = f"tier {sweep.tier}: {sweep.title}; {len(chosen)} runs"
+    seeds = sorted({row.seed for row in chosen})
+    caption = f"tier {sweep.tier}: {sweep.title}; {len(chosen)} runs, {counted(seeds)}"
     if sweep.missing:
         caption += (
-            f"; {sweep.missing} missing: python -m experiments sweep experiments/sweeps/{sweep.name}.toml --export"
+            f"; {sweep.missing} missing: python -m experiments sweep experiments/sweeps/{sweep.name}.toml "
+            f"--seeds {','.join(map(str, seeds))} --export"
         )
     return Picture(figure, sweep.tier, TITLES[figure], caption, path)
 

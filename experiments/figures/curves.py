@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,14 @@ def draw(
             axis.plot(x, y, linestyle="none", marker=".", markersize=2.5, color=look["color"], alpha=0.5)
 
 
+def counted(seeds: Collection[int]) -> str:
+    """How many seeds, and that one of them shows no scatter."""
+    return f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed: no scatter shown"
+
+
 def footer(results: SweepResults, chosen: Sequence[Row]) -> str:
     """Tier, setting, seeds, and what is missing."""
-    seeds = len({row.seed for row in chosen})
-    text = f"tier {results.tier}: {results.title}; {len(chosen)} runs, {seeds} seed{'s' * (seeds > 1)}"
+    text = f"tier {results.tier}: {results.title}; {len(chosen)} runs, {counted({row.seed for row in chosen})}"
     stopped = sum((row.record.get("train") or {}).get("status", "finished") != "finished" for row in chosen)
     if stopped:
         text += f"; {stopped} stopped early by catastrophic overfitting"
