@@ -18,7 +18,9 @@ LABELS = {
     "aa2": "robust accuracy (AA-2), %",
     "aa": "robust accuracy (AA), %",
     "clean": "clean accuracy, %",
-    "norm train/clean": "rms norm of the Hessian's diagonal",
+    "norm train/clean": "rms norm of diag H",
+    "invariant train/clean": "invariant companion, rms",
+    "plugin train/clean": "plug-in Hutchinson norm, rms (biased)",
 }
 
 
@@ -37,8 +39,11 @@ def draw(
     over: Callable[[Row], float] = lambda row: row.curvature,
     scale: float = 100.0,
 ) -> None:
-    """Means over seeds with their scatter: bars are one standard deviation of a seed, small dots the seeds."""
-    for index, ((value,), members) in enumerate(split(chosen, by).items()):
+    """Means over seeds with their scatter: bars are one standard deviation of a seed, small dots the seeds. Curves with
+    bars stand a little aside of each other.
+    """
+    curves = split(chosen, by)
+    for index, ((value,), members) in enumerate(curves.items()):
         one_family(members, f"{where}, {by} = {value}")
         x, y = np.array([over(row) for row in members]), column(members, name) * scale
         keep = np.isfinite(x) & np.isfinite(y)
@@ -50,9 +55,10 @@ def draw(
         spread = np.array([y[x == level].std(ddof=1) if (x == level).sum() > 1 else 0.0 for level in levels])
         shown = f"β = {value}" if by == "beta" else str(value)
         look = looks(index)
-        axis.errorbar(levels, mean, yerr=spread if spread.any() else None, label=shown, capsize=2, **look)
+        aside = 1.025 ** (index - (len(curves) - 1) / 2) if spread.any() else 1.0  # bars would hide each other
+        axis.errorbar(levels * aside, mean, yerr=spread if spread.any() else None, label=shown, capsize=2, **look)
         if spread.any():
-            axis.plot(x, y, linestyle="none", marker=".", markersize=2.5, color=look["color"], alpha=0.5)
+            axis.plot(x * aside, y, linestyle="none", marker=".", markersize=2.5, color=look["color"], alpha=0.5)
 
 
 def counted(seeds: Collection[int]) -> str:
@@ -88,7 +94,7 @@ def figure3(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
         draw(left, chosen, name, "beta", "figure3", over=_alpha)
         draw(right, chosen, name, "beta", "figure3")
         left.set(xlabel="α", ylabel=LABELS[name], title="(a) over α")
-        left.set_xscale("log")
+        log_values(left, horizontal=True)
         paper_marks(left, chosen, name, _alpha)
         paper_marks(right, chosen, name)
         right.set(title="(b) over max|σ''|")
@@ -129,12 +135,12 @@ def figure7(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
         ("norm train/clean", "(a) norm of the diagonal", 1.0),
         ("clean", "(b) clean accuracy", 100.0),
         ("invariant train/clean", "(a') rescaling-invariant companion", 1.0),
-        ("plugin train/clean", "(a'') plug-in Hutchinson norm (biased)", 1.0),
+        ("plugin train/clean", "(a'') plug-in Hutchinson norm", 1.0),
     )
     with canvas(path, 2, 2) as axes:
         for axis, (name, title, scale) in zip(axes.flat, panels, strict=True):
             draw(axis, chosen, name, "beta", "figure7", scale=scale)
-            axis.set(title=title)
+            axis.set(title=title, ylabel=LABELS[name])
             if scale == 1.0:
                 log_values(axis, horizontal=False)
             log_curvature(axis, curvatures(chosen).tolist())

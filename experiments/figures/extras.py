@@ -9,21 +9,17 @@ import numpy as np
 
 from experiments.correlation.judges import quantity
 from experiments.correlation.rows import Row, column, curvatures, one_family, split
-from experiments.figures.curves import footer, robust_name
+from experiments.figures.curves import LABELS, footer, robust_name
 from experiments.figures.style import COLOURS, canvas, label, log_values, looks
 from experiments.sweep.export import SweepResults
 
 
-def scatter(results: SweepResults, chosen: Sequence[Row], path: Path, note: str = "") -> None:
+def scatter(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
     """Each run's robust accuracy against three norms; the marker's size grows with max|σ''|."""
     name = robust_name(chosen)
-    norms = (
-        ("norm train/clean", "norm"),
-        ("invariant train/clean", "invariant companion"),
-        ("plugin train/clean", "plug-in Hutchinson (biased)"),
-    )
+    norms = ("norm train/clean", "invariant train/clean", "plugin train/clean")
     with canvas(path, 1, 3) as axes:
-        for axis, (norm, title) in zip(axes[0], norms, strict=True):
+        for axis, norm in zip(axes[0], norms, strict=True):
             for index, ((beta,), members) in enumerate(split(chosen, "beta").items()):
                 look = looks(index)
                 sizes = 12 + 14 * np.log2(1 + curvatures(members))
@@ -31,30 +27,40 @@ def scatter(results: SweepResults, chosen: Sequence[Row], path: Path, note: str 
                 style = {"edgecolors": look["color"], "facecolors": look["markerfacecolor"], "marker": look["marker"]}
                 axis.scatter(x, y, s=sizes, label=f"β = {beta}", alpha=0.8, **style)
             log_values(axis, horizontal=True)
-            axis.set_xlabel(title)
-        axes[0][0].set_ylabel("robust accuracy, %")
+            axis.set_xlabel(LABELS[norm])
+        axes[0][0].set_ylabel(LABELS[name])
         axes[0][0].legend()
-        label(axes[0][0], footer(results, chosen) + note)
+        label(axes[0][0], footer(results, chosen) + "; larger markers: larger max|σ''|")
 
 
 def heat_map(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
-    """log10 of every layer's norm over max|σ''|, the mean over seeds, a panel per β."""
+    """log10 of every layer's norm over max|σ''|, the mean over seeds, a panel per β; each layer is set against its own
+    mean over all panels, for layers differ by far more than curvature moves them.
+    """
     betas = split([row for row in chosen if row.beta is not None], "beta")
-    layers = list(_norms(chosen[0]))
+    layers = list(dict.fromkeys(layer for row in chosen for layer in _norms(row)))
     with canvas(path, 1, max(1, len(betas)), width=3.4, height=0.16 * len(layers) + 1.6) as axes:
         tables = {}
         for (beta,), members in betas.items():
             one_family(members, f"heat map, β = {beta}")
             levels = sorted({row.curvature for row in members})
             tables[beta] = levels, np.array([[_mean(members, level, layer) for level in levels] for layer in layers])
-        finite = np.concatenate([table[np.isfinite(table)] for _, table in tables.values()] or [np.zeros(1)])
+        if not layers or not tables:
+            axes[0][0].text(0.5, 0.5, "no norm by layer was measured", ha="center")
+            label(axes[0][0], footer(results, chosen))
+            return
+        everything = np.concatenate([table for _, table in tables.values()], axis=1)
+        centre = np.array([row[np.isfinite(row)].mean() for row in everything])[:, None]
+        reach = np.nanmax(np.abs(everything - centre)) or 1.0
         for axis, (beta, (levels, table)) in zip(axes[0], tables.items(), strict=False):
-            image = axis.imshow(table, aspect="auto", cmap="cividis", vmin=finite.min(), vmax=finite.max())
+            image = axis.imshow(table - centre, aspect="auto", cmap="cividis", vmin=-reach, vmax=reach)
             axis.set_xticks(range(len(levels)), [f"{level:g}" for level in levels], rotation=60)
             axis.set(title=f"β = {beta}", xlabel="max|σ''|")
             axis.grid(False)
             axis.set_yticks(range(len(layers)), layers if axis is axes[0][0] else [""] * len(layers), fontsize=6)
-        axes[0][0].figure.colorbar(image, ax=axes[0].tolist(), label="log10 rms norm, train/clean")
+        axes[0][0].figure.colorbar(
+            image, ax=axes[0].tolist(), label="log10 of rms norm (train/clean)\nover the layer's mean"
+        )
         label(axes[0][0], footer(results, chosen))
 
 
@@ -74,11 +80,11 @@ def control(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
     of a seed.
     """
     panels = (
-        (robust_name(chosen), "robust accuracy, %"),
-        ("clean", "clean accuracy, %"),
-        ("log norm train/clean", "log norm"),
-        ("log invariant train/clean", "log invariant companion"),
-        ("log effective", "log effective curvature"),
+        (robust_name(chosen), LABELS[robust_name(chosen)]),
+        ("clean", LABELS["clean"]),
+        ("log norm train/clean", "ln of rms norm"),
+        ("log invariant train/clean", "ln of invariant companion"),
+        ("log effective", "ln of effective curvature"),
     )
     variants = split(chosen, "variant")
     with canvas(path, 1, len(panels), width=2.5, height=0.3 * len(variants) + 1.2) as axes:
@@ -90,5 +96,5 @@ def control(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
                 axis.errorbar(float(np.mean(y)), height, xerr=spread, fmt="o", color=COLOURS[0], capsize=2)
             shown = [value[0] for value in reversed(list(variants))]
             axis.set_yticks(range(len(variants)), shown if axis is axes[0][0] else [""] * len(shown))
-            axis.set_xlabel(title)
+            axis.set(xlabel=title, ylim=(-0.5, len(variants) - 0.5))
         label(axes[0][0], footer(results, chosen))

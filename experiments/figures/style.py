@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import ceil, floor, log10
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -13,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator, NullFormatter, NullLocator
 
 # Okabe and Ito's palette, ordered from dark to light so that grey prints differ; markers and lines differ
 # as well.
@@ -29,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#DDDDDD",
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.4,
@@ -77,13 +79,36 @@ def band(axis: Any, low: float, high: float) -> None:
     axis.axvspan(low, high, color=BAND, alpha=0.35, linewidth=0, zorder=0)
 
 
+class PlainTicks(Locator):
+    """Ticks of a logarithmic axis at round numbers: the coarsest set of which at least three are in sight."""
+
+    STEPS = ((1.0,), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0))
+
+    def __call__(self) -> list[float]:
+        """For the axis as it stands."""
+        low, high = sorted(self.axis.get_view_interval())  # type: ignore[union-attr]
+        return self.tick_values(low, high)
+
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        """Between three and about eight of them."""
+        if not 0 < vmin < vmax:
+            return []
+        decades = range(floor(log10(vmin)), ceil(log10(vmax)) + 1)
+        for steps in self.STEPS:
+            ticks = [step * 10.0**decade for decade in decades for step in steps]
+            ticks = [tick for tick in ticks if vmin <= tick <= vmax]
+            if len(ticks) >= 3:
+                return ticks[:: ceil(len(ticks) / 8)]
+        return [float(tick) for tick in MaxNLocator(4).tick_values(vmin, vmax) if vmin <= tick <= vmax]
+
+
 def log_values(axis: Any, *, horizontal: bool) -> None:
-    """A logarithmic axis labelled at 1, 2 and 5 times the powers of ten, in plain numbers."""
+    """A logarithmic axis labelled in plain numbers, each exact."""
     side = axis.xaxis if horizontal else axis.yaxis
     (axis.set_xscale if horizontal else axis.set_yscale)("log")
-    side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    side.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.1g}"))
-    side.set_minor_formatter(NullFormatter())
+    side.set_major_locator(PlainTicks())
+    side.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.6g}"))
+    side.set_minor_locator(NullLocator())
 
 
 def log_curvature(axis: Any, values: Sequence[float]) -> None:

@@ -109,22 +109,17 @@ def _write(path: Path, head: list[str], lines: list[list[str]], note: str) -> No
 def _dots(path: Path, marks: list[tuple[str, float, float, float | None]], what: str, note: str) -> None:
     with canvas(path, width=5.2, height=0.28 * len(marks) + 1.1) as axes:
         axis = axes[0][0]
+        ours, theirs = "ours", "paper (its own setting)"  # each is named once, by the first that is drawn
         for height, (_, mean, spread, printed) in enumerate(reversed(marks)):
-            bar = spread if math.isfinite(spread) else None
-            axis.errorbar(
-                mean, height, xerr=bar, fmt="o", color=COLOURS[0], capsize=2, label="ours" if not height else None
-            )
+            if math.isfinite(mean):
+                bar = spread if math.isfinite(spread) else None
+                axis.errorbar(mean, height, xerr=bar, fmt="o", color=COLOURS[0], capsize=2, label=ours)
+                ours = "_ours"
             if printed is not None:
-                axis.plot(
-                    printed,
-                    height,
-                    marker="*",
-                    color=PAPER,
-                    linestyle="none",
-                    markersize=8,
-                    label="paper (its own setting)" if not height else None,
-                )
+                look: dict[str, Any] = {"marker": "*", "color": PAPER, "linestyle": "none", "markersize": 8}
+                axis.plot(printed, height, label=theirs, **look)
+                theirs = "_paper"
         axis.set_yticks(range(len(marks)), [title for title, *_ in reversed(marks)])
-        axis.set_xlabel(what)
-        axis.legend(loc="best")
+        axis.set(xlabel=what, ylim=(-0.5, len(marks) - 0.5))
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # inside, its marks would look like data
         label(axis, note)

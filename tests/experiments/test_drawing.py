@@ -1,0 +1,134 @@
+"""What a reader sees: tick labels that tell the truth, labelled axes, legends, pictures of incomplete results."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from experiments.correlation.rows import rows
+from experiments.figures import curves, extras, tables
+from experiments.figures.style import PlainTicks, canvas, log_values
+from experiments.sweep.export import Result, SweepResults
+from experiments.sweep.grid import load
+
+SWEEPS = Path(__file__).parents[2] / "experiments" / "sweeps"
+RANGES = [(0.0131, 0.0312), (0.0021, 0.0042), (0.07, 0.17), (1.0, 130.0), (0.2, 0.21), (1e-9, 1e7)]
+
+
+def made(name: str, seeds: list[int], *, without: str = "") -> SweepResults:
+    """Every run of a sweep with plain numbers; the first run has none under `without`."""
+    sweep = load(SWEEPS / f"{name}.toml", seeds=seeds)
+    runs = []
+    for index, run in enumerate(sweep.runs):
+        part = {"rms": 0.02 + 0.001 * index}
+        norm = {**part, "invariant": part, "plugin": part, "layers": {"a.weight": part, "b.weight": part}}
+        record = {
+            "max_curvature": 1.0 + index % 8,
+            "clean_accuracy": {"value": 0.9 - 0.001 * index},
+            "aa2": {"value": 0.6 - 0.001 * index},
+            "norms": {"train/clean": norm},
+            "effective_curvature": [{"mean": 1.0 + index}],
+        }
+        if not index:
+            record.pop(without, None)
+        runs.append(Result(run.key, run, sweep.variants[run.key], 1.0, record))
+    return SweepResults(sweep.name, sweep.figure, sweep.tier, sweep.title, 0, tuple(runs))
+
+
+@pytest.fixture
+def seen(monkeypatch, tmp_path):
+    """Labels, titles and legends of the axes that a drawing leaves."""
+
+    def look(module, drawing, results):
+        kept = []
+
+        @contextmanager
+        def watched(*args, **options):
+            with canvas(*args, **options) as axes:
+                yield axes
+                kept.extend(
+                    {"x": a.get_xlabel(), "y": a.get_ylabel(), "legend": a.get_legend_handles_labels()[1]}
+                    for a in axes.flat
+                )
+
+        monkeypatch.setattr(module, "canvas", watched)
+        drawing(results, rows(results), tmp_path / "picture")
+        assert (tmp_path / "picture.png").exists()
+        return kept
+
+    return look
+
+
+@pytest.mark.parametrize(("low", "high"), RANGES)
+@pytest.mark.parametrize("horizontal", [True, False])
+def test_every_tick_of_a_logarithmic_axis_says_where_it_stands(low, high, horizontal):
+    figure, axis = plt.subplots()
+    try:
+        axis.plot([low, high], [low, high])
+        log_values(axis, horizontal=horizontal)
+        (axis.set_xlim if horizontal else axis.set_ylim)(low, high)
+        figure.canvas.draw()
+        side = axis.xaxis if horizontal else axis.yaxis
+        ticks, labels = side.get_majorticklocs(), [text.get_text() for text in side.get_ticklabels()]
+        assert 3 <= len(ticks) <= 9
+        np.testing.assert_allclose([float(text) for text in labels], ticks, rtol=1e-5)
+        assert not len(side.get_minorticklocs())
+    finally:
+        plt.close(figure)
+    assert PlainTicks().tick_values(-1.0, 1.0) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "drawing", "name"),
+    [
+        (curves, curves.figure3, "smoke/figure3"),
+        (curves, curves.figure4, "smoke/figure4"),
+        (curves, curves.figure5, "smoke/figure5"),
+        (curves, curves.figure6, "smoke/figure6"),
+        (curves, curves.figure7, "smoke/figure7"),
+        (extras, extras.scatter, "smoke/figure3"),
+        (extras, extras.control, "smoke/control"),
+    ],
+)
+def test_every_axis_is_labelled(seen, module, drawing, name):
+    """Axes in a row may share the vertical label of the leftmost; those with different quantities do not."""
+    axes = seen(module, drawing, made(name, [0, 1]))
+    assert all(axis["x"] for axis in axes)
+    shared = name in ("smoke/control", "smoke/figure3")
+    assert shared or all(axis["y"] for axis in axes)
+    assert name == "smoke/control" or axes[0]["y"]
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_ours_and_the_papers_are_named_once_whichever_row_is_empty(tmp_path, monkeypatch, empty):
+    marks = [("a", 1.0, 0.1, 2.0), ("b", 2.0, np.nan, 3.0), ("c", 3.0, 0.1, 4.0)]
+    marks[empty] = (marks[empty][0], np.nan, np.nan, None)
+    legends = []
+
+    @contextmanager
+    def watched(*args, **options):
+        with canvas(*args, **options) as axes:
+            yield axes
+            legends.extend(text.get_text() for text in axes[0][0].get_legend().get_texts())
+
+    monkeypatch.setattr(tables, "canvas", watched)
+    tables._dots(tmp_path / "table", marks, "accuracy", "note")
+    assert sorted(legends) == ["ours", "paper (its own setting)"]
+
+
+def test_a_heat_map_needs_no_layers_in_its_first_run_and_says_when_there_are_none(seen):
+    first = made("smoke/figure3", [0], without="norms")
+    assert len(seen(extras, extras.heat_map, first)) == 3
+    bare = tuple(Result(r.key, r.config, "", 1.0, {**r.record, "norms": {}}) for r in first.runs)
+    nothing = SweepResults(first.name, first.figure, first.tier, first.title, 0, bare)
+    seen(extras, extras.heat_map, nothing)
+
+
+def test_a_footer_says_when_a_single_seed_shows_no_scatter():
+    one, two = made("smoke/figure3", [0]), made("smoke/figure3", [0, 1])
+    assert "one seed: no scatter shown" in curves.footer(one, rows(one))
+    assert "2 seeds" in curves.footer(two, rows(two))
