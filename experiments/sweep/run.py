@@ -59,10 +59,9 @@ def cost(config: RunConfig, model: torch.nn.Module, device: torch.device) -> Rec
     the same on any device.
     """
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    batch = config.train["batch_size"]
-    (inputs, targets) = next(
-        iter(data.load(config.train["data"], split="train").sample(batch).batches(batch, device=device))
-    )
+    training = data.load(config.train["data"], split="train")
+    batch = min(config.train["batch_size"], len(training))
+    inputs, targets = next(iter(training.sample(batch).batches(batch, device=device)))
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen: dict[int, int] = {}
 
@@ -132,6 +131,8 @@ def measured(config: RunConfig, model: torch.nn.Module, device: torch.device, cl
                 min_replicates=settings["min_replicates"],
                 max_replicates=settings["max_replicates"],
             )
+            if "interrupted" in found.status:  # Ctrl-C leaves a rougher measurement: no record of this run
+                raise KeyboardInterrupt
             entry = norm_record(found)
             if settings["plugin_probes"]:
                 entry["plugin"] = plugin(goal, batches, settings["plugin_probes"], settings["seed"])
