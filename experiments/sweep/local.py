@@ -104,8 +104,7 @@ def execute(
     with Store(root) as store:
         wanted = min(workers.count, store.remaining(sweep, seeds=seeds, retries=retries))
         crew = {index: start(index) for index in range(wanted)}
-        quick_deaths = 0
-        births = dict.fromkeys(crew, time.monotonic())
+        fruitless, claimed = 0, store.claimed()
         try:
             while crew:
                 time.sleep(interval)
@@ -118,15 +117,16 @@ def execute(
                     del crew[index]
                     if code == REFUSED:
                         raise StoreError(_last_line(logs / f"worker-{index}.log"))
-                    quick = (
-                        code not in (FINE, LOST) and code > 0 and time.monotonic() - births[index] < 2 * interval + 10
-                    )
-                    quick_deaths = quick_deaths + 1 if quick else 0
-                    if quick_deaths > 3 * workers.count:
+                    before, claimed = claimed, store.claimed()
+                    if claimed > before:  # the store itself counts how often a run ends its worker
+                        fruitless = 0
+                    elif code not in (FINE, LOST):
+                        fruitless += 1
+                    if fruitless > 3 * workers.count:
                         line = _last_line(logs / f"worker-{index}.log")
-                        raise StoreError(f"workers end as soon as they start; the last said: {line}")
+                        raise StoreError(f"workers end before they take a run; the last said: {line}")
                     if code != FINE and store.remaining(sweep, seeds=seeds, retries=retries):
-                        crew[index], births[index] = start(index), time.monotonic()
+                        crew[index] = start(index)
         finally:
             _end(list(crew.values()))
         return store.counts(sweep)

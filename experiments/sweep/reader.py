@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from experiments.sweep import schema
 from experiments.sweep.keys import RunConfig
+from hessdiag.errors import StoreError, nearest
 
 COLUMNS = (
     "key", "config", "label", "state", "failures", "interruptions", "attempt", "owner", "lease", "started", "seconds",
@@ -78,6 +79,14 @@ class Reader:
         with schema.explained(self.path):
             return [dict(row) for row in self._connection.execute("SELECT * FROM sweeps ORDER BY added, name")]
 
+    def about(self, sweep: str) -> dict[str, Any]:
+        """Name, tier, figure and title of one sweep, which must be there."""
+        known = {about["name"]: about for about in self.sweeps()}
+        if sweep not in known:
+            there = nearest(sweep, list(known)) if known else "it holds none"
+            raise StoreError(f"store {self.root}: no sweep {sweep!r}; {there}")
+        return known[sweep]
+
     def counts(self, sweep: str | None = None) -> dict[str, int]:
         """How many runs are in each state."""
         join = "" if sweep is None else "JOIN members m ON m.key = r.key AND m.sweep = :sweep"
@@ -95,6 +104,11 @@ class Reader:
         )
         with schema.explained(self.path):
             return int(self._connection.execute(query, {"sweep": sweep, "retries": retries}).fetchone()[0])
+
+    def claimed(self) -> int:
+        """How often a run of this store has been taken up."""
+        with schema.explained(self.path):
+            return int(self._connection.execute("SELECT count(*) FROM attempts").fetchone()[0])
 
     def attempts(self, key: str) -> list[dict[str, Any]]:
         """The history of one run."""

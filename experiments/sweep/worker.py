@@ -52,20 +52,20 @@ class Heart(threading.Thread):
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        """Check the driver every second and extend the lease every sixth of it."""
-        with Store(self.root) as store:
-            beat = time.monotonic()
-            while not self.stopped.wait(min(1.0, self.lease / 6)):
-                if self.parent is not None and os.getppid() != self.parent:
-                    with contextlib.suppress(StoreError):
-                        store.release(self.claim, "its driver died")
-                    os._exit(ORPHANED)
-                if time.monotonic() - beat < self.lease / 6:
-                    continue
-                try:
-                    held = store.heartbeat(self.claim, lease=self.lease)
-                except StoreError:  # a full disk or a long lock: the next beat may get through
-                    continue
+        """Check the driver every second and extend the lease every sixth of it.
+
+        The store is opened for each beat: one that cannot be opened now (a full disk, a long lock) may be at the next.
+        """
+        beat = time.monotonic()
+        while not self.stopped.wait(min(1.0, self.lease / 6)):
+            if self.parent is not None and os.getppid() != self.parent:
+                with contextlib.suppress(StoreError), Store(self.root) as store:
+                    store.release(self.claim, "its driver died")
+                os._exit(ORPHANED)
+            if time.monotonic() - beat < self.lease / 6:
+                continue
+            with contextlib.suppress(StoreError), Store(self.root) as store:
+                held = store.heartbeat(self.claim, lease=self.lease)
                 beat = time.monotonic()
                 if not held and not self.stopped.is_set():
                     os._exit(LOST)

@@ -57,6 +57,9 @@ def run_big(config, out):
     (out / "weights").write_bytes(b"x" * config.train["bytes"])
     return {"value": 1}
 
+def run_fatally(config, out):
+    os._exit(9)
+
 def run_badly(config, out):
     os._exit(9) if config.train["number"] == 1 else None
     return {"value": config.train["number"] ** 2}
@@ -190,6 +193,26 @@ def test_a_run_that_ends_its_process_fails_alone(house):
     with Reader(root) as store:
         assert [row.state for row in store.rows("sweep")] == ["done", "failed", "done"]
         assert len(store.attempts(runs[1].key)) == 2
+
+
+def test_runs_that_always_end_their_process_fail_after_ten_times_and_end_no_sweep(house):
+    """One worker, started 20 times: none of its deaths is taken for a worker that cannot start."""
+    root = house / "store"
+    runs = fill(root, 2)
+    assert drive(house, root, 1, "run_fatally", interruptions=10).wait(120) == 0
+    with Reader(root) as store:
+        assert [row.state for row in store.rows("sweep")] == ["failed", "failed"]
+        assert [len(store.attempts(run.key)) for run in runs] == [10, 10]
+
+
+def test_workers_that_die_before_they_take_a_run_end_the_sweep(house, monkeypatch):
+    (house / "fakes" / "broken_runs.py").write_text("raise RuntimeError('the library is broken')")
+    monkeypatch.chdir(house)
+    fill(house / "store", 2)
+    with pytest.raises(StoreError, match="before they take a run; the last said: RuntimeError: the library is broken"):
+        local.execute(
+            house / "store", sweep="sweep", workers=local.Workers(1), runner="broken_runs:run_one", interval=0.02
+        )
 
 
 def test_a_process_that_may_write_no_more_stops_with_one_line(house):
