@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.sweep.keys import RunConfig, dumps
+from experiments.sweep.keys import RunConfig
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -89,6 +89,7 @@ def read_result(folder: Path, config: RunConfig) -> tuple[dict[str, Any], float]
         return None
     if not isinstance(content, dict) or content.get("key") != config.key or not isinstance(content.get("record"), dict):
         return None
-    if dumps(content.get("config")) != dumps(config.to_dict()):
+    seconds = content.get("seconds")
+    if json.dumps(content.get("config"), sort_keys=True) != json.dumps(config.to_dict(), sort_keys=True):
         return None
-    return content["record"], float(content.get("seconds", float("nan")))
+    return content["record"], float(seconds) if isinstance(seconds, (int, float)) else math.nan

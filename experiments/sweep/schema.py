@@ -59,7 +59,10 @@ def explained(path: Path) -> Iterator[None]:
         elif "readonly" in text or "unable to open" in text:
             reason = "it cannot be written; choose another directory with --store or change its permissions"
         elif "not a database" in text or "malformed" in text:
-            reason = "it is not a database of this program; choose another directory with --store"
+            reason = (
+                "it is not a database of this program, or damaged; choose another directory with --store, or move "
+                f"{NAME}* out of this one: what is finished is found again in runs/"
+            )
         elif "locked" in text:
             reason = f"another process has held it for {WAIT_SECONDS:.0f} s; wait for it or end it"
         else:
@@ -105,13 +108,14 @@ def connect(root: Path, *, write: bool = True) -> sqlite3.Connection:
             raise StoreError(
                 f"store {root}: it cannot be written ({error.strerror or error}); choose another with --store"
             ) from error
-    elif not path.exists():
+    elif not path.exists() or (path.is_file() and path.stat().st_size == 0):
         raise StoreError(f"store {root}: there is none; `python -m experiments sweep FILE --store {root}` makes one")
     with explained(path):
         if write:
             connection = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None)
         else:
-            connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=WAIT_SECONDS, isolation_level=None)
+            address = f"{path.absolute().as_uri()}?mode=ro"
+            connection = sqlite3.connect(address, uri=True, timeout=WAIT_SECONDS, isolation_level=None)
     connection.row_factory = sqlite3.Row
     try:
         _prepare(connection, path, write=write)

@@ -55,12 +55,13 @@ class Store(Reader):
     ) -> int:
         """Register a sweep and its runs; those known already are kept as they are. Returns how many were new.
 
-        Two drivers may bring different seeds or curvatures of one sweep: the sweep then holds both. Members
-        of a family that is no longer in the sweep (its settings were edited) leave it; their results stay
-        in the store.
+        Two drivers may bring different seeds of one sweep: the sweep then holds both. Within the seeds that come
+        now, and for all of them where settings were edited, runs that the sweep no longer names leave it; their
+        results stay in the store.
         """
         new, runs = 0, list(runs)
-        families = {run.family for run in runs}
+        keys, families = {run.key for run in runs}, {run.family for run in runs}
+        seeds = {run.train.get("seed") for run in runs}
         with schema.transaction(self._connection, self.path):
             execute = self._connection.execute
             execute(
@@ -71,7 +72,9 @@ class Store(Reader):
             )
             members = "SELECT r.key, r.config FROM members m JOIN runs r USING (key) WHERE m.sweep = ?"
             for key, config in execute(members, (name,)).fetchall():
-                if RunConfig.from_dict(json.loads(config)).family not in families:
+                member = RunConfig.from_dict(json.loads(config))
+                named = key in keys or (member.family in families and member.train.get("seed") not in seeds)
+                if not named:
                     execute("DELETE FROM members WHERE sweep = ? AND key = ?", (name, key))
             for position, run in enumerate(runs):
                 row = (run.key, dumps(run.to_dict()), run.label)

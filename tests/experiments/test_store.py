@@ -7,12 +7,13 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments.sweep import schema
+from experiments.sweep import schema, worker
 from experiments.sweep.files import disk_full, read_result, storable, write_result, write_whole
 from experiments.sweep.keys import RunConfig, canonical
 from experiments.sweep.owner import Owner
@@ -254,6 +255,75 @@ def test_foreign_stores_are_refused(tmp_path):
     assert (foreign / schema.NAME).read_bytes() == before
 
 
+def test_a_damaged_store_says_how_its_results_are_found_again(tmp_path):
+    root = tmp_path / "s"
+    with Store(root) as store:
+        store.add("sweep", configs(40), tier="smoke")
+    assert work(root, lambda config, out: {"value": 1}) == {"done": 40}
+    content = (root / schema.NAME).read_bytes()
+    (root / schema.NAME).write_bytes(content[: len(content) // 2])
+    for kind in (Store, Reader):
+        with pytest.raises(StoreError, match="found again in runs/"):
+            kind(root).rows()
+    for path in root.glob(f"{schema.NAME}*"):  # as the message says
+        path.rename(tmp_path / path.name)
+    with Store(root) as store:
+        store.add("sweep", configs(40), tier="smoke")
+    assert work(root, lambda config, out: {"value": 2}) == {"adopted": 40}
+
+
+def test_any_name_of_a_directory_is_read_where_it_was_written(tmp_path):
+    root = tmp_path / "a%20b#c?d"
+    with Store(root) as store:
+        store.add("sweep", configs(2), tier="smoke")
+    with Reader(root) as store:
+        assert len(store.rows("sweep")) == 2
+    assert os.listdir(tmp_path) == [root.name]
+
+
+def test_an_empty_file_is_no_store_to_read(tmp_path):
+    (tmp_path / schema.NAME).write_bytes(b"")
+    with pytest.raises(StoreError, match="there is none"):
+        Reader(tmp_path)
+
+
+def test_the_heart_beats_on_after_a_store_that_could_not_be_opened(tmp_path, monkeypatch):
+    root, refusals = tmp_path / "s", [1]
+    with Store(root) as store:
+        store.add("sweep", configs(1), tier="smoke")
+        claim = store.claim(Owner.current().text, lease=0.6)
+        assert claim is not None
+        before = store.rows()[0].lease
+
+        def opened(path: Path) -> Store:
+            if refusals:
+                refusals.pop()
+                raise StoreError("the disk is full")
+            return Store(path)
+
+        monkeypatch.setattr(worker, "Store", opened)
+        with worker.Heart(root, claim, lease=0.6, parent=None).beating():
+            deadline = time.monotonic() + 10
+            while store.rows()[0].lease == before and time.monotonic() < deadline:
+                time.sleep(0.05)
+        assert not refusals
+        assert store.rows()[0].lease != before
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_run_that_is_told_to_stop_is_given_back(tmp_path, stop):
+    def runner(config: RunConfig, out: Path) -> dict[str, object]:
+        raise stop
+
+    with Store(tmp_path / "s") as store:
+        store.add("sweep", configs(1), tier="smoke")
+    with pytest.raises(stop):
+        work(tmp_path / "s", runner)
+    with Reader(tmp_path / "s") as store:
+        assert store.counts()["queued"] == 1
+        assert [attempt["outcome"] for attempt in store.attempts(configs(1)[0].key)] == ["released"]
+
+
 def test_unwritable_and_missing_stores_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
@@ -327,6 +397,8 @@ def test_edited_settings_leave_a_sweep_and_new_seeds_join_it(tmp_path):
         store.add("sweep", configs(2), tier="smoke")
         store.add("sweep", [run.replace(train={"seed": 1}) for run in configs(2)], tier="smoke")
         assert len(store.rows("sweep")) == 4
+        store.add("sweep", configs(1), tier="smoke")  # an activation was taken out of the file; seed 1 has it yet
+        assert sorted(row.config.train["seed"] for row in store.rows("sweep")) == [0, 1, 1]
         store.add("sweep", configs(2, epochs=5), tier="smoke")
         assert len(store.rows("sweep")) == 2
         assert len(store.rows()) == 6
