@@ -114,7 +114,7 @@ def train(
     training early and is named in `status` and `reason`.
     """
     home = rigs.pick_device(device)
-    train_set, test_set = sets or _load(config, root)
+    train_set, test_set = sets or load_sets(config, root)
     images = on_device(train_set, config, home)
     index, held_out, watch_index = split_index(len(images), config, home)
     shape = tuple(images.inputs.shape[1:])
@@ -180,7 +180,8 @@ def clean_accuracy(model: nn.Module, test: DataSet, *, batch_size: int, dtype: t
     return int(correct) / len(test)
 
 
-def _load(config: TrainConfig, root: Path | str | None) -> tuple[DataSet, DataSet]:
+def load_sets(config: TrainConfig, root: Path | str | None = None) -> tuple[DataSet, DataSet]:
+    """The training images that the configuration chooses, and the whole test set."""
     training = data.load(config.data, split="train", samples=config.train_samples, seed=config.data_seed, root=root)
     test = data.load(config.data, split="test", root=root)
     if training.split == test.split:

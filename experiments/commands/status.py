@@ -23,6 +23,8 @@ def command(
     """Show done, running, queued and failed runs, who works on what, and the errors."""
     console = Console()
     with Reader(store) as reader:
+        if sweep is not None:
+            reader.about(sweep)
         if not watch:
             console.print(status.render(reader, sweep))
             if list_runs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +12,12 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from experiments.sweep import cluster, export, grid, local, schema, status
+from experiments.sweep import cluster, export, grid, local, preflight, schema, status
 from experiments.sweep.cost import check_budget, estimate
+from experiments.sweep.keys import RunConfig
 from experiments.sweep.reader import Reader
 from experiments.sweep.store import Store
-from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
+from hessdiag.errors import ConfigurationError, StoreError, UnknownNameError, nearest
 
 EXECUTORS = ("local", "ray")
 
@@ -46,8 +48,25 @@ def command(
         raise UnknownNameError(f"--executor {executor!r}; {nearest(executor, list(EXECUTORS))}")
     if retries < 0:
         raise ConfigurationError(f"--retries {retries}: not negative")
+    if executor == "ray" and workers is not None:
+        raise ConfigurationError("--workers is of --executor local: a cluster does as many runs as fit (--threads)")
     sweeps = [grid.load(path, seeds=_seeds(seeds)) for path in files]
-    show = Console(stderr=True)
+    names = [sweep.name for sweep in sweeps]
+    for sweep, path in zip(sweeps, files, strict=True):
+        if names.count(sweep.name) > 1:
+            raise ConfigurationError(f"sweep {path}: another file named here makes {sweep.name} too; rename one")
+    show = Console(stderr=True, soft_wrap=True)
+    plan = local.Workers.plan(workers=workers, threads=threads, per_gpu=per_gpu)
+    if executor == "local" and per_gpu > 1 and not plan.gpus and not dry_run:
+        raise ConfigurationError(f"--per-gpu {per_gpu}: no GPU is visible here; leave it out, or see to the driver")
+    if list_runs or only_export:
+        Reader(store).close()  # there must be one
+    else:
+        preflight.check(sweeps, tell=show.print if dry_run or executor == "ray" else None)
+    if exporting or only_export:
+        export.check_folder(results)
+    if executor == "ray" and not (dry_run or list_runs or only_export):
+        cluster.connect(ray_address)
     if not dry_run:
         with Store(store) as opened:
             for sweep in sweeps:
@@ -61,15 +80,18 @@ def command(
                 if list_runs:
                     Console().print(status.listing(reader.rows(sweep.name)))
                 if only_export:
-                    print(export.save(export.from_store(reader, sweep.name), results))
+                    print(export.publish(reader, sweep.name, results))
         return 0
-    plan = local.Workers.plan(workers=workers, threads=threads, per_gpu=per_gpu)
     failures = 0
-    for sweep in sweeps:
-        failures += _run(
-            sweep, store, plan, show, executor=executor, address=ray_address, per_gpu=per_gpu, retries=retries,
-            budget=budget, pilot=pilot, dry_run=dry_run, results=results, exporting=exporting,
-        )  # fmt: skip
+    try:
+        for sweep in sweeps:
+            failures += _run(
+                sweep, store, plan, show, executor=executor, address=ray_address, per_gpu=per_gpu, retries=retries,
+                budget=budget, pilot=pilot, dry_run=dry_run, results=results, exporting=exporting,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, and the same command goes on", file=sys.stderr)
+        raise
     return 1 if failures else 0
 
 
@@ -95,11 +117,17 @@ def _run(
             rows = reader.rows(records=False)
     own = [(row.config, row.seconds) for row in rows if row.state == "done" and row.seconds]
     finished = [row.key for row in rows if row.state == "done"]
-    known = [("this store", own), ("exported results", export.timings(export.read_all(results)))]
-    measure = _pilot if pilot else None
+    try:
+        exported = export.timings(export.read_all(results))
+    except ConfigurationError as error:  # they serve the estimate only
+        exported = []
+        show.print(f"note: {error}", markup=False)
+    known = [("this store", own), ("exported results", exported)]
+    measure = (lambda config: _pilot(config, plan.threads)) if pilot else None
     cost = estimate(sweep.runs, finished, known, pilot=measure)
-    show.print(f"[bold]{sweep.name}[/]: {sweep.title}\n  {cost.sentence(plan.count)}")
-    check_budget(cost, plan.count, budget)
+    side = plan.count if executor == "local" or dry_run else cluster.places(address, plan.threads, per_gpu)
+    show.print(f"{sweep.name}: {sweep.title}\n  {cost.sentence(side)}", markup=False)
+    check_budget(cost, side, budget)
     if dry_run:
         return 0
     seeds = sorted({run.train["seed"] for run in sweep.runs})
@@ -108,25 +136,29 @@ def _run(
         if executor == "local":
             counts = local.execute(store, sweep=sweep.name, seeds=seeds, workers=plan, retries=retries, watch=watch)
         else:
-            gpus = 1.0 / per_gpu if plan.gpus else 0.0
             counts = cluster.execute(
-                store, sweep=sweep.name, seeds=seeds, address=address, threads=plan.threads, gpus=gpus,
+                store, sweep=sweep.name, seeds=seeds, address=address, threads=plan.threads, per_gpu=per_gpu,
                 retries=retries, watch=watch,
             )  # fmt: skip
     with Reader(store) as reader:
         print(f"{sweep.name}: {counts['done']} done, {counts['failed']} failed")
-        for row in reader.rows(sweep.name, records=False):
-            if row.state == "failed":
-                print(f"  failed {row.key[:8]} {row.label}: {(row.error or '').splitlines()[0]}", file=sys.stderr)
+        failed = [row for row in reader.rows(sweep.name, records=False) if row.state == "failed"]
+        for row in failed:
+            print(f"  failed {row.key[:8]} {row.label}: {(row.error or '').splitlines()[0]}", file=sys.stderr)
+        if failed:
+            times = max(row.failures for row in failed)
+            print(f"  the same command with --retries {times} tries them once more", file=sys.stderr)
         if exporting:
-            print(export.save(export.from_store(reader, sweep.name), results))
+            try:
+                print(export.publish(reader, sweep.name, results))
+            except StoreError as error:  # the next sweep can be run all the same
+                print(f"error: {error}", file=sys.stderr)
+                return counts["failed"] + 1
     return counts["failed"]
 
 
 def _watcher(live: Live, reader: Reader, name: str) -> Callable[[], None]:
     """Refresh the table at most once a second."""
-    import time
-
     last = [0.0]
 
     def watch() -> None:
@@ -137,12 +169,18 @@ def _watcher(live: Live, reader: Reader, name: str) -> Callable[[], None]:
     return watch
 
 
-def _pilot(config: object) -> float:
-    from experiments.sweep.keys import RunConfig
+def _pilot(config: RunConfig, threads: int) -> float:
+    """As `run.pilot` has it, with the threads that a worker will have."""
+    import torch
+
     from experiments.sweep.run import pilot
 
-    assert isinstance(config, RunConfig)
-    return pilot(config)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return pilot(config)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -11,7 +11,7 @@ import contextlib
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,23 @@ def execute(
     runner: str = "experiments.sweep.run:run_one",
     address: str | None = None,
     threads: int = 1,
-    gpus: float = 0.0,
+    per_gpu: int = 1,
     retries: int = 0,
     lease: float = LEASE_SECONDS,
     interruptions: int = MAX_INTERRUPTIONS,
     watch: Callable[[], None] | None = None,
 ) -> dict[str, int]:
-    """Run a registered sweep (or these seeds of it) on a cluster; a run takes `threads` cores and a share of a GPU."""
+    """Run a registered sweep, or these seeds of it, on a cluster.
+
+    A run takes `threads` cores and, where the cluster has GPUs, the share 1/`per_gpu` of one.
+    """
     ray = connect(address)
+    gpus = _share(ray, per_gpu)
+    if not _slots(ray, threads, gpus):
+        raise ConfigurationError(
+            f"--threads {threads}: no node of the cluster has so many cores"
+            + (" and a GPU" if gpus else "") + "; take fewer"
+        )  # fmt: skip
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_do)
     owner = Owner.current().text
     running: dict[Any, Claim] = {}
@@ -88,7 +97,8 @@ def execute(
                     if found is not None:
                         store.finish(claim, *found)
                         continue
-                    write_config(store.folder(claim.key), claim.config)
+                    with _explained(root):
+                        write_config(store.folder(claim.key), claim.config)
                     running[task.remote(runner, claim.config.to_dict(), threads)] = claim
                 if not running:
                     time.sleep(0.5)  # others hold what is left
@@ -113,13 +123,39 @@ def execute(
         return store.counts(sweep)
 
 
+def places(address: str | None, threads: int, per_gpu: int) -> int:
+    """How many runs the cluster does side by side as it is now."""
+    ray = connect(address)
+    return _slots(ray, threads, _share(ray, per_gpu))
+
+
+def _alive(ray: Any) -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _share(ray: Any, per_gpu: int) -> float:
+    """The part of a GPU that a run asks for: none where no node has one, whatever this machine has."""
+    return 1.0 / per_gpu if any(node.get("GPU", 0) for node in _alive(ray)) else 0.0
+
+
 def _slots(ray: Any, threads: int, gpus: float) -> int:
     """How many runs fit on the nodes that are alive now."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = [node.get("CPU", 0) // threads for node in alive]
-    if gpus:
-        fits = [min(fit, node.get("GPU", 0) // gpus) for fit, node in zip(fits, alive, strict=True)]
-    return int(sum(fits))
+    fits = []
+    for node in _alive(ray):
+        fit = int(node.get("CPU", 0) // threads)
+        # a fifth goes five times into one, though 1 // 0.2 is 4 in floating point
+        fits.append(min(fit, int(node.get("GPU", 0) / gpus + 1e-9)) if gpus else fit)
+    return sum(fits)
+
+
+@contextlib.contextmanager
+def _explained(root: Path) -> Iterator[None]:
+    """The driver's own disk, full or gone, in one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full; free space" if disk_full(error) else f"cannot be written ({error}); mend that"
+        raise StoreError(f"store {root}: {reason} and start again: nothing that was finished is lost") from error
 
 
 def _record(ray: Any, store: Store, reference: Any, claim: Claim, interruptions: int) -> None:
@@ -130,7 +166,8 @@ def _record(ray: Any, store: Store, reference: Any, claim: Claim, interruptions:
         store.interrupt(claim, f"{type(error).__name__}", limit=interruptions)
         return
     if outcome == "done":
-        write_result(store.folder(claim.key), claim.config, value, seconds)
+        with _explained(store.root):
+            write_result(store.folder(claim.key), claim.config, value, seconds)
         store.finish(claim, value, seconds)
     elif outcome == "full":
         store.release(claim, "the node's disk was full")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from experiments.sweep.keys import RunConfig
-from hessdiag.errors import BudgetError
+from hessdiag.errors import BudgetError, ConfigurationError
 
 Timing = tuple[RunConfig, float]
 
@@ -71,8 +71,14 @@ def estimate(
 
 
 def check_budget(cost: Estimate, workers: int, minutes: float | None) -> None:
-    """Refuse a sweep that costs more than the stated budget."""
-    if minutes is not None and cost.wall(workers) > 60 * minutes:
+    """Refuse a sweep that costs more than the stated budget, or nobody knows how much."""
+    if minutes is None:
+        return
+    if not minutes > 0:
+        raise ConfigurationError(f"--budget {minutes:g}: minutes, more than 0")
+    if cost.unknown:
+        raise BudgetError(f"--budget {minutes:g}: {cost.unknown} runs of a kind not timed yet; --pilot times one first")
+    if cost.wall(workers) > 60 * minutes:
         raise BudgetError(
             f"the sweep needs about {duration(cost.wall(workers))}, more than --budget {minutes:g} min; "
             "take more workers, fewer seeds (--seeds 0) or a smaller tier"

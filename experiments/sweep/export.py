@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.sweep.files import storable, write_whole
-from experiments.sweep.keys import RunConfig
+from experiments.sweep.keys import TIERS, RunConfig
 from experiments.sweep.reader import Reader
 from hessdiag.errors import ConfigurationError, StoreError
 
@@ -56,14 +57,52 @@ def rounded(value: Any) -> Any:
 
 def from_store(store: Reader, name: str) -> SweepResults:
     """What a store holds of a sweep."""
-    about = next((sweep for sweep in store.sweeps() if sweep["name"] == name), None)
-    if about is None:
-        known = ", ".join(sweep["name"] for sweep in store.sweeps()) or "none"
-        raise StoreError(f"store {store.root}: no sweep {name!r}; known: {known}")
-    rows = store.rows(name)
+    about, rows = store.about(name), store.rows(name)
     done = [row for row in rows if row.state == "done" and row.record is not None]
     runs = tuple(Result(row.key, row.config, row.variant, row.seconds or math.nan, row.record or {}) for row in done)
     return SweepResults(name, about["figure"], about["tier"], about["title"], len(rows) - len(runs), runs)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse, before days of training, a directory in which no export could be put."""
+    probe = folder / f".writable-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"1")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigurationError(f"--results {folder}: it cannot be written ({reason}); choose another") from error
+
+
+def publish(store: Reader, name: str, folder: Path) -> str:
+    """Export a sweep, never in place of more than the store holds; returns the line that says so."""
+    found, path = from_store(store, name), folder / f"{name}.json"
+    if not found.runs:
+        raise StoreError(f"store {store.root}: no run of {name} is done; nothing exported")
+    try:
+        before = read(path).runs if path.exists() else ()
+    except ConfigurationError:  # damaged, or of another format: to be written again
+        before = ()
+    kinds, points = {run.config.family for run in found.runs}, {_point(run) for run in found.runs}
+    lost = [run for run in before if run.config.family in kinds and _point(run) not in points]
+    if lost:
+        raise StoreError(
+            f"results {path}: holds {len(lost)} runs of this sweep that store {store.root} does not ({lost[0].key[:8]} "
+            f"{lost[0].config.label}, ...); not replaced: export to another directory with --results, or delete it"
+        )
+    try:
+        save(found, folder)
+    except OSError as error:
+        raise StoreError(
+            f"results {path}: cannot be written ({error.strerror or error}); nothing is lost: "
+            "give the same command with --only-export and a --results that can"
+        ) from error
+    return f"{path} ({len(found.runs)} runs" + (f", {found.missing} missing)" if found.missing else ")")
+
+
+def _point(run: Result) -> tuple[str, str, int]:
+    return run.config.family, str(run.config.train.get("activation")), int(run.config.train.get("seed", 0))
 
 
 def save(results: SweepResults, folder: Path) -> Path:
@@ -88,6 +127,8 @@ def read(path: Path) -> SweepResults:
         content = json.loads(path.read_bytes())
         if content.get("format") != FORMAT:
             raise ConfigurationError(f"results {path}: not of format {FORMAT}; write it with sweep --export")
+        if content["tier"] not in TIERS:
+            raise ConfigurationError(f"results {path}: no tier {content['tier']!r}; export the sweep again")
         runs = tuple(
             Result(
                 entry["key"],
@@ -113,7 +154,7 @@ def read(path: Path) -> SweepResults:
 
 def read_all(folder: Path) -> list[SweepResults]:
     """Every exported sweep below `folder`, smaller tiers first."""
-    order = {"smoke": 0, "quick": 1, "paper": 2}
+    order = {tier: place for place, tier in enumerate(TIERS)}
     found = [read(path) for path in sorted(folder.glob("*/*.json")) if path.parent.name in order]
     return sorted(found, key=lambda results: (order[results.tier], results.name))
 

@@ -30,11 +30,10 @@ from typing import Any
 
 from experiments.config import load_toml
 from experiments.fields import merged
-from experiments.sweep.keys import RunConfig, canonical
+from experiments.sweep.keys import TIERS, RunConfig, canonical
 from experiments.sweep.settings import complete, train_fields
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
 
-TIERS = ("smoke", "quick", "paper")
 FIGURES = ("figure3", "figure4", "figure5", "figure6", "figure7", "table1", "table2", "control")
 TOP = ("figure", "tier", "title", "note", "train", "attack", "measure", "grid", "override")
 SECTIONS = ("train", "attack", "measure")

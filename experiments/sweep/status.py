@@ -19,7 +19,7 @@ SHOWN = 12
 def render(store: Reader, sweep: str | None = None) -> RenderableType:
     """One picture of the store, or of one of its sweeps."""
     now = time.time()
-    overview = Table(title=f"store {store.root}", title_justify="left", expand=False)
+    overview = Table(title=Text(f"store {store.root}"), title_justify="left", expand=False)
     for name in ("sweep", "done", "running", "queued", "failed", "a run", "left"):
         overview.add_column(name, justify="left" if name == "sweep" else "right", no_wrap=True)
     running: dict[str, Row] = {}
@@ -61,7 +61,7 @@ def _running(rows: list[Row], now: float) -> Table:
         elif owner is not None and (row.lease or 0) < now:
             who += " (stalled)"
         since = duration(now - row.started) if row.started else ""
-        table.add_row(row.key[:8], row.label, since, str(row.attempt), who)
+        table.add_row(row.key[:8], Text(row.label), since, str(row.attempt), who)
     return _rest(table, len(rows), 5)
 
 
@@ -71,7 +71,7 @@ def _failed(rows: list[Row]) -> Table:
         table.add_column(name, no_wrap=name in ("run", "times"))
     for row in rows[:SHOWN]:
         first = (row.error or "").strip().splitlines() or [""]
-        table.add_row(row.key[:8], row.label, str(row.failures), Text(first[0], style="red"))
+        table.add_row(row.key[:8], Text(row.label), str(row.failures), Text(first[0], style="red"))
     return _rest(table, len(rows), 4)
 
 
@@ -93,5 +93,5 @@ def listing(rows: Sequence[Row]) -> Table:
         norm = ((record.get("norms") or {}).get("test/clean") or {}).get("rms")
         shown = [f"{100 * x:.1f}" if x is not None else "" for x in (clean, robust)]
         seconds = duration(row.seconds) if row.seconds is not None else ""
-        table.add_row(row.key[:8], row.label, row.state, seconds, *shown, f"{norm:.3g}" if norm else "")
+        table.add_row(row.key[:8], Text(row.label), row.state, seconds, *shown, f"{norm:.3g}" if norm else "")
     return table

@@ -116,10 +116,15 @@ class Loop:
             }
 
 
-def split_index(count: int, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the images trained on, held out, and watched (the latter among those trained on)."""
+def check_held_out(count: int, config: TrainConfig) -> None:
+    """Refuse to hold out all of `count` images."""
     if config.held_out >= count:
         raise ConfigurationError(f"held_out = {config.held_out} leaves none of {count} images to train on")
+
+
+def split_index(count: int, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the images trained on, held out, and watched (the latter among those trained on)."""
+    check_held_out(count, config)
     shuffled = torch.randperm(count, generator=generator("cpu", config.data_seed, "held out"))
     held_out, rest = shuffled[: config.held_out].sort().values, shuffled[config.held_out :].sort().values
     chosen = torch.randperm(len(rest), generator=generator("cpu", config.data_seed, "watch"))

@@ -1,0 +1,255 @@
+"""`python -m experiments sweep` and `status`: what is refused before the start, what an export may replace, and the
+cluster's arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from importlib import import_module
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from experiments.__main__ import main
+from experiments.config import TrainConfig
+from experiments.sweep import cluster, export, grid, local
+from experiments.sweep.keys import RunConfig
+from experiments.sweep.owner import Owner
+from experiments.sweep.reader import Reader
+from experiments.sweep.run import _Clock, measured
+from experiments.sweep.store import Store
+from experiments.trainer.rig import build_network
+from hessdiag.errors import ConfigurationError, StoreError
+
+TEXT = """
+figure = "figure3"
+tier = "smoke"
+title = "a [/b] c [red]"
+[train]
+method = "n_fgsm"
+network = "small_resnet"
+network_options = { width = 4 }
+data = "digits"
+eps = "0.15"
+epochs = 1
+[measure]
+samples = 16
+batch_size = 8
+rtol = 0.0001
+losses = ["clean"]
+splits = ["test"]
+[[grid]]
+beta = [0, 1]
+curvature = 2
+seed = [0, 1]
+"""
+
+
+def write(folder: Path, text: str = TEXT, name: str = "mine") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.toml"
+    path.write_text(text)
+    return path
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def finished(root: Path, sweep: grid.Sweep, number: int) -> None:
+    """Register the sweep and put a result under its first so many runs."""
+    with Store(root) as store:
+        store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure)
+        for _ in range(number):
+            claim = store.claim(Owner.current().text, sweep=sweep.name)
+            assert claim is not None
+            assert store.finish(claim, {"clean_accuracy": {"value": 0.5}}, 30.0)
+
+
+def test_a_results_directory_that_cannot_be_written_is_refused_first(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for kind in ("--export", "--only-export"):
+        finished(tmp_path / "s", grid.load(write(tmp_path)), 1)
+        before = (tmp_path / "s" / "store.sqlite").read_bytes()
+        words = ("sweep", write(tmp_path), "--store", tmp_path / "s", "--results", tmp_path / "file", kind)
+        code, out, err = call(capsys, *words)
+        assert (code, out, err.count("\n")) == (3, "", 1)
+        assert "--results" in err
+        assert "cannot be written" in err
+        assert (tmp_path / "s" / "store.sqlite").read_bytes() == before
+
+
+def test_listing_and_exporting_make_no_store(tmp_path, capsys):
+    for kind in ("--list", "--only-export"):
+        words = ("sweep", write(tmp_path), "--store", tmp_path / "s", "--results", tmp_path / "r", kind)
+        code, _, err = call(capsys, *words)
+        assert code == 3
+        assert "there is none" in err
+        assert not (tmp_path / "s").exists()
+
+
+def test_an_export_says_what_is_missing_and_never_replaces_more(tmp_path, capsys):
+    sweep, results = grid.load(write(tmp_path)), tmp_path / "results"
+    finished(tmp_path / "s", sweep, 3)
+    words = ["sweep", write(tmp_path), "--results", results, "--only-export", "--store"]
+    code, out, _ = call(capsys, *words, tmp_path / "s")
+    assert (code, out.strip()) == (0, f"{results}/smoke/mine.json (3 runs, 1 missing)")
+    before = (results / "smoke" / "mine.json").read_bytes()
+    finished(tmp_path / "fewer", sweep, 2)
+    code, _, err = call(capsys, *words, tmp_path / "fewer")
+    assert code == 3
+    assert "holds 1 runs of this sweep that store" in err
+    assert (results / "smoke" / "mine.json").read_bytes() == before
+    finished(tmp_path / "none", sweep, 0)
+    code, _, err = call(capsys, *words, tmp_path / "none")
+    assert code == 3
+    assert "nothing exported" in err
+    finished(tmp_path / "fewer", sweep, 2)  # the other two: now it holds them all
+    code, out, _ = call(capsys, *words, tmp_path / "fewer")
+    assert (code, "(4 runs)" in out) == (0, True)
+    other = grid.load(write(tmp_path, TEXT.replace("epochs = 1", "epochs = 2")))
+    finished(tmp_path / "s", other, 1)  # settings were edited: another experiment, whose file it becomes
+    code, out, _ = call(capsys, *words, tmp_path / "s")
+    assert (code, "(1 runs, 3 missing)" in out) == (0, True)
+
+
+def test_results_of_no_tier_are_refused_and_stop_no_sweep(tmp_path, capsys):
+    finished(tmp_path / "s", grid.load(write(tmp_path)), 2)
+    with Reader(tmp_path / "s") as store:
+        path = export.save(export.from_store(store, "smoke/mine"), tmp_path / "r")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "tier": "smok"}))
+    with pytest.raises(ConfigurationError, match="no tier 'smok'"):
+        export.read_all(tmp_path / "r")
+    code, _, err = call(
+        capsys, "sweep", write(tmp_path), "--store", tmp_path / "s", "--results", tmp_path / "r", "--dry-run"
+    )
+    assert code == 0
+    assert "note: results" in err
+    assert "a [/b] c [red]\n" in err  # a title is text, not markup
+    assert "4 runs, 2 done, 2 to do; about 30 s each" in err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('data = "digits"', 'data = "digit"', "did you mean 'digits'"),
+        ("epochs = 1", "epochs = 1\nheld_out = 100000", "leaves none of"),
+        ("epochs = 1", "epochs = 1\ntrain_samples = 100000", "fewer than the 100000"),
+        ('data = "digits"', 'data = "cifar10"', "hessdiag data cifar10"),
+    ],
+)
+def test_data_that_every_run_would_miss_is_missed_before_the_first(tmp_path, capsys, monkeypatch, old, new, words):
+    monkeypatch.setenv("HESSDIAG_DATA", str(tmp_path / "nothing"))
+    code, _, err = call(capsys, "sweep", write(tmp_path, TEXT.replace(old, new)), "--store", tmp_path / "s")
+    assert code == 3
+    assert words in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_cost_of_a_sweep_is_told_where_its_data_are_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HESSDIAG_DATA", str(tmp_path / "nothing"))
+    path = write(tmp_path, TEXT.replace('data = "digits"', 'data = "cifar10"'))
+    code, _, err = call(capsys, "sweep", path, "--store", tmp_path / "s", "--results", tmp_path / "r", "--dry-run")
+    assert code == 0
+    assert "note: sweep smoke/mine: cifar10 is not in" in err
+    assert "4 runs, 0 done" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budget", "nan"], "--budget nan"),
+        (["--budget", "-3"], "--budget -3"),
+        (["--budget", "30"], "4 runs of a kind not timed yet; --pilot"),
+        (["--per-gpu", "4"], "no GPU is visible"),
+        (["--executor", "ray", "--workers", "2"], "--workers is of --executor local"),
+        (["--executor", "locl"], "did you mean 'local'"),
+        (["AGAIN"], "another file named here makes smoke/mine too"),
+    ],
+)
+def test_options_without_meaning_are_refused(tmp_path, capsys, monkeypatch, options, words):
+    monkeypatch.setattr(local, "visible_gpus", lambda: ())
+    options = [str(write(tmp_path / "again")) if word == "AGAIN" else word for word in options]
+    line = ["sweep", write(tmp_path), *options, "--store", tmp_path / "s", "--results", tmp_path / "r"]
+    code, _, err = call(capsys, *line)
+    assert code == 3
+    assert words in err
+
+
+def test_ray_that_is_not_there_is_missed_before_the_store_is_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, out, err = call(capsys, "sweep", write(tmp_path), "--store", tmp_path / "s", "--executor", "ray")
+    assert (code, out, err.count("\n")) == (3, "", 1)
+    assert "pip install" in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_status_names_the_nearest_sweep(tmp_path):
+    finished(tmp_path / "s", grid.load(write(tmp_path)), 0)
+    with Reader(tmp_path / "s") as store, pytest.raises(StoreError, match="did you mean 'smoke/mine'"):
+        store.about("smoke/mien")
+    assert main(["status", "--store", str(tmp_path / "s"), "--sweep", "smoke/mien"]) == 3
+    assert main(["status", "--store", str(tmp_path / "s"), "--sweep", "smoke/mine"]) == 0
+
+
+def test_a_measurement_cut_short_by_ctrl_c_is_no_result(tmp_path, monkeypatch):
+    """The engine answers Ctrl-C with what it has by then; a run must not be recorded with that."""
+    config = grid.load(write(tmp_path)).runs[0]
+    model = build_network(TrainConfig.from_dict(config.train), (1, 8, 8), 10).eval()
+    module, events = import_module("hessdiag.measure"), count()
+    real = module.measure
+
+    def progress(event: object) -> None:
+        if next(events) > 30:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "measure", partial(real, progress=progress))
+    with pytest.raises(KeyboardInterrupt):
+        measured(config, model, torch.device("cpu"), _Clock())
+    assert next(events) > 30  # it was Ctrl-C that ended it
+
+
+def ray_of(*nodes: dict[str, float]) -> SimpleNamespace:
+    return SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": node} for node in nodes])
+
+
+def test_a_cluster_is_asked_for_its_gpus_not_the_machine_of_the_driver():
+    assert cluster._share(ray_of({"CPU": 4.0}), 3) == 0.0
+    assert cluster._share(ray_of({"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}), 4) == 0.25
+
+
+@pytest.mark.parametrize("per_gpu", [1, 2, 3, 5, 10])
+def test_every_share_of_a_gpu_is_a_place(per_gpu):
+    ray = ray_of({"CPU": 100.0, "GPU": 8.0}, {"CPU": 64.0})
+    assert cluster._slots(ray, 1, 1.0 / per_gpu) == 8 * per_gpu
+
+
+def test_a_cluster_without_room_for_a_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "connect", lambda address: ray_of({"CPU": 2.0}, {"CPU": 3.0}))
+    with pytest.raises(ConfigurationError, match="--threads 4: no node"):
+        cluster.execute(tmp_path / "s", sweep="sweep", threads=4)
+
+
+def test_a_full_disk_of_the_driver_of_a_cluster_is_one_line(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cluster, "write_result", full)
+    with Store(tmp_path / "s") as store:
+        store.add("sweep", [RunConfig({"number": 1})], tier="smoke")
+        claim = store.claim(Owner.current().text)
+        assert claim is not None
+        ray = SimpleNamespace(get=lambda reference: ("done", {}, 1.0), exceptions=SimpleNamespace(RayError=OSError))
+        with pytest.raises(StoreError, match="the disk is full; free space and start again"):
+            cluster._record(ray, store, None, claim, 10)
+
+
