@@ -80,7 +80,12 @@ def associate(
 
 
 def bca(boot: Array, value: float, jackknife: Array, confidence: float) -> tuple[float, float]:
-    """Efron's bias-corrected and accelerated interval; the plain percentile one where it is undefined."""
+    """Efron's bias-corrected and accelerated interval; the plain percentile one where it is undefined.
+
+    A resample without a coefficient (all of its values tied) could have any: it counts as -1 for the lower end and as
+    +1 for the upper. Left out, two runs that differ from a constant would look like evidence.
+    """
+    undefined = np.ones((~np.isfinite(boot)).sum())
     boot, jackknife = boot[np.isfinite(boot)], jackknife[np.isfinite(jackknife)]
     if len(boot) < 20:
         return float("nan"), float("nan")
@@ -92,7 +97,7 @@ def bca(boot: Array, value: float, jackknife: Array, confidence: float) -> tuple
         bias, acceleration = stats.norm.ppf(below), (centred**3).sum() / (6 * spread**1.5)
         moved = bias + stats.norm.ppf(tails)
         tails = stats.norm.cdf(bias + moved / (1 - acceleration * moved))
-    low, high = np.quantile(boot, tails)
+    low, high = (np.quantile([*boot, *(end * undefined)], tail) for end, tail in zip((-1, 1), tails, strict=True))
     return float(low), float(high)
 
 

@@ -12,7 +12,7 @@ from experiments.correlation import associate, coincide, locate, u_shape
 from experiments.correlation.coefficients import KINDS, correlation, partial
 from experiments.correlation.noise import curve
 from experiments.correlation.shapes import quadratic, quadratic_peak, unimodal
-from experiments.correlation.verdicts import best
+from experiments.correlation.sources import best
 from experiments.sweep.export import Result, SweepResults
 from experiments.sweep.keys import RunConfig
 from hessdiag.errors import ConfigurationError, UnknownNameError
@@ -123,6 +123,16 @@ def test_seeds_are_no_independent_evidence():
     )
     assert (often.configurations, often.runs) == (4, 40)
     assert np.isnan(associate(x[:3], y[:3], cluster=list("abc"), generator=rng(6)).value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_runs_that_differ_from_a_constant_are_no_evidence(kind):
+    """One resample in eight draws the constant alone and has no coefficient: the interval says so."""
+    x, y = np.arange(24.0), np.zeros(24)
+    y[[20, 23]] = 0.01, 0.02
+    found = associate(x, y, cluster=range(24), kind=kind, generator=rng(19))
+    assert (found.low, found.high) == (-1.0, 1.0)
+    assert np.isnan(associate(x, np.zeros(24), cluster=range(24), kind=kind, generator=rng(19)).value)
 
 
 def test_missing_values_are_left_out_and_strata_must_fit():
