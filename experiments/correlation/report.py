@@ -28,12 +28,12 @@ Plain = dict[str, Any]
 def analyse(chosen: Sequence[Row], *, margin: float, resamples: int = 1000, seed: int = 0) -> Plain:
     """The analysis of one experiment; rows of several (networks, methods, data) are analysed apart."""
     report: Plain = {}
-    for (method, network, data, family), members in split(chosen, "method", "network", "data", "family").items():
-        one_family(members, "analysis")
+    for (method, network, data), members in split(chosen, "method", "network", "data").items():
         finite = [row for row in members if np.isfinite(row.curvature)]
         if len({row.configuration for row in finite}) < 4 or any(row.variant for row in finite):
             continue
-        generator = np.random.default_rng([seed, *str(family).encode()])
+        one_family(members, f"analysis of {method}, {network}, {data}")
+        generator = np.random.default_rng([seed, *str(members[0].family).encode()])
         report[f"{method}, {network}, {data}"] = {
             "runs": len(finite),
             "configurations": len({row.configuration for row in finite}),

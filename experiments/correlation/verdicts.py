@@ -15,6 +15,7 @@ from experiments.correlation.differences import difference, matched
 from experiments.correlation.judges import NO, UNDECIDED, YES, Answer, Rules
 from experiments.correlation.printed import PRINTED
 from experiments.correlation.rows import Row, one_family, rows, split
+from experiments.correlation.sources import ORDER, best, command
 from experiments.sweep.export import SweepResults
 from hessdiag.errors import ConfigurationError
 
@@ -25,7 +26,7 @@ else:
 
 HOLDS, CONDITIONS = "holds numerically", "holds under conditions"
 NOT_TESTED, CONTRADICTED = "not tested", "contradicted by measurement"
-ORDER = ("paper", "quick", "smoke")
+PICKED = "weakest less strongest configuration (upper end corrected for the pick among all pairs)"
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,6 @@ def verdicts(results: Sequence[SweepResults], *, rules: Mapping[str, Any] | None
     return found
 
 
-def best(results: Sequence[SweepResults], figure: str, tiers: Sequence[str] = ORDER) -> SweepResults | None:
-    """The sweep of the largest tier that has runs for a figure; of several, the one with most runs."""
-    for tier in tiers:
-        chosen = [sweep for sweep in results if sweep.figure == figure and sweep.tier == tier and sweep.runs]
-        if chosen:
-            return max(chosen, key=lambda sweep: len(sweep.runs))
-    return None
-
-
 def _untested(claim: str, figure: str, why: str, tier: str = "", scope: str = "") -> Verdict:
     return Verdict(claim, NOT_TESTED, why, figure, tier, scope)
 
@@ -108,7 +100,8 @@ def _judged(
     )
     chosen = [row for row in rows(sweep) if "data" not in rule or row.data == rule["data"]]
     if not chosen:
-        return _untested(claim, rule["figure"], f"no results on {rule['data']}", sweep.tier, sweep.title)
+        needed = command(rule["figure"], "quick")  # the smallest tier has digits only
+        return _untested(claim, rule["figure"], f"no results on {rule['data']}: {needed}", sweep.tier, sweep.title)
     answers = _answers(rule, chosen, results, sweep.tier, shared)
     words = [f"{name}: {answer.text}" if name else answer.text for name, answer in answers.items()]
     lacking = f"; {sweep.missing} runs missing" if sweep.missing else ""
@@ -168,7 +161,7 @@ def _compare(rule: Mapping[str, Any], chosen: list[Row], shared: Rules) -> Answe
         return Answer(UNDECIDED, "too few runs: more than one seed is needed")
     value, low, high = found
     floor = -shared.margin if rule["rule"] == "not_lower" else 0.0
-    what = "mean difference over shared activations" if rule.get("matched") else "weakest less strongest configuration"
+    what = "mean difference over shared activations" if rule.get("matched") else PICKED
     text = f"{what}: {value:+.3g} [{low:+.3g}, {high:+.3g}]"
     return Answer(YES if low > floor else NO if high < floor else UNDECIDED, text, value, low, high)
 
@@ -245,14 +238,3 @@ def _cost(
     text = f"table2, tier {sweep.tier} ({sweep.title}): {ours:.2f} of ReLU's, printed {theirs:.2f}"
     close = abs(ours / theirs - 1) <= float(table["tolerance"]["ratio"])
     return Verdict(claim, CONDITIONS if close else CONTRADICTED, text, "table2", sweep.tier, sweep.title, ours)
-
-
-def command(figure: str, tier: str = "smoke") -> str:
-    """What makes and exports a figure's results: three seeds on the smallest tier, elsewhere the file's own."""
-    seeds = "--seeds 0,1,2 " if tier == "smoke" else ""
-    return f"python -m experiments sweep {file_of(figure, tier)} {seeds}--export"
-
-
-def file_of(figure: str, tier: str = "smoke") -> str:
-    """The sweep file that makes a figure's results."""
-    return f"experiments/sweeps/{tier}/{figure}.toml"

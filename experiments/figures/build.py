@@ -10,7 +10,8 @@ from typing import Any
 
 from experiments.correlation.report import analyse
 from experiments.correlation.rows import Row, rows
-from experiments.correlation.verdicts import Verdict, command, load_rules, verdicts
+from experiments.correlation.sources import command
+from experiments.correlation.verdicts import Verdict, load_rules, verdicts
 from experiments.figures.closed_forms import figure1, figure2
 from experiments.figures.curves import DRAWINGS, counted
 from experiments.figures.extras import control, heat_map, scatter

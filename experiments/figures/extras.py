@@ -92,8 +92,10 @@ def control(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
             scale = 100.0 if "accuracy" in title else 1.0
             for height, members in enumerate(reversed(list(variants.values()))):
                 y = scale * quantity(members, name)
+                y = y[np.isfinite(y)]  # a seed without the number hides the others no more than a missing one
                 spread = float(np.std(y, ddof=1)) if len(y) > 1 else None
-                axis.errorbar(float(np.mean(y)), height, xerr=spread, fmt="o", color=COLOURS[0], capsize=2)
+                if len(y):
+                    axis.errorbar(float(np.mean(y)), height, xerr=spread, fmt="o", color=COLOURS[0], capsize=2)
             shown = [value[0] for value in reversed(list(variants))]
             axis.set_yticks(range(len(variants)), shown if axis is axes[0][0] else [""] * len(shown))
             axis.set(xlabel=title, ylim=(-0.5, len(variants) - 0.5))

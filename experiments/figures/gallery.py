@@ -5,11 +5,11 @@ a network.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
 from os.path import relpath
 from pathlib import Path
 from typing import Any
 
+from experiments.figures import findings
 from experiments.figures.build import TITLES, Built, Picture
 
 STYLE = """
@@ -46,14 +46,17 @@ def write(built: Built, path: Path) -> None:
         "<h1>Activation curvature, Hessian diagonals and robustness: every figure from stored results</h1>",
         "<p>Each figure names the tier it comes from: <b>smoke</b> is digits on two CPU cores, <b>quick</b> a "
         "shortened protocol, <b>paper</b> the published one. The grey band is max|σ''| from 4 to 10, the range "
-        "that the paper (arXiv 2603.23860) calls optimal. Bars are one standard deviation of a seed. Stars are "
+        "that the paper (arXiv 2603.23860) calls optimal. Bars are one standard deviation of a seed, and curves that "
+        "have them stand a little aside of each other; a single seed has none, and its wiggles may be luck. Stars are "
         "the paper's printed numbers.</p>",
-        f"<nav>{links} <a href='#verdicts'>Verdicts</a> <a href='#correlations'>Correlations</a></nav>",
+        f"<nav><a href='#findings'>Findings</a> {links} <a href='#verdicts'>Verdicts</a> "
+        "<a href='#shapes'>Peaks and U-shapes</a> <a href='#correlations'>Correlations</a></nav>",
+        findings.summary(built.analyses),
     ]
     for name, pictures in shown.items():
         parts.append(f"<h2 id={name}>{html.escape(TITLES[name])}</h2>")
         parts += [_picture(picture, path.parent) for picture in pictures]
-    parts += [_verdicts(built), _correlations(built.analyses)]
+    parts += [_verdicts(built, path.parent), findings.curves(built.analyses), _correlations(built.analyses)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
@@ -76,24 +79,22 @@ def _markdown(path: Path) -> str:
     """The table that a Markdown file holds, as HTML."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     cells = [[c.strip().replace("\0", "|") for c in line.replace("\\|", "\0").strip("|").split("|")] for line in lines]
-    return _table(cells[0], cells[2:])
+    return findings.table(cells[0], cells[2:])
 
 
-def _table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    top = "".join(f"<th>{html.escape(cell)}" for cell in head)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in lines)
-    return f"<div class=scroll><table><tr>{top}{rows}</table></div>"
-
-
-def _verdicts(built: Built) -> str:
+def _verdicts(built: Built, home: Path) -> str:
     tested = [v for v in built.verdicts.values() if v.verdict != "not tested" or v.tier]
+    tested.sort(key=lambda v: v.verdict == "not tested")  # what is decided comes first
     rest = len(built.verdicts) - len(tested)
     lines = [[v.claim, v.verdict, v.evidence] for v in tested]
+    told = ""
+    if (home / "ledger" / "ledger.html").exists():
+        told = "; the <a href='ledger/ledger.html'>ledger</a> quotes each claim"
     return (
         "<h2 id=verdicts>Verdicts on the paper's empirical claims</h2><p>By the rules of "
         "<code>experiments/correlation/rules.toml</code>, stated before the results; a verdict holds for the setting "
-        f"that its evidence names. {rest} further claims are not tested by what is here.</p>"
-        + (_table(("claim", "verdict", "evidence"), lines) if lines else "")
+        f"that its evidence names{told}. {rest} further claims are not tested by what is here.</p>"
+        + (findings.table(("claim", "verdict", "evidence"), lines) if lines else "")
     )
 
 
@@ -102,24 +103,22 @@ def _correlations(analyses: dict[str, Any]) -> str:
         "<h2 id=correlations>Correlation of log-norm with robust accuracy</h2><p class=soft>Over the configurations of "
         "a sweep, seeds averaged; 95% intervals by the cluster bootstrap, p by permutation of configurations.</p>"
     ]
-    for sweep, experiments in analyses.items():
-        for name, report in experiments.items():
-            lines = [
-                [
-                    c["norm"],
-                    c["place"],
-                    c["kind"],
-                    c["given"],
-                    f"{c['value']:+.2f}",
-                    f"[{c['low']:+.2f}, {c['high']:+.2f}]",
-                    f"{c['p_value']:.3g}",
-                ]
-                for c in report["correlations"]
-                if c["kind"] == "spearman" or c["place"] == "train/clean"
+    for sweep, name, report in findings.experiments(analyses):
+        lines = [
+            [
+                c["norm"],
+                c["place"],
+                c["kind"],
+                c["given"],
+                f"{c['value']:+.2f}",
+                f"[{c['low']:+.2f}, {c['high']:+.2f}]",
+                f"{c['p_value']:.3g}",
             ]
-            counts = f"{report['configurations']} configurations, {report['seeds']} seeds"
-            head = ("norm", "measured on", "coefficient", "given", "value", "interval", "p")
-            if lines:
-                summary = html.escape(f"{sweep}: {name} ({counts})")
-                parts.append(f"<details><summary>{summary}</summary>{_table(head, lines)}</details>")
+            for c in report["correlations"]
+            if c["kind"] == "spearman" or c["place"] == "train/clean"
+        ]
+        head = ("norm", "measured on", "coefficient", "given", "value", "interval", "p")
+        if lines:
+            summary = html.escape(f"{sweep}: {name} ({findings.size(report)})")
+            parts.append(f"<details><summary>{summary}</summary>{findings.table(head, lines)}</details>")
     return "\n".join(parts)

@@ -128,6 +128,22 @@ def test_a_heat_map_needs_no_layers_in_its_first_run_and_says_when_there_are_non
     seen(extras, extras.heat_map, nothing)
 
 
+def test_a_seed_without_a_number_hides_no_other_in_the_control(monkeypatch, tmp_path):
+    results = made("smoke/control", [0, 1], without="clean_accuracy")
+    drawn = []
+
+    @contextmanager
+    def watched(*args, **options):
+        with canvas(*args, **options) as axes:
+            yield axes
+            drawn.extend(axes[0][1].containers)
+
+    monkeypatch.setattr(extras, "canvas", watched)
+    extras.control(results, rows(results), tmp_path / "control")
+    assert all(np.isfinite(np.asarray(bar.lines[0].get_xdata(), dtype=float)).all() for bar in drawn)
+    assert len(drawn) == len({row.variant for row in rows(results)})
+
+
 def test_a_footer_says_when_a_single_seed_shows_no_scatter():
     one, two = made("smoke/figure3", [0]), made("smoke/figure3", [0, 1])
     assert "one seed: no scatter shown" in curves.footer(one, rows(one))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.correlation.printed import PRINTED
+from experiments.correlation.report import analyse
 from experiments.correlation.rows import one_family, rows
 from experiments.correlation.verdicts import load_rules, verdicts
 from experiments.figures import gallery
@@ -110,7 +111,20 @@ def test_the_gallery_needs_no_network_and_links_only_what_exists(drawn):
     assert len(sources) > 20
     assert all((home / source).is_file() for source in sources)
     assert "http" not in page.replace("http-equiv", "")
-    assert page.count("<h2 id=") == len(TITLES) + 2
+    assert page.count("<h2 id=") == len(TITLES) + 4
+
+
+def test_the_gallery_says_what_the_results_show_before_it_shows_them(drawn):
+    home, built = drawn
+    page = (home / "gallery.html").read_text(encoding="utf-8")
+    findings = page[page.index("<h2 id=findings>") : page.index("<h2 id=figure1>")]
+    assert "neither confirms nor refutes" in findings
+    assert findings.count("<tr>") == 1 + sum(len(found) for found in built.analyses.values())
+    assert "the flatter, the more robust" in findings
+    assert "norm: 3 of 3, invariant: 3 of 3, plugin: 3 of 3" in findings
+    shapes = page[page.index("<h2 id=shapes>") : page.index("<h2 id=correlations>")]
+    assert shapes.count("<details>") == findings.count("<tr>") - 1
+    assert page.count("the <a href='ledger/ledger.html'>ledger</a>") == 0
 
 
 def test_drawing_again_gives_the_same_files(drawn, tmp_path):
@@ -200,6 +214,8 @@ def test_different_configurations_never_mix_in_one_curve(tmp_path):
     with pytest.raises(ConfigurationError, match=r"train\.epochs: 30 and 7"):
         build(tmp_path, tmp_path / "figures", resamples=100)
     one_family(rows(one), "here")
+    with pytest.raises(ConfigurationError, match=r"analysis of n_fgsm, .*train\.epochs: 30 and 7"):
+        analyse(rows(mixed), margin=0.05, resamples=10)
 
 
 def test_exports_round_trip_and_notice_what_was_edited(tmp_path):

@@ -12,7 +12,8 @@ from scipy import stats
 from experiments.correlation import judges, u_shape
 from experiments.correlation.differences import difference
 from experiments.correlation.rows import rows
-from experiments.correlation.verdicts import command, load_rules, verdicts
+from experiments.correlation.sources import command
+from experiments.correlation.verdicts import load_rules, verdicts
 from experiments.sweep.export import Result, SweepResults
 from experiments.sweep.grid import load
 
@@ -138,6 +139,13 @@ def test_what_is_missing_is_said_and_what_makes_it_is_a_command_that_exports():
     assert (
         command("figure5") == "python -m experiments sweep experiments/sweeps/smoke/figure5.toml --seeds 0,1,2 --export"
     )
+
+
+def test_a_claim_about_other_data_names_the_sweep_that_has_them():
+    found = verdicts([made("smoke/figure6", [0])], rules=quick_rules())["F6.cifar100-peaks-in-4-10"]
+    assert (found.verdict, found.tier) == ("not tested", "smoke")
+    assert found.evidence.endswith("python -m experiments sweep experiments/sweeps/quick/figure6.toml --export")
+    assert load(SWEEPS / "quick" / "figure6.toml").runs[0].train["data"] == "cifar100"
 
 
 def test_a_smaller_tier_that_decides_is_told_where_the_largest_does_not():
