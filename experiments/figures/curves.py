@@ -55,8 +55,10 @@ def draw(
         spread = np.array([y[x == level].std(ddof=1) if (x == level).sum() > 1 else 0.0 for level in levels])
         shown = f"β = {value}" if by == "beta" else str(value)
         look = looks(index)
-        aside = 1.025 ** (index - (len(curves) - 1) / 2) if spread.any() else 1.0  # bars would hide each other
-        axis.errorbar(levels * aside, mean, yerr=spread if spread.any() else None, label=shown, capsize=2, **look)
+        aside = 1.05 ** (index - (len(curves) - 1) / 2) if spread.any() else 1.0  # bars would hide each other
+        axis.errorbar(
+            levels * aside, mean, yerr=spread if spread.any() else None, label=shown, capsize=2, elinewidth=0.9, **look
+        )
         if spread.any():
             axis.plot(x * aside, y, linestyle="none", marker=".", markersize=2.5, color=look["color"], alpha=0.5)
 
