@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.sweep.files import disk_full, read_result, write_config, write_result
+from experiments.sweep.files import FULL_ADVICE, disk_full, read_result, write_config, write_result
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.owner import Owner
 from experiments.sweep.store import LEASE_SECONDS, MAX_INTERRUPTIONS, Claim, Store
@@ -154,8 +154,8 @@ def _explained(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = "the disk is full; free space" if disk_full(error) else f"cannot be written ({error}); mend that"
-        raise StoreError(f"store {root}: {reason} and start again: nothing that was finished is lost") from error
+        reason = FULL_ADVICE if disk_full(error) else f"it cannot be written ({error.strerror or error})"
+        raise StoreError(f"store {root}: {reason}") from error
 
 
 def _record(ray: Any, store: Store, reference: Any, claim: Claim, interruptions: int) -> None:
@@ -171,6 +171,6 @@ def _record(ray: Any, store: Store, reference: Any, claim: Claim, interruptions:
         store.finish(claim, value, seconds)
     elif outcome == "full":
         store.release(claim, "the node's disk was full")
-        raise StoreError("a cluster node's disk is full; free space there and start again: nothing finished is lost")
+        raise StoreError(f"on a node of the cluster {FULL_ADVICE}")
     else:
         store.fail(claim, value)

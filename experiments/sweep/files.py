@@ -19,6 +19,7 @@ from typing import Any
 from experiments.sweep.keys import RunConfig
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_ADVICE = "the disk is full; free space and start the same command again: nothing that was finished is lost"
 
 
 def disk_full(error: BaseException | None) -> bool:

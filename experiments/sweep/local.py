@@ -15,11 +15,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.sweep.files import FULL_ADVICE
 from experiments.sweep.store import LEASE_SECONDS, MAX_INTERRUPTIONS, Store
-from experiments.sweep.worker import LOST
+from experiments.sweep.worker import FULL, LOST, REFUSED
 from hessdiag.errors import ConfigurationError, StoreError
 
-FINE, REFUSED = 0, 3
+FINE = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def execute(
                     if code is None:
                         continue
                     del crew[index]
+                    if code == FULL:
+                        raise StoreError(f"store {root}: {FULL_ADVICE}")
                     if code == REFUSED:
                         raise StoreError(_last_line(logs / f"worker-{index}.log"))
                     before, claimed = claimed, store.claimed()

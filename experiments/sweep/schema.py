@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from experiments.sweep.files import disk_full
+from experiments.sweep.files import FULL_ADVICE, disk_full
 from hessdiag.errors import StoreError
 
 APPLICATION = 0x48445357  # "HDSW": a file of another program is told apart before anything is written
@@ -55,7 +55,7 @@ def explained(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         text = str(error)
         if disk_full(error):
-            reason = "the disk is full; free space and start again: nothing that was finished is lost"
+            reason = FULL_ADVICE
         elif "readonly" in text or "unable to open" in text:
             reason = "it cannot be written; choose another directory with --store or change its permissions"
         elif "not a database" in text or "malformed" in text:
@@ -105,9 +105,8 @@ def connect(root: Path, *, write: bool = True) -> sqlite3.Connection:
             probe.write_bytes(b"1")
             probe.unlink(missing_ok=True)
         except OSError as error:
-            raise StoreError(
-                f"store {root}: it cannot be written ({error.strerror or error}); choose another with --store"
-            ) from error
+            refusal = f"it cannot be written ({error.strerror or error}); choose another with --store"
+            raise StoreError(f"store {root}: {FULL_ADVICE if disk_full(error) else refusal}") from error
     elif not path.exists() or (path.is_file() and path.stat().st_size == 0):
         raise StoreError(f"store {root}: there is none; `python -m experiments sweep FILE --store {root}` makes one")
     with explained(path):

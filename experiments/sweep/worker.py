@@ -23,14 +23,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from experiments.sweep.files import disk_full, read_result, write_config, write_result
+from experiments.sweep.files import FULL_ADVICE, disk_full, read_result, write_config, write_result
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.owner import Owner
 from experiments.sweep.store import LEASE_SECONDS, MAX_INTERRUPTIONS, Claim, Store
 from hessdiag.errors import ConfigurationError, StoreError
 
 Runner = Callable[[RunConfig, Path], dict[str, Any]]
-LOST, ORPHANED = 75, 76  # exit codes: the run went to somebody else; the driver is gone
+# Exit codes: a refusal, told on standard error; a full disk, on which nothing can be told; the run went to somebody
+# else; the driver is gone.
+REFUSED, FULL, LOST, ORPHANED = 3, 74, 75, 76
 
 
 def load_runner(name: str) -> Runner:
@@ -101,10 +103,7 @@ def do(store: Store, claim: Claim, runner: Runner, *, lease: float = LEASE_SECON
         if disk_full(error):
             with contextlib.suppress(StoreError):  # if even that does not fit, the next claim takes the run back
                 store.release(claim, "the disk was full")
-            raise StoreError(
-                f"store {store.root}: the disk is full; free space and start the same command again: "
-                "nothing that was finished is lost"
-            ) from error
+            raise StoreError(f"store {store.root}: {FULL_ADVICE}") from error
         text = f"{type(error).__name__}: {error}\n\n{''.join(traceback.format_exception(error))}"
         return "failed" if store.fail(claim, text) else "lost"
     return "done" if store.finish(claim, record, seconds) else "lost"
@@ -173,8 +172,9 @@ def main(arguments: list[str] | None = None) -> int:
             parent=options.parent,
         )
     except (StoreError, ConfigurationError) as error:
-        print(error, file=sys.stderr)
-        return 3
+        with contextlib.suppress(OSError):  # standard error is a file on that same disk
+            print(error, file=sys.stderr, flush=True)
+        return FULL if disk_full(error) else REFUSED
     except KeyboardInterrupt:
         return 130
     return 0

@@ -249,7 +249,7 @@ def test_a_full_disk_of_the_driver_of_a_cluster_is_one_line(tmp_path, monkeypatc
         claim = store.claim(Owner.current().text)
         assert claim is not None
         ray = SimpleNamespace(get=lambda reference: ("done", {}, 1.0), exceptions=SimpleNamespace(RayError=OSError))
-        with pytest.raises(StoreError, match="the disk is full; free space and start again"):
+        with pytest.raises(StoreError, match="the disk is full; free space and start the same command again"):
             cluster._record(ray, store, None, claim, 10)
 
 

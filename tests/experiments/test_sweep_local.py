@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import hessdiag
-from experiments.sweep import local
+from experiments.sweep import local, worker
 from experiments.sweep.files import read_result
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.reader import Reader
@@ -215,6 +215,25 @@ def test_workers_that_die_before_they_take_a_run_end_the_sweep(house, monkeypatc
         )
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_is_told_though_the_log_lies_on_it(house, monkeypatch):
+    """/dev/full takes no byte: the worker says by its exit code what it cannot write, and the driver tells it."""
+    root = house / "store"
+    fill(root, 2)
+    (house / "fakes" / "full_runs.py").write_text(
+        "import errno\n\ndef run_one(config, out):\n    raise OSError(errno.ENOSPC, 'No space left on device')\n"
+    )
+    command = [sys.executable, "-m", "experiments.sweep.worker", str(root), "--runner", "full_runs:run_one"]
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run(command, stderr=full, cwd=house, timeout=60, check=False).returncode == worker.FULL
+    (root / "logs" / "worker-0.log").symlink_to("/dev/full")
+    monkeypatch.chdir(house)
+    with pytest.raises(StoreError, match="the disk is full; free space"):
+        local.execute(root, sweep="sweep", workers=local.Workers(1), runner="full_runs:run_one", interval=0.05)
+    with Reader(root) as store:
+        assert store.counts()["queued"] == 2
+
+
 def test_a_process_that_may_write_no_more_stops_with_one_line(house):
     """RLIMIT_FSIZE makes the kernel refuse bytes (EFBIG), as a full disk does (ENOSPC)."""
     root = house / "store"
@@ -226,7 +245,7 @@ def test_a_process_that_may_write_no_more_stops_with_one_line(house):
     )
     command = [sys.executable, "-c", code, str(root), "--runner", "fake_runs:run_big"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=house)
-    assert process.returncode == 3
+    assert process.returncode == worker.FULL
     assert "disk is full" in process.stderr
     assert len(process.stderr.strip().splitlines()) == 1
     with Reader(root) as store:
