@@ -77,6 +77,17 @@ def footer(results: SweepResults, chosen: Sequence[Row]) -> str:
     return text + (f"; {results.missing} runs missing" if results.missing else "")
 
 
+def images(chosen: Sequence[Row], name: str) -> str:
+    """How far the draw of the test images alone moves an accuracy: its standard error, which no seed shows."""
+    tables = [row.record.get({"clean": "clean_accuracy"}.get(name, name)) or {} for row in chosen]
+    pairs = [(float(table["value"]), int(table["samples"])) for table in tables if table.get("samples")]
+    if not pairs:
+        return ""
+    error = 100 * float(np.mean([np.sqrt(max(value * (1 - value), 0.0) / count) for value, count in pairs]))
+    fewest = min(count for _, count in pairs)
+    return f"; on {fewest:,} test images, whose draw alone scatters an accuracy by {error:.1f} points"
+
+
 def paper_marks(axis: Any, chosen: Sequence[Row], name: str, over: Callable[[Row], float] | None = None) -> None:
     """Table 1's numbers at max|σ''| = 7, where the setting is the paper's: CIFAR-10 with ResNet-18."""
     if not all(row.data == "cifar10" and row.network == "resnet18" for row in chosen):
@@ -103,7 +114,7 @@ def figure3(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
         log_curvature(right, curvatures(chosen).tolist())
         band(right, *BAND)
         right.legend()
-        label(left, footer(results, chosen))
+        label(left, footer(results, chosen) + images(chosen, name))
 
 
 def _alpha(row: Row) -> float:
@@ -121,7 +132,7 @@ def _one_panel(by: str, figure: str) -> Callable[[SweepResults, Sequence[Row], P
             log_curvature(axis, curvatures(chosen).tolist())
             band(axis, *BAND)
             axis.legend()
-            label(axis, footer(results, chosen))
+            label(axis, footer(results, chosen) + images(chosen, name))
 
     return drawing
 

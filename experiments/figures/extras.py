@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.correlation.judges import quantity
 from experiments.correlation.rows import Row, column, curvatures, one_family, split
-from experiments.figures.curves import LABELS, footer, robust_name
+from experiments.figures.curves import LABELS, footer, images, robust_name
 from experiments.figures.style import COLOURS, canvas, label, log_values, looks
 from experiments.sweep.export import SweepResults
 
@@ -30,7 +30,7 @@ def scatter(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
             axis.set_xlabel(LABELS[norm])
         axes[0][0].set_ylabel(LABELS[name])
         axes[0][0].legend()
-        label(axes[0][0], footer(results, chosen) + "; larger markers: larger max|σ''|")
+        label(axes[0][0], footer(results, chosen) + images(chosen, name) + "; larger markers: larger max|σ''|")
 
 
 def heat_map(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:

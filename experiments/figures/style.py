@@ -70,7 +70,7 @@ def canvas(path: Path, rows: int = 1, columns: int = 1, *, width: float = 3.6, h
 
 def label(axis: Any, text: str) -> None:
     """What is shown and from which tier it comes, under the plot."""
-    width = int(20 * axis.figure.get_figwidth())  # characters of 7 points that fit
+    width = int(18 * axis.figure.get_figwidth())  # characters of 7 points that fit
     axis.figure.supxlabel("\n".join(wrap(text, width)), fontsize=7, color="#444444")
 
 

@@ -144,6 +144,16 @@ def test_a_seed_without_a_number_hides_no_other_in_the_control(monkeypatch, tmp_
     assert len(drawn) == len({row.variant for row in rows(results)})
 
 
+def test_a_footer_tells_what_few_test_images_do_to_an_accuracy():
+    """15% on 200 images: sqrt(0.15 · 0.85 / 200) is 2.5 points."""
+    results = made("smoke/figure3", [0])
+    few = tuple(Result(r.key, r.config, "", 1.0, {"aa2": {"value": 0.15, "samples": 200}}) for r in results.runs)
+    chosen = rows(SweepResults(results.name, results.figure, results.tier, "", 0, few))
+    wanted = "; on 200 test images, whose draw alone scatters an accuracy by 2.5 points"
+    assert curves.images(chosen, "aa2") == wanted
+    assert curves.images(chosen, "clean") == curves.images(rows(results), "aa2") == ""
+
+
 def test_a_footer_says_when_a_single_seed_shows_no_scatter():
     one, two = made("smoke/figure3", [0]), made("smoke/figure3", [0, 1])
     assert "one seed: no scatter shown" in curves.footer(one, rows(one))
