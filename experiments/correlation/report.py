@@ -21,6 +21,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "clean accuracy": ("clean",),
     "effective curvature": ("log effective",),
+    "β": (),  # within curves: β may move norm and robustness at once, without one having to do with the other
 }
 Plain = dict[str, Any]
 
@@ -56,9 +57,14 @@ def correlations(chosen: Sequence[Row], resamples: int, generator: np.random.Gen
             if not np.isfinite(x).any() or not np.isfinite(robust).any():
                 continue
             for given, names in GIVEN.items():
-                covariates = {name: quantity(chosen, name) for name in names}
                 if given != "nothing" and place != "train/clean":
                     continue
+                covariates = {name: quantity(chosen, name) for name in names}
+                betas = [row.beta for row in chosen] if given == "β" else []
+                if given == "β" and len(set(betas)) < 2:
+                    continue
+                for beta in list(dict.fromkeys(betas))[1:]:
+                    covariates[f"β = {beta}"] = np.array([float(other == beta) for other in betas])
                 for kind in KINDS:
                     result = associate(
                         x,
@@ -66,6 +72,7 @@ def correlations(chosen: Sequence[Row], resamples: int, generator: np.random.Gen
                         cluster=cluster,
                         kind=kind,
                         covariates=covariates,
+                        strata=betas or None,
                         resamples=resamples,
                         generator=generator,
                     )

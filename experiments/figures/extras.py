@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from experiments.correlation.judges import quantity
 from experiments.correlation.rows import Row, column, curvatures, one_family, split
 from experiments.figures.curves import LABELS, footer, images, robust_name
 from experiments.figures.style import COLOURS, canvas, label, log_values, looks
 from experiments.sweep.export import SweepResults
+from hessdiag import networks
 
 
 def scatter(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
@@ -38,7 +40,7 @@ def heat_map(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
     mean over all panels, for layers differ by far more than curvature moves them.
     """
     betas = split([row for row in chosen if row.beta is not None], "beta")
-    layers = list(dict.fromkeys(layer for row in chosen for layer in _norms(row)))
+    layers = _in_order(chosen)
     with canvas(path, 1, max(1, len(betas)), width=3.4, height=0.16 * len(layers) + 1.6) as axes:
         tables = {}
         for (beta,), members in betas.items():
@@ -62,6 +64,18 @@ def heat_map(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
             image, ax=axes[0].tolist(), label="log10 of rms norm (train/clean)\nover the layer's mean"
         )
         label(axes[0][0], footer(results, chosen))
+
+
+def _in_order(chosen: Sequence[Row]) -> list[str]:
+    """Every layer that was measured, from the input on: stored results are sorted by name, the network is not."""
+    measured = dict.fromkeys(layer for row in chosen for layer in _norms(row))
+    built: dict[str, None] = {}
+    for members in split(chosen, "network").values():
+        train = members[0].result.config.train
+        with torch.device("meta"):  # names alone: no weights are drawn
+            network = networks.build(train["network"], **(train.get("network_options") or {}))
+        built |= dict.fromkeys(layer for layer, _ in network.named_parameters())
+    return [layer for layer in built if layer in measured] + [layer for layer in measured if layer not in built]
 
 
 def _norms(row: Row) -> dict[str, float]:

@@ -29,7 +29,13 @@ def summary(analyses: Plain) -> str:
             "<p>None of these runs has the paper's own setting (tier paper). What follows holds for the settings "
             "named; it neither confirms nor refutes what the paper shows on its own.</p>"
         )
-    head = ["setting", "Spearman of log-norm and robustness", "U-shaped over max|σ''|", "robustness peaks at"]
+    head = [
+        "setting",
+        "Spearman of log-norm and robustness",
+        "the same within curves of one β",
+        "U-shaped over max|σ''|",
+        "robustness peaks at",
+    ]
     head.append("curves of all β below 15")
     lines = [
         [f"{sweep}: {name} ({size(report)})", *_line(name, report)] for sweep, name, report in experiments(analyses)
@@ -65,19 +71,24 @@ def reading(low: float, high: float) -> str:
 
 def _line(name: str, report: Plain) -> list[str]:
     if name.startswith("standard,"):  # nothing is robust without adversarial training: its rank is noise
-        return ["(standard training: not robust)", _shapes(report), "-", "-"]
-    return [_correlation(report), _shapes(report), _peaks(report), _coincidence(report.get("coincidence"))]
+        return ["(standard training: not robust)", "-", _shapes(report), "-", "-"]
+    both = [_correlation(report, given) for given in ("nothing", "β")]
+    return [*both, _shapes(report), _peaks(report), _coincidence(report.get("coincidence"))]
 
 
-def _correlation(report: Plain) -> str:
+def _correlation(report: Plain, given: str) -> str:
     chosen = {
         c["norm"]: c
         for c in report["correlations"]
-        if (c["kind"], c["place"], c["given"]) == ("spearman", "train/clean", "nothing")
+        if (c["kind"], c["place"], c["given"]) == ("spearman", "train/clean", given)
     }
-    return "; ".join(
-        f"{norm} {c['value']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]: {reading(c['low'], c['high'])}"
-        for norm, c in chosen.items()
+    return (
+        "-"
+        if not chosen
+        else "; ".join(
+            f"{norm} {c['value']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]: {reading(c['low'], c['high'])}"
+            for norm, c in chosen.items()
+        )
     )
 
 

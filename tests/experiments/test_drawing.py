@@ -51,7 +51,12 @@ def seen(monkeypatch, tmp_path):
             with canvas(*args, **options) as axes:
                 yield axes
                 kept.extend(
-                    {"x": a.get_xlabel(), "y": a.get_ylabel(), "legend": a.get_legend_handles_labels()[1]}
+                    {
+                        "x": a.get_xlabel(),
+                        "y": a.get_ylabel(),
+                        "rows": [text.get_text() for text in a.get_yticklabels()],
+                        "legend": a.get_legend_handles_labels()[1],
+                    }
                     for a in axes.flat
                 )
 
@@ -158,3 +163,18 @@ def test_a_footer_says_when_a_single_seed_shows_no_scatter():
     one, two = made("smoke/figure3", [0]), made("smoke/figure3", [0, 1])
     assert "one seed: no scatter shown" in curves.footer(one, rows(one))
     assert "2 seeds" in curves.footer(two, rows(two))
+
+
+def test_a_heat_map_lists_layers_from_the_input_on(seen):
+    """Exports sort a run's layers by name; names that the network has not come last."""
+    results = made("smoke/figure3", [0])
+    for run in results.runs:
+        layers = run.record["norms"]["train/clean"]["layers"]
+        layers |= {name: {"rms": 0.1} for name in ("blocks.0.conv1.weight", "bn1.weight", "conv1.weight")}
+    assert seen(extras, extras.heat_map, results)[0]["rows"] == [
+        "conv1.weight",
+        "bn1.weight",
+        "blocks.0.conv1.weight",
+        "a.weight",
+        "b.weight",
+    ]
