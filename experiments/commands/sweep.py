@@ -124,7 +124,8 @@ def _run(
         show.print(f"note: {error}", markup=False)
     known = [("this store", own), ("exported results", exported)]
     measure = (lambda config: _pilot(config, plan.threads)) if pilot else None
-    cost = estimate(sweep.runs, finished, known, pilot=measure)
+    given_up = [row.key for row in rows if row.state == "failed" and row.failures > retries]
+    cost = estimate(sweep.runs, finished, known, failed=given_up, pilot=measure)
     side = plan.count if executor == "local" or dry_run else cluster.places(address, plan.threads, per_gpu)
     show.print(f"{sweep.name}: {sweep.title}\n  {cost.sentence(side)}", markup=False)
     check_budget(cost, side, budget)

@@ -14,24 +14,36 @@ Timing = tuple[RunConfig, float]
 
 @dataclass(frozen=True)
 class Estimate:
-    """`seconds` is the work of the runs that are left, on one worker each; `unknown` runs have no timing."""
+    """`seconds` is the work of the runs that are left, on one worker each; `unknown` runs have no timing.
+
+    `failed` runs have no retry left: they are neither done nor to do.
+    """
 
     runs: int
     done: int
     seconds: float
     source: str
     unknown: int = 0
+    failed: int = 0
+
+    @property
+    def left(self) -> int:
+        """How many runs are to do."""
+        return self.runs - self.done - self.failed
 
     def wall(self, workers: int) -> float:
         """Seconds until the last run ends, if the workers do not disturb each other."""
-        return self.seconds / max(1, min(workers, self.runs - self.done)) if self.runs > self.done else 0.0
+        return self.seconds / max(1, min(workers, self.left)) if self.left else 0.0
 
     def sentence(self, workers: int) -> str:
         """What the command prints before it starts."""
-        left = self.runs - self.done
-        if not left:
+        left = self.left
+        if self.done == self.runs:
             return f"{self.runs} runs, all done"
-        text = f"{self.runs} runs, {self.done} done, {left} to do"
+        failed = f"{self.failed} failed (--retries tries them again), " if self.failed else ""
+        text = f"{self.runs} runs, {self.done} done, {failed}{left} to do"
+        if not left:
+            return text
         if self.unknown == left:
             return f"{text}; no timing of such runs yet: the first run done will tell (--pilot measures one before)"
         if self.unknown:
@@ -45,10 +57,11 @@ def estimate(
     done: Iterable[str],
     timings: Iterable[tuple[str, Sequence[Timing]]],
     *,
+    failed: Iterable[str] = (),
     pilot: Callable[[RunConfig], float] | None = None,
 ) -> Estimate:
-    """Cost of `runs` that are not in `done`, from the first source that timed runs of the same family."""
-    finished = set(done)
+    """Cost of `runs` that are not in `done` nor in `failed`, from the first source that timed runs of the family."""
+    finished, lost = set(done), set(failed)
     known: dict[str, tuple[float, str]] = {}
     for source, entries in timings:
         groups: dict[str, list[float]] = {}
@@ -58,7 +71,7 @@ def estimate(
             known.setdefault(family, (statistics.fmean(values), f"{source}: {len(values)} runs"))
     seconds, unknown, sources = 0.0, 0, dict[str, None]()
     for run in runs:
-        if run.key in finished:
+        if run.key in finished | lost:
             continue
         if run.family not in known and pilot is not None:
             known[run.family] = (pilot(run), "a pilot")
@@ -67,7 +80,8 @@ def estimate(
             sources[known[run.family][1]] = None
         else:
             unknown += 1
-    return Estimate(len(runs), len([run for run in runs if run.key in finished]), seconds, "; ".join(sources), unknown)
+    ready, over = (sum(run.key in keys for run in runs) for keys in (finished, lost))
+    return Estimate(len(runs), ready, seconds, "; ".join(sources), unknown, over)
 
 
 def check_budget(cost: Estimate, workers: int, minutes: float | None) -> None:

@@ -29,12 +29,12 @@ def machine() -> str:
 def started(pid: int) -> str | None:
     """The kernel's start time of process `pid` (field 22 of its stat); "" where unknown, None when it is
     dead.
+
+    A missing file proves no death: there may be no /proc, or it may hide other users' processes (hidepid).
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
+    except OSError:
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -42,8 +42,6 @@ def started(pid: int) -> str | None:
         except OSError:
             return ""
         return ""
-    except OSError:
-        return None
     fields = text.rpartition(")")[2].split()  # the name in parentheses may hold blanks and parentheses itself
     return None if fields[0] in "ZX" else fields[19]
 
@@ -79,4 +77,6 @@ class Owner:
         if self.machine != machine():
             return None
         now = started(self.pid)
-        return now is not None and (now == self.started or not now or not self.started)
+        if now is None or now == self.started:
+            return now is not None
+        return False if now and self.started else None  # another process has the number; or nobody may look

@@ -118,6 +118,29 @@ def test_a_reused_process_id_is_not_taken_for_the_owner():
     assert Owner.parse(me.text) == me
 
 
+def test_a_process_that_may_not_be_looked_at_is_not_taken_for_dead(monkeypatch):
+    """A /proc that hides other users' processes (hidepid): the lease decides, not the missing file."""
+    me = Owner.current()
+
+    def hidden(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    def foreign(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    monkeypatch.setattr("experiments.sweep.owner.machine", lambda: me.machine)
+    monkeypatch.setattr(os, "kill", foreign)
+    assert me.alive is None
+    assert replace(me, started="").alive is True  # where no start time is ever known, a number that lives is enough
+
+    def missing(pid: int, number: int) -> None:
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", missing)
+    assert me.alive is False
+
+
 def test_failures_keep_their_error_and_are_retried_as_often_as_asked(tmp_path):
     calls: list[str] = []
 

@@ -187,6 +187,10 @@ def test_cost_is_said_from_runs_of_the_same_kind(tmp_path):
     assert (cost.runs, cost.done, cost.seconds) == (8, 1, 280.0)
     assert cost.sentence(2) == "8 runs, 1 done, 7 to do; about 40 s each (here: 2 runs), 2 min on 2 workers"
     assert estimate(runs, [run.key for run in runs], []).sentence(2) == "8 runs, all done"
+    three, rest = [run.key for run in runs[:3]], [run.key for run in runs[3:]]
+    lost = estimate(runs, rest, [], failed=three)
+    assert lost.sentence(2) == "8 runs, 5 done, 3 failed (--retries tries them again), 0 to do"
+    assert estimate(runs, [], [("here", [(runs[0], 30.0)])], failed=three).wall(5) == 30.0
     assert estimate(runs, [], [], pilot=lambda run: 3.0).seconds == 24.0
     check_budget(cost, 2, 3)
     with pytest.raises(BudgetError, match="--budget 2"):

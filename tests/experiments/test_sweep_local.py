@@ -278,6 +278,35 @@ def test_plans_pin_threads_and_spread_over_gpus(monkeypatch):
         local.Workers.plan(workers=0)
 
 
+@pytest.mark.parametrize(
+    ("said", "seen", "expected"),
+    [
+        (None, 2, ("0", "1")),
+        ("", 0, ()),
+        ("-1", 0, ()),
+        ("5, 2", 2, ("5", "2")),
+        ("GPU-abc,GPU-def", 2, ("GPU-abc", "GPU-def")),
+        ("3,-1,2", 1, ("3",)),  # CUDA ends the list at the first name that is none
+    ],
+)
+def test_workers_are_pinned_to_the_gpus_that_this_process_may_use(monkeypatch, said, seen, expected):
+    import torch
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if said is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert local.visible_gpus() == expected
+    plan = local.Workers.plan(per_gpu=2)
+    if expected:
+        assert plan.count == 2 * len(expected)
+        pins = [plan.environment(index)["CUDA_VISIBLE_DEVICES"] for index in range(plan.count)]
+        assert pins == [*expected, *expected]
+    else:
+        assert "CUDA_VISIBLE_DEVICES" not in plan.environment(0)
+
+
 def test_records_survive_as_plain_json(house):
     root = house / "store"
     runs = fill(root, 1, sleep=0.0)
