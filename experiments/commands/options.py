@@ -28,9 +28,16 @@ def load_recipe(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
             known = nearest(name, recipe_names())
             raise UnknownNameError(f"unknown recipe {name!r}; {known}, or a path ending in .toml")
     table = load_toml(path)
-    source = table.pop("source", {})
-    evaluation = table.pop("evaluate", {})
-    return table, {"source": source, "evaluate": evaluation}
+    about = {name: table.pop(name, {}) for name in ("source", "evaluate")}
+    for part, value in about.items():
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"{path}: [{part}] must be a table, not {value!r}")
+    for key in about["evaluate"]:
+        if key != "attacks":
+            raise UnknownNameError(f"{path}: unknown key 'evaluate.{key}'; {nearest(key, ['attacks'])}")
+    if not isinstance(about["evaluate"].get("attacks", []), list):
+        raise ConfigurationError(f"{path}: evaluate.attacks must be a list, such as ['aa2:300', 'aa']")
+    return table, about
 
 
 def assignments(words: Sequence[str]) -> dict[str, Any]:

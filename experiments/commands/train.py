@@ -11,6 +11,7 @@ import typer
 
 from experiments.commands.evaluation import run_attacks
 from experiments.commands.options import configuration
+from experiments.evaluate import Request
 from experiments.train import FINISHED, train
 
 STOPPED = 4  # exit code of a run that ended before its last epoch
@@ -48,6 +49,9 @@ def command(
     if dry_run:
         print(json.dumps({"key": config.key(), "config": config.to_dict(), **about}, indent=1))
         return 0
+    requests = attack if attack is not None else list(about.get("evaluate", {}).get("attacks", []))
+    for request in requests:  # refused now, not after the training
+        Request.parse(request)
     folder = out or Path("runs") / config.key()
     result = train(config, folder, device=device, root=root, progress=not quiet, save_seconds=save_seconds)
     summary: dict[str, Any] = {
@@ -59,7 +63,6 @@ def command(
         "train_seconds": round(result.seconds, 2),
         "images_per_second": round(result.images_per_second),
     }
-    requests = attack if attack is not None else list(about.get("evaluate", {}).get("attacks", []))
     if requests:
         record = run_attacks(folder, requests, device=device, root=root, quiet=quiet)
         summary["attacks"] = {

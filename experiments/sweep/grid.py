@@ -51,7 +51,6 @@ class Sweep:
     title: str
     runs: tuple[RunConfig, ...]
     variants: Mapping[str, str]
-    note: str = ""
 
 
 def load(
@@ -99,7 +98,7 @@ def load(
         if not count and seeds is None:
             raise ConfigurationError(f"{place}: override {index + 1} matches no run; correct its `where`")
     title = str(table.get("title", path.stem))
-    return Sweep(f"{tier}/{path.stem}", figure, tier, title, tuple(runs.values()), variants, str(table.get("note", "")))
+    return Sweep(f"{tier}/{path.stem}", figure, tier, title, tuple(runs.values()), variants)
 
 
 def _table(table: Any, where: str) -> None:

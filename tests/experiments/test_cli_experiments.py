@@ -78,16 +78,39 @@ def test_dry_run_shows_the_whole_configuration(capsys: pytest.CaptureFixture[str
         (["train", "--method", "trades", "--eps", "8"], "[0, 1]"),
         (["train", "--method", "trades", "--network", "wrn"], "known:"),
         (["train", "--recipe", "dajat"], "dajat_rn18_high"),
+        (["train", "--recipe", "digits_n_fgsm", "--attack", "aaa", "--out", "NOWHERE"], "did you mean 'aa'"),
         (["attack", "NOWHERE", "--attack", "aa"], "NOWHERE"),
         (["attack", "NOWHERE", "--attack", "aaa"], "did you mean 'aa'"),
     ],
 )
-def test_refusals_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals_are_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     code, _, err = call(capsys, *words)
     assert code == 3
     assert message in err
     assert err.count("\n") == 1
     assert err.startswith("error: ")
+    assert not Path("NOWHERE").exists()  # refused before anything was trained
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("[evaluate]\natacks = ['aa']", "unknown key 'evaluate.atacks'; did you mean 'attacks'"),
+        ("[evaluate]\nattacks = 'aa'", "evaluate.attacks must be a list"),
+        ("evaluate = 3", "[evaluate] must be a table"),
+        ("source = 3", "[source] must be a table"),
+    ],
+)
+def test_what_a_recipe_says_besides_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: str, message: str
+) -> None:
+    (tmp_path / "mine.toml").write_text(f"method = 'standard'\n{lines}\n")
+    code, _, err = call(capsys, "train", "--recipe", str(tmp_path / "mine.toml"), "--dry-run")
+    assert code == 3
+    assert message in err
 
 
 def test_missing_data_says_how_to_get_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
