@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -165,7 +166,8 @@ def _watcher(live: Live, reader: Reader, name: str) -> Callable[[], None]:
     def watch() -> None:
         if time.monotonic() - last[0] > 1.0:
             last[0] = time.monotonic()
-            live.update(status.render(reader, name))
+            with contextlib.suppress(StoreError):  # the picture may wait; the runs go on
+                live.update(status.render(reader, name))
 
     return watch
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from experiments.__main__ import main
+from experiments.commands import sweep as command
 from experiments.config import TrainConfig
 from experiments.sweep import cluster, export, grid, local
 from experiments.sweep.keys import RunConfig
@@ -199,6 +200,20 @@ def test_status_names_the_nearest_sweep(tmp_path):
         store.about("smoke/mien")
     assert main(["status", "--store", str(tmp_path / "s"), "--sweep", "smoke/mien"]) == 3
     assert main(["status", "--store", str(tmp_path / "s"), "--sweep", "smoke/mine"]) == 0
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_sweep(monkeypatch):
+    drawn = []
+
+    def render(*_: object) -> str:
+        drawn.append(1)
+        raise StoreError("another process has held it")
+
+    monkeypatch.setattr(command.status, "render", render)
+    monkeypatch.setattr(command.time, "monotonic", lambda: 100.0)
+    watch = command._watcher(SimpleNamespace(update=drawn.append), None, "smoke/mine")
+    watch()
+    assert drawn == [1]
 
 
 def test_a_measurement_cut_short_by_ctrl_c_is_no_result(tmp_path, monkeypatch):
