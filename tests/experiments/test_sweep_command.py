@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from itertools import count
@@ -19,6 +20,7 @@ from experiments.__main__ import main
 from experiments.commands import sweep as command
 from experiments.config import TrainConfig
 from experiments.sweep import cluster, export, grid, local
+from experiments.sweep.files import read_result
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.owner import Owner
 from experiments.sweep.reader import Reader
@@ -246,6 +248,54 @@ def test_a_cluster_is_asked_for_its_gpus_not_the_machine_of_the_driver():
 def test_every_share_of_a_gpu_is_a_place(per_gpu):
     ray = ray_of({"CPU": 100.0, "GPU": 8.0}, {"CPU": 64.0})
     assert cluster._slots(ray, 1, 1.0 / per_gpu) == 8 * per_gpu
+
+
+class TaskDiedError(Exception):
+    """Stands for what ray.get raises when a task's process or node is gone."""
+
+
+class Cluster:
+    """What `cluster.execute` uses of Ray, on this process alone: a task is done when it is asked for."""
+
+    exceptions = SimpleNamespace(RayError=TaskDiedError)
+
+    def __init__(self, deaths: int = 0) -> None:
+        self.deaths, self.asked = deaths, dict[str, object]()
+
+    def nodes(self) -> list[dict[str, object]]:
+        return [{"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+
+    def remote(self, **options: object) -> Callable[[Callable[..., object]], SimpleNamespace]:
+        self.asked = options
+        return lambda function: SimpleNamespace(remote=lambda *arguments: partial(function, *arguments))
+
+    def wait(self, references: list[object], timeout: float) -> tuple[list[object], list[object]]:
+        return references[:1], references[1:]
+
+    def get(self, reference: Callable[[], object]) -> object:
+        if self.deaths:
+            self.deaths -= 1
+            raise TaskDiedError
+        return reference()
+
+
+def test_a_cluster_does_every_run_once_and_again_where_its_task_died(tmp_path, monkeypatch):
+    """The driver's side without Ray itself; tests/experiments/test_sweep_ray.py has a real cluster."""
+    (tmp_path / "squares.py").write_text("def run_one(config, out):\n    return {'value': config.train['number'] ** 2}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    there = Cluster(deaths=2)
+    monkeypatch.setattr(cluster, "connect", lambda address: there)
+    runs = [RunConfig({"number": number}) for number in range(5)]
+    with Store(tmp_path / "s") as store:
+        store.add("sweep", runs, tier="smoke")
+    counts = cluster.execute(tmp_path / "s", sweep="sweep", runner="squares:run_one", per_gpu=4)
+    assert counts == {"queued": 0, "running": 0, "done": 5, "failed": 0}
+    assert (there.asked["num_cpus"], there.asked["num_gpus"]) == (1, 0.25)
+    with Reader(tmp_path / "s") as store:
+        assert [row.record for row in store.rows("sweep")] == [{"value": number**2} for number in range(5)]
+        outcomes = [attempt["outcome"] for run in runs for attempt in store.attempts(run.key)]
+        assert sorted(outcomes) == ["done"] * 5 + ["interrupted"] * 2
+        assert all(read_result(store.folder(run.key), run) for run in runs)
 
 
 def test_a_cluster_without_room_for_a_run_is_refused(tmp_path, monkeypatch):
