@@ -24,7 +24,7 @@ from experiments.sweep.files import read_result
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.owner import Owner
 from experiments.sweep.reader import Reader
-from experiments.sweep.run import _Clock, measured
+from experiments.sweep.run import _Clock, cost, measured
 from experiments.sweep.store import Store
 from experiments.trainer.rig import build_network
 from hessdiag.errors import ConfigurationError, StoreError
@@ -233,6 +233,12 @@ def test_a_measurement_cut_short_by_ctrl_c_is_no_result(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         measured(config, model, torch.device("cpu"), _Clock())
     assert next(events) > 30  # it was Ctrl-C that ended it
+
+
+def test_a_batch_larger_than_the_data_costs_what_the_data_do(tmp_path):
+    config = grid.load(write(tmp_path)).runs[0].replace(train={"batch_size": 5000})
+    model = build_network(TrainConfig.from_dict(config.train), (1, 8, 8), 10)
+    assert cost(config, model, torch.device("cpu"))["saved_bytes"] > 1297 * 64 * 4  # at least the images themselves
 
 
 def ray_of(*nodes: dict[str, float]) -> SimpleNamespace:
