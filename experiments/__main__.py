@@ -7,7 +7,6 @@ or when help is asked for, so that `train --help` does not wait for what sweeps 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 
 import typer
@@ -39,8 +38,7 @@ def application(arguments: list[str]) -> typer.Typer:
     called = next((word for word in arguments if not word.startswith("-")), None)
     names = [called] if called in COMMANDS else list(COMMANDS)
     for name in names:
-        if importlib.util.find_spec(COMMANDS[name]) is not None:
-            importlib.import_module(COMMANDS[name]).register(app)
+        importlib.import_module(COMMANDS[name]).register(app)
     return app
 
 

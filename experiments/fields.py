@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def storable(value: Any) -> Any:
+    """`value` as strict JSON can hold it: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): storable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [storable(item) for item in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):  # NumPy's numbers
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,13 @@ import torch
 from torch import nn
 
 from experiments.config import TrainConfig
+from experiments.fields import storable
 from experiments.splitnorm import plain_state
 from experiments.trainer.rig import Rig
 from experiments.trainer.state import Standing, read_state, write_state
 from hessdiag.checkpoint import save_checkpoint
 from hessdiag.errors import CheckpointError, ResumeError
 from hessdiag.files import BadFileError, write_bytes
-
-
-def finite(value: Any) -> Any:
-    """`value` as strict JSON can hold it: numbers that are not finite become null."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Folder:
@@ -68,13 +59,13 @@ class Folder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Put a table there in one step."""
-        text = json.dumps(finite(content), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        text = json.dumps(storable(content), indent=1, sort_keys=True, allow_nan=False) + "\n"
         self._write(name, text.encode())
 
     def save(self, rig: Rig, standing: Standing) -> None:
         """Metrics, the network as others load it, and what the run needs to go on."""
         try:
-            rows = [json.dumps(finite(row), sort_keys=True, allow_nan=False) for row in standing.history]
+            rows = [json.dumps(storable(row), sort_keys=True, allow_nan=False) for row in standing.history]
             self._write("metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
             self.save_network(rig, standing)
             write_state(self.path / "state.pt", rig, standing)
@@ -107,7 +98,7 @@ class Folder:
         }
         ema = None if average is None else plain_state(average)
         save_checkpoint(
-            self.path / "last.pt", rig.network, ema=ema, epoch=standing.epoch, metrics=finite(last), **about
+            self.path / "last.pt", rig.network, ema=ema, epoch=standing.epoch, metrics=storable(last), **about
         )
         if standing.best is not None:
             metrics = {"held_out_pgd": standing.best["pgd"]}

@@ -96,30 +96,35 @@ def read_bytes(
     return data
 
 
-def write_bytes(path: PathLike, content: bytes) -> None:
+def replace_file(path: PathLike, content: bytes) -> None:
     """Write `content` to `path` so that a reader finds the old file or the new one, never a part (fsync,
-    rename).
+    rename); what the system refuses is an OSError.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    # O_EXCL with mode 0o666 obeys the user's umask, which tempfile's 0o600 would not.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        # O_EXCL with mode 0o666 obeys the user's umask, which tempfile's 0o600 would not.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        if hasattr(os, "O_DIRECTORY"):
-            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_bytes(path: PathLike, content: bytes) -> None:
+    """As `replace_file`, with the reason of a refusal fit for one line."""
+    try:
+        replace_file(path, content)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise BadFileError(f"cannot be written ({reason})") from None

@@ -18,7 +18,7 @@ from experiments.sweep.cost import check_budget, estimate
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.reader import Reader
 from experiments.sweep.store import Store
-from hessdiag.errors import ConfigurationError, StoreError, UnknownNameError, nearest
+from hessdiag.errors import ConfigurationError, HessdiagError, StoreError, UnknownNameError, nearest
 
 EXECUTORS = ("local", "ray")
 
@@ -34,7 +34,7 @@ def command(
     seeds: Annotated[str | None, typer.Option(help="Seeds instead of the file's: 0,1,2.")] = None,
     retries: Annotated[int, typer.Option(help="How often a failed run is tried again.")] = 0,
     budget: Annotated[float | None, typer.Option(help="Refuse to start what takes longer, in minutes.")] = None,
-    pilot: Annotated[bool, typer.Option(help="Time a short run first where no timing is known.")] = False,
+    pilot: Annotated[bool, typer.Option(help="Time a few steps first where no timing is known.")] = True,
     dry_run: Annotated[bool, typer.Option(help="Say what would be done and what it costs, and stop.")] = False,
     list_runs: Annotated[bool, typer.Option("--list", help="List the runs with what came out, and stop.")] = False,
     results: Annotated[Path, typer.Option(help="Directory of exported results.")] = Path("results"),
@@ -49,6 +49,8 @@ def command(
         raise UnknownNameError(f"--executor {executor!r}; {nearest(executor, list(EXECUTORS))}")
     if retries < 0:
         raise ConfigurationError(f"--retries {retries}: not negative")
+    if budget is not None and not budget > 0:
+        raise ConfigurationError(f"--budget {budget:g}: minutes, more than 0")
     if executor == "ray" and workers is not None:
         raise ConfigurationError("--workers is of --executor local: a cluster does as many runs as fit (--threads)")
     sweeps = [grid.load(path, seeds=_seeds(seeds)) for path in files]
@@ -124,7 +126,7 @@ def _run(
         exported = []
         show.print(f"note: {error}", markup=False)
     known = [("this store", own), ("exported results", exported)]
-    measure = (lambda config: _pilot(config, plan.threads)) if pilot else None
+    measure = _timer(sweep.name, plan.threads, show) if pilot else None
     given_up = [row.key for row in rows if row.state == "failed" and row.failures > retries]
     cost = estimate(sweep.runs, finished, known, failed=given_up, pilot=measure)
     side = plan.count if executor == "local" or dry_run else cluster.places(address, plan.threads, per_gpu)
@@ -159,6 +161,22 @@ def _run(
     return counts["failed"]
 
 
+def _timer(name: str, threads: int, show: Console) -> Callable[[RunConfig], float | None]:
+    """The pilot, announced, since it may take a minute; None where no run can begin: the runs will say why."""
+
+    def measure(config: RunConfig) -> float | None:
+        from experiments.sweep.pilot import pilot
+
+        show.print(f"{name}: timing a few steps first; --no-pilot leaves it out", markup=False)
+        try:
+            return pilot(config, threads=threads)
+        except HessdiagError as error:
+            show.print(f"note: not timed ({error})", markup=False)
+            return None
+
+    return measure
+
+
 def _watcher(live: Live, reader: Reader, name: str) -> Callable[[], None]:
     """Refresh the table at most once a second."""
     last = [0.0]
@@ -170,20 +188,6 @@ def _watcher(live: Live, reader: Reader, name: str) -> Callable[[], None]:
                 live.update(status.render(reader, name))
 
     return watch
-
-
-def _pilot(config: RunConfig, threads: int) -> float:
-    """As `run.pilot` has it, with the threads that a worker will have."""
-    import torch
-
-    from experiments.sweep.run import pilot
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return pilot(config)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -12,12 +12,13 @@ from experiments.correlation.report import analyse
 from experiments.correlation.rows import Row, rows
 from experiments.correlation.sources import command
 from experiments.correlation.verdicts import Verdict, load_rules, verdicts
+from experiments.fields import storable
 from experiments.figures.closed_forms import figure1, figure2
 from experiments.figures.curves import DRAWINGS, counted
 from experiments.figures.extras import control, heat_map, scatter
 from experiments.figures.tables import table1, table2
 from experiments.sweep.export import SweepResults, read_all, rounded
-from experiments.sweep.files import storable, write_whole
+from hessdiag.files import replace_file
 
 Drawing = Callable[[SweepResults, Sequence[Row], Path], None]
 TITLES = {
@@ -113,4 +114,4 @@ def _draw(drawing: Drawing, figure: str, sweep: SweepResults, chosen: Sequence[R
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(rounded(storable(value)), indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    write_whole(path, (text + "\n").encode())
+    replace_file(path, (text + "\n").encode())

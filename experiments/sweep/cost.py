@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from experiments.sweep.keys import RunConfig
-from hessdiag.errors import BudgetError, ConfigurationError
+from hessdiag.errors import BudgetError
 
 Timing = tuple[RunConfig, float]
 
@@ -45,7 +45,7 @@ class Estimate:
         if not left:
             return text
         if self.unknown == left:
-            return f"{text}; no timing of such runs yet: the first run done will tell (--pilot measures one before)"
+            return f"{text}; no timing of such runs yet: the first run done will tell"
         if self.unknown:
             text += f" ({self.unknown} of a kind not timed yet)"
         each = duration(self.seconds / max(1, left - self.unknown))
@@ -58,7 +58,7 @@ def estimate(
     timings: Iterable[tuple[str, Sequence[Timing]]],
     *,
     failed: Iterable[str] = (),
-    pilot: Callable[[RunConfig], float] | None = None,
+    pilot: Callable[[RunConfig], float | None] | None = None,
 ) -> Estimate:
     """Cost of `runs` that are not in `done` nor in `failed`, from the first source that timed runs of the family."""
     finished, lost = set(done), set(failed)
@@ -69,12 +69,14 @@ def estimate(
             groups.setdefault(config.family, []).append(seconds)
         for family, values in groups.items():
             known.setdefault(family, (statistics.fmean(values), f"{source}: {len(values)} runs"))
-    seconds, unknown, sources = 0.0, 0, dict[str, None]()
+    seconds, unknown, sources, tried = 0.0, 0, dict[str, None](), set[str]()
     for run in runs:
         if run.key in finished | lost:
             continue
-        if run.family not in known and pilot is not None:
-            known[run.family] = (pilot(run), "a pilot")
+        if run.family not in known and pilot is not None and run.family not in tried:
+            tried.add(run.family)
+            if (timed := pilot(run)) is not None:
+                known[run.family] = (timed, "a pilot")
         if run.family in known:
             seconds += known[run.family][0]
             sources[known[run.family][1]] = None
@@ -88,10 +90,8 @@ def check_budget(cost: Estimate, workers: int, minutes: float | None) -> None:
     """Refuse a sweep that costs more than the stated budget, or nobody knows how much."""
     if minutes is None:
         return
-    if not minutes > 0:
-        raise ConfigurationError(f"--budget {minutes:g}: minutes, more than 0")
     if cost.unknown:
-        raise BudgetError(f"--budget {minutes:g}: {cost.unknown} runs of a kind not timed yet; --pilot times one first")
+        raise BudgetError(f"--budget {minutes:g}: {cost.unknown} runs not timed yet; the pilot would time one")
     if cost.wall(workers) > 60 * minutes:
         raise BudgetError(
             f"the sweep needs about {duration(cost.wall(workers))}, more than --budget {minutes:g} min; "

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.sweep.files import storable, write_whole
+from experiments.fields import storable
 from experiments.sweep.keys import TIERS, RunConfig
 from experiments.sweep.reader import Reader
 from hessdiag.errors import ConfigurationError, StoreError
+from hessdiag.files import replace_file
 
 FORMAT = "hessdiag-sweep/1"
 DIGITS = 8
@@ -117,7 +118,7 @@ def save(results: SweepResults, folder: Path) -> Path:
         entry = {"key": run.key, "variant": run.variant, "seconds": rounded(run.seconds)}
         entry |= {"config": run.config.to_dict(), "record": rounded(storable(run.record))}
         lines.append(json.dumps(entry, sort_keys=True, allow_nan=False))
-    write_whole(path, (head + ', "runs": [\n' + ",\n".join(lines) + "\n]}\n").encode())
+    replace_file(path, (head + ', "runs": [\n' + ",\n".join(lines) + "\n]}\n").encode())
     return path
 
 

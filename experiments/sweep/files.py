@@ -9,14 +9,13 @@ from __future__ import annotations
 import errno
 import json
 import math
-import numbers
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.fields import storable
 from experiments.sweep.keys import RunConfig
+from hessdiag.files import replace_file
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_ADVICE = "the disk is full; free space and start the same command again: nothing that was finished is lost"
@@ -35,51 +34,19 @@ def disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside `path`, sync, rename: a reader sees the old file or the new, never a
-    part.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def storable(value: Any) -> Any:
-    """`value` as strict JSON can hold it: numbers that are not finite become null."""
-    if isinstance(value, Mapping):
-        return {str(key): storable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [storable(item) for item in value]
-    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):  # NumPy's numbers
-        value = int(value) if isinstance(value, numbers.Integral) else float(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_config(folder: Path, config: RunConfig) -> None:
     """Say in the run's directory what the run is, before it begins."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".*.json.*.tmp"):  # left by a writer that was killed
         stale.unlink(missing_ok=True)
-    write_whole(folder / "config.json", (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode())
+    replace_file(folder / "config.json", (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode())
 
 
 def write_result(folder: Path, config: RunConfig, record: Mapping[str, Any], seconds: float) -> None:
     """Put a finished run's record on disk, in one step, with the key and configuration it belongs to."""
     content = {"key": config.key, "config": config.to_dict(), "seconds": seconds, "record": storable(record)}
     text = json.dumps(content, sort_keys=True, allow_nan=False)
-    write_whole(folder / "result.json", text.encode())
+    replace_file(folder / "result.json", text.encode())
 
 
 def read_result(folder: Path, config: RunConfig) -> tuple[dict[str, Any], float] | None:

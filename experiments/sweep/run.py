@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 import hessdiag
 from experiments.attacks import evaluate
 from experiments.config import TrainConfig
+from experiments.provenance import provenance
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.records import Record, norm_record, proportion, vars_of
 from experiments.train import train
@@ -30,7 +30,7 @@ from hessdiag.perturbation import parse_pgd, perturb_batches
 def run_one(config: RunConfig, out: Path) -> Record:
     """Do the run in directory `out` and return its record."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = _Clock()
+    clock = Clock()
     settings = TrainConfig.from_dict(config.train)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -78,7 +78,7 @@ def cost(config: RunConfig, model: torch.nn.Module, device: torch.device) -> Rec
     return {"peak_memory": peak, "saved_bytes": sum(seen.values())}
 
 
-def attacked(config: RunConfig, model: torch.nn.Module, device: torch.device, out: Path, clock: _Clock) -> Record:
+def attacked(config: RunConfig, model: torch.nn.Module, device: torch.device, out: Path, clock: Clock) -> Record:
     """AA-2 and AA on the chosen test images."""
     attack, name = config.attack, config.train["data"]
     record: Record = {"eps": attack["eps"], "aa2": None, "aa": None}
@@ -107,7 +107,7 @@ def attacked(config: RunConfig, model: torch.nn.Module, device: torch.device, ou
     return record
 
 
-def measured(config: RunConfig, model: torch.nn.Module, device: torch.device, clock: _Clock) -> Record:
+def measured(config: RunConfig, model: torch.nn.Module, device: torch.device, clock: Clock) -> Record:
     """The norm of the diagonal for every split and loss that is asked for, and the effective curvatures."""
     settings = config.measure
     norms: Record = {}
@@ -167,19 +167,7 @@ def plugin(goal: objective.Objective, batches: Any, probes: int, seed: int) -> R
     }
 
 
-def provenance(device: torch.device) -> Record:
-    """Versions and the machine, for the reader of a record."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "hessdiag": hessdiag.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": f"{device.type}: {card}",
-        "threads": torch.get_num_threads(),
-    }
-
-
-class _Clock:
+class Clock:
     """Seconds between laps, by name."""
 
     def __init__(self) -> None:
@@ -187,34 +175,6 @@ class _Clock:
         self._last = time.monotonic()
 
     def lap(self, name: str) -> None:
+        """The seconds since the lap before are those of `name`."""
         now = time.monotonic()
         self.laps[name], self._last = round(now - self._last, 3), now
-
-
-def pilot(config: RunConfig, images: int = 128) -> float:
-    """Seconds that a run would take, from one epoch of it, some images under attack and one rough norm.
-
-    Epochs, images and measurements are scaled to their full number; replicates that a narrow interval needs are not
-    known before, so a measurement counts as two rough ones.
-    """
-    from tempfile import TemporaryDirectory
-
-    whole, number = config.train["epochs"], max(config.attack["aa2_samples"], config.attack["aa_samples"])
-    norms = len(config.measure["splits"]) * len(config.measure["losses"])
-    few = min(images, number)
-    short = config.replace(
-        train={"epochs": 1},
-        attack={"aa2_samples": few, "aa_samples": 0},
-        measure={
-            "splits": config.measure["splits"][:1],
-            "losses": config.measure["losses"][:1],
-            "rtol": 10.0,
-            "min_replicates": 10,
-            "max_replicates": 10,
-        },
-    )
-    with TemporaryDirectory(prefix="pilot-") as folder:
-        laps = run_one(short, Path(folder))["seconds"]
-    full = laps.get("aa2", 0.0) * (config.attack["aa2_samples"] + 4 * config.attack["aa_samples"]) / max(few, 1)
-    rough = [seconds for name, seconds in laps.items() if name.startswith("norm")]
-    return float(laps["train"] * whole + full + 2 * norms * sum(rough))

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.fields import storable
 from experiments.sweep import schema
-from experiments.sweep.files import storable
 from experiments.sweep.keys import RunConfig, dumps
 from experiments.sweep.owner import Owner
 from experiments.sweep.reader import Reader, scope

@@ -13,20 +13,20 @@ from pathlib import Path
 
 import pytest
 
+from experiments.fields import storable
 from experiments.sweep import schema, worker
-from experiments.sweep.files import disk_full, read_result, storable, write_result, write_whole
+from experiments.sweep.files import disk_full, read_result, write_result
 from experiments.sweep.keys import RunConfig, canonical
 from experiments.sweep.owner import Owner
 from experiments.sweep.reader import Reader
 from experiments.sweep.store import Store
 from experiments.sweep.worker import do, work
 from hessdiag.errors import ConfigurationError, StoreError
+from hessdiag.files import replace_file
 
 
 def configs(number: int, **extra: object) -> list[RunConfig]:
-    return [
-        RunConfig({"method": "fake", "activation": f"rct:{i}", "seed": 0, **extra}) for i in range(number)
-    ]
+    return [RunConfig({"method": "fake", "activation": f"rct:{i}", "seed": 0, **extra}) for i in range(number)]
 
 
 def dead_owner() -> str:
@@ -42,9 +42,7 @@ def test_key_covers_every_setting_and_ignores_spelling():
     assert base.key == RunConfig.from_dict(json.loads(json.dumps(base.to_dict()))).key
     assert (
         base.key
-        == RunConfig(
-            {"seed": 0, "activation": "silu", "eps": 0.1, "epochs": 7.0}, {"aa2": 300.0}, {"rtol": 0.1}
-        ).key
+        == RunConfig({"seed": 0, "activation": "silu", "eps": 0.1, "epochs": 7.0}, {"aa2": 300.0}, {"rtol": 0.1}).key
     )
     others = [
         base.replace(train={"epochs": 8}),
@@ -198,14 +196,14 @@ def test_a_result_on_disk_is_adopted_and_a_torn_or_foreign_one_is_not(tmp_path):
 
 def test_writes_are_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    write_whole(path, b"old")
+    replace_file(path, b"old")
 
     def no_space(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match="No space"):
-        write_whole(path, b"new")
+        replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -387,10 +385,7 @@ def test_a_store_of_version_1_migrates_with_its_results(tmp_path):
         connection.execute("UPDATE runs SET record = '{\"x\": 1}' WHERE state = 'done'")
         connection.execute(f"PRAGMA application_id = {schema.APPLICATION}")
         connection.execute("PRAGMA user_version = 1")
-    assert (
-        "interruptions"
-        not in connection.execute("SELECT sql FROM sqlite_master WHERE name = 'runs'").fetchone()[0]
-    )
+    assert "interruptions" not in connection.execute("SELECT sql FROM sqlite_master WHERE name = 'runs'").fetchone()[0]
     connection.close()
     with pytest.raises(StoreError, match="migrates it to 2"):
         Reader(root)

@@ -24,7 +24,7 @@ from experiments.sweep.files import read_result
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.owner import Owner
 from experiments.sweep.reader import Reader
-from experiments.sweep.run import _Clock, cost, measured
+from experiments.sweep.run import Clock, cost, measured
 from experiments.sweep.store import Store
 from experiments.trainer.rig import build_network
 from hessdiag.errors import ConfigurationError, StoreError
@@ -172,7 +172,8 @@ def test_the_cost_of_a_sweep_is_told_where_its_data_are_not(tmp_path, capsys, mo
     [
         (["--budget", "nan"], "--budget nan"),
         (["--budget", "-3"], "--budget -3"),
-        (["--budget", "30"], "4 runs of a kind not timed yet; --pilot"),
+        (["--budget", "30", "--no-pilot"], "4 runs not timed yet"),
+        (["--budget", "0.001"], "more than --budget 0.001 min"),
         (["--per-gpu", "4"], "no GPU is visible"),
         (["--executor", "ray", "--workers", "2"], "--workers is of --executor local"),
         (["--executor", "locl"], "did you mean 'local'"),
@@ -231,7 +232,7 @@ def test_a_measurement_cut_short_by_ctrl_c_is_no_result(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "measure", partial(real, progress=progress))
     with pytest.raises(KeyboardInterrupt):
-        measured(config, model, torch.device("cpu"), _Clock())
+        measured(config, model, torch.device("cpu"), Clock())
     assert next(events) > 30  # it was Ctrl-C that ended it
 
 
