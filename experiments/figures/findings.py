@@ -13,10 +13,15 @@ Plain = dict[str, Any]
 
 
 def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """Cells as HTML; everything in them is text."""
+    """Cells as HTML; everything in them is text, and what is short enough for a number stays on one line."""
     top = "".join(f"<th>{html.escape(cell)}" for cell in head)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in lines)
+    rows = "".join("<tr>" + "".join(map(_cell, row)) for row in lines)
     return f"<div class=scroll><table><tr>{top}{rows}</table></div>"
+
+
+def _cell(text: str) -> str:
+    number = len(text) <= 20 and any(digit in text for digit in "0123456789")
+    return ("<td class=number>" if number else "<td>") + html.escape(text)
 
 
 def summary(analyses: Plain) -> str:

@@ -27,8 +27,8 @@ figcaption, .soft { color: var(--soft); font-size: .87rem; }
 .missing { background: var(--panel); padding: .6rem .8rem; border-radius: 6px; overflow-x: auto; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .55rem; text-align: left; vertical-align: top; }
-td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td.word { white-space: nowrap; } nav a { margin-right: .8em; white-space: nowrap; }
+td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
+nav a { margin-right: .8em; white-space: nowrap; }
 """
 
 
