@@ -10,6 +10,7 @@ from benchmarks.attacks import compare, trained
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # ten seeds of two implementations: five minutes on a quiet core, far more on a busy one
 @pytest.mark.statistical
 @pytest.mark.parametrize("attack", ["apgd-ce", "apgd-t"])
 def test_mean_robust_accuracy_is_within_half_a_point(attack: str, capsys: pytest.CaptureFixture[str]) -> None:
