@@ -172,8 +172,10 @@ def main(arguments: list[str] | None = None) -> int:
             parent=options.parent,
         )
     except (StoreError, ConfigurationError) as error:
-        with contextlib.suppress(OSError):  # standard error is a file on that same disk
+        try:
             print(error, file=sys.stderr, flush=True)
+        except OSError:  # a file on that same disk; what is left in the buffer would spoil the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         return FULL if disk_full(error) else REFUSED
     except KeyboardInterrupt:
         return 130
