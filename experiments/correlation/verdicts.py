@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.config import load_toml
 from experiments.correlation import judges
 from experiments.correlation.differences import difference, matched
 from experiments.correlation.judges import NO, UNDECIDED, YES, Answer, Rules
@@ -18,11 +18,6 @@ from experiments.correlation.rows import Row, one_family, rows, split
 from experiments.correlation.sources import ORDER, best, command
 from experiments.sweep.export import SweepResults
 from hessdiag.errors import ConfigurationError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 HOLDS, CONDITIONS = "holds numerically", "holds under conditions"
 NOT_TESTED, CONTRADICTED = "not tested", "contradicted by measurement"
@@ -50,8 +45,7 @@ class Verdict:
 
 def load_rules() -> dict[str, Any]:
     """The thresholds and the rule of every claim."""
-    text = resources.files("experiments.correlation").joinpath("rules.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
+    return load_toml(Path(__file__).with_name("rules.toml"))
 
 
 def verdicts(results: Sequence[SweepResults], *, rules: Mapping[str, Any] | None = None) -> dict[str, Verdict]:

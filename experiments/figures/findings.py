@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from experiments.correlation.rows import NORMS
+from experiments.correlation.verdicts import load_rules
 
-LEVEL = 0.05
 Plain = dict[str, Any]
 
 
@@ -34,22 +34,24 @@ def summary(analyses: Plain) -> str:
             "<p>None of these runs has the paper's own setting (tier paper). What follows holds for the settings "
             "named; it neither confirms nor refutes what the paper shows on its own.</p>"
         )
-    head = [
+    head = (
         "setting",
         "Spearman of log-norm and robustness",
         "the same within curves of one β",
         "U-shaped over max|σ''|",
         "robustness peaks at",
-    ]
-    head.append("curves of all β below 15")
+        "curves of all β below 15",
+    )
+    level = float(load_rules()["level"])
     lines = [
-        [f"{sweep}: {name} ({size(report)})", *_line(name, report)] for sweep, name, report in experiments(analyses)
+        [f"{sweep}: {name} ({size(report)})", *_line(name, report, level)]
+        for sweep, name, report in experiments(analyses)
     ]
     parts.append(table(head, lines))
     parts.append(
         "<p class=soft>The paper's claim is a negative correlation and a U in every curve of the norm. U-shapes by the "
-        "two-lines test at 5%, for the norm, its rescaling-invariant companion and the plug-in Hutchinson norm. Peaks "
-        "by a quadratic in log and by a unimodal fit, each with its 95% interval.</p>"
+        f"two-lines test at {level:.0%}, for the norm, its rescaling-invariant companion and the plug-in Hutchinson "
+        "norm. Peaks by a quadratic in log and by a unimodal fit, each with its 95% interval.</p>"
     )
     return "\n".join(parts)
 
@@ -74,11 +76,11 @@ def reading(low: float, high: float) -> str:
     return "the sharper, the more robust" if low > 0 else "no sign shown"
 
 
-def _line(name: str, report: Plain) -> list[str]:
+def _line(name: str, report: Plain, level: float) -> list[str]:
     if name.startswith("standard,"):  # nothing is robust without adversarial training: its rank is noise
-        return ["(standard training: not robust)", "-", _shapes(report), "-", "-"]
+        return ["(standard training: not robust)", "-", _shapes(report, level), "-", "-"]
     both = [_correlation(report, given) for given in ("nothing", "β")]
-    return [*both, _shapes(report), _peaks(report), _coincidence(report.get("coincidence"))]
+    return [*both, _shapes(report, level), _peaks(report), _coincidence(report.get("coincidence"))]
 
 
 def _correlation(report: Plain, given: str) -> str:
@@ -87,21 +89,18 @@ def _correlation(report: Plain, given: str) -> str:
         for c in report["correlations"]
         if (c["kind"], c["place"], c["given"]) == ("spearman", "train/clean", given)
     }
-    return (
-        "-"
-        if not chosen
-        else "; ".join(
-            f"{norm} {c['value']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]: {reading(c['low'], c['high'])}"
-            for norm, c in chosen.items()
-        )
+    words = (
+        f"{norm} {c['value']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]: {reading(c['low'], c['high'])}"
+        for norm, c in chosen.items()
     )
+    return "; ".join(words) or "-"
 
 
-def _shapes(report: Plain) -> str:
+def _shapes(report: Plain, level: float) -> str:
     words = []
     for norm in NORMS:
         curves = [c for c in report["curves"] if c["quantity"].startswith(f"log {norm} ") and "u_shape" in c]
-        found = sum(c["u_shape"]["p_value"] < LEVEL for c in curves)
+        found = sum(c["u_shape"]["p_value"] < level for c in curves)
         words.append(f"{norm}: {found} of {len(curves)}")
     return ", ".join(words)
 
