@@ -37,6 +37,7 @@ def pilot(config: RunConfig, *, threads: int | None = None) -> float:
         return seconds + _attacks(config, model, test, device) + _norms(config, model, len(training), device)
     finally:
         torch.set_num_threads(before)
+        torch.cuda.empty_cache()  # the workers need the memory; nothing happens where CUDA was not used
 
 
 def _training(
