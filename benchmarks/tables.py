@@ -14,6 +14,7 @@ from hessdiag.files import write_bytes
 from .common import RESULTS, median
 
 Row = Mapping[str, str]
+BACKPACK_TARGET, PRODUCTS_TARGET = 3.0, 10.0  # how many times faster exact diagonals are to be than their peers
 README = RESULTS.parent / "README.md"
 HEAD = """# Benchmarks
 
@@ -33,6 +34,11 @@ def markdown(rows: Sequence[Row]) -> str:
 def spread(m: Mapping[str, float], *, digits: int = 3) -> str:
     """A stored median with its interval."""
     return f"{m['value']:.{digits}g} [{m['low']:.{digits}g}, {m['high']:.{digits}g}]"
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in milliseconds, with a decimal below 100."""
+    return f"{1e3 * seconds:.{1 if seconds < 0.1 else 0}f} ms"
 
 
 def verdict(target: str, reached: bool) -> str:
@@ -169,8 +175,35 @@ def attacks(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def exact(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row per net: the MLPs beside BackPACK, the conv net beside p products in batches."""
+    rows: list[Row] = []
+    nets = [(name, "BackPACK", BACKPACK_TARGET, row) for name, row in found.get("mlp", {}).items()]
+    if (conv := found.get("conv")) is not None:
+        nets.append((f"residual conv net, p = {conv['parameters']}", "p products", PRODUCTS_TARGET, conv))
+    for name, peer, target, row in nets:
+        turns, memory = row["turns"], row.get("megabytes")
+        reached = turns["wall"]["value"] >= target and (memory is None or memory[0] < memory[1])
+        rows.append(
+            {
+                "net": name,
+                "peer": peer,
+                "ours": milliseconds(turns["first"]["value"])
+                + (f" (its convolutions alone {milliseconds(row['floor'])})" if "floor" in row else ""),
+                "peer's": milliseconds(turns["second"]["value"]),
+                "times faster by the wall": spread(turns["wall"]),
+                "by the processor's clock": spread(turns["processor"]),
+                "peak memory": "-" if memory is None else f"{memory[0]:.3g} against {memory[1]:.3g} MB",
+                "relative deviation": f"{row['deviation']:.1e}",
+                "target": verdict(f"{target:g}" + (", less memory" if memory else ""), reached),
+            }
+        )
+    return rows
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] = {
     "attacks": attacks,
+    "exact": exact,
     "coverage": coverage,
     "convnet": convnet,
     "resnet18": resnet18,
