@@ -77,13 +77,16 @@ def facts_of(model: nn.Module) -> dict[str, TensorFacts]:
 
 
 def agree(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse arguments that contradict what the file says of itself."""
-    from hessdiag import activations
+    """Refuse arguments that contradict what the file says of itself; an option that it leaves out has its default."""
+    from hessdiag import activations, networks
+    from hessdiag.networks.registry import defaults_of
 
+    kind = networks.NETWORKS.get(str(config.get("network")))
+    defaults = defaults_of(kind) if kind else {}
     for key, value in given.items():
         if value is None:
             continue
-        told = config.get(key)
+        told = config.get(key, defaults.get(key))
         same = _tuples(value) == _tuples(told)
         if key == "activation" and not same and isinstance(told, str):
             same = activations.describe(activations.build(value)) == told

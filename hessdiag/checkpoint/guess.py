@@ -13,6 +13,7 @@ from hessdiag.errors import CheckpointError
 from hessdiag.tensorfiles import TensorFacts
 
 OWN = "use --model package.module:factory"
+STEMS = ("resnet18", "preact_resnet18", "small_resnet")  # width and stride of a stem named conv1
 
 
 def public_config(
@@ -26,7 +27,8 @@ def public_config(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The config of a file that does not name its network: what the user gave, and sizes that shapes tell.
 
-    The network and the activation are never guessed: another activation fits the same tensors.
+    The network and the activation are never guessed: another activation fits the same tensors. So does another
+    stride of the stem, which is 1 unless the user says otherwise, and a note says so.
     """
     if network is None:
         raise CheckpointError(f"the file does not name its network: pass network= (--network); {hint(weights)}")
@@ -46,6 +48,8 @@ def public_config(
     sizes = {key: value for key, value in infer_options(network, names).items() if key not in options}
     if sizes:
         notes = (*notes, "from the shapes: " + ", ".join(f"{key}={value}" for key, value in sizes.items()))
+    if network in STEMS and "stem_stride" not in options:
+        notes = (*notes, 'stem_stride=1, which no tensor tells: for another, options={"stem_stride": 2} in Python')
     if network == "preact_resnet18":
         notes = (
             *notes,
@@ -59,7 +63,7 @@ def infer_options(network: str, names: Mapping[str, TensorFacts]) -> dict[str, A
     first = names.get("conv1.weight")
     found: dict[str, Any] = {}
     if first is not None and len(first.shape) == 4:
-        if network in ("resnet18", "preact_resnet18", "small_resnet"):
+        if network in STEMS:
             found = {"in_channels": first.shape[1], "width": first.shape[0]}
         elif network == "wrn28_10":
             found = {"in_channels": first.shape[1], **_wide(names)}

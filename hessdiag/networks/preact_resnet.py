@@ -34,7 +34,7 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet18(nn.Module):
-    """Pre-activation ResNet-18: 17 activations, 11,172,170 parameters for 10 classes."""
+    """Pre-activation ResNet-18: 17 activations, 11,172,170 parameters for 10 classes; `stem_stride` as in ResNet18."""
 
     def __init__(
         self,
@@ -44,10 +44,11 @@ class PreActResNet18(nn.Module):
         *,
         in_channels: int = 3,
         width: int = 64,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
         self.normalize = normalize
-        self.conv1 = conv3x3(in_channels, width)
+        self.conv1 = conv3x3(in_channels, width, stem_stride)
         self.layer1 = _stage(width, width, 1, activation)
         self.layer2 = _stage(width, 2 * width, 2, activation)
         self.layer3 = _stage(2 * width, 4 * width, 2, activation)

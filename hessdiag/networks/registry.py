@@ -50,7 +50,7 @@ def build(
     activation outside the registry stands there as "custom:CLASS" and has to be given again.
     """
     kind = _known(network)
-    defaults = _defaults(kind)
+    defaults = defaults_of(kind)
     for key in options:
         if key not in defaults:
             raise UnknownNameError(f"network {network!r} has no option {key!r}; {nearest(key, [*defaults])}")
@@ -72,7 +72,7 @@ def _known(name: str) -> Callable[..., nn.Module]:
     return NETWORKS[name]
 
 
-def _defaults(kind: Callable[..., nn.Module]) -> dict[str, Any]:
+def defaults_of(kind: Callable[..., nn.Module]) -> dict[str, Any]:
     """The keyword-only options of a network with their defaults (`Parameter.empty` where required)."""
     parameters = inspect.signature(kind).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}

@@ -46,7 +46,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 with a 3x3 stem, no initial pool: 17 activations, 11,173,962 parameters for 10 classes."""
+    """ResNet-18 with a 3x3 stem, no initial pool: 17 activations, 11,173,962 parameters for 10 classes.
+
+    stem_stride: 2 halves the images before the first stage, at a quarter of the work and with the same parameters.
+    """
 
     def __init__(
         self,
@@ -56,10 +59,11 @@ class ResNet18(nn.Module):
         *,
         in_channels: int = 3,
         width: int = 64,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
         self.normalize = normalize
-        self.conv1 = conv3x3(in_channels, width)
+        self.conv1 = conv3x3(in_channels, width, stem_stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = activation()
         self.layer1 = _stage(width, width, 1, activation)
@@ -89,6 +93,7 @@ class SmallResNet(nn.Module):
         in_channels: int = 1,
         width: int = 8,
         strides: Sequence[int] = (1, 2),
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
         if not strides:
@@ -96,7 +101,7 @@ class SmallResNet(nn.Module):
                 "small_resnet: strides must name one block at least, for instance (1, 2)"
             )
         self.normalize = normalize
-        self.conv1 = conv3x3(in_channels, width)
+        self.conv1 = conv3x3(in_channels, width, stem_stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = activation()
         self.blocks = nn.Sequential(*[BasicBlock(width, width, stride, activation) for stride in strides])

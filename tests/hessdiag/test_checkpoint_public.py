@@ -250,6 +250,19 @@ def test_preact_note_tells_of_the_other_variant(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("network", ["resnet18", "preact_resnet18"])
+def test_the_stride_of_the_stem_is_told_by_the_user_or_said_to_be_assumed(network: str, tmp_path: Path) -> None:
+    model = source(network, stem_stride=2)
+    path = write(tmp_path / "a.pt", model.state_dict())
+    assumed = load_checkpoint(path, network=network, activation="relu")
+    assert any("stem_stride=1, which no tensor tells" in note for note in assumed.notes)
+    assert assumed.config["stem_stride"] == 1
+    assert not same(assumed.model, model)
+    told = load_checkpoint(path, network=network, activation="relu", options={"stem_stride": 2})
+    assert not any("stem_stride" in note for note in told.notes)
+    assert same(told.model, model)
+
+
 def test_mlp_sizes_come_from_the_shapes(tmp_path: Path) -> None:
     model = networks.build("mlp", in_features=6, widths=(5, 4), num_classes=3, bias=False, seed=0)
     loaded = load_checkpoint(write(tmp_path / "a.pt", model.state_dict()), network="mlp", activation="tanh")

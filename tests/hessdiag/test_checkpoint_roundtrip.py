@@ -52,6 +52,25 @@ def test_round_trip(suffix: str, tmp_path: Path) -> None:
 
 
 @BOTH
+def test_stride_of_the_stem_is_kept_and_is_1_where_a_file_is_older_than_the_option(suffix: str, tmp_path: Path) -> None:
+    model, path = small(stem_stride=2), tmp_path / f"a.{suffix}"
+    save_checkpoint(path, model)
+    loaded = load_checkpoint(path, options={"stem_stride": 2})
+    assert loaded.config["stem_stride"] == 2
+    assert torch.equal(outputs(loaded.model), outputs(model))
+    with pytest.raises(CheckpointError, match="the file says stem_stride '2', you asked for '1'"):
+        load_checkpoint(path, options={"stem_stride": 1})
+
+    old = small()
+    config: Any = old.config
+    del config["stem_stride"]
+    save_checkpoint(path, old)
+    assert torch.equal(outputs(load_checkpoint(path, options={"stem_stride": 1}).model), outputs(old))
+    with pytest.raises(CheckpointError, match="the file says stem_stride '1', you asked for '2'"):
+        load_checkpoint(path, options={"stem_stride": 2})
+
+
+@BOTH
 def test_equal_contents_give_equal_bytes(suffix: str, tmp_path: Path) -> None:
     paths = [tmp_path / f"{name}.{suffix}" for name in ("first", "second")]
     for path in paths:

@@ -78,9 +78,31 @@ def test_small_defaults() -> None:
     assert build("small_resnet", in_channels=3, strides=(1, 2, 2))(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_resnet18_is_the_function_it_should_be() -> None:
+@pytest.mark.parametrize("network", ["resnet18", "preact_resnet18", "small_resnet"])
+def test_the_stride_of_the_stem_alone_changes(network: str) -> None:
+    """With stride 2 the stem's output is every other pixel of stride 1's; tensors and the rest are the same."""
+    plain, strided = (build(network, activation="tanh", seed=0, **SMALL[network], stem_stride=s) for s in (1, 2))
+    seen: list[Tensor] = []
+    for model in (plain, strided):
+        model.get_submodule("conv1").register_forward_hook(lambda _, __, output: seen.append(output))
+        model.eval()(images(network))
+    torch.testing.assert_close(seen[1], seen[0][:, :, ::2, ::2])
+    differing = [
+        (name, left.stride, right.stride)
+        for (name, left), (_, right) in zip(plain.named_modules(), strided.named_modules())
+        if isinstance(left, nn.Conv2d) and isinstance(right, nn.Conv2d) and str(left) != str(right)
+    ]
+    assert differing == [("conv1", (1, 1), (2, 2))]
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), strided.state_dict().values()))
+    assert dict(strided.config)["stem_stride"] == 2  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="stem_stride must be a positive integer, got 0"):
+        build(network, **SMALL[network], stem_stride=0)
+
+
+@pytest.mark.parametrize("stem", [1, 2])
+def test_resnet18_is_the_function_it_should_be(stem: int) -> None:
     """One forward pass written out with functional calls, from the state dict alone."""
-    model = build("resnet18", activation="tanh", width=4, seed=0).double()
+    model = build("resnet18", activation="tanh", width=4, stem_stride=stem, seed=0).double()
     _shake(model)
     state = model.eval().state_dict()
 
@@ -89,7 +111,7 @@ def test_resnet18_is_the_function_it_should_be() -> None:
         return F.batch_norm(x, mean, var, w, b)
 
     x = images("resnet18").double()
-    h = torch.tanh(bn(F.conv2d(x, state["conv1.weight"], padding=1), "bn1"))
+    h = torch.tanh(bn(F.conv2d(x, state["conv1.weight"], stride=stem, padding=1), "bn1"))
     for stage, stride in zip((1, 2, 3, 4), (1, 2, 2, 2)):
         for block in (0, 1):
             at, s = f"layer{stage}.{block}", stride if block == 0 else 1
