@@ -12,16 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 
-from hessdiag.activations.coefficients import Polynomial, remainder
+from hessdiag.activations.blocks import product, served, value
+from hessdiag.activations.formula import closed_form, working_dtype
 from hessdiag.errors import ConfigurationError, DtypeError
 
 MAX_BETA = 16
 """Up to it sigma'' is right to 1e-10 of its largest value in float64; the alternating sums grow with beta."""
-
-# |t| beyond which exp(-|t|) is zero in the working precision, whatever power of t multiplies it.
-_TAIL = {torch.float32: 128.0, torch.float64: 1024.0}
 
 
 def check_alpha(alpha: object) -> float:
@@ -69,54 +66,6 @@ def derivative(x: Tensor, alpha: float, beta: int, order: int) -> Tensor:
     return result
 
 
-def working_dtype(x: Tensor, alpha: float, degree: int) -> torch.dtype:
-    """Half types are computed in float32; float32 in float64 where powers of t or alpha leave its range."""
-    if x.dtype == torch.float64 or degree > 6 or not 1e-30 < alpha < 1e30:
-        return torch.float64
-    return torch.float32
-
-
-def closed_form(x: Tensor, alpha: float, beta: int, order: int = 0) -> Tensor:
-    """d^order sigma_{alpha,beta}/dx^order by the formula of `coefficients`, in plain smooth operations."""
-    wide = x.to(working_dtype(x, alpha, beta + order))
-    t = wide * alpha
-    if beta == 0 and order == 0:
-        # softplus turns linear at the threshold: at torch's 20 that costs half of float64's digits, at 40 none.
-        return F.softplus(wide, beta=alpha, threshold=40).to(x.dtype)
-    s = torch.sigmoid(t)
-    polynomials = _constant_remainder(beta, order)
-    if not any(polynomials):
-        return (wide * s if order == 0 else s).to(x.dtype)
-    v = s * torch.sigmoid(-t)
-    odd = any(c and (power + order) % 2 for power, c in enumerate(polynomials))
-    u = -torch.tanh(t / 2) if odd else v
-    tail = _TAIL[wide.dtype]
-    t = t.clamp(-tail, tail)
-    bend: Tensor | float = 0.0
-    for power in range(len(polynomials) - 1, 0 if order == 0 else -1, -1):  # Horner's rule in t
-        part = _polynomial(polynomials[power], v)
-        if (power + order) % 2 and polynomials[power]:
-            part = part * u
-        bend = bend * t + part if isinstance(bend, Tensor) or bend else part
-    if order == 0:  # one power of t is the factor x
-        return (wide * (s + v * bend)).to(x.dtype)
-    return (s + v * bend if order == 1 else v * bend * alpha ** (order - 1)).to(x.dtype)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_remainder(beta: int, order: int) -> tuple[Polynomial, ...]:
-    """`remainder`, as a constant for the compiler."""
-    return remainder(beta, order)
-
-
-def _polynomial(coefficients: Polynomial, v: Tensor) -> Tensor | float:
-    """Horner's rule in v; a number where the polynomial is one."""
-    total: Tensor | float = 0.0
-    for c in reversed(coefficients):
-        total = total * v + c if isinstance(total, Tensor) or total else c
-    return total
-
-
 class RCTFunction(torch.autograd.Function):
     """Derivative `order` of an RCT-AF as one autograd node; its backward is the node of order + 1.
 
@@ -136,8 +85,8 @@ class RCTFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, alpha: float, beta: int, order: int = 0) -> Tensor:
-        """The closed form; nothing of its temporaries outlives the call."""
-        return closed_form(x, alpha, beta, order)
+        """The closed form, on the CPU block by block; nothing of its temporaries outlives the call."""
+        return value(x, alpha, beta, order) if served(x) else closed_form(x, alpha, beta, order)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -151,5 +100,8 @@ class RCTFunction(torch.autograd.Function):
         """Incoming gradient times the derivative of order + 1, multiplied before rounding to a half type."""
         (x,) = ctx.saved_tensors
         (g,) = grad_outputs
+        rest = [None] * (len(ctx.needs_input_grad) - 1)
+        if not torch.is_grad_enabled() and served(x, g):  # nobody differentiates further: no node, no wide copy
+            return product(g, x, ctx.alpha, ctx.beta, ctx.order + 1), *rest
         slope = derivative(x.to(working_dtype(x, ctx.alpha, 0)), ctx.alpha, ctx.beta, ctx.order + 1)
-        return ((g.to(slope.dtype) * slope).to(g.dtype), *[None] * (len(ctx.needs_input_grad) - 1))
+        return (g.to(slope.dtype) * slope).to(g.dtype), *rest

@@ -1,0 +1,175 @@
+"""RCT-AF on the CPU in few passes over memory: what eager training calls most, at about the cost of aten's own SiLU.
+
+The closed form makes ten temporaries of the size of its input. Here each is as large as a block that stays in the
+cache, and one kernel of aten does most of the work. Its softplus_backward(a, x) is a·s(alpha·x) in a single pass, for
+alpha of either sign, and its silu_backward(a, t) is a·(s + t·s·(1 - s)); by sigma_{beta+1} = x·sigma_beta':
+
+    sigma_1 = softplus_backward(x, x)             g·sigma_0' = softplus_backward(g, x)
+    sigma_2 = x·sigma_1'                          g·sigma_1' = silu_backward(g, alpha·x)
+    sigma_0 = max(x, 0) + log(1 + exp(-|t|))/alpha
+
+These serve order 0 and its first backward for beta <= 2 in float32 and the half types, which are computed in float32
+block by block and rounded once. The first to write a block of the result is one of the heavy kernels, which hide what
+memory costs; a plain sum or product does not. Everything else (float64 too) is the closed form, block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
+
+from hessdiag.activations.formula import TAIL, closed_form, working_dtype
+
+BLOCK = 65_536  # entries a thread works on at a time: 256 KiB of float32, of which two to four live in its cache
+LINEAR = 18.0  # s(t) rounds to 1 in float32 beyond it
+FUSED = (torch.float32, torch.bfloat16, torch.float16)
+FAR = TAIL[torch.float32]
+PLAIN_ALPHA = (1e-6, 1e6)  # alpha² and the powers of t it meets stay within float32
+
+_sigmoid_times = torch.ops.aten.softplus_backward.grad_input  # (a, x, alpha, linear beyond) -> a·s(alpha·x)
+_swish_slope_times = torch.ops.aten.silu_backward.grad_input  # (a, t) -> a·(s + t·s·(1 - s))
+_bend_times = torch.ops.aten.sigmoid_backward.grad_input  # (a, s) -> a·s·(1 - s)
+
+Step = Callable[[Tensor, list[Tensor], list[Tensor], float], object]  # (out, given, rows of scratch, alpha)
+
+
+def served(*tensors: Tensor) -> bool:
+    """True for plain CPU tensors outside every transform: their storage may be cut into blocks."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state():
+        return False
+    return all(
+        type(t) in (Tensor, nn.Parameter)
+        and t.device.type == "cpu"
+        and t.layout == torch.strided
+        and not (t.is_neg() or is_legacy_batchedtensor(t))  # the latter: autograd's is_grads_batched
+        for t in tensors
+    )
+
+
+def value(x: Tensor, alpha: float, beta: int, order: int) -> Tensor:
+    """The derivative of the given order at x, in the memory format of x."""
+    if order == 0 and _fused(x, alpha, beta):
+        if beta == 0:
+            return _run(_softplus, alpha, [x], rows=2 if x.dtype == torch.float32 else 4)
+        if beta == 2 and x.dtype == torch.float32:
+            return _run(_second, alpha, [x], rows=1)
+        return product(x, x, alpha, beta - 1, 1)
+
+    def step(out: Tensor, given: list[Tensor], _: list[Tensor], alpha: float) -> None:
+        out.copy_(closed_form(given[0], alpha, beta, order))
+
+    return _run(step, alpha, [x])
+
+
+def product(g: Tensor, x: Tensor, alpha: float, beta: int, order: int) -> Tensor:
+    """The derivative of the given order at x, times g, rounded once, in the memory format of x.
+
+    In float32, that of beta = 1 and order 1 is right to 1e-6 of g, as nn.SiLU's own: 1 - s is rounded where s nears 1.
+    """
+    if order == 1 and _fused(x, alpha, beta):
+        half = x.dtype != torch.float32
+        if beta == 0:
+            x, out = _dense(x)
+            _sigmoid_times(_like(g, x), x, alpha, LINEAR, grad_input=out)
+            return out
+        if beta == 1:
+            return _run(_swish_slope, alpha, [x, g], rows=1)
+        return _run(_half_second_slope if half else _second_slope, alpha, [x, g], rows=3 if half else 2)
+
+    def step(out: Tensor, given: list[Tensor], _: list[Tensor], alpha: float) -> None:
+        x, g = given
+        out.copy_(closed_form(x.to(working_dtype(x, alpha, 0)), alpha, beta, order).mul_(g))
+
+    return _run(step, alpha, [x, g])
+
+
+def _fused(x: Tensor, alpha: float, beta: int) -> bool:
+    return beta <= 2 and x.dtype in FUSED and PLAIN_ALPHA[0] <= alpha <= PLAIN_ALPHA[1]
+
+
+def _softplus(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
+    """sigma_0 = max(x, 0) + (log w + (e - (w - 1)))/alpha, with e = exp(-|t|) and w = 1 + e as rounded.
+
+    The difference is what rounding took from e: the left tail keeps its digits. aten's log1p takes three times as long
+    where e is small, since its inner terms are denormal there.
+    """
+    (x,) = given
+    e, w, *half = rows
+    top, wide = half or (out, x)
+    torch.abs(_wide(x, wide), out=e).mul_(-alpha).exp_()
+    torch.log(torch.add(e, 1.0, out=w), out=top)
+    e.sub_(w.sub_(1.0)).add_(top)
+    torch.clamp_min(wide, 0.0, out=top).add_(e, alpha=1.0 / alpha)
+    if half:
+        out.copy_(top)
+
+
+def _swish_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
+    """g·sigma_1' = g·(s + t·s·(1 - s)); beyond the clamp s is 0 or 1, and t must not overflow."""
+    (x, g), (t,) = given, rows
+    torch.mul(_wide(x, t), alpha, out=t).clamp_(-FAR, FAR)
+    _swish_slope_times(g, t, grad_input=out)
+
+
+def _second(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
+    """sigma_2 = x·s(t) + alpha·x·s(t)·x·s(-t): either factor keeps its digits in its tail."""
+    (x,), (right,) = given, rows
+    _sigmoid_times(x, x, alpha, LINEAR, grad_input=out)
+    _sigmoid_times(x, x, -alpha, LINEAR, grad_input=right)
+    out.add_(right.mul_(out), alpha=alpha)
+
+
+def _second_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
+    """g·sigma_2' = g·s + 3·b + b·t·u, with b = alpha·(g·s(t))·(x·s(-t)) and t·u = alpha·(2·x·s(-t) - x)."""
+    (x, g), (right, bend) = given, rows
+    _sigmoid_times(g, x, alpha, LINEAR, grad_input=out)
+    _sigmoid_times(x, x, -alpha, LINEAR, grad_input=right)
+    torch.mul(out, right, out=bend)
+    out.add_(bend, alpha=3.0 * alpha)
+    out.addcmul_(bend, torch.sub(x, right, alpha=2.0, out=right), value=-alpha * alpha)
+
+
+def _half_second_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
+    """The same with b = t·s·(1 - s), t·u = t - 2·t·s: what float32 loses at the right is far below a half's eps."""
+    (x, g), (t, s, bend) = given, rows
+    t.copy_(x).mul_(alpha).clamp_(-FAR, FAR)
+    _bend_times(t, torch.sigmoid(t, out=s), grad_input=bend)
+    t.addcmul_(t, s, value=-2.0)
+    out.copy_(s.add_(bend, alpha=3.0).addcmul_(bend, t).mul_(bend.copy_(g)))
+
+
+def _wide(x: Tensor, row: Tensor) -> Tensor:
+    """The block in float32: itself, or a copy in the row."""
+    return x if x.dtype == row.dtype else row.copy_(x)
+
+
+def _run(step: Step, alpha: float, tensors: list[Tensor], *, rows: int = 0) -> Tensor:
+    """The step on each block, with so many rows of float32 as scratch; the first tensor gives the memory format."""
+    x, out = _dense(tensors[0])
+    length = BLOCK * torch.get_num_threads()  # each thread has its own part of every block, and finds it in its cache
+    scratch = list(torch.empty(rows, min(length, x.numel()), dtype=torch.float32).unbind(0)) if rows else []
+    flat = [t.as_strided((t.numel(),), (1,)) for t in (out, x, *(_like(t, x) for t in tensors[1:]))]
+    for first, *rest in zip(*(torch.split(t, length) for t in flat)):
+        if scratch and first.numel() < scratch[0].numel():
+            scratch = [row[: first.numel()] for row in scratch]
+        step(first, rest, scratch, alpha)
+    return out
+
+
+def _dense(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The tensor without gaps and overlaps (itself where it has none), and an empty one of the same strides."""
+    out = torch.empty_like(x)
+    return (x if _same_strides(x, out) else torch.empty_like(out).copy_(x)), out
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """The first tensor in the strides of the second."""
+    return t if _same_strides(t, x) else torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride()))
