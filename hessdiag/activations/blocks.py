@@ -28,6 +28,7 @@ BLOCK = 65_536  # entries a thread works on at a time: 256 KiB of float32, of wh
 LINEAR = 18.0  # s(t) rounds to 1 in float32 beyond it
 FUSED = (torch.float32, torch.bfloat16, torch.float16)
 FAR = TAIL[torch.float32]
+ONE = torch.ones((), dtype=torch.float32, device="cpu")
 PLAIN_ALPHA = (1e-6, 1e6)  # alpha² and the powers of t it meets stay within float32
 
 _sigmoid_times = torch.ops.aten.softplus_backward.grad_input  # (a, x, alpha, linear beyond) -> a·s(alpha·x)
@@ -116,25 +117,27 @@ def _swish_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: fl
 
 
 def _second(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
-    """sigma_2 = x·s(t) + alpha·x·s(t)·x·s(-t): either factor keeps its digits in its tail."""
+    """sigma_2 = x·s(t)·(1 + alpha·x·s(-t)): either factor keeps its digits in its tail."""
     (x,), (right,) = given, rows
     _sigmoid_times(x, x, alpha, LINEAR, grad_input=out)
-    _sigmoid_times(x, x, -alpha, LINEAR, grad_input=right)
-    out.add_(right.mul_(out), alpha=alpha)
+    torch.clamp(x, -FAR / alpha, FAR / alpha, out=right)  # an infinite x times s(-t) = 0 is no number
+    _sigmoid_times(right, right, -alpha, LINEAR, grad_input=right)
+    out.mul_(torch.add(ONE, right, alpha=alpha, out=right))
 
 
 def _second_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
     """g·sigma_2' = g·s + 3·b + b·t·u, with b = alpha·(g·s(t))·(x·s(-t)) and t·u = alpha·(2·x·s(-t) - x)."""
-    (x, g), (right, bend) = given, rows
+    (x, g), (near, right) = given, rows
     _sigmoid_times(g, x, alpha, LINEAR, grad_input=out)
-    _sigmoid_times(x, x, -alpha, LINEAR, grad_input=right)
-    torch.mul(out, right, out=bend)
-    out.add_(bend, alpha=3.0 * alpha)
-    out.addcmul_(bend, torch.sub(x, right, alpha=2.0, out=right), value=-alpha * alpha)
+    torch.clamp(x, -FAR / alpha, FAR / alpha, out=near)
+    _sigmoid_times(near, near, -alpha, LINEAR, grad_input=right)
+    near.sub_(right, alpha=2.0)
+    right.mul_(out)
+    out.add_(right, alpha=3.0 * alpha).addcmul_(right, near, value=-alpha * alpha)
 
 
 def _half_second_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
-    """The same with b = t·s·(1 - s), t·u = t - 2·t·s: what float32 loses at the right is far below a half's eps."""
+    """The same with b = t·s·(1 - s), t·u = t - 2·t·s: what float32 loses at the right is 1% of a half's step."""
     (x, g), (t, s, bend) = given, rows
     t.copy_(x).mul_(alpha).clamp_(-FAR, FAR)
     _bend_times(t, torch.sigmoid(t, out=s), grad_input=bend)

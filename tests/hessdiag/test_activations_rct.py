@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 
 import mpmath as mp
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
-from hessdiag.activations import MAX_BETA, RCTAF, RCTFunction, rct, rct_d1, rct_d2
+from hessdiag.activations import MAX_BETA, RCTAF, RCTFunction, blocks, rct, rct_d1, rct_d2
 from hessdiag.activations.coefficients import sigmoid_polynomial, stirling_second
+from hessdiag.activations.formula import closed_form
 from hessdiag.activations.rct import derivative
 from hessdiag.errors import ConfigurationError, DtypeError
 
@@ -247,10 +250,7 @@ def test_half_gradients_are_rounded_once(beta: int) -> None:
     (got,) = torch.autograd.grad(rct(x, 14.0, beta), x, g)
     exact = rct_d1(x.detach().double(), 14.0, beta) * g.double()
     assert got.dtype == torch.float16
-    assert (
-        float(((got.double() - exact) / exact.abs().clamp(min=1e-3)).abs().max())
-        < 0.51 * EPS[torch.float16] + 1e-5
-    )
+    assert float(((got.double() - exact) / exact.abs().clamp(min=1e-3)).abs().max()) < 0.51 * EPS[torch.float16] + 1e-5
 
 
 @pytest.mark.parametrize("beta", [0, 2])
@@ -262,6 +262,156 @@ def test_compiles_as_one_graph(beta: int) -> None:
     torch.testing.assert_close(y, act(x), rtol=1e-14, atol=1e-14)
     (g,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(g, act.d1(x.detach()), rtol=0, atol=1e-13)
+
+
+def first_backward(x: Tensor, g: Tensor, alpha: float, beta: int) -> tuple[Tensor, Tensor]:
+    """sigma(x) and g·sigma'(x), as training computes them."""
+    z = x.detach().requires_grad_()
+    y = rct(z, alpha, beta)
+    (slope,) = torch.autograd.grad(y, z, g)
+    return y.detach(), slope
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("beta", [0, 1, 2, 3])
+def test_training_sees_the_same_function(beta: int, dtype: torch.dtype) -> None:
+    """Value and first backward beside the closed form in float64, through the bend and far into either tail."""
+    for alpha in (1.0, 14.0, 0.037, 1e3):
+        x = torch.cat([points(alpha, dtype), (torch.linspace(-60, 60, 4001, dtype=torch.float64) / alpha).to(dtype)])
+        g = torch.linspace(-3, 3, len(x), dtype=torch.float64).to(dtype)
+        y, slope = first_backward(x, g, alpha, beta)
+        assert y.dtype == slope.dtype == dtype
+        value, first = (closed_form(x.double(), alpha, beta, order) for order in (0, 1))
+        off = (y.double() - value).abs() / (x.double().abs() + 1 / alpha)
+        assert float(off.max()) < 6 * EPS[dtype]
+        bound = 9 if (dtype, beta) == (torch.float32, 1) else 6  # nn.SiLU's own gradient: see below
+        off = (slope.double() - g.double() * first).abs() / g.double().abs().clamp(min=1e-3)
+        assert float(off.max()) < bound * EPS[dtype] * max(1.0, float(first.abs().max()))
+
+
+def test_float32_gradient_of_swish_is_as_good_as_that_of_silu() -> None:
+    x = torch.linspace(-40, 40, 100_001)
+    exact = closed_form(x.double(), 1.0, 1, 1)
+    z = x.clone().requires_grad_()
+    (theirs,) = torch.autograd.grad(nn.functional.silu(z).sum(), z)
+    _, ours = first_backward(x, torch.ones_like(x), 1.0, 1)
+    assert float((ours - exact).abs().max()) <= 1.01 * float((theirs - exact).abs().max())
+
+
+@pytest.mark.parametrize("beta", [0, 1, 2])
+def test_left_tail_keeps_its_digits(beta: int) -> None:
+    """Relative to the value itself, down to exp(-80): neither the blocks nor their fused kernels cancel there."""
+    x = torch.linspace(-80, -2.6, 3001) / 14
+    y, slope = first_backward(x, torch.ones_like(x), 14.0, beta)
+    for got, order in ((y, 0), (slope, 1)):
+        exact = closed_form(x.double(), 14.0, beta, order)
+        solid = exact.abs() > 0.1 * closed_form(x.double(), 14.0, 0, order)  # away from the zeros of the derivative
+        assert float(((got - exact) / exact).abs()[solid].max()) < 3e-5  # exp(t) turns eps·|t| into a relative error
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("beta", [0, 1, 2])
+def test_halves_are_computed_in_float32_and_rounded_once(beta: int, dtype: torch.dtype) -> None:
+    """Each of all half numbers in a wide range: within half a step of the exact value, and a little of float32's."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = every[every.isfinite() & (every.abs() < 20) & (every.abs() > 1e-4)]
+    for alpha in (0.7, 14.0):
+        for got, order in zip(first_backward(x, torch.ones_like(x), alpha, beta), (0, 1)):
+            exact = closed_form(x.double(), alpha, beta, order)
+            step = 2.0 ** (exact.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor()) * torch.finfo(dtype).eps
+            own = 2e-5 if (beta, order) == (2, 1) else 2e-6 / min(1.0, alpha)  # t²·(1 - s) in float32, |t| up to 17
+            assert bool(((got.double() - exact).abs() <= 0.5001 * step + own).all())
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("beta", [0, 1, 2, 3])
+def test_blocks_are_one_piece(beta: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd sizes, a last block of one entry, more than one thread's share: what a block holds does not matter."""
+    generator = torch.Generator().manual_seed(beta)
+    for size in (1, 7, 255, 256, 257, 1025):
+        x, g = (2 * torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+        whole = first_backward(x, g, 14.0, beta)
+        monkeypatch.setattr(blocks, "BLOCK", 128)
+        parts = first_backward(x, g, 14.0, beta)
+        monkeypatch.undo()
+        for a, b in zip(whole, parts):  # the ends of vectors are computed by scalar code: the last digits may differ
+            torch.testing.assert_close(a, b, rtol=2 * EPS[dtype], atol=4 * EPS[dtype])
+        for order in (1, 2):
+            torch.testing.assert_close(
+                derivative(x, 14.0, beta, order), closed_form(x, 14.0, beta, order), rtol=1e-5, atol=6 * EPS[dtype]
+            )
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("beta", [0, 1, 2, 3])
+def test_memory_formats_in_blocks(beta: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense tensors keep their strides without a copy; gaps, overlaps and gradients of another format come out right."""
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+    base = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide = torch.randn(8, 12, 5, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+    given = {
+        "contiguous": base,
+        "channels_last": base.to(memory_format=torch.channels_last),
+        "transposed": base.permute(3, 1, 0, 2),
+        "offset": wide[3:7].reshape(-1)[13:].view(-1),
+        "gaps": wide[::2, ::3],
+        "expanded": base[:1, :, :, :1].expand(4, 6, 5, 7),
+        "reversed": base.flip(0)[::1],
+        "ones": base[:, :, :1, :1].to(memory_format=torch.channels_last),
+    }
+    for name, x in given.items():
+        plain = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        gradients = [plain, torch.ones((), dtype=dtype).expand(x.shape)]
+        if x.dim() == 4:
+            gradients.append(plain.to(memory_format=torch.channels_last))
+        for g in gradients:
+            y, slope = first_backward(x, g, 3.0, beta)
+            y0, slope0 = first_backward(x.contiguous(), g.contiguous(), 3.0, beta)
+            torch.testing.assert_close(y, y0, rtol=2 * EPS[dtype], atol=4 * EPS[dtype], msg=name)
+            torch.testing.assert_close(slope, slope0, rtol=2 * EPS[dtype], atol=4 * EPS[dtype], msg=name)
+            assert y.stride() == torch.empty_like(x).stride()
+            assert slope.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beta", [0, 1, 2, 3])
+def test_training_at_the_ends_of_the_range(beta: int, dtype: torch.dtype) -> None:
+    """Where alpha·x overflows the function is max(x, 0); NaN stays NaN; extreme alphas take the closed form."""
+    x = torch.tensor([-3e38, 3e38, -1e30, 1e30], dtype=dtype)
+    for alpha in (50.0, 0.5, 1e12, 1e35):
+        y, slope = first_backward(x, torch.full_like(x, 2.0), alpha, beta)
+        assert torch.equal(y, x.clamp(min=0))
+        assert torch.equal(slope, 2.0 * (x > 0).to(dtype))
+    far = torch.tensor([float("nan"), float("inf"), float("-inf")], dtype=dtype)
+    y, slope = first_backward(far, torch.ones_like(far), 14.0, beta)
+    assert y[0].isnan() and slope[0].isnan() and y[1] == float("inf")
+    assert slope[1:].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("beta", [0, 1, 2])
+def test_double_backward_of_float32_training(beta: int) -> None:
+    """With create_graph the first backward is a node of its own, in every type; without it, the same numbers."""
+    x = torch.linspace(-2, 2, 301).requires_grad_()
+    y = rct(x, 14.0, beta)
+    (fast,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(slope.sum(), x)
+    torch.testing.assert_close(fast, slope.detach(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(second, rct_d2(x.detach(), 14.0, beta), rtol=0, atol=1e-5)
+
+
+def test_a_traced_module_takes_any_size() -> None:
+    traced = torch.jit.trace(RCTAF(14.0, 1), torch.ones(3), check_trace=False)  # type: ignore[no-untyped-call]
+    x = torch.linspace(-1, 1, 200_001)
+    torch.testing.assert_close(traced(x), rct(x, 14.0, 1))
+
+
+def test_the_import_leaves_the_compiler_alone() -> None:
+    script = "import sys, hessdiag.activations; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_module_is_configuration_only() -> None:
