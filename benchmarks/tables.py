@@ -201,7 +201,29 @@ def exact(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def activations(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row per type and beta."""
+    rows: list[Row] = []
+    for kind, functions in found.items():
+        silu = functions["SiLU"]
+        for beta, target in enumerate(settings[f"{kind}_targets"]):
+            row = functions[f"beta = {beta}"]
+            rows.append(
+                {
+                    "type": kind,
+                    "RCT-AF": f"β = {beta}",
+                    "forward": f"{milliseconds(row['forward'])} (SiLU {milliseconds(silu['forward'])})",
+                    "first backward": f"{milliseconds(row['backward'])} (SiLU {milliseconds(silu['backward'])})",
+                    "times SiLU": spread(row["ratio"]),
+                    "saved bytes, times SiLU's": f"{row['saved']:g}",
+                    "target": verdict(f"at most {target:g}", row["ratio"]["value"] <= target),
+                }
+            )
+    return rows
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] = {
+    "activations": activations,
     "attacks": attacks,
     "exact": exact,
     "coverage": coverage,

@@ -78,7 +78,7 @@ def product(g: Tensor, x: Tensor, alpha: float, beta: int, order: int) -> Tensor
             _sigmoid_times(_like(g, x), x, alpha, LINEAR, grad_input=out)
             return out
         if beta == 1:
-            return _run(_swish_slope, alpha, [x, g], rows=1)
+            return _run(_swish_slope, alpha, [x, g], rows=2 if half else 1)
         return _run(_half_second_slope if half else _second_slope, alpha, [x, g], rows=3 if half else 2)
 
     def step(out: Tensor, given: list[Tensor], _: list[Tensor], alpha: float) -> None:
@@ -104,16 +104,20 @@ def _softplus(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float
     torch.abs(_wide(x, wide), out=e).mul_(-alpha).exp_()
     torch.log(torch.add(e, 1.0, out=w), out=top)
     e.sub_(w.sub_(1.0)).add_(top)
-    torch.clamp_min(wide, 0.0, out=top).add_(e, alpha=1.0 / alpha)
     if half:
-        out.copy_(top)
+        out.copy_(wide.clamp_min_(0.0).add_(e, alpha=1.0 / alpha))
+    else:
+        torch.clamp_min(x, 0.0, out=out).add_(e, alpha=1.0 / alpha)
 
 
 def _swish_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
     """g·sigma_1' = g·(s + t·s·(1 - s)); beyond the clamp s is 0 or 1, and t must not overflow."""
-    (x, g), (t,) = given, rows
+    (x, g), (t, *half) = given, rows
     torch.mul(_wide(x, t), alpha, out=t).clamp_(-FAR, FAR)
-    _swish_slope_times(g, t, grad_input=out)
+    if half:
+        out.copy_(_swish_slope_times(half[0].copy_(g), t, grad_input=t))
+    else:
+        _swish_slope_times(g, t, grad_input=out)
 
 
 def _second(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
