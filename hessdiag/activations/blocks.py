@@ -1,4 +1,4 @@
-"""RCT-AF on the CPU in few passes over memory: what eager training calls most, at about the cost of aten's own SiLU.
+"""RCT-AF on the CPU in few passes over memory; `python -m benchmarks activations` measures it beside nn.SiLU.
 
 The closed form makes ten temporaries of the size of its input. Here each is as large as a block that stays in the
 cache, and one kernel of aten does most of the work. Its softplus_backward(a, x) is a·s(alpha·x) in a single pass, for
