@@ -229,7 +229,7 @@ def _saver(folder: Folder | None, rig: rigs.Rig, config: TrainConfig, save_secon
 
 
 def _chosen(rig: rigs.Rig, standing: Standing) -> tuple[nn.Module, str]:
-    """The network with the weights that the run reports, in eval mode."""
+    """The network with the weights that the run reports, in eval mode; contiguous, as a measurement needs it."""
     network = rig.network
     which = "model"
     state = None
@@ -239,4 +239,5 @@ def _chosen(rig: rigs.Rig, standing: Standing) -> tuple[nn.Module, str]:
         which, state = "best", standing.best["state"]
     if state is not None:
         network.load_state_dict(state)
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return network.eval(), which

@@ -47,12 +47,20 @@ def run_one(config: RunConfig, out: Path) -> Record:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "clean_accuracy": proportion(round(result.clean_accuracy * result.test_samples), result.test_samples),
         "cost": cost(config, model, device, sets),
-        **attacked(config, model, device, out, clock, sets),
+        **attacked(config, laid_out(model, result.precision.channels_last), device, out, clock, sets),
         **measured(config, model, device, clock, sets),
     }
     record["seconds"] = clock.laps
     record["provenance"] = provenance(device)
     return record
+
+
+def laid_out(model: torch.nn.Module, channels_last: bool) -> torch.nn.Module:
+    """The network for attacks: in the layout that was the faster one in training."""
+    if not channels_last:
+        return model
+    copied: torch.nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copied
 
 
 class Sets:

@@ -489,6 +489,12 @@ def test_a_worker_compiles_every_run_anew_and_never_falls_back_to_eager_steps(mo
     assert counts[0] >= 2 * 160 // 32  # every step's crafting and loss
 
 
+def test_a_trained_network_is_contiguous_whatever_it_was_trained_in() -> None:
+    """A measurement reads the graph of a contiguous network; channels_last kernels leave strided views in it."""
+    model = train(configuration(channels_last=True, epochs=1)).model
+    assert all(value.is_contiguous() for value in model.state_dict().values())
+
+
 def test_too_many_variants_within_a_run_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo import config as dynamo
 
