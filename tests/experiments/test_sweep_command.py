@@ -247,7 +247,7 @@ def test_a_batch_larger_than_the_data_costs_what_the_data_do(tmp_path):
 
 
 def test_a_run_reads_each_split_once_and_judges_in_the_weights_own_precision(tmp_path, monkeypatch):
-    """bfloat16 is for training: test accuracy, AA-2 and norms see float32 alone, and the record says so."""
+    """bfloat16 is for training: test accuracy, AA-2 and norms never see it, and the record says so."""
     train = {"epochs": 1, "autocast": "bfloat16", "channels_last": True, "batch_size": 256}
     norms = {"samples": 8, "rtol": 9.0, "plugin_probes": 2, "splits": ["train", "test"]}
     config = grid.load(write(tmp_path)).runs[0].replace(train=train, attack={"aa2_samples": 10}, measure=norms)
@@ -276,7 +276,8 @@ def test_a_run_reads_each_split_once_and_judges_in_the_weights_own_precision(tmp
     monkeypatch.setattr(module, "train", trained)
     record = run_one(config, tmp_path / "run")
     assert sorted(reads) == ["test", "train"]
-    assert types == {"train": {torch.bfloat16, torch.float32}, "after": {torch.float32}}  # float32: the clean test
+    assert types["train"] == {torch.bfloat16, torch.float32}  # the clean test
+    assert types["after"] == {torch.float32, torch.float64}  # the audit's twin
     told = record["train"]["precision"]
     assert (told["training"], told["weights"], told["evaluation"]) == ("bfloat16 autocast", "float32", "float32")
     assert told["channels_last"] is True
