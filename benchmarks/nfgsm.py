@@ -56,6 +56,8 @@ class Settings:
     batch: int = 128
     width: int = 16
     matrix: int = 1024
+    of_silu_target: float = 0.85
+    times_before_target: float = 1.8
 
 
 class ClosedForm(torch.autograd.Function):
