@@ -156,6 +156,27 @@ def sweeps(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
     ]
 
 
+def nfgsm(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row for each precision and layout; the targets are those of the faster of them."""
+    rows = []
+    for name, row in found["rows"].items():
+        against = row["of_silu"]["value"] >= settings["of_silu_target"]
+        faster = row["times_before"]["value"] >= settings["times_before_target"]
+        rows.append(
+            {
+                "computes in": name + (" (chosen by auto)" if name == found["auto"] else ""),
+                "images/s": f"{row['images_per_second']:,.0f}",
+                "of SiLU's": spread(row["of_silu"]),
+                "at least": verdict(f"{settings['of_silu_target']:g}", against),
+                "times the code before": spread(row["times_before"]),
+                "at least ": verdict(f"{settings['times_before_target']:g}", faster),
+                "SiLU, times the code before": spread(row["silu_times_before"]),
+                "share of the ceiling": f"{row['share_of_ceiling']:.0%}",
+            }
+        )
+    return rows
+
+
 def attacks(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
     """A row per attack."""
     rows: list[Row] = []
@@ -230,6 +251,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] =
     "convnet": convnet,
     "resnet18": resnet18,
     "memory": memory,
+    "nfgsm": nfgsm,
     "sweeps": sweeps,
 }
 

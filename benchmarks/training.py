@@ -27,6 +27,7 @@ from benchmarks.plain_loops import STEPS
 from experiments.config import TrainConfig
 from experiments.schedules import attack_budget
 from experiments.splitnorm import SplitNorm
+from experiments.trainer.compiling import fresh_compiler
 from experiments.trainer.images import Sampler, on_device
 from experiments.trainer.rig import build
 from experiments.trainer.step import Stepper, Tally
@@ -150,7 +151,8 @@ def speeds(settings: Settings) -> dict[str, dict[str, float]]:
     table = {}
     for method in METHODS:
         eager = plain(method, settings)
-        mine, forward = ours(method, settings)
+        with fresh_compiler(settings.compile):
+            mine, forward = ours(method, settings)
         table[method] = {
             "images_per_second": settings.batch / mine,
             "plain_images_per_second": settings.batch / eager,

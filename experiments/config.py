@@ -38,6 +38,7 @@ from hessdiag.perturbation import fraction
 MEANING = 1
 
 STANDARD = "standard"
+AUTO = "auto"
 STATISTICS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -52,6 +53,9 @@ class TrainConfig:
     inside the network, so that eps is always in units of pixels in [0, 1].
     options: the method's own numbers (beta, ...). train_samples: a stratified-by-chance subset chosen with
     `data_seed`. held_out: training images kept aside, on which select = "best" finds the epoch of highest PGD accuracy.
+    autocast ("none", "bfloat16"), channels_last: "auto" leaves them to a timed step before the first (see
+    `experiments.trainer.choosing`); the run's directory keeps what was chosen, and the key says "auto". drop_last:
+    "auto" leaves out the short batch at an epoch's end where `compile` would compile a second time for it.
     """
 
     method: str
@@ -66,7 +70,7 @@ class TrainConfig:
     select: str = "last"
     epochs: int = 110
     batch_size: int = 128
-    drop_last: bool = False
+    drop_last: bool | str = False
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -83,7 +87,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "float32"
     autocast: str = "none"
-    channels_last: bool = False
+    channels_last: bool | str = False
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -92,7 +96,10 @@ class TrainConfig:
         one_of(self.network, [*networks.NETWORKS], "network")
         one_of(self.select, ("last", "best"), "select")
         one_of(self.dtype, ("float32", "float64"), "dtype")
-        one_of(self.autocast, ("none", "bfloat16"), "autocast")
+        one_of(self.autocast, ("none", "bfloat16", AUTO), "autocast")
+        for name in ("drop_last", "channels_last"):
+            value = getattr(self, name)
+            require(isinstance(value, bool) or value == AUTO, f"{name} must be true, false or 'auto', not {value!r}")
         require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         require(self.train_samples is None or self.train_samples >= 1, "train_samples must be at least 1")
@@ -143,6 +150,11 @@ class TrainConfig:
         """The first 20 hexadecimal digits of SHA-256 over everything in here."""
         text = json.dumps([MEANING, self.to_dict()], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    @property
+    def drops_last(self) -> bool:
+        """Whether the short batch at an epoch's end is left out."""
+        return self.compile if self.drop_last == AUTO else bool(self.drop_last)
 
     @property
     def radius(self) -> float:

@@ -78,8 +78,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (inner,) = [part for part in arguments if part is not type(None)]
-        return _value(inner, value, where)
+        inner = [part for part in arguments if part is not type(None)]
+        if set(inner) == {bool, str}:  # a switch that has words, too: its owner says which
+            return value
+        return _value(inner[0], value, where)
     if dataclasses.is_dataclass(hint):
         return read(cast(type[Any], hint), value, where=where)
     if origin is tuple:

@@ -13,6 +13,7 @@ from torch import nn
 from experiments.config import TrainConfig
 from experiments.fields import storable
 from experiments.splitnorm import plain_state
+from experiments.trainer.precision import Precision, stored
 from experiments.trainer.rig import Rig
 from experiments.trainer.state import Standing, read_state, write_state
 from hessdiag.checkpoint import save_checkpoint
@@ -43,6 +44,14 @@ class Folder:
                 f"{self.path}: holds a run of another configuration ({differing(there.get('config'), config)}); "
                 "use another directory"
             )
+
+    def precision(self, config: TrainConfig) -> Precision | None:
+        """What was chosen for this run by a timed step, if it was."""
+        return stored((self.read_json("config.json") or {}).get("precision"), config)
+
+    def keep_precision(self, chosen: Precision) -> None:
+        """Put the choice beside the configuration, before the first step; the run goes on with it after a stop."""
+        self.write_json("config.json", {**(self.read_json("config.json") or {}), "precision": chosen.to_dict()})
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The table in a JSON file, None where there is none."""

@@ -24,8 +24,11 @@ from experiments.folder import Folder
 from experiments.provenance import provenance
 from experiments.splitnorm import plain_state
 from experiments.trainer import rig as rigs
-from experiments.trainer.images import Sampler, on_device
+from experiments.trainer.choosing import choose
+from experiments.trainer.compiling import fresh_compiler
+from experiments.trainer.images import Images, Sampler, on_device
 from experiments.trainer.loop import Loop, split_index
+from experiments.trainer.precision import Precision
 from experiments.trainer.progress import reporting
 from experiments.trainer.state import Standing
 from hessdiag import data
@@ -51,6 +54,7 @@ class TrainResult:
     test_samples: int
     seconds: float
     images_per_second: float
+    precision: Precision
     data: Mapping[str, Any]
     provenance: Mapping[str, Any]
     folder: Path | None
@@ -89,6 +93,7 @@ class TrainResult:
             "last_epoch": dict(self.history[-1]) if self.history else {},
             "train_seconds": self.seconds,
             "images_per_second": self.images_per_second,
+            "precision": self.precision.described(self.config),
             "data": dict(self.data),
             "provenance": dict(self.provenance),
         }
@@ -121,13 +126,17 @@ def train(
     folder = None if out is None else Folder(Path(out))
     if folder is not None:
         folder.open(config)
-    rig = rigs.build(config, shape, images.classes, home)
-    standing = Standing() if folder is None else folder.resume(rig)
     views = methods.METHODS[config.method].extra_views(config.options)
     sampler = Sampler(images, config, index, views=views)
-    with reporting(
-        progress, config.label, epochs=config.epochs, steps=sampler.steps, done=standing.epoch
-    ) as reporter:
+    precision = _precision(config, images, sampler, folder)
+    rig = rigs.build(config, shape, images.classes, home, precision)
+    standing = Standing() if folder is None else folder.resume(rig)
+    with (
+        reporting(progress, config.label, epochs=config.epochs, steps=sampler.steps, done=standing.epoch) as reporter,
+        fresh_compiler(config.compile),
+    ):
+        if precision.step_seconds:
+            reporter.note(precision.note)
         loop = Loop(
             rig=rig,
             images=images,
@@ -154,6 +163,7 @@ def train(
         test_samples=len(test_set),
         seconds=standing.seconds,
         images_per_second=shown / max(sum(train_seconds), 1e-9),
+        precision=precision,
         data={
             "name": train_set.name,
             "train_sha256": train_set.sha256,
@@ -182,13 +192,27 @@ def clean_accuracy(model: nn.Module, test: DataSet, *, batch_size: int, dtype: t
 
 def load_sets(config: TrainConfig, root: Path | str | None = None) -> tuple[DataSet, DataSet]:
     """The training images that the configuration chooses, and the whole test set."""
-    training = data.load(config.data, split="train", samples=config.train_samples, seed=config.data_seed, root=root)
-    test = data.load(config.data, split="test", root=root)
+    training = data.load(config.data, split="train", seed=config.data_seed, root=root)
+    return chosen_sets(config, training, data.load(config.data, split="test", root=root))
+
+
+def chosen_sets(config: TrainConfig, training: DataSet, test: DataSet) -> tuple[DataSet, DataSet]:
+    """The same from whole sets that are loaded already."""
     if training.split == test.split:
         raise ConfigurationError(
             f"{config.data} has no test split of its own ({training.split!r} only): give train(sets=(training, test))"
         )
-    return training, test
+    return training.sample(config.train_samples, seed=config.data_seed), test
+
+
+def _precision(config: TrainConfig, images: Images, sampler: Sampler, folder: Folder | None) -> Precision:
+    """What the run's directory holds, else what the configuration says or a timed step shows, kept from then on."""
+    if folder is not None and (kept := folder.precision(config)) is not None:
+        return kept
+    precision = choose(config, images, sampler)
+    if folder is not None and precision.step_seconds:
+        folder.keep_precision(precision)
+    return precision
 
 
 def _saver(folder: Folder | None, rig: rigs.Rig, config: TrainConfig, save_seconds: float) -> Any:
@@ -205,7 +229,7 @@ def _saver(folder: Folder | None, rig: rigs.Rig, config: TrainConfig, save_secon
 
 
 def _chosen(rig: rigs.Rig, standing: Standing) -> tuple[nn.Module, str]:
-    """The network with the weights that the run reports, in eval mode."""
+    """The network with the weights that the run reports, in eval mode; contiguous, as a measurement needs it."""
     network = rig.network
     which = "model"
     state = None
@@ -215,4 +239,5 @@ def _chosen(rig: rigs.Rig, standing: Standing) -> tuple[nn.Module, str]:
         which, state = "best", standing.best["state"]
     if state is not None:
         network.load_state_dict(state)
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return network.eval(), which

@@ -13,6 +13,7 @@ from experiments.commands.evaluation import run_attacks
 from experiments.commands.options import configuration
 from experiments.evaluate import Request
 from experiments.train import FINISHED, train
+from experiments.trainer.memory import keep_freed_memory
 
 STOPPED = 4  # exit code of a run that ended before its last epoch
 
@@ -53,6 +54,7 @@ def command(
     for request in requests:  # refused now, not after the training
         Request.parse(request)
     folder = out or Path("runs") / config.key()
+    keep_freed_memory()
     result = train(config, folder, device=device, root=root, progress=not quiet, save_seconds=save_seconds)
     summary: dict[str, Any] = {
         "folder": str(folder),

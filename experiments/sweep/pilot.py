@@ -13,8 +13,8 @@ from torch import nn
 
 from experiments.config import TrainConfig
 from experiments.sweep.keys import RunConfig
-from experiments.sweep.run import Clock, measured
-from experiments.train import load_sets, train
+from experiments.sweep.run import Clock, Sets, measured
+from experiments.train import train
 from experiments.trainer.rig import pick_device
 from hessdiag.data import DataSet
 
@@ -32,9 +32,10 @@ def pilot(config: RunConfig, *, threads: int | None = None) -> float:
     try:
         device = pick_device(None)
         settings = TrainConfig.from_dict(config.train)
-        training, test = load_sets(settings)
+        sets = Sets(settings)
+        training, test = sets.pair
         seconds, model = _training(settings, training, test, device)
-        return seconds + _attacks(config, model, test, device) + _norms(config, model, len(training), device)
+        return seconds + _attacks(config, model, test, device) + _norms(config, model, sets, len(training), device)
     finally:
         torch.set_num_threads(before)
         torch.cuda.empty_cache()  # the workers need the memory; nothing happens where CUDA was not used
@@ -51,7 +52,7 @@ def _training(
     )
     result = train(short, sets=(training.sample(few), test.sample(min(len(test), IMAGES))), device=device)
     last = result.history[-1]
-    shown = few - few % settings.batch_size if settings.drop_last else few
+    shown = few - few % settings.batch_size if settings.drops_last else few
     look = max(0.0, last["seconds"] - shown / last["images_per_second"])
     looks = settings.epochs / settings.watch.every if settings.watch.every else 0.0
     return settings.epochs * size / last["images_per_second"] + looks * look, result.model
@@ -75,7 +76,7 @@ def _attacks(config: RunConfig, model: nn.Module, test: DataSet, device: torch.d
     return float(sum(counts[name] * passes[name] * each for name in counts))
 
 
-def _norms(config: RunConfig, model: nn.Module, images: int, device: torch.device) -> float:
+def _norms(config: RunConfig, model: nn.Module, sets: Sets, images: int, device: torch.device) -> float:
     """One rough measurement on some images, scaled to all of them and to every split and loss. How many replicates
     the interval needs is not known before: each counts as two rough ones.
     """
@@ -87,5 +88,5 @@ def _norms(config: RunConfig, model: nn.Module, images: int, device: torch.devic
     rough = {"samples": few, "splits": settings["splits"][:1], "losses": settings["losses"][:1]}
     rough |= {"rtol": 10.0, "min_replicates": 10, "max_replicates": 10}
     clock = Clock()
-    measured(config.replace(measure=rough), model, device, clock)
+    measured(config.replace(measure=rough), model, device, clock, sets)
     return float(2 * asked * sum(clock.laps.values()) * min(settings["samples"], images) / few)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from experiments.config import TrainConfig
 from experiments.provenance import provenance
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.records import Record, norm_record, proportion, vars_of
-from experiments.train import train
+from experiments.train import chosen_sets, train
 from hessdiag import data, objective
 from hessdiag.activations import max_curvature
+from hessdiag.data import DataSet
 from hessdiag.perturbation import parse_pgd, perturb_batches
 
 
@@ -32,9 +34,10 @@ def run_one(config: RunConfig, out: Path) -> Record:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = Clock()
     settings = TrainConfig.from_dict(config.train)
+    sets = Sets(settings)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    result = train(settings, out / "train", device=device)
+    result = train(settings, out / "train", device=device, sets=sets.pair)
     model = result.model
     clock.lap("train")
     kept = {name: value for name, value in result.to_dict().items() if name not in ("config", "provenance")}
@@ -43,23 +46,56 @@ def run_one(config: RunConfig, out: Path) -> Record:
         "max_curvature": max_curvature(settings.activation),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "clean_accuracy": proportion(round(result.clean_accuracy * result.test_samples), result.test_samples),
-        "cost": cost(config, model, device),
-        **attacked(config, model, device, out, clock),
-        **measured(config, model, device, clock),
+        "cost": cost(config, model, device, sets),
+        **attacked(config, laid_out(model, result.precision.channels_last), device, out, clock, sets),
+        **measured(config, model, device, clock, sets),
     }
     record["seconds"] = clock.laps
     record["provenance"] = provenance(device)
     return record
 
 
-def cost(config: RunConfig, model: torch.nn.Module, device: torch.device) -> Record:
+def laid_out(model: torch.nn.Module, channels_last: bool) -> torch.nn.Module:
+    """The network for attacks: in the layout that was the faster one in training."""
+    if not channels_last:
+        return model
+    copied: torch.nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copied
+
+
+class Sets:
+    """The data of a run, each split read once, when it is first asked for."""
+
+    def __init__(self, settings: TrainConfig) -> None:
+        self.settings = settings
+
+    @cached_property
+    def train(self) -> DataSet:
+        """All training images."""
+        return data.load(self.settings.data, split="train", seed=self.settings.data_seed)
+
+    @cached_property
+    def test(self) -> DataSet:
+        """All test images."""
+        return data.load(self.settings.data, split="test")
+
+    @cached_property
+    def pair(self) -> tuple[DataSet, DataSet]:
+        """The training images that the configuration chooses, and the test images."""
+        return chosen_sets(self.settings, self.train, self.test)
+
+    def __getitem__(self, split: str) -> DataSet:
+        return self.train if split == "train" else self.test
+
+
+def cost(config: RunConfig, model: torch.nn.Module, device: torch.device, sets: Sets) -> Record:
     """What the activation costs in memory: the peak on a GPU, and the bytes kept for one training step's backward pass.
 
     The bytes are those of every distinct tensor that autograd saves, weights aside, for one batch in training mode:
     the same on any device.
     """
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    training = data.load(config.train["data"], split="train")
+    training = sets.train
     batch = min(config.train["batch_size"], len(training))
     inputs, targets = next(iter(training.sample(batch).batches(batch, device=device)))
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -78,13 +114,15 @@ def cost(config: RunConfig, model: torch.nn.Module, device: torch.device) -> Rec
     return {"peak_memory": peak, "saved_bytes": sum(seen.values())}
 
 
-def attacked(config: RunConfig, model: torch.nn.Module, device: torch.device, out: Path, clock: Clock) -> Record:
+def attacked(
+    config: RunConfig, model: torch.nn.Module, device: torch.device, out: Path, clock: Clock, sets: Sets
+) -> Record:
     """AA-2 and AA on the chosen test images."""
-    attack, name = config.attack, config.train["data"]
+    attack = config.attack
     record: Record = {"eps": attack["eps"], "aa2": None, "aa": None}
     if not attack["aa2_samples"] and not attack["aa_samples"]:
         return record
-    test = data.load(name, split="test")
+    test = sets.test
     for kind in ("aa2", "aa"):
         number = min(attack[f"{kind}_samples"], len(test))
         if not number:
@@ -107,13 +145,13 @@ def attacked(config: RunConfig, model: torch.nn.Module, device: torch.device, ou
     return record
 
 
-def measured(config: RunConfig, model: torch.nn.Module, device: torch.device, clock: Clock) -> Record:
+def measured(config: RunConfig, model: torch.nn.Module, device: torch.device, clock: Clock, sets: Sets) -> Record:
     """The norm of the diagonal for every split and loss that is asked for, and the effective curvatures."""
     settings = config.measure
     norms: Record = {}
     curvature: list[Record] = []
     for split in settings["splits"]:
-        full = data.load(config.train["data"], split=split)
+        full = sets[split]
         chosen = full.sample(min(settings["samples"], len(full)), seed=settings["samples_seed"])
         for loss in settings["losses"]:
             batches: Any = chosen.batches(settings["batch_size"], device=device)

@@ -27,6 +27,7 @@ from experiments.sweep.files import FULL_ADVICE, disk_full, read_result, write_c
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.owner import Owner
 from experiments.sweep.store import LEASE_SECONDS, MAX_INTERRUPTIONS, Claim, Store
+from experiments.trainer.memory import keep_freed_memory
 from hessdiag.errors import ConfigurationError, StoreError
 
 Runner = Callable[[RunConfig, Path], dict[str, Any]]
@@ -158,6 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)
     try:
+        keep_freed_memory()
         runner = load_runner(options.runner)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(options.threads)

@@ -65,7 +65,7 @@ class Sampler:
     def __init__(self, images: Images, config: TrainConfig, index: Tensor, *, views: int) -> None:
         self.images, self.config, self.index, self.views = images, config, index, views
         size, count = config.batch_size, len(index)
-        self.steps = count // size if config.drop_last else -(-count // size)
+        self.steps = count // size if config.drops_last else -(-count // size)
         if self.steps == 0:
             raise DataError(f"{count} training images give no batch of {size} with drop_last; lower batch_size")
 

@@ -11,6 +11,10 @@ from typing import Any, Protocol
 class Reporter(Protocol):
     """What the loop tells while it runs."""
 
+    def note(self, text: str) -> None:
+        """Something to know before the first step."""
+        ...
+
     def step(self, epoch: int, step: int) -> None:
         """A step was made; called often, must not wait for the device."""
         ...
@@ -22,6 +26,9 @@ class Reporter(Protocol):
 
 class Silent:
     """Says nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
 
     def step(self, epoch: int, step: int) -> None:
         """Nothing."""
@@ -47,6 +54,10 @@ class _Plain:
         self.epochs = epochs
         print(label, file=sys.stderr)
 
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        print(text, file=sys.stderr, flush=True)
+
     def step(self, epoch: int, step: int) -> None:
         """Nothing: lines are per epoch."""
 
@@ -61,6 +72,10 @@ class _Live:
     def __init__(self, bar: Any, label: str, epochs: int, steps: int, done: int) -> None:
         self.bar, self.epochs, self.steps = bar, epochs, steps
         self.task = bar.add_task(label, total=epochs * steps, completed=done * steps, seen=f"epoch {done}/{epochs}")
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        self.bar.console.print(text, markup=False, highlight=False)
 
     def step(self, epoch: int, step: int) -> None:
         """Move the bar."""

@@ -17,6 +17,7 @@ from experiments.methods.base import Forward, Method
 from experiments.methods.dkl import ClassMeans
 from experiments.seeds import derived
 from experiments.splitnorm import SplitNorm, plain_network
+from experiments.trainer.precision import Precision, given
 from hessdiag import networks
 from hessdiag.errors import ConfigurationError
 
@@ -68,8 +69,15 @@ def factors(config: TrainConfig, network: nn.Module) -> dict[str, groups.Factors
     return {name: own.times(by_control[name]) for name, own in by_group.items()}
 
 
-def build(config: TrainConfig, shape: tuple[int, ...], classes: int, device: torch.device) -> Rig:
-    """Everything at its beginning, on the device."""
+def build(
+    config: TrainConfig,
+    shape: tuple[int, ...],
+    classes: int,
+    device: torch.device,
+    precision: Precision | None = None,
+) -> Rig:
+    """Everything at its beginning, on the device; `precision` where the configuration leaves it open."""
+    precision = precision or given(config)
     method = methods.METHODS[config.method]
     network = build_network(config, shape, classes)
     by_name = factors(config, network)
@@ -77,7 +85,7 @@ def build(config: TrainConfig, shape: tuple[int, ...], classes: int, device: tor
     if method.split_norm and method.extra_views(config.options):
         model = SplitNorm(network)
     model = model.to(device)
-    if config.channels_last:
+    if precision.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     table = groups.optimiser_groups(model, by_name, weight_decay=config.weight_decay)
     optimiser = torch.optim.SGD(table, lr=config.lr, momentum=config.momentum, fused=True)
@@ -96,7 +104,7 @@ def build(config: TrainConfig, shape: tuple[int, ...], classes: int, device: tor
         method=method,
         model=model,
         network=plain_network(model),
-        forward=make_forward(model, config),
+        forward=make_forward(model, precision),
         optimiser=optimiser,
         average=Average(model, config.averaging, epochs=config.epochs),
         means=means,
@@ -105,13 +113,13 @@ def build(config: TrainConfig, shape: tuple[int, ...], classes: int, device: tor
     )
 
 
-def make_forward(model: nn.Module, config: TrainConfig) -> Forward:
-    """The forward pass in the configured precision and memory layout, logits in at least float32."""
+def make_forward(model: nn.Module, precision: Precision) -> Forward:
+    """The forward pass in this precision and memory layout, logits in at least float32."""
     split = isinstance(model, SplitNorm)
-    half = config.autocast == "bfloat16"
+    half, last = precision.autocast == "bfloat16", precision.channels_last
 
     def forward(x: Tensor, norm: str = "base") -> Tensor:
-        if config.channels_last:
+        if last:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=torch.bfloat16) if half else nullcontext():
             logits: Tensor = model(x, norm) if split else model(x)

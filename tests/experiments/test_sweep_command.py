@@ -24,9 +24,10 @@ from experiments.sweep.files import read_result
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.owner import Owner
 from experiments.sweep.reader import Reader
-from experiments.sweep.run import Clock, cost, measured
+from experiments.sweep.run import Clock, Sets, cost, measured, run_one
 from experiments.sweep.store import Store
 from experiments.trainer.rig import build_network
+from hessdiag import data
 from hessdiag.errors import ConfigurationError, StoreError
 
 TEXT = """
@@ -222,7 +223,8 @@ def test_a_picture_that_cannot_be_drawn_ends_no_sweep(monkeypatch):
 def test_a_measurement_cut_short_by_ctrl_c_is_no_result(tmp_path, monkeypatch):
     """The engine answers Ctrl-C with what it has by then; a run must not be recorded with that."""
     config = grid.load(write(tmp_path)).runs[0]
-    model = build_network(TrainConfig.from_dict(config.train), (1, 8, 8), 10).eval()
+    settings = TrainConfig.from_dict(config.train)
+    model = build_network(settings, (1, 8, 8), 10).eval()
     module, events = import_module("hessdiag.measure"), count()
     real = module.measure
 
@@ -232,14 +234,53 @@ def test_a_measurement_cut_short_by_ctrl_c_is_no_result(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "measure", partial(real, progress=progress))
     with pytest.raises(KeyboardInterrupt):
-        measured(config, model, torch.device("cpu"), Clock())
+        measured(config, model, torch.device("cpu"), Clock(), Sets(settings))
     assert next(events) > 30  # it was Ctrl-C that ended it
 
 
 def test_a_batch_larger_than_the_data_costs_what_the_data_do(tmp_path):
     config = grid.load(write(tmp_path)).runs[0].replace(train={"batch_size": 5000})
-    model = build_network(TrainConfig.from_dict(config.train), (1, 8, 8), 10)
-    assert cost(config, model, torch.device("cpu"))["saved_bytes"] > 1297 * 64 * 4  # at least the images themselves
+    settings = TrainConfig.from_dict(config.train)
+    model = build_network(settings, (1, 8, 8), 10)
+    found = cost(config, model, torch.device("cpu"), Sets(settings))
+    assert found["saved_bytes"] > 1297 * 64 * 4  # at least the images themselves
+
+
+def test_a_run_reads_each_split_once_and_judges_in_the_weights_own_precision(tmp_path, monkeypatch):
+    """bfloat16 is for training: test accuracy, AA-2 and norms never see it, and the record says so."""
+    train = {"epochs": 1, "autocast": "bfloat16", "channels_last": True, "batch_size": 256}
+    norms = {"samples": 8, "rtol": 9.0, "plugin_probes": 2, "splits": ["train", "test"]}
+    config = grid.load(write(tmp_path)).runs[0].replace(train=train, attack={"aa2_samples": 10}, measure=norms)
+    reads, types = [], {"train": set(), "after": set()}
+    real, convolution = data.load, torch.nn.Conv2d.forward
+
+    def load(name, *, split, **options):
+        reads.append(split)
+        return real(name, split=split, **options)
+
+    def forward(self, x):
+        y = convolution(self, x)
+        types["train" if training else "after"].add(y.dtype)
+        return y
+
+    def trained(*arguments, **options):
+        nonlocal training
+        result = train_alone(*arguments, **options)
+        training = False
+        return result
+
+    module = import_module("experiments.sweep.run")
+    training, train_alone = True, module.train
+    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
+    monkeypatch.setattr(module, "train", trained)
+    record = run_one(config, tmp_path / "run")
+    assert sorted(reads) == ["test", "train"]
+    assert types["train"] == {torch.bfloat16, torch.float32}  # the clean test
+    assert types["after"] == {torch.float32, torch.float64}  # the audit's twin
+    told = record["train"]["precision"]
+    assert (told["training"], told["weights"], told["evaluation"]) == ("bfloat16 autocast", "float32", "float32")
+    assert told["channels_last"] is True
 
 
 def ray_of(*nodes: dict[str, float]) -> SimpleNamespace:

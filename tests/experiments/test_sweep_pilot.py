@@ -14,6 +14,7 @@ from experiments.sweep.cost import estimate
 from experiments.sweep.grid import load
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.pilot import pilot
+from experiments.sweep.run import Sets
 from hessdiag.data import load as load_data
 
 SWEEPS = Path(__file__).parents[2] / "experiments" / "sweeps"
@@ -58,12 +59,12 @@ def test_each_part_is_scaled_to_what_was_asked(monkeypatch):
     none = config.replace(attack={"aa2_samples": 0, "aa_samples": 0})
     assert module._attacks(none, model, test, device) == 0.0
 
-    def measured(config, model, device, clock):
+    def measured(config, model, device, clock, sets):
         clock.laps["norm"] = 3.0
 
     monkeypatch.setattr(module, "measured", measured)
-    assert module._norms(config.replace(measure={"samples": 256}), model, 1000, device) == 2 * 4 * 3.0 * 4
-    assert module._norms(config.replace(measure={"splits": []}), model, 1000, device) == 0.0
+    assert module._norms(config.replace(measure={"samples": 256}), model, Sets(settings), 1000, device) == 2 * 4 * 3.0 * 4
+    assert module._norms(config.replace(measure={"splits": []}), model, Sets(settings), 1000, device) == 0.0
 
 
 @pytest.mark.parametrize("name", ["figure3", "figure5", "table2"])

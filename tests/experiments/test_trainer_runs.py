@@ -19,7 +19,8 @@ import torch
 from experiments.config import TrainConfig
 from experiments.train import TrainResult, train
 from experiments.trained import load_trained
-from experiments.trainer import watch
+from experiments.trainer import choosing, compiling, watch
+from experiments.trainer.precision import Precision
 from experiments.trainer.rig import pick_device
 from hessdiag import data
 from hessdiag.data.dataset import DataSet, make
@@ -353,6 +354,156 @@ def test_a_device_that_is_not_there() -> None:
     with pytest.raises(ConfigurationError, match="cannot be used"):
         pick_device("cuda:99")
     assert pick_device("cpu").type == "cpu"
+
+
+def timings(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> list[str]:
+    """Steps take these seconds by a clock of their own; returns the names of the candidates as they are timed."""
+    now, timed = [0.0], []
+
+    def step(config: Any, images: Any, sampler: Any, precision: Precision) -> Any:
+        def advance() -> None:
+            timed.append(precision.name)
+            now[0] += seconds[precision.name]
+
+        return advance
+
+    monkeypatch.setattr(choosing, "_step", step)
+    monkeypatch.setattr(choosing.time, "perf_counter", lambda: now[0])
+    return timed
+
+
+AUTO = {"autocast": "auto", "channels_last": "auto"}
+STEPS = {
+    "float, contiguous": 1.0,
+    "float, channels_last": 1.2,
+    "bfloat16, contiguous": 0.99,
+    "bfloat16, channels_last": 0.7,
+}
+
+
+def test_precision_is_chosen_once_by_a_timed_step_and_kept_when_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configuration(**AUTO)
+    assert config.key() != configuration().key()
+    timed = timings(monkeypatch, STEPS)
+    from experiments.trainer.step import Stepper
+
+    original = Stepper.__call__
+
+    def interrupted(self: Stepper, *a: Any, **k: Any) -> None:
+        if k["epoch"] == 3:
+            raise Stop
+        original(self, *a, **k)
+
+    monkeypatch.setattr(Stepper, "__call__", interrupted)
+    with pytest.raises(Stop):
+        train(config, tmp_path, save_seconds=0, progress=True)
+    assert timed[:4] == list(STEPS)  # candidates take turns
+    assert "bfloat16, channels_last: a step took float, contiguous 1000 ms" in capsys.readouterr().err
+    monkeypatch.setattr(Stepper, "__call__", original)
+    count = len(timed)
+    timings(monkeypatch, {**STEPS, "float, channels_last": 0.1})  # what a quieter machine would choose now
+    resumed = train(config, tmp_path)
+    assert len(timed) == count
+    assert (resumed.precision.autocast, resumed.precision.channels_last) == ("bfloat16", True)
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["key"] == config.key()
+    assert record["config"]["autocast"] == "auto"
+    assert record["precision"] == {
+        "weights": "float32",
+        "training": "bfloat16 autocast",
+        "evaluation": "float32",
+        "channels_last": True,
+        "step_seconds": STEPS,
+    }
+    assert bits(resumed) == bits(train(configuration(autocast="bfloat16", channels_last=True)))
+
+
+def test_a_candidate_must_be_clearly_faster_than_plain_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings(monkeypatch, {**STEPS, "bfloat16, channels_last": 0.96})
+    assert train(configuration(**AUTO, epochs=1)).precision.name == "float, contiguous"
+    half = timings(monkeypatch, {**STEPS, "bfloat16, contiguous": 1.0})
+    assert train(configuration(autocast="bfloat16", channels_last="auto", epochs=1)).precision.channels_last
+    assert set(half) == {"bfloat16, contiguous", "bfloat16, channels_last"}
+    none = timings(monkeypatch, STEPS)
+    train(configuration(autocast="bfloat16", epochs=1))
+    assert none == []
+    layouts = timings(monkeypatch, STEPS)
+    train(configuration(**AUTO, dtype="float64", epochs=1))
+    assert set(layouts) == {"float, contiguous", "float, channels_last"}  # autocast leaves float64 alone
+
+
+def test_timing_moves_nothing_of_the_run() -> None:
+    """Whatever is faster here, the run is that of a configuration which says so outright."""
+    before = torch.get_rng_state()
+    found = train(configuration(**AUTO))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert set(found.precision.step_seconds) == set(STEPS)
+    assert all(0 < seconds < 600 for seconds in found.precision.step_seconds.values())
+    chosen = {"autocast": found.precision.autocast, "channels_last": found.precision.channels_last}
+    assert bits(found) == bits(train(configuration(**chosen)))
+
+
+def test_the_short_batch_is_left_out_where_it_would_be_compiled_for_alone() -> None:
+    auto = configuration(drop_last="auto")
+    assert not auto.drops_last
+    assert auto.replace({"compile": True}).drops_last
+    assert not auto.replace({"compile": True, "drop_last": False}).drops_last
+    assert configuration(drop_last=True).drops_last
+    with pytest.raises(ConfigurationError, match="drop_last must be true, false or 'auto', not 'sometimes'"):
+        configuration(drop_last="sometimes")
+    with pytest.raises(ConfigurationError, match="channels_last must be true, false or 'auto', not 1"):
+        configuration(channels_last=1)
+
+
+def counted_compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """torch.compile without inductor: graphs run as they were traced; the list holds how many were run."""
+    compile_, runs = torch.compile, [0]
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            runs[0] += 1
+            return graph.forward(*arguments)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=backend, **options))
+    return runs
+
+
+@pytest.mark.slow
+def test_a_worker_compiles_every_run_anew_and_never_falls_back_to_eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten activations in one process: torch keeps eight variants of a function, and runs a ninth eager in silence."""
+    runs = counted_compiler(monkeypatch)
+    counts = []
+    for curvature in range(1, 11):
+        spec = f"rct:beta=1,curvature={curvature}"
+        config = configuration(activation=spec, compile=True, epochs=1, watch={"every": 0})
+        before = runs[0]
+        compiled = train(config)
+        counts.append(runs[0] - before)
+        eager = train(configuration(activation=spec, epochs=1, watch={"every": 0}))
+        assert compiled.history[-1]["loss"] == pytest.approx(eager.history[-1]["loss"], rel=1e-3)
+    assert len(set(counts)) == 1
+    assert counts[0] >= 2 * 160 // 32  # every step's crafting and loss
+
+
+def test_a_trained_network_is_contiguous_whatever_it_was_trained_in() -> None:
+    """A measurement reads the graph of a contiguous network; channels_last kernels leave strided views in it."""
+    model = train(configuration(channels_last=True, epochs=1)).model
+    assert all(value.is_contiguous() for value in model.state_dict().values())
+
+
+def test_too_many_variants_within_a_run_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import config as dynamo
+
+    if not any(hasattr(dynamo, name) for name in compiling.LIMITS):
+        pytest.skip("this torch cannot fail where it stops compiling")
+    counted_compiler(monkeypatch)
+    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
+    with dynamo.patch({limit: 1}), pytest.raises(ConfigurationError, match="torch would go on uncompiled"):
+        train(configuration(compile=True, epochs=1, train_samples=40))  # a second variant for the short batch
 
 
 @pytest.mark.parametrize("autocast", ["none", "bfloat16"])

@@ -1,0 +1,69 @@
+"""Precision and layout by a timed step, where a configuration says "auto".
+
+Each candidate makes whole training steps (crafting, both passes, the optimiser at learning rate zero) on a network of
+its own and one batch of the run's; candidates take turns, and the least time of each counts. A candidate replaces the
+plain one (float, contiguous) only if it is faster by `MARGIN`. Steps are timed eager also where the run compiles: to
+compile four steps takes longer than a wrong choice costs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from experiments.config import TrainConfig
+from experiments.schedules import attack_budget
+from experiments.trainer.images import Images, Sampler
+from experiments.trainer.precision import Precision, candidates
+from experiments.trainer.rig import build
+from experiments.trainer.step import Stepper, Tally
+
+ROUNDS = 3  # after one that warms up
+MARGIN = 0.05
+
+
+def choose(config: TrainConfig, images: Images, sampler: Sampler) -> Precision:
+    """The fastest of what the configuration leaves open; without a choice, nothing is timed."""
+    options = candidates(config)
+    if len(options) == 1:
+        return options[0]
+    steps = [_step(config, images, sampler, option) for option in options]
+    best = [math.inf] * len(options)
+    for turn in range(ROUNDS + 1):
+        for i, step in enumerate(steps):
+            _wait(images.inputs.device)
+            begin = time.perf_counter()
+            step()
+            _wait(images.inputs.device)
+            if turn:
+                best[i] = min(best[i], time.perf_counter() - begin)
+    chosen = best.index(min(best))
+    if best[chosen] > (1 - MARGIN) * best[0]:
+        chosen = 0
+    return replace(options[chosen], step_seconds={option.name: best[i] for i, option in enumerate(options)})
+
+
+def _step(config: TrainConfig, images: Images, sampler: Sampler, precision: Precision) -> Callable[[], None]:
+    """One training step on a network that is thrown away; every generator is keyed, so nothing of the run moves."""
+    device = images.inputs.device
+    eager = replace(config, compile=False)
+    rig = build(eager, tuple(images.inputs.shape[1:]), images.classes, device, precision)
+    rig.model.train()
+    stepper, tally = Stepper(rig), Tally(device)
+    budget = attack_budget(config.attack, eps=config.radius, epoch=config.epochs, epochs=config.epochs)
+    views, labels = sampler.batch(sampler.order(1), 1, 0)
+
+    def step() -> None:
+        stepper(views, labels, epoch=config.epochs, step=0, lr=0.0, budget=budget, tally=tally)
+
+    return step
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
