@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UncoveredModelError
-from ..norm import NormEstimate, NormReport, TraceEstimate, estimate, exact_norm, share, trace
+from ..norm import NormEstimate, NormReport, TraceEstimate, cosine, estimate, exact_norm, share, trace
 from ..objective import Objective
 from ..sites import Linearisation
 from ..sites.elementwise import curvature_of
@@ -151,7 +151,8 @@ def _summary(
     total: NormEstimate, outer: NormEstimate | None, inner: NormEstimate | None, *, confidence: float
 ) -> NormSummary:
     shares = [None if part is None else share(part, total, confidence=confidence) for part in (outer, inner)]
-    return NormSummary(total, outer, inner, *shares)
+    angle = None if outer is None or inner is None else cosine(outer, inner, total, confidence=confidence)
+    return NormSummary(total, outer, inner, *shares, angle)
 
 
 def _effective(objective: Objective, first: Numbered) -> tuple[tuple[EffectiveCurvature, ...], tuple[str, ...]]:
