@@ -152,7 +152,7 @@ def _summary(
 ) -> NormSummary:
     shares = [None if part is None else share(part, total, confidence=confidence) for part in (outer, inner)]
     angle = None if outer is None or inner is None else cosine(outer, inner, total, confidence=confidence)
-    return NormSummary(total, outer, inner, *shares, angle)
+    return NormSummary(total, outer, inner, *shares, cosine=angle)
 
 
 def _effective(objective: Objective, first: Numbered) -> tuple[tuple[EffectiveCurvature, ...], tuple[str, ...]]:
