@@ -48,7 +48,7 @@ class Row:
         """A number by its name, NaN where the run has none.
 
         "aa2", "aa", "clean" (shares); "norm test/clean" and "invariant ...", "plugin ...", "gauss_newton
-        ...", "functional ..." (rms); "effective" (geometric mean over layers of |gamma| max|σ''|);
+        ...", "functional ..." (rms); "cosine ..." (of the angle between the last two); "effective" (geometric mean over layers of |gamma| max|σ''|);
         "seconds" (of the whole run); "train_seconds" (of the epochs alone: the first run of a process also
         pays for imports); "peak_memory", "saved_bytes".
         """
@@ -69,6 +69,8 @@ class Row:
         norm = (self.record.get("norms") or {}).get(place) or {}
         if kind == "norm":
             return _number(norm, "rms")
+        if kind == "cosine":
+            return _number(norm.get(kind), "value")
         if kind in ("invariant", "plugin", "gauss_newton", "functional"):
             return _number(norm.get(kind), "rms")
         raise ConfigurationError(f"a run records no {name!r}")
