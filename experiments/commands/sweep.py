@@ -145,8 +145,8 @@ def _run(
             )
         else:
             counts = cluster.execute(
-                store, sweep=sweep.name, seeds=seeds, first=first, address=address, threads=plan.threads, per_gpu=per_gpu,
-                retries=retries, watch=watch,
+                store, sweep=sweep.name, seeds=seeds, first=first, address=address, threads=plan.threads,
+                per_gpu=per_gpu, retries=retries, watch=watch,
             )  # fmt: skip
     with Reader(store) as reader:
         print(f"{sweep.name}: {counts['done']} done, {counts['failed']} failed")

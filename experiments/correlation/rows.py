@@ -48,9 +48,9 @@ class Row:
         """A number by its name, NaN where the run has none.
 
         "aa2", "aa", "clean" (shares); "norm test/clean" and "invariant ...", "plugin ...", "gauss_newton
-        ...", "functional ..." (rms); "cosine ..." (of the angle between the last two); "effective" (geometric mean over layers of |gamma| max|σ''|);
-        "seconds" (of the whole run); "train_seconds" (of the epochs alone: the first run of a process also
-        pays for imports); "peak_memory", "saved_bytes".
+        ...", "functional ..." (rms); "cosine ..." (of the angle between the last two); "effective" (geometric
+        mean over layers of |gamma| max|σ''|); "seconds" (of the whole run); "train_seconds" (of the epochs
+        alone: the first run of a process also pays for imports); "peak_memory", "saved_bytes".
         """
         kind, _, place = name.partition(" ")
         if kind in ("aa2", "aa"):
@@ -139,7 +139,7 @@ def one_family(chosen: Sequence[Row], where: str) -> None:
         f"{part}.{name}: {json.dumps(a[part].get(name))} and {json.dumps(b[part].get(name))}"
         for part in ("train", "attack", "measure")
         for name in sorted({*a[part], *b[part]})
-        if name not in ("activation", "seed", "aa_samples") and a[part].get(name) != b[part].get(name)
+        if name not in ("activation", "seed", "aa_samples", "pgd_samples") and a[part].get(name) != b[part].get(name)
     ]
     raise ConfigurationError(
         f"{where}: runs of different configurations would mix in one curve ({'; '.join(differing) or 'schema'}); "

@@ -59,11 +59,12 @@ class Sweep:
 def find(path: str | Path) -> Path:
     """A sweep file by its path, or by its name: campaign/main is experiments/sweeps/campaign/main.toml."""
     path, named = Path(path), SWEEPS / f"{path}.toml"
-    if path.is_file() or not named.is_file():
-        if not path.exists():
-            known = sorted(str(p.relative_to(SWEEPS).with_suffix("")) for p in SWEEPS.glob("*/*.toml"))
-            raise ConfigurationError(f"sweep {path}: no such file, and no sweep of that name; {nearest(str(path), known)}")
+    if path.exists():
         return path
+    if not named.is_file():
+        names = sorted(str(file.relative_to(SWEEPS).with_suffix("")) for file in SWEEPS.glob("*/*.toml"))
+        hint = nearest(str(path.with_suffix("")), names)
+        raise ConfigurationError(f"sweep {path}: no such file, and no sweep of that name; {hint}")
     return named
 
 

@@ -77,14 +77,15 @@ class RunConfig:
     @cached_property
     def family(self) -> str:
         """The hash of what the curves of one figure share: all but the activation, the seed and the images
-        for AA.
+        for AA and PGD.
 
         A curve over max|σ''| joins runs of one family only; anything else that differs is another experiment.
         """
         plain = self.to_dict()
         for name in ("activation", "seed"):
             plain["train"].pop(name, None)
-        plain["attack"].pop("aa_samples", None)  # a further evaluation changes nothing in the others
+        for name in ("aa_samples", "pgd_samples"):
+            plain["attack"].pop(name, None)  # a further evaluation changes nothing in the others
         return digest(plain)
 
     @property

@@ -80,8 +80,8 @@ def execute(
     environment: Mapping[str, str] | None = None,
     interval: float = 0.25,
 ) -> dict[str, int]:
-    """Run a registered sweep, or what has these seeds among its first so many runs, to its end; returns how many runs are
-    in each state.
+    """Run a registered sweep, or what has these seeds among its first so many runs, to its end; returns how many runs
+    are in each state.
     """
     logs = root / "logs"
     logs.mkdir(exist_ok=True)

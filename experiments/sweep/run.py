@@ -27,6 +27,9 @@ from hessdiag import data, objective
 from hessdiag.activations import max_curvature
 from hessdiag.perturbation import parse_pgd, perturb_batches
 
+ATTACKS = ("aa2", "aa", "pgd")
+PGD = "pgd:eps={eps},steps=10,seed={seed}"
+
 
 def run_one(config: RunConfig, out: Path) -> Record:
     """Do the run in directory `out` and return its record."""
@@ -80,14 +83,14 @@ def cost(config: RunConfig, model: torch.nn.Module, device: torch.device) -> Rec
 
 
 def attacked(config: RunConfig, model: torch.nn.Module, device: torch.device, out: Path, clock: Clock) -> Record:
-    """AA-2 and AA on the chosen test images."""
+    """AA-2, AA and PGD-10 on the chosen test images."""
     attack, name = config.attack, config.train["data"]
-    record: Record = {"eps": attack["eps"], "aa2": None, "aa": None}
-    if not attack["aa2_samples"] and not attack["aa_samples"]:
+    record: Record = {"eps": attack["eps"], **dict.fromkeys(ATTACKS)}
+    if not any(attack.get(f"{kind}_samples") for kind in ATTACKS):
         return record
     test = data.load(name, split="test")
-    for kind in ("aa2", "aa"):
-        number = min(attack[f"{kind}_samples"], len(test))
+    for kind in ATTACKS:
+        number = min(attack.get(f"{kind}_samples", 0), len(test))
         if not number:
             continue
         chosen = test.sample(number, seed=attack["samples_seed"])
@@ -96,7 +99,7 @@ def attacked(config: RunConfig, model: torch.nn.Module, device: torch.device, ou
             model,
             x,
             y,
-            attack=kind,
+            attack=PGD.format(**attack) if kind == "pgd" else kind,
             eps=attack["eps"],
             seed=attack["seed"],
             batch_size=attack["batch_size"],

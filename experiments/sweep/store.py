@@ -74,7 +74,8 @@ class Store(Reader):
             members = "SELECT r.key, r.config FROM members m JOIN runs r USING (key) WHERE m.sweep = ?"
             for key, config in execute(members, (name,)).fetchall():
                 member = RunConfig.from_dict(json.loads(config))
-                named = key in keys or key in later or (member.family in families and member.train.get("seed") not in seeds)
+                other = member.family in families and member.train.get("seed") not in seeds
+                named = key in keys or key in later or other
                 if not named:
                     execute("DELETE FROM members WHERE sweep = ? AND key = ?", (name, key))
             for position, run in enumerate(runs):
