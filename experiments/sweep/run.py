@@ -114,6 +114,8 @@ def attacked(config: RunConfig, model: torch.nn.Module, device: torch.device, ou
 def measured(config: RunConfig, model: torch.nn.Module, device: torch.device, clock: Clock) -> Record:
     """The norm of the diagonal for every split and loss that is asked for, and the effective curvatures."""
     settings = config.measure
+    if settings["splits"] and settings["losses"]:  # channels-last pooling restrides, which no site identity covers
+        model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     norms: Record = {}
     curvature: list[Record] = []
     for split in settings["splits"]:

@@ -150,9 +150,9 @@ def _of(report: NormReport | None, kind: str, name: str) -> NormEstimate | None:
 def _summary(
     total: NormEstimate, outer: NormEstimate | None, inner: NormEstimate | None, *, confidence: float
 ) -> NormSummary:
-    shares = [None if part is None else share(part, total, confidence=confidence) for part in (outer, inner)]
+    first, second = (None if part is None else share(part, total, confidence=confidence) for part in (outer, inner))
     angle = None if outer is None or inner is None else cosine(outer, inner, total, confidence=confidence)
-    return NormSummary(total, outer, inner, *shares, cosine=angle)
+    return NormSummary(total, outer, inner, first, second, angle)
 
 
 def _effective(objective: Objective, first: Numbered) -> tuple[tuple[EffectiveCurvature, ...], tuple[str, ...]]:
