@@ -2,12 +2,12 @@
 
     python -m benchmarks.card [throughput] [table2] [norms] [--out FOLDER]
 
-throughput  standard and N-FGSM training of ResNet-18 (bfloat16 autocast, channels-last, compiled; augmentation included)
+throughput  standard and N-FGSM training of ResNet-18 (bfloat16 autocast, channels-last, compiled; with augmentation)
             beside a plain eager loop of the same method with torch's defaults
-table2      milliseconds and memory of a standard step with ReLU, SiLU and RCT-AF: eager float32, and compiled, every row
+table2      milliseconds and memory of a standard step with ReLU, SiLU and RCT-AF: eager float32, and compiled, each
             with a compiler that has seen nothing before
-norms       ResNet-18 on 64 images: the norm of its Hessian's diagonal within 5% by propagation, and how far Hutchinson's
-            probes come in the same time
+norms       ResNet-18 on 64 images: the norm of its Hessian's diagonal within 5% by propagation, and how far
+            Hutchinson's probes come in the same time
 
 A row is stored as soon as it is measured; rows that are stored already are left out. Without a GPU everything is tiny:
 a rehearsal, whose numbers say nothing.
