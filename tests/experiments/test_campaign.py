@@ -104,7 +104,7 @@ def test_the_control_has_every_arm_for_every_seed() -> None:
             arms.setdefault(sweep.variants[run.key], set()).add(run.train["seed"])
             factors = run.train["control"]
             assert factors["as_alpha"] in (None, 12)
-            wanted = 6 if "high curvature" == sweep.variants[run.key] else 2
+            wanted = 6 if sweep.variants[run.key] == "high curvature" else 2
             assert max_curvature(run.train["activation"]) == pytest.approx(wanted)
         assert len(arms) == 6
         assert all(found == set(range(seeds)) for found in arms.values())
