@@ -186,15 +186,16 @@ def trained(
                 if not over:
                     time.sleep(0.2)
         finally:
-            if worker.poll() is None:
+            late = worker.poll() is None
+            if late:
                 tell(f"{name}: the time is over")
                 worker.terminate()
             try:
                 code = worker.wait(10)
-            except subprocess.TimeoutExpired:
+            except subprocess.TimeoutExpired:  # deep in a compiler
                 worker.kill()
-                code = 0
-    return failures + (code in (1, 3))
+                code = worker.wait()
+    return failures + (code != 0 and not late)
 
 
 def _exported(folder: Path, name: str) -> tuple[export.Result, ...]:

