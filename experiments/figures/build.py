@@ -107,10 +107,10 @@ def _draw(drawing: Drawing, figure: str, sweep: SweepResults, chosen: Sequence[R
     seeds = sorted({row.seed for row in chosen})
     caption = f"tier {sweep.tier}: {sweep.title}; {len(chosen)} runs, {counted(seeds)}"
     if sweep.missing:
-        chosen_seeds = "" if sweep.tier == "campaign" else f"--seeds {','.join(map(str, seeds))} "  # its files name theirs
+        given = "" if sweep.tier == "campaign" else f"--seeds {','.join(map(str, seeds))} "  # its files name theirs
         caption += (
             f"; {sweep.missing} missing: python -m experiments sweep experiments/sweeps/{sweep.name}.toml "
-            f"{chosen_seeds}--export"
+            f"{given}--export"
         )
     return Picture(figure, sweep.tier, TITLES[figure], caption, path)
 

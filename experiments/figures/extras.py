@@ -24,9 +24,9 @@ def has_angles(chosen: Sequence[Row]) -> bool:
 def norms(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
     """Robustness, the norms of both losses, the invariant companion of the adversarial one, and whether the
     Gauss-Newton and the functional part add up (cosine above 0) or cancel (below); a curve per β or, where there are
-    several, per method.
+    several, per method or network.
     """
-    by = "method" if len({row.method for row in chosen}) > 1 else "beta"
+    by = next((name for name in ("method", "network") if len(split(chosen, name)) > 1), "beta")
     panels = (
         (robust_name(chosen), "(a) robustness"),
         ("norm train/clean", "(b) norm, clean loss"),

@@ -35,7 +35,8 @@ from experiments.sweep.keys import TIERS, RunConfig, canonical
 from experiments.sweep.settings import complete, train_fields
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
 
-FIGURES = ("figure3", "figure4", "figure5", "figure6", "figure7", "table1", "table2", "control", "none")
+FIGURES = ("figure3", "figure4", "figure5", "figure6", "figure7", "table1", "table2", "control")
+NOWHERE = "none"  # the figure of a sweep that is drawn and judged nowhere
 SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
 TOP = ("figure", "tier", "title", "note", "train", "attack", "measure", "grid", "override")
 SECTIONS = ("train", "attack", "measure")
@@ -83,7 +84,7 @@ def load(
         _table(table.get(name, {}), f"{place}: [{name}]")
     tier, figure = table.get("tier", path.parent.name), table.get("figure", path.stem)
     _one_of(tier, TIERS, f"{place}: tier")
-    _one_of(figure, FIGURES, f"{place}: figure")
+    _one_of(figure, (*FIGURES, NOWHERE), f"{place}: figure")
     grids, overrides = table.get("grid", []), table.get("override", [])
     if not isinstance(grids, list) or not grids:
         raise ConfigurationError(f"{place}: no [[grid]]: name at least one, with lists of what to vary")
