@@ -19,6 +19,7 @@ COMMANDS = {
     "attack": "experiments.commands.attack",
     "recipes": "experiments.commands.recipes",
     "sweep": "experiments.commands.sweep",
+    "card": "experiments.commands.card",
     "status": "experiments.commands.status",
     "figures": "experiments.commands.figures",
 }

@@ -24,7 +24,7 @@ EXECUTORS = ("local", "ray")
 
 
 def command(
-    files: Annotated[list[Path], typer.Argument(help="Sweep files, such as experiments/sweeps/smoke/figure3.toml.")],
+    files: Annotated[list[Path], typer.Argument(help="Sweeps by file or name: smoke/figure3, mine.toml.")],
     store: Annotated[Path, typer.Option(help="Directory of the store.")] = Path("runs/sweeps"),
     executor: Annotated[str, typer.Option(help="local: processes here; ray: a cluster.")] = "local",
     workers: Annotated[int | None, typer.Option(help="Processes; one per core or GPU by default.")] = None,
@@ -32,6 +32,7 @@ def command(
     per_gpu: Annotated[int, typer.Option(help="Runs side by side on one GPU.")] = 1,
     ray_address: Annotated[str | None, typer.Option(help="A running cluster; by default one on this machine.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds instead of the file's: 0,1,2.")] = None,
+    stage: Annotated[int | None, typer.Option(help="The last stage to do, where a file has several.")] = None,
     retries: Annotated[int, typer.Option(help="How often a failed run is tried again.")] = 0,
     budget: Annotated[float | None, typer.Option(help="Refuse to start what takes longer, in minutes.")] = None,
     pilot: Annotated[bool, typer.Option(help="Time a few steps first where no timing is known.")] = True,
@@ -53,7 +54,7 @@ def command(
         raise ConfigurationError(f"--budget {budget:g}: minutes, more than 0")
     if executor == "ray" and workers is not None:
         raise ConfigurationError("--workers is of --executor local: a cluster does as many runs as fit (--threads)")
-    sweeps = [grid.load(path, seeds=_seeds(seeds)) for path in files]
+    sweeps = [grid.load(path, seeds=_seeds(seeds), stage=stage) for path in files]
     names = [sweep.name for sweep in sweeps]
     for sweep, path in zip(sweeps, files, strict=True):
         if names.count(sweep.name) > 1:
@@ -75,7 +76,7 @@ def command(
             for sweep in sweeps:
                 opened.add(
                     sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title,
-                    variants=sweep.variants,
+                    variants=sweep.variants, later=sweep.later,
                 )  # fmt: skip
     if list_runs or only_export:
         with Reader(store) as reader:
@@ -135,14 +136,17 @@ def _run(
     if dry_run:
         return 0
     seeds = sorted({run.train["seed"] for run in sweep.runs})
+    first = len(sweep.runs) if sweep.later else None
     with Reader(store) as reader, Live(console=show, refresh_per_second=2, transient=True) as live:
         watch = _watcher(live, reader, sweep.name)
         if executor == "local":
-            counts = local.execute(store, sweep=sweep.name, seeds=seeds, workers=plan, retries=retries, watch=watch)
+            counts = local.execute(
+                store, sweep=sweep.name, seeds=seeds, first=first, workers=plan, retries=retries, watch=watch
+            )
         else:
             counts = cluster.execute(
-                store, sweep=sweep.name, seeds=seeds, address=address, threads=plan.threads, per_gpu=per_gpu,
-                retries=retries, watch=watch,
+                store, sweep=sweep.name, seeds=seeds, first=first, address=address, threads=plan.threads,
+                per_gpu=per_gpu, retries=retries, watch=watch,
             )  # fmt: skip
     with Reader(store) as reader:
         print(f"{sweep.name}: {counts['done']} done, {counts['failed']} failed")

@@ -48,7 +48,8 @@ class Row:
         """A number by its name, NaN where the run has none.
 
         "aa2", "aa", "clean" (shares); "norm test/clean" and "invariant ...", "plugin ...", "gauss_newton
-        ...", "functional ..." (rms); "effective" (geometric mean over layers of |gamma| max|σ''|);
+        ...", "functional ..." (rms); "cosine ..." (of the angle between the diagonals of these two parts);
+        "effective" (geometric mean over layers of |gamma| max|σ''|);
         "seconds" (of the whole run); "train_seconds" (of the epochs alone: the first run of a process also
         pays for imports); "peak_memory", "saved_bytes".
         """
@@ -69,6 +70,8 @@ class Row:
         norm = (self.record.get("norms") or {}).get(place) or {}
         if kind == "norm":
             return _number(norm, "rms")
+        if kind == "cosine":
+            return _number(norm.get(kind), "value")
         if kind in ("invariant", "plugin", "gauss_newton", "functional"):
             return _number(norm.get(kind), "rms")
         raise ConfigurationError(f"a run records no {name!r}")
@@ -137,7 +140,7 @@ def one_family(chosen: Sequence[Row], where: str) -> None:
         f"{part}.{name}: {json.dumps(a[part].get(name))} and {json.dumps(b[part].get(name))}"
         for part in ("train", "attack", "measure")
         for name in sorted({*a[part], *b[part]})
-        if name not in ("activation", "seed", "aa_samples") and a[part].get(name) != b[part].get(name)
+        if name not in ("activation", "seed", "aa_samples", "pgd_samples") and a[part].get(name) != b[part].get(name)
     ]
     raise ConfigurationError(
         f"{where}: runs of different configurations would mix in one curve ({'; '.join(differing) or 'schema'}); "

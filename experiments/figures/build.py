@@ -15,7 +15,7 @@ from experiments.correlation.verdicts import Verdict, load_rules, verdicts
 from experiments.fields import storable
 from experiments.figures.closed_forms import figure1, figure2
 from experiments.figures.curves import DRAWINGS, counted
-from experiments.figures.extras import control, heat_map, scatter
+from experiments.figures.extras import control, has_angles, heat_map, norms, scatter
 from experiments.figures.tables import table1, table2
 from experiments.sweep.export import SweepResults, read_all, rounded
 from hessdiag.files import replace_file
@@ -32,6 +32,7 @@ TITLES = {
     "table1": "Table 1. Activations",
     "table2": "Table 2. What an activation costs",
     "control": "Control. One factor of α at a time (not in the paper)",
+    "norms": "Norms of both losses, and whether their parts add up (not in the paper)",
     "scatter": "Norm against robustness (not in the paper)",
     "heat": "Norm by layer (not in the paper)",
 }
@@ -80,6 +81,8 @@ def build(results: Path, out: Path, *, resamples: int | None = None) -> Built:
                 analyses[sweep.name] = analyse(
                     chosen, margin=margin, resamples=int(table["resamples"]), seed=table["seed"]
                 )
+            if figure in DRAWINGS and has_angles(chosen):
+                pictures.append(_draw(norms, "norms", sweep, chosen, out / f"{name}_norms_{sweep.tier}"))
             if figure in ("figure3", "figure7"):
                 pictures.append(_draw(scatter, "scatter", sweep, chosen, out / f"{name}_scatter_{sweep.tier}"))
                 pictures.append(_draw(heat_map, "heat", sweep, chosen, out / f"{name}_heat_{sweep.tier}"))
@@ -104,9 +107,10 @@ def _draw(drawing: Drawing, figure: str, sweep: SweepResults, chosen: Sequence[R
     seeds = sorted({row.seed for row in chosen})
     caption = f"tier {sweep.tier}: {sweep.title}; {len(chosen)} runs, {counted(seeds)}"
     if sweep.missing:
+        given = "" if sweep.tier == "campaign" else f"--seeds {','.join(map(str, seeds))} "  # its files name theirs
         caption += (
             f"; {sweep.missing} missing: python -m experiments sweep experiments/sweeps/{sweep.name}.toml "
-            f"--seeds {','.join(map(str, seeds))} --export"
+            f"{given}--export"
         )
     return Picture(figure, sweep.tier, TITLES[figure], caption, path)
 

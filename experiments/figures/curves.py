@@ -19,7 +19,11 @@ LABELS = {
     "aa": "robust accuracy (AA), %",
     "clean": "clean accuracy, %",
     "norm train/clean": "rms norm of diag H",
+    "norm train/adversarial": "rms norm, adversarial loss",
     "invariant train/clean": "invariant companion, rms",
+    "invariant train/adversarial": "invariant companion, adversarial loss",
+    "cosine train/clean": "cosine, clean loss",
+    "cosine train/adversarial": "cosine, adversarial loss",
     "plugin train/clean": "plug-in Hutchinson norm, rms (biased)",
 }
 

@@ -1,4 +1,4 @@
-"""What the paper lacks: norm against robustness, norms by layer, the control for rescaling."""
+"""What the paper lacks: norms of both losses, norm against robustness, norms by layer, the control for rescaling."""
 
 from __future__ import annotations
 
@@ -10,10 +10,43 @@ import torch
 
 from experiments.correlation.judges import quantity
 from experiments.correlation.rows import Row, column, curvatures, one_family, split
-from experiments.figures.curves import LABELS, footer, images, robust_name
-from experiments.figures.style import COLOURS, canvas, label, log_values, looks
+from experiments.figures.curves import BAND, LABELS, draw, footer, images, robust_name
+from experiments.figures.style import COLOURS, band, canvas, label, log_curvature, log_values, looks
 from experiments.sweep.export import SweepResults
 from hessdiag import networks
+
+
+def has_angles(chosen: Sequence[Row]) -> bool:
+    """Whether any run tells the angle between the parts of its diagonal."""
+    return bool(np.isfinite(column(chosen, "cosine train/clean")).any())
+
+
+def norms(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
+    """Robustness, the norms of both losses, the invariant companion of the adversarial one, and whether the
+    Gauss-Newton and the functional part add up (cosine above 0) or cancel (below); a curve per β or, where there are
+    several, per method or network.
+    """
+    by = next((name for name in ("method", "network") if len(split(chosen, name)) > 1), "beta")
+    panels = (
+        (robust_name(chosen), "(a) robustness"),
+        ("norm train/clean", "(b) norm, clean loss"),
+        ("cosine train/clean", "(c) parts of the clean loss"),
+        ("invariant train/adversarial", "(d) invariant companion, adversarial loss"),
+        ("norm train/adversarial", "(e) norm, adversarial loss"),
+        ("cosine train/adversarial", "(f) parts of the adversarial loss"),
+    )
+    with canvas(path, 2, 3) as axes:
+        for axis, (name, title) in zip(axes.flat, panels, strict=True):
+            draw(axis, chosen, name, by, "norms", scale=100.0 if name in ("aa", "aa2") else 1.0)
+            axis.set(title=title, ylabel=LABELS[name])
+            if "cosine" in name:
+                axis.axhline(0.0, color="#444444", linewidth=0.8)
+            elif "train" in name:
+                log_values(axis, horizontal=False)
+            log_curvature(axis, curvatures(chosen).tolist())
+            band(axis, *BAND)
+        axes[0][0].legend()
+        label(axes[0][0], footer(results, chosen) + images(chosen, robust_name(chosen)))
 
 
 def scatter(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:

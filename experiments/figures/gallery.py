@@ -45,7 +45,8 @@ def write(built: Built, path: Path) -> None:
         f"<style>{STYLE}</style>",
         "<h1>Activation curvature, Hessian diagonals and robustness: every figure from stored results</h1>",
         "<p>Each figure names the tier it comes from: <b>smoke</b> is digits on two CPU cores, <b>quick</b> a "
-        "shortened protocol, <b>paper</b> the published one. The grey band is max|σ''| from 4 to 10, the range "
+        "shortened protocol, <b>campaign</b> all of CIFAR with a net of a quarter of the width on two CPU cores, "
+        "<b>paper</b> the published one. The grey band is max|σ''| from 4 to 10, the range "
         "that the paper (arXiv 2603.23860) calls optimal. Bars are one standard deviation of a seed, and curves that "
         "have them stand a little aside of each other; a single seed has none, and its wiggles may be luck. Stars are "
         "the paper's printed numbers.</p>",

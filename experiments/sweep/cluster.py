@@ -60,6 +60,7 @@ def execute(
     *,
     sweep: str,
     seeds: Collection[int] | None = None,
+    first: int | None = None,
     runner: str = "experiments.sweep.run:run_one",
     address: str | None = None,
     threads: int = 1,
@@ -69,7 +70,7 @@ def execute(
     interruptions: int = MAX_INTERRUPTIONS,
     watch: Callable[[], None] | None = None,
 ) -> dict[str, int]:
-    """Run a registered sweep, or these seeds of it, on a cluster.
+    """Run a registered sweep, or these seeds of its first so many runs, on a cluster.
 
     A run takes `threads` cores and, where the cluster has GPUs, the share 1/`per_gpu` of one.
     """
@@ -86,11 +87,12 @@ def execute(
     with Store(root) as store:
         beat = time.monotonic()
         try:
-            while running or store.remaining(sweep, seeds=seeds, retries=retries):
+            while running or store.remaining(sweep, seeds=seeds, first=first, retries=retries):
                 while len(running) < _slots(ray, threads, gpus) + 1:  # one more, so that no slot waits for the driver
                     claim = store.claim(
-                        owner, sweep=sweep, seeds=seeds, retries=retries, lease=lease, interruptions=interruptions
-                    )
+                        owner, sweep=sweep, seeds=seeds, first=first, retries=retries, lease=lease,
+                        interruptions=interruptions,
+                    )  # fmt: skip
                     if claim is None:
                         break
                     found = read_result(store.folder(claim.key), claim.config)

@@ -1,7 +1,7 @@
 """A sweep as data: a TOML file becomes a list of runs.
 
 figure = "figure3"                    # what the results draw
-tier = "smoke"                        # smoke, quick or paper
+tier = "smoke"                        # smoke, quick, campaign or paper
 title = "what is swept, in one line"
 
 [train]                               # settings of every run, as `python -m experiments train` takes them
@@ -12,6 +12,7 @@ title = "what is swept, in one line"
 beta = [0, 1, 2]
 curvature = [1, 4, 7, 10, 15]         # max|σ''|; or alpha = [...]; or activation = ["relu", "gelu"]
 seed = [0]
+stage = 1                             # done in this order; `--stage 1` stops after the first
 
 [[override]]                          # change settings of the runs that match
 where = { beta = 1, curvature = 7 }
@@ -35,6 +36,8 @@ from experiments.sweep.settings import complete, train_fields
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
 
 FIGURES = ("figure3", "figure4", "figure5", "figure6", "figure7", "table1", "table2", "control")
+NOWHERE = "none"  # the figure of a sweep that is drawn and judged nowhere
+SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
 TOP = ("figure", "tier", "title", "note", "train", "attack", "measure", "grid", "override")
 SECTIONS = ("train", "attack", "measure")
 SHAPE = ("beta", "curvature", "alpha", "activation")
@@ -51,22 +54,37 @@ class Sweep:
     title: str
     runs: tuple[RunConfig, ...]
     variants: Mapping[str, str]
+    later: tuple[str, ...] = ()  # keys of the runs that belong to stages left out
+
+
+def find(path: str | Path) -> Path:
+    """A sweep file by its path, or by its name: campaign/main is experiments/sweeps/campaign/main.toml."""
+    path, named = Path(path), SWEEPS / f"{path}.toml"
+    if path.exists():
+        return path
+    if not named.is_file():
+        names = sorted(str(file.relative_to(SWEEPS).with_suffix("")) for file in SWEEPS.glob("*/*.toml"))
+        hint = nearest(str(path.with_suffix("")), names)
+        raise ConfigurationError(f"sweep {path}: no such file, and no sweep of that name; {hint}")
+    return named
 
 
 def load(
-    path: str | Path, *, seeds: list[int] | None = None, complete: Callable[[RunConfig], RunConfig] = complete
+    path: str | Path,
+    *,
+    seeds: list[int] | None = None,
+    stage: int | None = None,
+    complete: Callable[[RunConfig], RunConfig] = complete,
 ) -> Sweep:
-    """Read a sweep file; `seeds` replaces its seeds."""
-    path = Path(path)
-    if not path.exists():
-        raise ConfigurationError(f"sweep {path}: no such file; experiments/sweeps holds one per figure")
+    """Read a sweep file, given by its path or its name; `seeds` replaces its seeds, `stage` is the last one to do."""
+    path = find(path)
     table, place = load_toml(path), f"sweep {path.name}"
     _known(table, TOP, place)
     for name in SECTIONS:
         _table(table.get(name, {}), f"{place}: [{name}]")
     tier, figure = table.get("tier", path.parent.name), table.get("figure", path.stem)
     _one_of(tier, TIERS, f"{place}: tier")
-    _one_of(figure, FIGURES, f"{place}: figure")
+    _one_of(figure, (*FIGURES, NOWHERE), f"{place}: figure")
     grids, overrides = table.get("grid", []), table.get("override", [])
     if not isinstance(grids, list) or not grids:
         raise ConfigurationError(f"{place}: no [[grid]]: name at least one, with lists of what to vary")
@@ -75,11 +93,16 @@ def load(
     points: list[Point] = []
     for number, grid in enumerate(grids, start=1):
         points += _points(grid, seeds, f"{place}: grid {number}")
-    points.sort(key=lambda point: point[0].get("seed", 0))  # a whole sweep with the first seed before the next
+    # Stage by stage, and the whole of a stage with the first seed before the next.
+    points.sort(key=lambda point: (point[1].get("stage", 1), point[0].get("seed", 0)))
+    last = max(extra.get("stage", 1) for _, extra in points)
+    if stage is not None and not 1 <= stage <= last:
+        raise ConfigurationError(f"{place}: no stage {stage}: it has " + (f"1 to {last}" if last > 1 else "only one"))
     for number, override in enumerate(overrides, start=1):
         _check_override(override, table.get("train", {}), points, f"{place}: override {number}")
     runs: dict[str, RunConfig] = {}
     variants: dict[str, str] = {}
+    early: set[str] = set()
     used = [0] * len(overrides)
     for axes, extra in points:
         sections = {name: merged(table.get(name, {}), extra.get(name, {})) for name in SECTIONS}
@@ -94,11 +117,14 @@ def load(
                 "give them different settings or one name"
             )
         runs[run.key] = run
+        if stage is None or extra.get("stage", 1) <= stage:
+            early.add(run.key)
     for index, count in enumerate(used):
         if not count and seeds is None:
             raise ConfigurationError(f"{place}: override {index + 1} matches no run; correct its `where`")
     title = str(table.get("title", path.stem))
-    return Sweep(f"{tier}/{path.stem}", figure, tier, title, tuple(runs.values()), variants)
+    chosen, later = (tuple(run for run in runs.values() if (run.key in early) is wanted) for wanted in (True, False))
+    return Sweep(f"{tier}/{path.stem}", figure, tier, title, chosen, variants, tuple(run.key for run in later))
 
 
 def _table(table: Any, where: str) -> None:
@@ -120,8 +146,11 @@ def _one_of(value: Any, known: tuple[str, ...], where: str) -> None:
 
 def _points(grid: Any, seeds: list[int] | None, where: str) -> list[Point]:
     """Every combination of a grid's lists, with its fixed extras."""
-    _known(grid, (*SHAPE, "variant", *SECTIONS, *train_fields()), where)
-    extra = {name: grid[name] for name in ("variant", *SECTIONS) if name in grid}
+    _known(grid, (*SHAPE, "stage", "variant", *SECTIONS, *train_fields()), where)
+    extra = {name: grid[name] for name in ("stage", "variant", *SECTIONS) if name in grid}
+    stage = extra.get("stage", 1)
+    if not isinstance(stage, int) or isinstance(stage, bool) or stage < 1:
+        raise ConfigurationError(f"{where}: stage must be a whole number from 1 on, not {stage!r}")
     if not isinstance(extra.get("variant", ""), str):
         raise ConfigurationError(f"{where}: variant must be text, not {extra['variant']!r}; write one grid per variant")
     for name in SECTIONS:

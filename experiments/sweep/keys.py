@@ -19,7 +19,7 @@ from hessdiag.errors import ConfigurationError
 # What a record means. Raise it when the code that makes records changes what a number in them means: every
 # key changes with it, so that old and new records never pass for one another.
 RECORD_SCHEMA = "1"
-TIERS = ("smoke", "quick", "paper")  # sizes of a sweep, smallest first
+TIERS = ("smoke", "quick", "campaign", "paper")  # sizes of a sweep, smallest first
 
 Plain = dict[str, Any]
 
@@ -77,14 +77,15 @@ class RunConfig:
     @cached_property
     def family(self) -> str:
         """The hash of what the curves of one figure share: all but the activation, the seed and the images
-        for AA.
+        for AA and PGD.
 
         A curve over max|σ''| joins runs of one family only; anything else that differs is another experiment.
         """
         plain = self.to_dict()
         for name in ("activation", "seed"):
             plain["train"].pop(name, None)
-        plain["attack"].pop("aa_samples", None)  # a further evaluation changes nothing in the others
+        for name in ("aa_samples", "pgd_samples"):
+            plain["attack"].pop(name, None)  # a further evaluation changes nothing in the others
         return digest(plain)
 
     @property

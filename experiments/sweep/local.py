@@ -71,6 +71,7 @@ def execute(
     sweep: str,
     workers: Workers,
     seeds: Collection[int] | None = None,
+    first: int | None = None,
     runner: str = "experiments.sweep.run:run_one",
     retries: int = 0,
     lease: float = LEASE_SECONDS,
@@ -79,7 +80,9 @@ def execute(
     environment: Mapping[str, str] | None = None,
     interval: float = 0.25,
 ) -> dict[str, int]:
-    """Run a registered sweep, or what has these seeds of it, to its end; returns how many runs are in each state."""
+    """Run a registered sweep, or what has these seeds among its first so many runs, to its end; returns how many runs
+    are in each state.
+    """
     logs = root / "logs"
     logs.mkdir(exist_ok=True)
 
@@ -97,13 +100,15 @@ def execute(
         command += ["--retries", str(retries), "--lease", str(lease), "--interruptions", str(interruptions)]
         if seeds is not None:
             command += ["--seeds", *map(str, seeds)]
+        if first is not None:
+            command += ["--first", str(first)]
         command += ["--threads", str(workers.threads), "--parent", str(os.getpid())]
         variables = {**os.environ, **workers.environment(index), **(environment or {})}
         with open(logs / f"worker-{index}.log", "ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
 
     with Store(root) as store:
-        wanted = min(workers.count, store.remaining(sweep, seeds=seeds, retries=retries))
+        wanted = min(workers.count, store.remaining(sweep, seeds=seeds, first=first, retries=retries))
         crew = {index: start(index) for index in range(wanted)}
         fruitless, claimed = 0, store.claimed()
         try:
@@ -128,7 +133,7 @@ def execute(
                     if fruitless > 3 * workers.count:
                         line = _last_line(logs / f"worker-{index}.log")
                         raise StoreError(f"workers end before they take a run; the last said: {line}")
-                    if code != FINE and store.remaining(sweep, seeds=seeds, retries=retries):
+                    if code != FINE and store.remaining(sweep, seeds=seeds, first=first, retries=retries):
                         crew[index] = start(index)
         finally:
             _end(list(crew.values()))

@@ -22,6 +22,7 @@ STEPS = 2  # per epoch, of which there are two: the first pays for what is done 
 IMAGES = 64  # under the rough norm
 STANDING = 0.5  # the share of images that a robust network keeps through AA-2: these take all of its steps
 AA2 = (100, 900)  # gradients for an image: APGD-CE's, then those of APGD-T on nine targets if it still stands
+PGD = (10, 0)
 AA = (100, 900 + 2 * 900 + 1700)  # the same, FAB-T (about two each) and the 5,000 forward passes of Square
 
 
@@ -60,7 +61,7 @@ def _training(
 
 def _attacks(config: RunConfig, model: nn.Module, test: DataSet, device: torch.device) -> float:
     """Gradients that the attacks will take, times the time of one."""
-    counts = {name: min(config.attack[f"{name}_samples"], len(test)) for name in ("aa2", "aa")}
+    counts = {name: min(config.attack[f"{name}_samples"], len(test)) for name in ("aa2", "aa", "pgd")}
     if not any(counts.values()):
         return 0.0
     number = min(max(counts.values()), config.attack["batch_size"])
@@ -72,7 +73,7 @@ def _attacks(config: RunConfig, model: nn.Module, test: DataSet, device: torch.d
         torch.autograd.grad(loss, inputs)[0].sum().item()  # waits for the device
         each = (time.monotonic() - begin) / number
     standing = 0.0 if config.train["method"] == "standard" else STANDING
-    passes = {name: first + standing * rest for name, (first, rest) in {"aa2": AA2, "aa": AA}.items()}
+    passes = {name: first + standing * rest for name, (first, rest) in {"aa2": AA2, "aa": AA, "pgd": PGD}.items()}
     return float(sum(counts[name] * passes[name] * each for name in counts))
 
 

@@ -96,14 +96,24 @@ class Reader:
             counts.update(dict(self._connection.execute(query, {"sweep": sweep}).fetchall()))
         return counts
 
-    def remaining(self, sweep: str | None = None, *, seeds: Collection[int] | None = None, retries: int = 0) -> int:
-        """How many runs, of these seeds if given, are not settled: queued, running, or failed with a retry left."""
+    def remaining(
+        self,
+        sweep: str | None = None,
+        *,
+        seeds: Collection[int] | None = None,
+        first: int | None = None,
+        retries: int = 0,
+    ) -> int:
+        """How many runs (of these seeds, among the sweep's first so many) are not settled: queued, running, or failed
+        with a retry left.
+        """
         query = (
             "SELECT count(*) FROM runs r WHERE (state IN ('queued', 'running')"
-            f" OR (state = 'failed' AND failures <= :retries)){scope(sweep, seeds)}"
+            f" OR (state = 'failed' AND failures <= :retries)){scope(sweep, seeds, first)}"
         )
+        values = {"sweep": sweep, "first": first, "retries": retries}
         with schema.explained(self.path):
-            return int(self._connection.execute(query, {"sweep": sweep, "retries": retries}).fetchone()[0])
+            return int(self._connection.execute(query, values).fetchone()[0])
 
     def claimed(self) -> int:
         """How often a run of this store has been taken up."""
@@ -119,11 +129,14 @@ class Reader:
             ]
 
 
-def scope(sweep: str | None, seeds: Collection[int] | None) -> str:
-    """The condition on a run `r` that it belongs to the parameter :sweep and has one of the seeds."""
+def scope(sweep: str | None, seeds: Collection[int] | None, first: int | None = None) -> str:
+    """The condition on a run `r` that it belongs to the parameter :sweep, and to its :first so many, and has one of
+    the seeds.
+    """
     text = ""
     if sweep is not None:
-        text += " AND EXISTS (SELECT 1 FROM members m WHERE m.key = r.key AND m.sweep = :sweep)"
+        early = "" if first is None else " AND m.position < :first"
+        text += f" AND EXISTS (SELECT 1 FROM members m WHERE m.key = r.key AND m.sweep = :sweep{early})"
     if seeds is not None:
         text += f" AND json_extract(r.config, '$.train.seed') IN ({', '.join(str(int(seed)) for seed in seeds)})"
     return text

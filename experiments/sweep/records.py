@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Record = dict[str, Any]
+HISTORY = ("loss", "train_clean", "train_adversarial", "clean", "fgsm", "pgd")  # of an epoch, as training tells them
 
 
 def proportion(count: int, number: int) -> Record:
@@ -21,6 +23,16 @@ def proportion(count: int, number: int) -> Record:
     }
 
 
+def history_record(epochs: Sequence[Mapping[str, Any]]) -> Record:
+    """How training went: for each number that it tells, the list of its values over the epochs, four digits each."""
+    told = [name for name in HISTORY if any(row.get(name) is not None for row in epochs)]
+    return {name: [_short(row.get(name)) for row in epochs] for name in told}
+
+
+def _short(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
 def norm_record(found: Any) -> Record:
     """What a sweep keeps of one measurement."""
     return {
@@ -30,6 +42,7 @@ def norm_record(found: Any) -> Record:
         "functional": slim(found.norm.functional),
         "share_gauss_newton": ratio(found.norm.share_gauss_newton),
         "share_functional": ratio(found.norm.share_functional),
+        "cosine": ratio(found.norm.cosine),
         "invariant": slim(found.invariant),
         "groups": {name: slim(part.total) for name, part in found.groups.items()},
         "invariant_groups": {name: slim(part) for name, part in found.invariant_groups.items()},
@@ -52,7 +65,7 @@ def slim(estimate: Any) -> Record | None:
 
 
 def ratio(share: Any) -> Record | None:
-    """A share of the squared norm with its interval."""
+    """A share of the squared norm, or the cosine of the angle between its parts, with its interval."""
     return None if share is None else vars_of(share)
 
 

@@ -1,8 +1,9 @@
 """One run: train, attack, measure, and put all of it into one record.
 
 The record holds what the figures and the correlations need and what makes the numbers checkable: accuracies
-with the number of images behind them, norms with intervals, shares, layers, groups, the rescaling-invariant
-companion, the effective curvature |gamma| max|σ''|, the seconds each part took, versions.
+with the number of images behind them, norms with intervals, the shares of their two parts and the angle between
+them, layers, groups, the rescaling-invariant companion, the effective curvature |gamma| max|σ''|, how training went
+epoch by epoch, the seconds each part took, versions.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from experiments.attacks import evaluate
 from experiments.config import TrainConfig
 from experiments.provenance import provenance
 from experiments.sweep.keys import RunConfig
-from experiments.sweep.records import Record, norm_record, proportion, vars_of
+from experiments.sweep.records import Record, history_record, norm_record, proportion, vars_of
 from experiments.train import chosen_sets, train
 from hessdiag import data, objective
 from hessdiag.activations import max_curvature
 from hessdiag.data import DataSet
 from hessdiag.perturbation import parse_pgd, perturb_batches
+
+ATTACKS = ("aa2", "aa", "pgd")
+PGD = "pgd:eps={eps},steps=10,seed={seed}"
 
 
 def run_one(config: RunConfig, out: Path) -> Record:
@@ -42,7 +46,7 @@ def run_one(config: RunConfig, out: Path) -> Record:
     clock.lap("train")
     kept = {name: value for name, value in result.to_dict().items() if name not in ("config", "provenance")}
     record: Record = {
-        "train": kept,
+        "train": {**kept, "history": history_record(result.history)},
         "max_curvature": max_curvature(settings.activation),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "clean_accuracy": proportion(round(result.clean_accuracy * result.test_samples), result.test_samples),
@@ -117,14 +121,14 @@ def cost(config: RunConfig, model: torch.nn.Module, device: torch.device, sets: 
 def attacked(
     config: RunConfig, model: torch.nn.Module, device: torch.device, out: Path, clock: Clock, sets: Sets
 ) -> Record:
-    """AA-2 and AA on the chosen test images."""
+    """AA-2, AA and PGD-10 on the chosen test images."""
     attack = config.attack
-    record: Record = {"eps": attack["eps"], "aa2": None, "aa": None}
-    if not attack["aa2_samples"] and not attack["aa_samples"]:
+    record: Record = {"eps": attack["eps"], **dict.fromkeys(ATTACKS)}
+    if not any(attack.get(f"{kind}_samples") for kind in ATTACKS):
         return record
     test = sets.test
-    for kind in ("aa2", "aa"):
-        number = min(attack[f"{kind}_samples"], len(test))
+    for kind in ATTACKS:
+        number = min(attack.get(f"{kind}_samples", 0), len(test))
         if not number:
             continue
         chosen = test.sample(number, seed=attack["samples_seed"])
@@ -133,7 +137,7 @@ def attacked(
             model,
             x,
             y,
-            attack=kind,
+            attack=PGD.format(**attack) if kind == "pgd" else kind,
             eps=attack["eps"],
             seed=attack["seed"],
             batch_size=attack["batch_size"],
@@ -172,11 +176,12 @@ def measured(config: RunConfig, model: torch.nn.Module, device: torch.device, cl
             if "interrupted" in found.status:  # Ctrl-C leaves a rougher measurement: no record of this run
                 raise KeyboardInterrupt
             entry = norm_record(found)
-            if settings["plugin_probes"]:
-                entry["plugin"] = plugin(goal, batches, settings["plugin_probes"], settings["seed"])
             norms[f"{split}/{loss}"] = entry
             curvature = [vars_of(layer) for layer in found.effective_curvature]
             clock.lap(f"norm {split}/{loss}")
+            if settings["plugin_probes"]:
+                entry["plugin"] = plugin(goal, batches, settings["plugin_probes"], settings["seed"])
+                clock.lap(f"plugin {split}/{loss}")
     return {"norms": norms, "effective_curvature": curvature}
 
 

@@ -28,7 +28,7 @@ IMAGE = {"digits": (1, 8, 8)}
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """AA-2 on `aa2_samples` test images, the full AutoAttack on `aa_samples` of them (0: not run).
+    """AA-2 on `aa2_samples` test images, the full AutoAttack on `aa_samples`, PGD-10 on `pgd_samples` (0: not run).
 
     eps: "train" takes the radius of training, or a radius such as "8/255": it must be given where training
     has none of its own. The images are chosen with `samples_seed`, the same for every run of a sweep.
@@ -37,12 +37,13 @@ class AttackSettings:
     eps: str = "train"
     aa2_samples: int = 1000
     aa_samples: int = 0
+    pgd_samples: int = 0
     batch_size: int = 250
     samples_seed: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("aa2_samples", "aa_samples", "samples_seed", "seed"):
+        for name in ("aa2_samples", "aa_samples", "pgd_samples", "samples_seed", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"attack.{name} must not be negative, not {getattr(self, name)}")
         if self.batch_size < 1:

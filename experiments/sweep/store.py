@@ -52,12 +52,13 @@ class Store(Reader):
         figure: str = "",
         title: str = "",
         variants: Mapping[str, str] | None = None,
+        later: Collection[str] = (),
     ) -> int:
         """Register a sweep and its runs; those known already are kept as they are. Returns how many were new.
 
         Two drivers may bring different seeds of one sweep: the sweep then holds both. Within the seeds that come
         now, and for all of them where settings were edited, runs that the sweep no longer names leave it; their
-        results stay in the store.
+        results stay in the store. `later`: keys that the sweep names but does not bring now, which stay if they are in.
         """
         new, runs = 0, list(runs)
         keys, families = {run.key for run in runs}, {run.family for run in runs}
@@ -73,7 +74,8 @@ class Store(Reader):
             members = "SELECT r.key, r.config FROM members m JOIN runs r USING (key) WHERE m.sweep = ?"
             for key, config in execute(members, (name,)).fetchall():
                 member = RunConfig.from_dict(json.loads(config))
-                named = key in keys or (member.family in families and member.train.get("seed") not in seeds)
+                other = member.family in families and member.train.get("seed") not in seeds
+                named = key in keys or key in later or other
                 if not named:
                     execute("DELETE FROM members WHERE sweep = ? AND key = ?", (name, key))
             for position, run in enumerate(runs):
@@ -92,19 +94,24 @@ class Store(Reader):
         *,
         sweep: str | None = None,
         seeds: Collection[int] | None = None,
+        first: int | None = None,
         retries: int = 0,
         lease: float = LEASE_SECONDS,
         interruptions: int = MAX_INTERRUPTIONS,
     ) -> Claim | None:
-        """Take the next run (of these seeds), queued or failed at most `retries` times; None when none is free."""
+        """Take the next run (of these seeds, among the sweep's first so many), queued or failed at most `retries`
+        times; None when none is free.
+        """
         query = "SELECT key, config, attempt FROM runs r WHERE"
         query += " (state = 'queued' OR (state = 'failed' AND failures <= :retries))"
-        query += scope(sweep, seeds)
-        first = "(SELECT min(position) FROM members m WHERE m.key = r.key)"
-        query += f" ORDER BY state = 'failed', {first}, key LIMIT 1"
+        query += scope(sweep, seeds, first)
+        own = "" if sweep is None else " AND m.sweep = :sweep"
+        position = f"(SELECT min(position) FROM members m WHERE m.key = r.key{own})"
+        query += f" ORDER BY state = 'failed', {position}, key LIMIT 1"
         with schema.transaction(self._connection, self.path):
             self._reclaim(interruptions)
-            row = self._connection.execute(query, {"retries": retries, "sweep": sweep}).fetchone()
+            values = {"retries": retries, "sweep": sweep, "first": first}
+            row = self._connection.execute(query, values).fetchone()
             if row is None:
                 return None
             now, attempt = time.time(), int(row["attempt"]) + 1

@@ -116,6 +116,7 @@ def work(
     *,
     sweep: str | None = None,
     seeds: Collection[int] | None = None,
+    first: int | None = None,
     retries: int = 0,
     lease: float = LEASE_SECONDS,
     interruptions: int = MAX_INTERRUPTIONS,
@@ -126,9 +127,9 @@ def work(
     outcomes: dict[str, int] = {}
     owner = Owner.current().text
     with Store(root) as store:
-        while store.remaining(sweep, seeds=seeds, retries=retries):
+        while store.remaining(sweep, seeds=seeds, first=first, retries=retries):
             claim = store.claim(
-                owner, sweep=sweep, seeds=seeds, retries=retries, lease=lease, interruptions=interruptions
+                owner, sweep=sweep, seeds=seeds, first=first, retries=retries, lease=lease, interruptions=interruptions
             )
             if claim is None:  # others hold what is left; they may die yet
                 if parent is not None and os.getppid() != parent:
@@ -150,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("store", type=Path)
     parser.add_argument("--sweep")
     parser.add_argument("--seeds", type=int, nargs="*")
+    parser.add_argument("--first", type=int)
     parser.add_argument("--runner", default="experiments.sweep.run:run_one")
     parser.add_argument("--retries", type=int, default=0)
     parser.add_argument("--lease", type=float, default=LEASE_SECONDS)
@@ -168,6 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
             runner,
             sweep=options.sweep,
             seeds=options.seeds,
+            first=options.first,
             retries=options.retries,
             lease=options.lease,
             interruptions=options.interruptions,

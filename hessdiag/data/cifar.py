@@ -17,6 +17,7 @@ from hessdiag.data.arrays import read_npz, to_images
 from hessdiag.data.batchfiles import parse
 from hessdiag.data.dataset import DataSet, make
 from hessdiag.data.registry import Layout, Source
+from hessdiag.data.strips import load_parts, parts
 from hessdiag.errors import DataError
 from hessdiag.files import BadFileError, read_bytes
 
@@ -25,8 +26,8 @@ UNPACKED_BUDGET = 512 * 2**20
 
 
 def load_cifar(source: Source, split: str, root: Path) -> DataSet:
-    """One split, from the python or binary folder, `NAME-SPLIT.npz`, or an archive as downloaded, in that
-    order.
+    """One split, from the python or binary folder, `NAME-SPLIT.npz`, parts of WebP strips, or an archive as downloaded,
+    in that order.
     """
     for layout in source.layouts:
         for folder in (root / layout.folder, root):
@@ -36,10 +37,15 @@ def load_cifar(source: Source, split: str, root: Path) -> DataSet:
     packed = root / f"{source.name}-{split}.npz"
     if packed.is_file():
         return _from_npz(source, split, packed)
+    strips, missing = parts(root, source.name, split)
+    if strips and not missing:
+        return _from_strips(source, split, strips)
     for layout in source.layouts:
         archive = root / layout.archive
         if archive.is_file():
             return _from_archive(source, split, layout, archive)
+    if missing:
+        raise DataError(f"{source.name} is not whole in {root}: {', '.join(missing)} is missing; put it there too")
     raise DataError(f"{source.name} is not in {root}: {by_hand(source, root)}")
 
 
@@ -118,6 +124,16 @@ def _from_npz(source: Source, split: str, path: Path) -> DataSet:
         labels.numpy(),
         (f"md5 of no recorded official file: {path.name} {md5}",),
     )
+
+
+def _from_strips(source: Source, split: str, paths: list[Path]) -> DataSet:
+    images, labels, inexact = load_parts(paths)
+    if int(labels.max()) >= source.num_classes:
+        raise DataError(f"{paths[0]}: class {int(labels.max())} among {source.num_classes} classes: another data set?")
+    notes: tuple[str, ...] = (f"unpacked from {len(paths)} files of lossless strips ({paths[0].name}, ...)",)
+    if inexact:
+        notes = (*notes, f"{inexact} images are marked as not the published ones to the bit")
+    return _finish(source, split, images, labels, notes)
 
 
 def _from_archive(source: Source, split: str, layout: Layout, path: Path) -> DataSet:

@@ -24,6 +24,8 @@ class NormSummary:
     functional: NormEstimate | None
     share_gauss_newton: Ratio | None
     share_functional: Ratio | None
+    cosine: Ratio | None = None
+    """Of the angle between the two parts: positive where they add up, negative where they cancel."""
 
     @property
     def rms(self) -> float:
@@ -45,7 +47,7 @@ class NormSummary:
         return {key: None if value is None else _plain(asdict(value)) for key, value in self._items()}
 
     def _items(self) -> list[tuple[str, Any]]:
-        names = ("total", "gauss_newton", "functional", "share_gauss_newton", "share_functional")
+        names = ("total", "gauss_newton", "functional", "share_gauss_newton", "share_functional", "cosine")
         return [(name, getattr(self, name)) for name in names]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UncoveredModelError
-from ..norm import NormEstimate, NormReport, TraceEstimate, estimate, exact_norm, share, trace
+from ..norm import NormEstimate, NormReport, TraceEstimate, cosine, estimate, exact_norm, share, trace
 from ..objective import Objective
 from ..sites import Linearisation
 from ..sites.elementwise import curvature_of
@@ -150,8 +150,9 @@ def _of(report: NormReport | None, kind: str, name: str) -> NormEstimate | None:
 def _summary(
     total: NormEstimate, outer: NormEstimate | None, inner: NormEstimate | None, *, confidence: float
 ) -> NormSummary:
-    shares = [None if part is None else share(part, total, confidence=confidence) for part in (outer, inner)]
-    return NormSummary(total, outer, inner, *shares)
+    first, second = (None if part is None else share(part, total, confidence=confidence) for part in (outer, inner))
+    angle = None if outer is None or inner is None else cosine(outer, inner, total, confidence=confidence)
+    return NormSummary(total, outer, inner, first, second, angle)
 
 
 def _effective(objective: Objective, first: Numbered) -> tuple[tuple[EffectiveCurvature, ...], tuple[str, ...]]:

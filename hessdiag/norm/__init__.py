@@ -1,7 +1,7 @@
 """Replicates become an unbiased squared norm, its error, and the decision to stop."""
 
 from hessdiag.norm.estimates import STATUS, NormEstimate, enough
-from hessdiag.norm.ratios import Ratio, ratio, share
+from hessdiag.norm.ratios import Ratio, cosine, ratio, share
 from hessdiag.norm.replicates import Replicates
 from hessdiag.norm.report import NormReport, TraceEstimate, estimate, exact_norm, plug_in_square, trace
 
@@ -12,6 +12,7 @@ __all__ = [
     "Ratio",
     "Replicates",
     "TraceEstimate",
+    "cosine",
     "enough",
     "estimate",
     "exact_norm",

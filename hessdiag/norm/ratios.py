@@ -1,4 +1,4 @@
-"""Ratios of norms with their intervals: shares of one measurement, and one measurement against another."""
+"""Ratios of norms with their intervals: shares and angles in one measurement, and one measurement against another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ratio(a: NormEstimate, b: NormEstimate, *, paired: bool = False, confidence:
         return Ratio(math.nan, 0.0, math.inf, math.nan, 0.0, confidence, paired)
     value = a.rms / b.rms
     if paired:
-        variance, dof = _paired_variance(a, b, 1.0 / a.square, 1.0 / b.square)
+        variance, dof = _paired_variance((a, 1.0 / a.square), (b, -1.0 / b.square))
     else:
         parts = [(0.0 if e.square_error == 0.0 else (e.square_error / e.square) ** 2, e.dof) for e in (a, b)]
         variance = sum(part for part, _ in parts)
@@ -59,26 +59,49 @@ def share(part: NormEstimate, whole: NormEstimate, *, confidence: float = 0.95) 
     if not whole.square > 0.0:
         return Ratio(math.nan, 0.0, math.inf, math.nan, 0.0, confidence, True)
     value = part.square / whole.square
-    variance, dof = _paired_variance(part, whole, 1.0 / whole.square, value / whole.square)
+    variance, dof = _paired_variance((part, 1.0 / whole.square), (whole, -value / whole.square))
     error = math.sqrt(variance)
     half = _half_width(error, dof, confidence)
     return Ratio(value, max(value - half, 0.0), value + half, error, dof, confidence, True)
 
 
-def _paired_variance(
-    a: NormEstimate, b: NormEstimate, weight_a: float, weight_b: float
-) -> tuple[float, float]:
-    """Jackknife variance of weight_a * T_a - weight_b * T_b, groups left out of both at once.
+def cosine(a: NormEstimate, b: NormEstimate, whole: NormEstimate, *, confidence: float = 0.95) -> Ratio:
+    """The cosine of the angle between two vectors and their sum `whole`, all from the same replicates or exact:
+
+        <a, b> / (|a| |b|) = (|a + b|^2 - |a|^2 - |b|^2) / (2 |a| |b|).
+
+    Positive where the parts add up, negative where they cancel. The three squares have no bias, so the cosine is
+    consistent; its interval is that of its linear part (delta method, groups of replicates left out of all three at
+    once), cut at -1 and 1. NaN with bounds -1 and 1 where a part's norm is not known or zero.
+    """
+    check_confidence(confidence)
+    if not (a.square > 0.0 and b.square > 0.0):
+        return Ratio(math.nan, -1.0, 1.0, math.nan, 0.0, confidence, True)
+    scale = 0.5 / math.sqrt(a.square) / math.sqrt(b.square)
+    value = (whole.square - a.square - b.square) * scale
+    variance, dof = _paired_variance(
+        (whole, scale), (a, -scale - 0.5 * value / a.square), (b, -scale - 0.5 * value / b.square)
+    )
+    error = math.sqrt(variance)
+    half = _half_width(error, dof, confidence)
+    low, high = (min(max(end, -1.0), 1.0) for end in (value - half, value + half))
+    return Ratio(value, low, high, error, dof, confidence, True)
+
+
+def _paired_variance(*terms: tuple[NormEstimate, float]) -> tuple[float, float]:
+    """Jackknife variance of a weighted sum of squares T, groups left out of all of them at once.
 
     The plain jackknife: it counts noise of pairs about twice, hence is on the safe side where noise
     dominates.
     """
-    sizes = a.sizes or b.sizes
-    if not sizes:
+    known = [e.sizes for e, _ in terms if e.sizes]
+    if not known:
         return 0.0, math.inf
-    if a.sizes and b.sizes and a.sizes != b.sizes:
-        raise ConfigurationError(f"paired ratio of unlike replicates: groups of {a.sizes} and of {b.sizes}")
-    both = _pseudo(a, sizes) * weight_a - _pseudo(b, sizes) * weight_b
+    sizes = known[0]
+    for other in known[1:]:
+        if other != sizes:
+            raise ConfigurationError(f"paired ratio of unlike replicates: groups of {sizes} and of {other}")
+    both = sum(weight * _pseudo(e, sizes) for e, weight in terms)
     n = np.array(sizes, dtype=np.float64)
     m = n.sum()
     if len(sizes) < 2 or not np.all(np.isfinite(both)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ PNG = b"\x89PNG"
 def fake_record(config: RunConfig, peak: float = 6.0, *, noise: float = 0.004) -> dict[str, object]:
     """A record whose robustness peaks, and whose norm is smallest, at max|σ''| = `peak`."""
     curvature = max_curvature(config.train["activation"])
-    dice = np.random.default_rng(int(config.key, 16) % 2**32)
+    dice = np.random.default_rng(zlib.crc32(config.label.encode()))  # not of the key, which any new setting changes
     bend = min(math.log(curvature / peak) ** 2, 4.0) if math.isfinite(curvature) else 4.0
     robust = 0.6 - 0.05 * bend + noise * dice.normal()
     clean = 0.95 - 0.02 * bend + noise * dice.normal()
@@ -48,6 +49,7 @@ def fake_record(config: RunConfig, peak: float = 6.0, *, noise: float = 0.004) -
             "plugin": {"rms": 3 * level, "biased": True},
             "gauss_newton": part,
             "functional": part,
+            "cosine": {"value": 0.5 - 0.1 * bend, "low": 0.4, "high": 0.6},
             "layers": layers,
         }
 
@@ -90,7 +92,10 @@ def drawn(tmp_path_factory):
 def test_every_sweep_file_loads_and_every_figure_has_one_per_tier():
     for tier in grid.TIERS:
         figures = {load(path).figure for path in (SWEEPS / tier).glob("*.toml")}
-        assert figures == set(grid.FIGURES)
+        if tier == "campaign":  # it asks its own questions, several of one figure
+            assert figures - {grid.NOWHERE} < set(grid.FIGURES)
+        else:
+            assert figures == set(grid.FIGURES)
 
 
 def test_every_figure_is_drawn_as_png_and_svg_with_its_tier(drawn):

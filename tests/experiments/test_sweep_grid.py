@@ -13,6 +13,7 @@ from experiments.__main__ import main
 from experiments.config import TrainConfig
 from experiments.sweep.cost import check_budget, duration, estimate
 from experiments.sweep.grid import load
+from experiments.sweep.owner import Owner
 from experiments.sweep.settings import AttackSettings, MeasureSettings
 from experiments.sweep.store import Store
 from hessdiag.errors import BudgetError, ConfigurationError, UnknownNameError
@@ -199,7 +200,6 @@ def test_cost_is_said_from_runs_of_the_same_kind(tmp_path):
 
 
 def test_status_shows_states_workers_and_errors(tmp_path, capsys):
-    from experiments.sweep.owner import Owner
 
     sweep = load(write(tmp_path, BASE))
     with Store(tmp_path / "s") as store:
@@ -256,3 +256,53 @@ def test_a_whole_sweep_from_the_command_line(tmp_path):
     ]
     assert subprocess.run(figures, capture_output=True, check=False).returncode == 0
     assert (tmp_path / "results" / "figures" / "mine_smoke.png").exists()
+
+STAGED = BASE.replace("seed = [0, 1]", "seed = [0]\nstage = 2") + "[[grid]]\nbeta = 1\ncurvature = [7, 4]\nseed = [1, 0]\n"
+
+
+def test_a_stage_comes_before_the_next_and_within_it_a_seed(tmp_path):
+    path = write(tmp_path, STAGED)
+    whole, first = load(path), load(path, stage=1)
+    order = [(run.train["activation"][4:], run.train["seed"]) for run in whole.runs]
+    assert order[:4] == [("beta=1,alpha=14", 0), ("beta=1,alpha=8", 0), ("beta=1,alpha=14", 1), ("beta=1,alpha=8", 1)]
+    assert whole.runs[:4] == first.runs  # what both stages name is done with the first
+    assert len(whole.runs) == 7
+    assert set(first.later) == {run.key for run in whole.runs[4:]}
+    assert load(path, stage=2).runs == whole.runs
+    assert not whole.later
+    with pytest.raises(ConfigurationError, match="no stage 3: it has 1 to 2"):
+        load(path, stage=3)
+    with pytest.raises(ConfigurationError, match="no stage 2: it has only one"):
+        load(write(tmp_path, BASE), stage=2)
+    with pytest.raises(ConfigurationError, match="grid 1: stage must be a whole number"):
+        load(write(tmp_path, STAGED.replace("stage = 2", "stage = 0")))
+
+
+def test_a_sweep_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # wherever the command is called
+    assert load("smoke/figure3").name == "smoke/figure3"
+    with pytest.raises(ConfigurationError, match="no such file, and no sweep of that name; did you mean 'smoke/figure3'"):
+        load("smoke/figur3")
+
+
+def test_a_stage_is_done_alone_and_the_sweep_keeps_what_it_had(tmp_path):
+    path = write(tmp_path, STAGED)
+    whole, first = load(path), load(path, stage=1)
+    with Store(tmp_path / "s") as store:
+        store.add(whole.name, whole.runs, tier=whole.tier)
+        store.add(first.name, first.runs, tier=first.tier, later=first.later)
+        assert len(store.rows(whole.name)) == 7
+        seeds = [0, 1]
+        taken = []
+        while (claim := store.claim(Owner.current().text, sweep=first.name, seeds=seeds, first=4)) is not None:
+            taken.append(claim.key)
+            assert store.finish(claim, {}, 1.0)
+        assert taken == [run.key for run in first.runs]
+        assert store.remaining(whole.name, seeds=seeds, first=4) == 0
+        assert store.remaining(whole.name) == 3
+        store.add("other", reversed(whole.runs), tier="smoke")  # its order is its own
+        assert store.claim(Owner.current().text, sweep="other").key == whole.runs[-1].key
+        assert store.claim(Owner.current().text, sweep=whole.name).key == whole.runs[4].key
+    with Store(tmp_path / "t") as store:  # a stage alone brings no more than itself
+        store.add(first.name, first.runs, tier=first.tier, later=first.later)
+        assert len(store.rows(first.name)) == 4

@@ -71,6 +71,11 @@ def test_exact_methods_agree_with_the_dense_hessian(model: nn.Module, truth: dic
     assert m.invariant is not None
     assert m.invariant.rms == pytest.approx(rms(weighted), rel=1e-10)
     assert m.trace.value == pytest.approx(sum(float(t.sum()) for t in truth.values()), rel=1e-10)
+    outer, inner = (
+        torch.cat([t.flatten() for t in d.values()]) for d in (m.diagonal.gauss_newton, m.diagonal.functional)
+    )
+    assert m.norm.cosine is not None
+    assert m.norm.cosine.value == pytest.approx(float(torch.cosine_similarity(outer, inner, dim=0)), rel=1e-10)
 
 
 @pytest.mark.parametrize("method", ["propagation", "hutchinson"])
@@ -84,6 +89,9 @@ def test_stochastic_methods_cover_the_truth(model: nn.Module, truth: dict[str, T
     assert share is not None
     assert known is not None
     assert share.low <= known.value <= share.high
+    assert m.norm.cosine is not None
+    assert exact.norm.cosine is not None
+    assert m.norm.cosine.low <= exact.norm.cosine.value <= m.norm.cosine.high
 
 
 def test_same_seed_same_bits_and_another_seed_others(model: nn.Module) -> None:

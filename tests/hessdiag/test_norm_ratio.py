@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hessdiag.errors import ConfigurationError
-from hessdiag.norm import NormEstimate, Replicates, estimate, exact_norm, ratio, share
+from hessdiag.norm import NormEstimate, Replicates, cosine, estimate, exact_norm, ratio, share
 
 
 def measured(rows: np.ndarray, **options: object) -> NormEstimate:
@@ -64,6 +64,36 @@ def test_a_norm_that_is_not_known_has_no_ratio() -> None:
     assert math.isnan(share(measured(rows(0, count=6)), noise).value)
 
 
+def test_the_cosine_of_exact_parts_is_that_of_the_vectors() -> None:
+    rng = np.random.default_rng(5)
+    f, g = rng.standard_normal(40), 1e-4 * rng.standard_normal(40)
+    whole, a, b = (exact_norm({"w": torch.from_numpy(v)}).total for v in (f + g, f, g))
+    got = cosine(a, b, whole)
+    assert got.value == pytest.approx(f @ g / np.linalg.norm(f) / np.linalg.norm(g), rel=1e-10)
+    assert (got.low, got.high, got.error) == (got.value, got.value, 0.0)
+    assert cosine(a, a, exact_norm({"w": torch.from_numpy(2 * f)}).total).value == pytest.approx(1.0)
+    assert cosine(a, a, exact_norm({"w": torch.zeros(40)}).total).value == pytest.approx(-1.0)
+
+
+def test_the_cosine_with_an_exact_part_is_the_mean_of_the_other() -> None:
+    """|g + d|^2 - |g|^2 - |d|^2 leaves 2 <g, mean of d>: nothing of the pairs of noises is in the product."""
+    g = np.random.default_rng(6).standard_normal(30)
+    offset = {"w": torch.from_numpy(g)}
+    part, known = measured(rows(7)), exact_norm(offset).total
+    got = cosine(known, part, measured(rows(7), offset=offset))
+    expected = g @ rows(7).mean(0) / np.linalg.norm(g) / part.norm
+    assert got.value == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_part_that_vanishes_has_no_angle() -> None:
+    one, nothing = exact_norm({"w": torch.ones(4)}).total, exact_norm({"w": torch.zeros(4)}).total
+    got = cosine(one, nothing, one)
+    assert math.isnan(got.value)
+    assert (got.low, got.high) == (-1.0, 1.0)
+    with pytest.raises(ConfigurationError, match="unlike"):
+        cosine(measured(rows(0)), measured(rows(0, count=13)), one)
+
+
 def test_unlike_replicates_are_not_paired() -> None:
     with pytest.raises(ConfigurationError, match="unlike"):
         ratio(measured(rows(0)), measured(rows(0, count=13)), paired=True)
@@ -84,6 +114,8 @@ def test_intervals_of_ratios_and_shares_cover() -> None:
         "offset": (g @ g) / ((f + g) @ (f + g)),
         "paired": math.sqrt((f @ f) / (g @ g)),
         "apart": math.sqrt((f @ f) / (g @ g)),
+        "angle": f @ g / math.sqrt((f @ f) * (g @ g)),
+        "angle of an offset": f @ g / math.sqrt((f @ f) * (g @ g)),
     }
     hits = dict.fromkeys(truth, 0)
     offset = {"w": torch.from_numpy(g)}
@@ -99,6 +131,8 @@ def test_intervals_of_ratios_and_shares_cover() -> None:
             "offset": share(known, whole),
             "paired": ratio(part, measured(b), paired=True),
             "apart": ratio(part, measured(c)),
+            "angle": cosine(part, measured(b), measured(a + b)),
+            "angle of an offset": cosine(part, known, whole),
         }
         for name, interval in got.items():
             hits[name] += interval.low <= truth[name] <= interval.high
