@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from experiments.chance import UNLEARNED, better_than_guessing
+
 Record = dict[str, Any]
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 
 
 def proportion(count: int, number: int) -> Record:
@@ -19,6 +23,28 @@ def proportion(count: int, number: int) -> Record:
         "high": min(1.0, centre + half),
         "samples": number,
     }
+
+
+def unlearned(record: Mapping[str, Any], data: str) -> bool:
+    """Whether a run's network answers no better than chance.
+
+    The run says so itself; one from before it did is judged by its clean accuracy alone.
+    """
+    train = record.get("train")
+    if not isinstance(train, Mapping):
+        return False
+    clean = record.get("clean_accuracy")
+    if train.get("status") == UNLEARNED:
+        return True
+    if "clean_loss" in train or data not in CLASSES or not isinstance(clean, Mapping):
+        return False
+    number = int(clean["samples"])
+    return not better_than_guessing(round(clean["value"] * number), number, 1 / CLASSES[data])
+
+
+def reason(record: Mapping[str, Any]) -> str:
+    """Why its training is not simply finished, in the run's own words."""
+    return str((record.get("train") or {}).get("reason") or "did not learn")
 
 
 def norm_record(found: Any) -> Record:

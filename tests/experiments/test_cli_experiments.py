@@ -29,7 +29,8 @@ def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str
 
 
 def test_train_then_attack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, summary, _ = call(capsys, "train", *QUICK, "--out", str(tmp_path), "--attack", "pgd:40")
+    words = [word.replace("n_fgsm", "standard").replace("=128", "=1000") for word in QUICK]  # learns in two epochs
+    code, summary, _ = call(capsys, "train", *words, "--out", str(tmp_path), "--attack", "pgd:40")
     assert code == 0
     assert summary["status"] == "finished"
     assert summary["attacks"]["pgd"]["samples"] == 40
