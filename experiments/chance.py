@@ -58,8 +58,9 @@ class Answers:
         chance = by_chance(self.correct, self.samples, self.commonest)
         return (
             f"did not learn: {self.accuracy:.1%} of {self.samples} test images are classified correctly, which always "
-            f"answering the commonest class ({self.commonest:.1%}) reaches by chance (p = {chance:.2g}), and their loss, "
-            f"{self.loss:.4f}, is not clearly below the {self.entropy:.4f} of guessing; look at lr, eps, epochs, augment"
+            f"answering the commonest class ({self.commonest:.1%}) reaches by chance (p = {chance:.2g}), and their "
+            f"loss, {self.loss:.4f}, is not clearly below the {self.entropy:.4f} of guessing; "
+            "look at lr, eps, epochs and augment"
         )
 
 
