@@ -13,8 +13,8 @@ from experiments.correlation.rows import rows
 from experiments.figures import curves, extras, tables
 from experiments.figures.style import PlainTicks, canvas, log_values
 from experiments.sweep.export import Result, SweepResults
-from experiments.sweep.records import proportion
 from experiments.sweep.grid import load
+from experiments.sweep.records import proportion
 
 SWEEPS = Path(__file__).parents[2] / "experiments" / "sweeps"
 RANGES = [(0.0131, 0.0312), (0.0021, 0.0042), (0.07, 0.17), (1.0, 130.0), (0.2, 0.21), (1e-9, 1e7)]
@@ -172,12 +172,8 @@ def drawn_from(record: dict, data: str = "digits", seeds: int = 1) -> list:
     first = results.runs[0].config.train["activation"]
     runs = [run for run in results.runs if run.config.train["activation"] == first]
     configs = [run.config.replace(train={"data": data}) for run in runs]
-    return rows(
-        SweepResults(
-            results.name, results.figure, results.tier, "", 0,
-            tuple(Result(config.key, config, "", 1.0, record) for config in configs),
-        )  # fmt: skip
-    )
+    same = tuple(Result(config.key, config, "", 1.0, record) for config in configs)
+    return rows(SweepResults(results.name, results.figure, results.tier, "", 0, same))
 
 
 def test_a_single_seed_has_the_interval_of_its_images_or_of_its_measurement_for_a_bar():
