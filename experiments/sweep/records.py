@@ -36,7 +36,7 @@ def unlearned(record: Mapping[str, Any], data: str) -> bool:
     clean = record.get("clean_accuracy")
     if train.get("status") == UNLEARNED:
         return True
-    if "clean_loss" in train or data not in CLASSES or not isinstance(clean, Mapping):
+    if "clean_loss" in train or data not in CLASSES or not isinstance(clean, Mapping) or not clean.get("samples"):
         return False
     number = int(clean["samples"])
     return not better_than_guessing(round(clean["value"] * number), number, 1 / CLASSES[data])
