@@ -29,6 +29,7 @@ from experiments.parts import (
     Watch,
     one_of,
     require,
+    step_size,
 )
 from hessdiag import activations, networks
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
@@ -43,11 +44,18 @@ STATISTICS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
+# How the images of a data set may be changed without changing what they show. What is not named here is trained on as
+# it is: a mirrored digit is no digit, four pixels of eight are half the image, and AutoAugment's colours are CIFAR's.
+AUGMENTATION: Mapping[str, Mapping[str, Any]] = {
+    "cifar10": {"crop": 4, "flip": True},
+    "cifar100": {"crop": 4, "flip": True},
+}
+UNCHANGED: Mapping[str, Any] = {"crop": 0, "flip": False, "auto": "none"}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. Make it with `from_dict`, which fills in the method's defaults.
+    """One training run. Make it with `from_dict`, which fills in the defaults of the method and of the data set.
 
     normalize: none, "standard" (the data set's mean and deviation), or given as [[means], [deviations]]; a layer
     inside the network, so that eps is always in units of pixels in [0, 1].
@@ -115,11 +123,15 @@ class TrainConfig:
             0 <= fraction(self.eps, "eps") <= 1,
             f"eps must lie in [0, 1], since pixels lie in [0, 1], not {self.eps}; 8/255 is written '8/255'",
         )
+        require(
+            not self.awp.gamma or self.awp.start <= self.epochs,
+            f"awp.start = {self.awp.start} lies after the last of {self.epochs} epochs; lower it, or set awp.gamma = 0",
+        )
         methods.METHODS[self.method].check(self)
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> TrainConfig:
-        """The method's defaults under `table`; an unknown key is refused with the nearest known one."""
+        """The defaults of method and data set under `table`; an unknown key is refused with the nearest known one."""
         if not isinstance(table, Mapping) or "method" not in table:
             known = ", ".join(methods.METHODS)
             raise ConfigurationError(f"a training configuration names its method; known: {known}")
@@ -133,6 +145,11 @@ class TrainConfig:
                 known = nearest(str(key), list(method.options)) if method.options else "it has none"
                 raise UnknownNameError(f"method {name!r} has no option {key!r}; {known}")
         base = merged(method.defaults, {"options": dict(method.options)})
+        base["augment"] = augmentation(method, table.get("data", cls.data))
+        if "awp" in base:  # the method's start belongs to the method's number of epochs
+            published, epochs = int(method.defaults["epochs"]), table.get("epochs", method.defaults["epochs"])
+            if isinstance(epochs, int) and epochs >= 1:
+                base["awp"] = {**base["awp"], "start": moved_start(base["awp"]["start"], published, epochs)}
         return read(cls, merged(base, table))
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,15 +158,33 @@ class TrainConfig:
         return result
 
     def replace(self, table: Mapping[str, Any]) -> TrainConfig:
-        """A copy with the entries of `table`, tables merged; a new method brings its own defaults."""
+        """A copy with the entries of `table`, tables merged; another data set brings its own augmentation."""
         if table.get("method", self.method) != self.method:
             raise ConfigurationError("replace() keeps the method; use from_dict for another one")
-        return read(TrainConfig, merged(self.to_dict(), table))
+        base, name = self.to_dict(), table.get("data", self.data)
+        if name != self.data:
+            base["augment"] = augmentation(methods.METHODS[self.method], name)
+        return read(TrainConfig, merged(base, table))
 
     def key(self) -> str:
         """The first 20 hexadecimal digits of SHA-256 over everything in here."""
         text = json.dumps([MEANING, self.to_dict()], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    def refuse_weak_attack(self) -> None:
+        """Refuse to train with an attack whose steps together do not reach the radius that it is trained for.
+
+        Apart from the constructor, because results that were stored before this was refused must still be read.
+        """
+        attack = self.attack
+        if attack.kind != "pgd" or attack.budget != "fixed":
+            return
+        reach = attack.steps * step_size(attack.step, self.radius)
+        require(
+            reach >= self.radius * (1 - 1e-9),
+            f"attack: {attack.steps} steps of {attack.step} reach {reach:.4g}, not eps = {self.eps}; "
+            'raise attack.steps, or attack.step (to "1/4 eps" for instance)',
+        )
 
     @property
     def drops_last(self) -> bool:
@@ -165,6 +200,17 @@ class TrainConfig:
     def label(self) -> str:
         """One line: method, network, activation, data, seed."""
         return f"{self.method} {self.network} {self.activation} {self.data} seed {self.seed}"
+
+
+def augmentation(method: methods.Method, data: Any) -> dict[str, Any]:
+    """What the method does to images, as far as the data set allows it."""
+    known = AUGMENTATION.get(data, UNCHANGED) if isinstance(data, str) else UNCHANGED
+    return merged(method.defaults.get("augment", {}), known)
+
+
+def moved_start(start: int, of: int, epochs: int) -> int:
+    """The epoch that lies in a training of `epochs` where `start` lies in one of `of`; never before the first."""
+    return max(1, -(-start * epochs // of))
 
 
 def canonical_activation(spec: str) -> str:

@@ -132,6 +132,8 @@ class Perturbation:
 class Averaging:
     """Averaged weights: "iteration" m <- tau m + (1 - tau) w after each step; "epoch" the same after each epoch.
 
+    per = "run" is "iteration" with tau^(1/n) in place of tau, n the number of steps that are averaged: tau is then the
+    share of the starting weights that is left at the end, however long the run.
     after: the share of the epochs after which averaging begins; the average starts as the weights of that moment.
     """
 
@@ -140,7 +142,7 @@ class Averaging:
     after: float = 0.0
 
     def __post_init__(self) -> None:
-        one_of(self.per, ("none", "iteration", "epoch"), "averaging.per")
+        one_of(self.per, ("none", "iteration", "epoch", "run"), "averaging.per")
         require(0 <= self.tau < 1, f"averaging.tau must lie in [0, 1), not {self.tau}")
         require(0 <= self.after < 1, f"averaging.after must lie in [0, 1), not {self.after}")
 
@@ -149,12 +151,13 @@ class Averaging:
 class Augment:
     """Random crop after padding by `crop` pixels, then a mirror image with probability 1/2; AutoAugment's place.
 
-    auto: "none"; "before" or "after" crop and mirror. For DAJAT it concerns the views beyond the first.
+    auto: "none"; "before" or "after" crop and mirror. For DAJAT it concerns the views beyond the first. What is left
+    out of a configuration is filled in by data set (`config.AUGMENTATION`).
     """
 
-    crop: int = 4
+    crop: int = 0
     pad: str = "zeros"
-    flip: bool = True
+    flip: bool = False
     auto: str = "none"
 
     def __post_init__(self) -> None:

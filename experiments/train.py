@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments import methods
+from experiments import chance, methods
+from experiments.chance import UNLEARNED
 from experiments.config import TrainConfig
 from experiments.folder import Folder
 from experiments.provenance import provenance
@@ -32,7 +33,6 @@ from experiments.trainer.precision import Precision
 from experiments.trainer.progress import reporting
 from experiments.trainer.state import Standing
 from hessdiag import data
-from hessdiag.ascent import handed_back
 from hessdiag.data.dataset import DataSet
 from hessdiag.errors import ConfigurationError
 
@@ -46,11 +46,12 @@ class TrainResult:
     config: TrainConfig
     model: nn.Module
     weights: str  # "model", "ema" or "best"
-    status: str  # "finished" or "catastrophic_overfitting"
+    status: str  # "finished", "catastrophic_overfitting" or "did_not_learn"
     reason: str | None
     epochs: int
     history: tuple[Mapping[str, Any], ...]
     clean_accuracy: float
+    clean_loss: float
     test_samples: int
     seconds: float
     images_per_second: float
@@ -73,6 +74,7 @@ class TrainResult:
             "status": self.status,
             "reason": self.reason,
             "clean_accuracy": self.clean_accuracy,
+            "clean_loss": self.clean_loss,
             "train_seconds": self.seconds,
             "images_per_second": self.images_per_second,
         }
@@ -87,6 +89,7 @@ class TrainResult:
             "epochs": self.epochs,
             "weights": self.weights,
             "clean_accuracy": self.clean_accuracy,
+            "clean_loss": self.clean_loss,
             "test_samples": self.test_samples,
             "eps": self.config.eps,
             "seed": self.config.seed,
@@ -116,8 +119,10 @@ def train(
     epoch; a run that is killed repeats what came after the last.
 
     NonFiniteError where the loss, a weight or a running statistic becomes NaN or Inf; catastrophic overfitting ends
-    training early and is named in `status` and `reason`.
+    training early, and a network whose answers on the test images are those of chance (`chance`) has not learned: both
+    are named in `status` and `reason`.
     """
+    config.refuse_weak_attack()
     home = rigs.pick_device(device)
     train_set, test_set = sets or load_sets(config, root)
     images = on_device(train_set, config, home)
@@ -148,19 +153,21 @@ def train(
         )
         loop.run(standing, _saver(folder, rig, config, save_seconds))
     model, weights = _chosen(rig, standing)
-    accuracy = clean_accuracy(model, test_set, batch_size=max(config.batch_size, 500), dtype=images.dtype)
+    seen = chance.answers(model, test_set, batch_size=max(config.batch_size, 500), dtype=images.dtype)
+    status = OVERFITTED if standing.reason is not None else FINISHED if seen.learned else UNLEARNED
     train_seconds = [row["seconds"] for row in standing.history]
     shown = sampler.per_epoch * len(standing.history)
     result = TrainResult(
         config=config,
         model=model,
         weights=weights,
-        status=FINISHED if standing.reason is None else OVERFITTED,
-        reason=standing.reason,
+        status=status,
+        reason=standing.reason or seen.reason,
         epochs=standing.epoch,
         history=tuple(standing.history),
-        clean_accuracy=accuracy,
-        test_samples=len(test_set),
+        clean_accuracy=seen.accuracy,
+        clean_loss=seen.loss,
+        test_samples=seen.samples,
         seconds=standing.seconds,
         images_per_second=shown / max(sum(train_seconds), 1e-9),
         precision=precision,
@@ -178,16 +185,6 @@ def train(
         before = folder.read_json("result.json") or {}
         folder.write_json("result.json", {**before, **result.to_dict()})
     return result
-
-
-def clean_accuracy(model: nn.Module, test: DataSet, *, batch_size: int, dtype: torch.dtype) -> float:
-    """Share of the test images that are classified correctly, in eval mode."""
-    device = next(model.parameters()).device
-    correct = torch.zeros((), dtype=torch.long, device=device)
-    with torch.no_grad(), handed_back(model):
-        for x, y in test.batches(batch_size, device=device, dtype=dtype):
-            correct += model(x).argmax(1).eq(y).sum()
-    return int(correct) / len(test)
 
 
 def load_sets(config: TrainConfig, root: Path | str | None = None) -> tuple[DataSet, DataSet]:

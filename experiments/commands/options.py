@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.config import TrainConfig, load_toml
+from experiments.config import TrainConfig, load_toml, moved_start
 from experiments.fields import merged
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
 
@@ -70,6 +70,18 @@ def configuration(
         if other is not None and other != table.get("method"):
             raise ConfigurationError(f"recipe {recipe!r} is for method {table.get('method')!r}, not {other!r}")
     chosen = {key: value for key, value in given.items() if value is not None}
-    if chosen.get("network", table.get("network")) != table.get("network"):
-        table.pop("network_options", None)  # they are of the network that is replaced
-    return TrainConfig.from_dict(merged(merged(table, chosen), assignments(words))), about
+    over = merged(chosen, assignments(words))
+    # What belongs to what is replaced goes with it: a network's options, the augmentation of a data set.
+    for name, part in (("network", "network_options"), ("data", "augment")):
+        if name in table and over.get(name, table[name]) != table[name]:
+            table.pop(part, None)
+    scale_start(table, over.get("epochs"))
+    return TrainConfig.from_dict(merged(table, over)), about
+
+
+def scale_start(table: dict[str, Any], epochs: Any) -> None:
+    """The recipe's first epoch of AWP belongs to the recipe's epochs; values of a wrong type are refused elsewhere."""
+    awp, of = table.get("awp"), table.get("epochs")
+    start = awp.get("start") if isinstance(awp, dict) else None
+    if isinstance(awp, dict) and all(isinstance(value, int) and value >= 1 for value in (start, of, epochs)):
+        awp["start"] = moved_start(start, of, epochs)  # type: ignore[arg-type]

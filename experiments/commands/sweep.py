@@ -13,7 +13,9 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from experiments.sweep import cluster, export, grid, local, preflight, schema, status
+from experiments.chance import UNLEARNED
+from experiments.commands.train import EXITS
+from experiments.sweep import cluster, export, grid, local, preflight, records, schema, status
 from experiments.sweep.cost import check_budget, estimate
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.reader import Reader
@@ -43,6 +45,8 @@ def command(
     only_export: Annotated[bool, typer.Option(help="Export what the store holds, and stop.")] = False,
 ) -> int:
     """Run every sweep named; what is finished is skipped, so the same command goes on after an interruption.
+
+    Exit codes: 0 done, 1 some runs failed, 3 refused, 5 some networks did not learn.
 
     Example: python -m experiments sweep experiments/sweeps/smoke/figure3.toml --seeds 0,1,2 --export
     """
@@ -86,17 +90,18 @@ def command(
                 if only_export:
                     print(export.publish(reader, sweep.name, results))
         return 0
-    failures = 0
+    failures = unlearned = 0
     try:
         for sweep in sweeps:
-            failures += _run(
+            outcome = _run(
                 sweep, store, plan, show, executor=executor, address=ray_address, per_gpu=per_gpu, retries=retries,
                 budget=budget, pilot=pilot, dry_run=dry_run, results=results, exporting=exporting,
             )  # fmt: skip
+            failures, unlearned = failures + outcome[0], unlearned + outcome[1]
     except KeyboardInterrupt:
         print("stopped; what is done is kept, and the same command goes on", file=sys.stderr)
         raise
-    return 1 if failures else 0
+    return 1 if failures else EXITS[UNLEARNED] if unlearned else 0
 
 
 def _run(
@@ -114,7 +119,8 @@ def _run(
     dry_run: bool,
     results: Path,
     exporting: bool,
-) -> int:
+) -> tuple[int, int]:
+    """How many runs failed, and how many are done without having learned."""
     rows = []
     if (store / schema.NAME).exists():  # a dry run makes none
         with Reader(store) as reader:
@@ -134,7 +140,7 @@ def _run(
     show.print(f"{sweep.name}: {sweep.title}\n  {cost.sentence(side)}", markup=False)
     check_budget(cost, side, budget)
     if dry_run:
-        return 0
+        return 0, 0
     seeds = sorted({run.train["seed"] for run in sweep.runs})
     first = len(sweep.runs) if sweep.later else None
     with Reader(store) as reader, Live(console=show, refresh_per_second=2, transient=True) as live:
@@ -149,8 +155,13 @@ def _run(
                 per_gpu=per_gpu, retries=retries, watch=watch,
             )  # fmt: skip
     with Reader(store) as reader:
-        print(f"{sweep.name}: {counts['done']} done, {counts['failed']} failed")
-        failed = [row for row in reader.rows(sweep.name, records=False) if row.state == "failed"]
+        rows = [row for row in reader.rows(sweep.name) if row.config.train["seed"] in seeds]
+        dead = [row for row in rows if row.record and records.unlearned(row.record, str(row.config.train.get("data")))]
+        told = f", {len(dead)} did not learn" if dead else ""
+        print(f"{sweep.name}: {counts['done']} done, {counts['failed']} failed{told}")
+        for row in dead:
+            print(f"  {row.key[:8]} {row.label}: {records.reason(row.record or {})}", file=sys.stderr)
+        failed = [row for row in rows if row.state == "failed"]
         for row in failed:
             print(f"  failed {row.key[:8]} {row.label}: {(row.error or '').splitlines()[0]}", file=sys.stderr)
         if failed:
@@ -161,8 +172,8 @@ def _run(
                 print(export.publish(reader, sweep.name, results))
             except StoreError as error:  # the next sweep can be run all the same
                 print(f"error: {error}", file=sys.stderr)
-                return counts["failed"] + 1
-    return counts["failed"]
+                return counts["failed"] + 1, len(dead)
+    return counts["failed"], len(dead)
 
 
 def _timer(name: str, threads: int, show: Console) -> Callable[[RunConfig], float | None]:

@@ -9,13 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
+from experiments.chance import UNLEARNED
 from experiments.commands.evaluation import run_attacks
 from experiments.commands.options import configuration
 from experiments.evaluate import Request
-from experiments.train import FINISHED, train
+from experiments.train import FINISHED, OVERFITTED, train
 from experiments.trainer.memory import keep_freed_memory
 
-STOPPED = 4  # exit code of a run that ended before its last epoch
+# Exit codes: a run that ended before its last epoch; one whose network answers no better than chance.
+EXITS = {FINISHED: 0, OVERFITTED: 4, UNLEARNED: 5}
 
 
 def command(
@@ -47,6 +49,7 @@ def command(
         "seed": seed,
     }
     config, about = configuration(recipe, given, assign or [])
+    config.refuse_weak_attack()
     if dry_run:
         print(json.dumps({"key": config.key(), "config": config.to_dict(), **about}, indent=1))
         return 0
@@ -62,6 +65,7 @@ def command(
         "reason": result.reason,
         "epochs": result.epochs,
         "clean_accuracy": result.clean_accuracy,
+        "clean_loss": result.clean_loss,
         "train_seconds": round(result.seconds, 2),
         "images_per_second": round(result.images_per_second),
     }
@@ -74,10 +78,9 @@ def command(
         }
         summary["attack_seconds"] = round(record["seconds"], 2)
     print(json.dumps(summary, indent=1))
-    if result.status != FINISHED:
-        print(f"stopped: {result.reason}", file=sys.stderr)
-        return STOPPED
-    return 0
+    if result.reason is not None:
+        print(f"{'stopped: ' if result.status == OVERFITTED else ''}{result.reason}", file=sys.stderr)
+    return EXITS[result.status]
 
 
 def register(app: typer.Typer) -> None:

@@ -44,6 +44,14 @@ class Row:
         """What runs share that differ by their seed only."""
         return self.family, self.activation, self.variant
 
+    def _table(self, name: str) -> Any:
+        """What the record holds of an accuracy or a norm: the number and its interval."""
+        kind, _, place = name.partition(" ")
+        if kind in ("aa2", "aa", "clean"):
+            return self.record.get("clean_accuracy" if kind == "clean" else kind)
+        norm = (self.record.get("norms") or {}).get(place) or {}
+        return norm if kind == "norm" else norm.get(kind)
+
     def value(self, name: str) -> float:
         """A number by its name, NaN where the run has none.
 
@@ -51,13 +59,15 @@ class Row:
         ...", "functional ..." (rms); "cosine ..." (of the angle between the diagonals of these two parts);
         "effective" (geometric mean over layers of |gamma| max|σ''|);
         "seconds" (of the whole run); "train_seconds" (of the epochs alone: the first run of a process also
-        pays for imports); "peak_memory", "saved_bytes".
+        pays for imports); "peak_memory", "saved_bytes". "low aa2", "high norm test/clean" and the like: the ends
+        of its 95% interval (Wilson's over the test images; the measurement's), where it has one.
         """
-        kind, _, place = name.partition(" ")
-        if kind in ("aa2", "aa"):
-            return _number(self.record.get(kind), "value")
-        if kind == "clean":
-            return _number(self.record.get("clean_accuracy"), "value")
+        for end in ("low", "high"):
+            if name.startswith(f"{end} "):
+                return _number(self._table(name.removeprefix(f"{end} ")), end)
+        kind = name.partition(" ")[0]
+        if kind in ("aa2", "aa", "clean"):
+            return _number(self._table(name), "value")
         if kind == "effective":
             means = [layer["mean"] for layer in self.record.get("effective_curvature") or () if layer.get("mean")]
             return math.exp(sum(map(math.log, means)) / len(means)) if means else math.nan
@@ -67,13 +77,10 @@ class Row:
             return _number(self.record.get("train"), "train_seconds")
         if kind in ("peak_memory", "saved_bytes"):
             return _number(self.record.get("cost"), kind)
-        norm = (self.record.get("norms") or {}).get(place) or {}
-        if kind == "norm":
-            return _number(norm, "rms")
         if kind == "cosine":
-            return _number(norm.get(kind), "value")
-        if kind in ("invariant", "plugin", "gauss_newton", "functional"):
-            return _number(norm.get(kind), "rms")
+            return _number(self._table(name), "value")
+        if kind in ("norm", "invariant", "plugin", "gauss_newton", "functional"):
+            return _number(self._table(name), "rms")
         raise ConfigurationError(f"a run records no {name!r}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from experiments.figures.closed_forms import figure1, figure2
 from experiments.figures.curves import DRAWINGS, counted
 from experiments.figures.extras import control, has_angles, heat_map, norms, scatter
 from experiments.figures.tables import table1, table2
+from experiments.sweep import origin
 from experiments.sweep.export import SweepResults, read_all, rounded
 from hessdiag.files import replace_file
 
@@ -72,7 +73,8 @@ def build(results: Path, out: Path, *, resamples: int | None = None) -> Built:
     analyses: dict[str, Any] = {}
     for figure, drawing in SWEPT.items():
         found = [sweep for sweep in sweeps if sweep.figure == figure and sweep.runs]
-        for sweep in found:
+        for stored in found:
+            sweep = replace(stored, title=stored.title + origin.remark(stored))
             chosen = rows(sweep)
             name = sweep.name.rpartition("/")[2]
             pictures.append(_draw(drawing, figure, sweep, chosen, out / f"{name}_{sweep.tier}"))

@@ -12,6 +12,8 @@ from experiments.correlation.printed import PRINTED
 from experiments.correlation.rows import Row, column, curvatures, one_family, split
 from experiments.figures.style import PAPER, band, canvas, label, log_curvature, log_values, looks
 from experiments.sweep.export import SweepResults
+from experiments.sweep.records import unlearned
+from experiments.train import OVERFITTED
 
 BAND = (4.0, 10.0)
 LABELS = {
@@ -43,41 +45,77 @@ def draw(
     over: Callable[[Row], float] = lambda row: row.curvature,
     scale: float = 100.0,
 ) -> None:
-    """Means over seeds with their scatter: bars are one standard deviation of a seed, small dots the seeds. Curves with
-    bars stand a little aside of each other.
+    """Means over seeds with bars as `bar` gives them, small dots the seeds; networks that did not learn are left out.
+    Curves with bars stand a little aside of each other.
     """
-    curves = split(chosen, by)
+    curves = split(learned(chosen), by)
     for index, ((value,), members) in enumerate(curves.items()):
         one_family(members, f"{where}, {by} = {value}")
-        x, y = np.array([over(row) for row in members]), column(members, name) * scale
-        keep = np.isfinite(x) & np.isfinite(y)
-        x, y = x[keep], y[keep]
+        drawn = [row for row in members if np.isfinite(over(row)) and np.isfinite(row.value(name))]
+        x, y = np.array([over(row) for row in drawn]), column(drawn, name) * scale
         levels = np.unique(x)
         if not len(levels):
             continue
-        mean = np.array([y[x == level].mean() for level in levels])
-        spread = np.array([y[x == level].std(ddof=1) if (x == level).sum() > 1 else 0.0 for level in levels])
+        points = [bar([row for row in drawn if over(row) == level], name, scale) for level in levels]
+        mean, spread = np.array([point[0] for point in points]), np.array([point[1:] for point in points]).T
         shown = f"β = {value}" if by == "beta" else str(value)
         look = looks(index)
         aside = 1.05 ** (index - (len(curves) - 1) / 2) if spread.any() else 1.0  # bars would hide each other
         axis.errorbar(
             levels * aside, mean, yerr=spread if spread.any() else None, label=shown, capsize=2, elinewidth=0.9, **look
         )
-        if spread.any():
+        if len(y) > len(levels):
             axis.plot(x * aside, y, linestyle="none", marker=".", markersize=2.5, color=look["color"], alpha=0.5)
+
+
+def learned(chosen: Sequence[Row]) -> list[Row]:
+    """The runs whose networks answer better than chance: one that does not is no point of a curve."""
+    return [row for row in chosen if not unlearned(row.record, row.result.config.train["data"])]
+
+
+def bar(members: Sequence[Row], name: str, scale: float) -> tuple[float, float, float]:
+    """The mean over seeds, and how far its bar reaches down and up: one standard deviation of a seed; for a single
+    seed the 95% interval of that run: Wilson's over the test images for an accuracy, the measurement's for a norm.
+    """
+    values = scale * column(members, name)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return float("nan"), 0.0, 0.0
+    mean = float(values.mean())
+    if len(values) > 1:
+        return mean, float(values.std(ddof=1)), float(values.std(ddof=1))
+    low, high = (scale * members[0].value(f"{side} {name}") for side in ("low", "high"))
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return mean, 0.0, 0.0
+    return mean, max(mean - low, 0.0), max(high - mean, 0.0)
 
 
 def counted(seeds: Collection[int]) -> str:
     """How many seeds, and that one of them shows no scatter."""
-    return f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed: no scatter shown"
+    return f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed: no scatter of seeds shown"
 
 
-def footer(results: SweepResults, chosen: Sequence[Row]) -> str:
-    """Tier, setting, seeds, and what is missing."""
+def bars(chosen: Sequence[Row], names: Sequence[str]) -> str:
+    """What the bars of `bar` are, where there are any."""
+    if len({row.seed for row in chosen}) > 1:
+        return "; bars: one standard deviation of a seed"
+    told = {"accuracy": "Wilson's, of the draw of test images", "norm": "of the norm's measurement"}
+    kinds = {"accuracy" if name in ("aa", "aa2", "clean") else name.split()[0] for name in names} & set(told)
+    if not kinds:
+        return ""
+    none = "; the plug-in norm has none" if any(name.startswith("plugin") for name in names) else ""
+    return f"; bars: 95% intervals ({', or '.join(told[kind] for kind in sorted(kinds))}){none}"
+
+
+def footer(results: SweepResults, chosen: Sequence[Row], *names: str) -> str:
+    """Tier, setting, seeds, what is missing, and what the bars of the quantities in `names` are."""
     text = f"tier {results.tier}: {results.title}; {len(chosen)} runs, {counted({row.seed for row in chosen})}"
-    stopped = sum((row.record.get("train") or {}).get("status", "finished") != "finished" for row in chosen)
+    text += bars(chosen, names) if names else ""
+    stopped = sum((row.record.get("train") or {}).get("status") == OVERFITTED for row in chosen)
     if stopped:
         text += f"; {stopped} stopped early by catastrophic overfitting"
+    if dead := len(chosen) - len(learned(chosen)):
+        text += f"; {dead} did not learn (accuracy at chance) and are not drawn"
     return text + (f"; {results.missing} runs missing" if results.missing else "")
 
 
@@ -92,9 +130,14 @@ def images(chosen: Sequence[Row], name: str) -> str:
     return f"; on {fewest:,} test images, whose draw alone scatters an accuracy by {error:.1f} points"
 
 
+def papers_setting(chosen: Sequence[Row]) -> bool:
+    """Whether the paper's printed numbers may stand on the same axis: CIFAR-10 with ResNet-18."""
+    return all(row.data == "cifar10" and row.network == "resnet18" for row in chosen)
+
+
 def paper_marks(axis: Any, chosen: Sequence[Row], name: str, over: Callable[[Row], float] | None = None) -> None:
-    """Table 1's numbers at max|σ''| = 7, where the setting is the paper's: CIFAR-10 with ResNet-18."""
-    if not all(row.data == "cifar10" and row.network == "resnet18" for row in chosen):
+    """Table 1's numbers at max|σ''| = 7, where the setting is the paper's."""
+    if not papers_setting(chosen):
         return
     for index, cell in enumerate(c for c in PRINTED if c.key.startswith("rct")):
         value = cell.standard if name == "clean" else cell.robust
@@ -118,7 +161,7 @@ def figure3(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
         log_curvature(right, curvatures(chosen).tolist())
         band(right, *BAND)
         right.legend()
-        label(left, footer(results, chosen) + images(chosen, name))
+        label(left, footer(results, chosen, name) + images(chosen, name))
 
 
 def _alpha(row: Row) -> float:
@@ -136,7 +179,7 @@ def _one_panel(by: str, figure: str) -> Callable[[SweepResults, Sequence[Row], P
             log_curvature(axis, curvatures(chosen).tolist())
             band(axis, *BAND)
             axis.legend()
-            label(axis, footer(results, chosen) + images(chosen, name))
+            label(axis, footer(results, chosen, name) + images(chosen, name))
 
     return drawing
 
@@ -163,7 +206,7 @@ def figure7(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
             log_curvature(axis, curvatures(chosen).tolist())
             band(axis, *BAND)
         axes[0][0].legend()
-        label(axes[0][0], footer(results, chosen))
+        label(axes[0][0], footer(results, chosen, *(name for name, _, _ in panels)))
 
 
 DRAWINGS: dict[str, Callable[[SweepResults, Sequence[Row], Path], None]] = {

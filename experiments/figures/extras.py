@@ -10,7 +10,7 @@ import torch
 
 from experiments.correlation.judges import quantity
 from experiments.correlation.rows import Row, column, curvatures, one_family, split
-from experiments.figures.curves import BAND, LABELS, draw, footer, images, robust_name
+from experiments.figures.curves import BAND, LABELS, bar, draw, footer, images, learned, robust_name
 from experiments.figures.style import COLOURS, band, canvas, label, log_curvature, log_values, looks
 from experiments.sweep.export import SweepResults
 from hessdiag import networks
@@ -50,7 +50,10 @@ def norms(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
 
 
 def scatter(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
-    """Each run's robust accuracy against three norms; the marker's size grows with max|σ''|."""
+    """Each run's robust accuracy, with Wilson's 95% interval over the test images, against three norms; the marker's
+    size grows with max|σ''|.
+    """
+    chosen, everything = learned(chosen), chosen
     name = robust_name(chosen)
     norms = ("norm train/clean", "invariant train/clean", "plugin train/clean")
     with canvas(path, 1, 3) as axes:
@@ -60,12 +63,17 @@ def scatter(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
                 sizes = 12 + 14 * np.log2(1 + curvatures(members))
                 x, y = column(members, norm), 100 * column(members, name)
                 style = {"edgecolors": look["color"], "facecolors": look["markerfacecolor"], "marker": look["marker"]}
+                reach = np.array([bar([row], name, 100.0)[1:] for row in members]).T
+                axis.errorbar(x, y, yerr=reach, fmt="none", ecolor=look["color"], elinewidth=0.6, alpha=0.35)
                 axis.scatter(x, y, s=sizes, label=f"β = {beta}", alpha=0.8, **style)
             log_values(axis, horizontal=True)
             axis.set_xlabel(LABELS[norm])
         axes[0][0].set_ylabel(LABELS[name])
         axes[0][0].legend()
-        label(axes[0][0], footer(results, chosen) + images(chosen, name) + "; larger markers: larger max|σ''|")
+        told = f"tier {results.tier}: {results.title}; {len(everything)} runs"
+        told += f", {dead} of them did not learn and are not drawn" if (dead := len(everything) - len(chosen)) else ""
+        told += "; a point a run, bars: 95% intervals of the draw of test images; larger markers: larger max|σ''|"
+        label(axes[0][0], told)
 
 
 def heat_map(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
@@ -124,7 +132,8 @@ def _mean(members: Sequence[Row], level: float, layer: str) -> float:
 
 def control(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
     """What one factor of α at a time does to robustness and to the norms; bars are one standard deviation
-    of a seed.
+    of a seed. An arm whose networks did not learn is named and has no points: its numbers would squeeze the axes of the
+    others.
     """
     panels = (
         (robust_name(chosen), LABELS[robust_name(chosen)]),
@@ -138,12 +147,20 @@ def control(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
         for axis, (name, title) in zip(axes[0], panels, strict=True):
             scale = 100.0 if "accuracy" in title else 1.0
             for height, members in enumerate(reversed(list(variants.values()))):
-                y = scale * quantity(members, name)
+                alive = learned(members)
+                if not alive:
+                    place = axis.get_yaxis_transform()
+                    axis.text(0.5, height, "did not learn", transform=place, ha="center", va="center", fontsize=7)
+                    continue
+                y = scale * quantity(alive, name)
                 y = y[np.isfinite(y)]  # a seed without the number hides the others no more than a missing one
-                spread = float(np.std(y, ddof=1)) if len(y) > 1 else None
+                reach = [float(np.std(y, ddof=1))] * 2 if len(y) > 1 else [0.0, 0.0]
+                if len(y) == 1 and scale == 100.0:
+                    reach = list(bar(alive, name, scale)[1:])
                 if len(y):
-                    axis.errorbar(float(np.mean(y)), height, xerr=spread, fmt="o", color=COLOURS[0], capsize=2)
+                    sides = [[side] for side in reach] if any(reach) else None
+                    axis.errorbar(float(np.mean(y)), height, xerr=sides, fmt="o", color=COLOURS[0], capsize=2)
             shown = [value[0] for value in reversed(list(variants))]
             axis.set_yticks(range(len(variants)), shown if axis is axes[0][0] else [""] * len(shown))
             axis.set(xlabel=title, ylim=(-0.5, len(variants) - 0.5))
-        label(axes[0][0], footer(results, chosen))
+        label(axes[0][0], footer(results, chosen, "clean"))

@@ -35,7 +35,9 @@ SETTINGS: dict[str, Any] = {
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.4,
     "lines.markersize": 5,
-    "legend.frameon": False,
+    "legend.frameon": True,  # bars may pass behind it
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "none",
     "legend.fontsize": 8,
     "svg.fonttype": "none",
     "svg.hashsalt": "figures",

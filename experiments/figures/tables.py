@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.correlation.printed import BY_ACTIVATION, EXACT_CURVATURE
 from experiments.correlation.rows import Row, column, one_family, split
-from experiments.figures.curves import footer, robust_name
+from experiments.figures.curves import bar, footer, images, learned, papers_setting, robust_name
 from experiments.figures.style import COLOURS, PAPER, canvas, label
 from experiments.sweep.export import SweepResults
 
@@ -55,9 +55,10 @@ def table1(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
         ]  # fmt: skip
         title = activation if cell is None else cell.name
         lines.append([title, shown(*clean), shown(*hard), number(members[0].curvature, 3), *printed])
-        marks.append((title, *hard, None if cell is None else cell.robust))
+        star = cell.robust if cell is not None and papers_setting(chosen) else None
+        marks.append((title, *bar(learned(members), name, 100.0), star))
     _write(path, head, lines, footer(results, chosen))
-    _dots(path, marks, f"robust accuracy ({robust}), %", footer(results, chosen))
+    _dots(path, marks, f"robust accuracy ({robust}), %", footer(results, chosen, name) + images(chosen, name))
 
 
 def table2(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
@@ -86,9 +87,11 @@ def table2(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
         title = activation if cell is None else cell.name
         ours = [shown(*mean_and_spread(seconds)), shown(*time), shown(*kept), shown(*peak), shown(*relative)]
         lines.append([title, *ours, *printed])
-        marks.append((title, *time, None if cell is None else cell.minutes / relu.minutes))
+        star = cell.minutes / relu.minutes if cell is not None and papers_setting(chosen) else None
+        reach = time[1] if math.isfinite(time[1]) else 0.0
+        marks.append((title, time[0], reach, reach, star))
     _write(path, head, lines, footer(results, chosen))
-    _dots(path, marks, "training time relative to ReLU's", footer(results, chosen))
+    _dots(path, marks, "training time relative to ReLU's", footer(results, chosen, "train_seconds"))
 
 
 def _base(chosen: Sequence[Row], name: str) -> float:
@@ -106,14 +109,14 @@ def _write(path: Path, head: list[str], lines: list[list[str]], note: str) -> No
     path.with_suffix(".md").write_text("\n".join(rows) + f"\n\n{note}\n", encoding="utf-8")
 
 
-def _dots(path: Path, marks: list[tuple[str, float, float, float | None]], what: str, note: str) -> None:
+def _dots(path: Path, marks: list[tuple[str, float, float, float, float | None]], what: str, note: str) -> None:
     with canvas(path, width=5.2, height=0.28 * len(marks) + 1.1) as axes:
         axis = axes[0][0]
-        ours, theirs = "ours", "paper (its own setting)"  # each is named once, by the first that is drawn
-        for height, (_, mean, spread, printed) in enumerate(reversed(marks)):
+        ours, theirs = "ours", "paper"  # each is named once, by the first that is drawn
+        for height, (_, mean, down, up, printed) in enumerate(reversed(marks)):
             if math.isfinite(mean):
-                bar = spread if math.isfinite(spread) else None
-                axis.errorbar(mean, height, xerr=bar, fmt="o", color=COLOURS[0], capsize=2, label=ours)
+                reach = [[down], [up]] if down or up else None
+                axis.errorbar(mean, height, xerr=reach, fmt="o", color=COLOURS[0], capsize=2, label=ours)
                 ours = "_ours"
             if printed is not None:
                 look: dict[str, Any] = {"marker": "*", "color": PAPER, "linestyle": "none", "markersize": 8}
@@ -121,5 +124,6 @@ def _dots(path: Path, marks: list[tuple[str, float, float, float | None]], what:
                 theirs = "_paper"
         axis.set_yticks(range(len(marks)), [title for title, *_ in reversed(marks)])
         axis.set(xlabel=what, ylim=(-0.5, len(marks) - 0.5))
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # inside, its marks would look like data
+        if theirs != "paper":
+            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # inside, its marks would look like data
         label(axis, note)

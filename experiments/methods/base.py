@@ -52,7 +52,8 @@ Objective = Callable[[Forward, Batch, Options], Outcome]
 class Method:
     """One training method.
 
-    defaults: entries of a `TrainConfig` that the method sets; options: its own numbers with their defaults.
+    defaults: entries of a `TrainConfig` that the method sets, `awp.start` for its own number of epochs.
+    options: its own numbers with their defaults.
     weight_objective: the loss that AWP ascends, where it is not the loss itself.
     split_norm: whether images beyond the first view have BatchNorms of their own.
     prior: whether DKL's class means are needed. view_option: the option that counts further views.

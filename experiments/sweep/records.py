@@ -6,8 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.chance import UNLEARNED, better_than_guessing
+
 Record = dict[str, Any]
 HISTORY = ("loss", "train_clean", "train_adversarial", "clean", "fgsm", "pgd")  # of an epoch, as training tells them
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 
 
 def proportion(count: int, number: int) -> Record:
@@ -31,6 +34,28 @@ def history_record(epochs: Sequence[Mapping[str, Any]]) -> Record:
 
 def _short(value: Any) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def unlearned(record: Mapping[str, Any], data: str) -> bool:
+    """Whether a run's network answers no better than chance.
+
+    The run says so itself; one from before it did is judged by its clean accuracy alone.
+    """
+    train = record.get("train")
+    if not isinstance(train, Mapping):
+        return False
+    clean = record.get("clean_accuracy")
+    if train.get("status") == UNLEARNED:
+        return True
+    if "clean_loss" in train or data not in CLASSES or not isinstance(clean, Mapping) or not clean.get("samples"):
+        return False
+    number = int(clean["samples"])
+    return not better_than_guessing(round(clean["value"] * number), number, 1 / CLASSES[data])
+
+
+def reason(record: Mapping[str, Any]) -> str:
+    """Why its training is not simply finished, in the run's own words."""
+    return str((record.get("train") or {}).get("reason") or "did not learn")
 
 
 def norm_record(found: Any) -> Record:

@@ -107,6 +107,7 @@ def complete(config: RunConfig) -> RunConfig:
     """The same run with every default written out and every value checked: what is wrong is said before training."""
     try:
         settings = TrainConfig.from_dict(config.train)
+        settings.refuse_weak_attack()
         train = settings.to_dict()
         shape = settings.activation if settings.control.as_alpha is not None else "relu"  # the control reads its alpha
         _check_network(dumps({**{name: train[name] for name in NETWORK_FIELDS}, "activation": shape}))

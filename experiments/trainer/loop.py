@@ -40,6 +40,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.stepper = Stepper(self.rig)
+        self.rig.average.paced(self.sampler.steps)
 
     @property
     def config(self) -> TrainConfig:

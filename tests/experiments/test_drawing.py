@@ -14,6 +14,7 @@ from experiments.figures import curves, extras, tables
 from experiments.figures.style import PlainTicks, canvas, log_values
 from experiments.sweep.export import Result, SweepResults
 from experiments.sweep.grid import load
+from experiments.sweep.records import proportion
 
 SWEEPS = Path(__file__).parents[2] / "experiments" / "sweeps"
 RANGES = [(0.0131, 0.0312), (0.0021, 0.0042), (0.07, 0.17), (1.0, 130.0), (0.2, 0.21), (1e-9, 1e7)]
@@ -110,8 +111,8 @@ def test_every_axis_is_labelled(seen, module, drawing, name):
 
 @pytest.mark.parametrize("empty", [0, 1, 2])
 def test_ours_and_the_papers_are_named_once_whichever_row_is_empty(tmp_path, monkeypatch, empty):
-    marks = [("a", 1.0, 0.1, 2.0), ("b", 2.0, np.nan, 3.0), ("c", 3.0, 0.1, 4.0)]
-    marks[empty] = (marks[empty][0], np.nan, np.nan, None)
+    marks = [("a", 1.0, 0.1, 0.2, 2.0), ("b", 2.0, 0.0, 0.0, 3.0), ("c", 3.0, 0.1, 0.1, 4.0)]
+    marks[empty] = (marks[empty][0], np.nan, 0.0, 0.0, None)
     legends = []
 
     @contextmanager
@@ -122,7 +123,7 @@ def test_ours_and_the_papers_are_named_once_whichever_row_is_empty(tmp_path, mon
 
     monkeypatch.setattr(tables, "canvas", watched)
     tables._dots(tmp_path / "table", marks, "accuracy", "note")
-    assert sorted(legends) == ["ours", "paper (its own setting)"]
+    assert sorted(legends) == ["ours", "paper"]
 
 
 def test_a_heat_map_needs_no_layers_in_its_first_run_and_says_when_there_are_none(seen):
@@ -161,8 +162,80 @@ def test_a_footer_tells_what_few_test_images_do_to_an_accuracy():
 
 def test_a_footer_says_when_a_single_seed_shows_no_scatter():
     one, two = made("smoke/figure3", [0]), made("smoke/figure3", [0, 1])
-    assert "one seed: no scatter shown" in curves.footer(one, rows(one))
+    assert "one seed: no scatter of seeds shown" in curves.footer(one, rows(one))
     assert "2 seeds" in curves.footer(two, rows(two))
+
+
+def drawn_from(record: dict, data: str = "digits", seeds: int = 1) -> list:
+    """Rows of one configuration with the same record, as of so many seeds."""
+    results = made("smoke/figure3", list(range(seeds)))
+    first = results.runs[0].config.train["activation"]
+    runs = [run for run in results.runs if run.config.train["activation"] == first]
+    configs = [run.config.replace(train={"data": data}) for run in runs]
+    same = tuple(Result(config.key, config, "", 1.0, record) for config in configs)
+    return rows(SweepResults(results.name, results.figure, results.tier, "", 0, same))
+
+
+def test_a_single_seed_has_the_interval_of_its_images_or_of_its_measurement_for_a_bar():
+    norms = {"train/clean": {"rms": 0.5, "low": 0.4, "high": 0.7, "plugin": {"rms": 1.0}}}
+    record = {"aa2": proportion(28, 200), "clean_accuracy": proportion(90, 200), "norms": norms}
+    chosen = drawn_from(record)
+    n, z, p = 200, 1.959963984540054, 28 / 200  # Wilson's ends solve |p - x| = z sqrt(x (1 - x)/n)
+    mean, down, up = curves.bar(chosen, "aa2", 100.0)
+    for end in (mean - down, mean + up):
+        assert abs(p - end / 100) == pytest.approx(z * np.sqrt(end / 100 * (1 - end / 100) / n))
+    assert curves.bar(chosen, "norm train/clean", 1.0) == pytest.approx((0.5, 0.1, 0.2))
+    assert curves.bar(chosen, "plugin train/clean", 1.0) == (1.0, 0.0, 0.0)
+    assert "Wilson" in curves.bars(chosen, ["aa2"])
+    assert "measurement" not in curves.bars(chosen, ["aa2"])
+    assert "the plug-in norm has none" in curves.bars(chosen, ["norm train/clean", "plugin train/clean"])
+
+
+def test_several_seeds_have_their_own_scatter_for_a_bar():
+    chosen = drawn_from({}, seeds=3)
+    for row, share in zip(chosen, (0.1, 0.2, 0.6), strict=True):
+        object.__setattr__(row.result, "record", {"aa2": {"value": share, "low": 0.0, "high": 1.0, "samples": 9}})
+    mean, down, up = curves.bar(chosen, "aa2", 100.0)
+    assert (mean, down, up) == pytest.approx((30.0, *2 * [100 * np.std([0.1, 0.2, 0.6], ddof=1)]))
+    assert curves.bars(chosen, ["aa2"]) == "; bars: one standard deviation of a seed"
+
+
+def test_what_did_not_learn_is_named_and_moves_no_axis(tmp_path, monkeypatch):
+    results = made("smoke/control", [0, 1])
+    dead = results.runs[-1].variant
+    changed = []
+    for run in results.runs:
+        record = dict(run.record)
+        if run.variant == dead:
+            record |= {"train": {"status": "did_not_learn", "clean_loss": 2.3}, "clean_accuracy": proportion(50, 500)}
+            record |= {"aa2": proportion(1, 300)}
+        else:
+            record |= {"train": {"status": "finished", "clean_loss": 0.3}, "clean_accuracy": proportion(480, 500)}
+            record |= {"aa2": proportion(200, 300)}
+        changed.append(Result(run.key, run.config, run.variant, 1.0, record))
+    results = SweepResults(results.name, results.figure, results.tier, results.title, 0, tuple(changed))
+    seen_limits, seen_texts = [], []
+
+    @contextmanager
+    def watched(*args, **options):
+        with canvas(*args, **options) as axes:
+            yield axes
+            seen_limits.append(axes[0][0].get_xlim())
+            seen_texts.extend(text.get_text() for text in axes[0][0].texts)
+
+    monkeypatch.setattr(extras, "canvas", watched)
+    extras.control(results, rows(results), tmp_path / "control")
+    assert seen_limits[0][0] > 50.0
+    assert seen_texts == ["did not learn"]
+    assert "; 2 did not learn (accuracy at chance) and are not drawn" in curves.footer(results, rows(results))
+    assert len(curves.learned(rows(results))) == len(results.runs) - 2
+
+
+def test_the_papers_numbers_stand_on_no_axis_of_another_setting():
+    assert not curves.papers_setting(drawn_from({}))
+    assert not curves.papers_setting(drawn_from({}, data="cifar10"))  # a small net
+    results = made("quick/figure3", [0])
+    assert curves.papers_setting(rows(results))
 
 
 def test_a_heat_map_lists_layers_from_the_input_on(seen):

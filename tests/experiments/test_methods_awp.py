@@ -124,6 +124,22 @@ def test_average_per_iteration_begins_after_its_share_of_epochs() -> None:
     assert average.state["weight"].item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(20, 11), (200, 391), (4, 1)])
+def test_an_average_per_run_forgets_as_much_however_long_the_run_is(epochs: int, steps: int) -> None:
+    """Weights 1 until the average begins and 0 after it: what is left of the 1 is tau."""
+    net = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    average = Average(net, Averaging("run", tau=4e-4, after=0.75), epochs=epochs)
+    average.paced(steps)
+    nn.init.constant_(net.weight, 1.0)
+    for epoch in range(average.start + 1, epochs + 1):
+        average.before_epoch(epoch)
+        nn.init.constant_(net.weight, 0.0)
+        for _ in range(steps):
+            average.after_step()
+    assert average.state is not None
+    assert average.state["weight"].item() == pytest.approx(4e-4, rel=1e-9)
+
+
 def test_average_per_epoch_starts_as_the_first_and_covers_statistics() -> None:
     net = nn.BatchNorm1d(1)
     average = Average(net, Averaging("epoch", tau=0.9), epochs=3)

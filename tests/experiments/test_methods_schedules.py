@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from experiments.commands.options import configuration
 from experiments.config import TrainConfig
 from experiments.parts import Attack, Schedule, step_size
 from experiments.schedules import Budget, attack_budget, lr_factor
@@ -106,6 +107,26 @@ def test_defaults_are_the_published_ones() -> None:
         found = (c.epochs, c.lr, c.weight_decay, c.attack.steps, c.attack.step, c.attack.loss, c.attack.bn)
         assert found == expected
     dajat, dkl = default("dajat"), default("dkl")
-    assert (dajat.awp.gamma, dajat.awp.start, dajat.averaging.tau, dajat.averaging.after) == (0.005, 10, 0.9996, 0.75)
+    assert (dajat.awp.gamma, dajat.awp.start, dajat.averaging.per, dajat.averaging.after) == (0.005, 10, "run", 0.75)
+    assert dajat.averaging.tau == pytest.approx(0.9996 ** (50 * 391), rel=0.01)  # the published average, see below
     assert (dkl.awp.gamma, dkl.averaging.per, dkl.averaging.tau) == (0.005, "epoch", 0.9)
     assert all(default(name).eps == "8/255" for name in (*table, "dajat", "dkl", "standard"))
+
+
+@pytest.mark.parametrize(("epochs", "start"), [(200, 10), (100, 5), (110, 6), (30, 2), (10, 1), (1, 1)])
+def test_weight_perturbation_begins_at_the_same_share_of_training(epochs: int, start: int) -> None:
+    for method in ("dajat", "dkl"):
+        assert TrainConfig.from_dict({"method": method, "epochs": epochs}).awp.start == start
+        given = TrainConfig.from_dict({"method": method, "epochs": epochs, "awp": {"start": epochs}})
+        assert given.awp.start == epochs  # what is given stands
+    with pytest.raises(ConfigurationError, match="after the last of"):
+        TrainConfig.from_dict({"method": "dkl", "epochs": epochs, "awp": {"start": epochs + 1}})
+
+
+@pytest.mark.parametrize("recipe", ["trades_awp", "awp_at"])
+def test_a_recipe_with_fewer_epochs_perturbs_from_the_same_share_on(recipe: str) -> None:
+    whole, _ = configuration(recipe, {}, [])
+    tenth, _ = configuration(recipe, {"epochs": whole.epochs // 10}, [])
+    set_so, _ = configuration(recipe, {}, [f"epochs={whole.epochs // 10}", "awp.start=3"])
+    assert tenth.awp.start == max(1, whole.awp.start // 10)
+    assert set_so.awp.start == 3

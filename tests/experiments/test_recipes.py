@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ from experiments.commands.options import RECIPES, assignments, configuration, lo
 from experiments.config import TrainConfig, load_toml
 from experiments.fields import merged
 from experiments.methods import METHODS
+from experiments.sweep.keys import RunConfig, canonical
+from experiments.sweep.settings import complete
+from experiments.train import train
 from hessdiag.errors import ConfigurationError, UnknownNameError
 
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 # name -> method, network, epochs, lr, weight decay, eps, gamma of AWP, batch size
 TABLE = {
     "trades_wrn": ("trades", "wrn28_10", 76, 0.1, 2e-4, "0.031", 0.0, 128),
@@ -71,6 +76,55 @@ def test_another_network_drops_the_recipes_options_for_its_own() -> None:
     assert c.network_options == {}
     c, _ = configuration("dkl", {}, ["network_options.depth=28"])
     assert c.network_options == {"depth": 28, "widen": 10}
+
+
+DIGITS = {"crop": 0, "pad": "zeros", "flip": False, "auto": "none"}
+CIFAR = {"crop": 4, "pad": "zeros", "flip": True}
+
+
+def test_augmentation_is_the_data_sets_unless_it_is_given() -> None:
+    def augment(**table: Any) -> dict[str, Any]:
+        return TrainConfig.from_dict(table).to_dict()["augment"]
+
+    assert augment(method="n_fgsm") == augment(method="n_fgsm", data="cifar100") == {**CIFAR, "auto": "none"}
+    assert augment(method="dajat") == {**CIFAR, "auto": "before"}
+    for method in METHODS:
+        for data in ("digits", "npz:images.npz", "folder:images"):
+            assert {**augment(method=method, data=data), "pad": "zeros"} == DIGITS  # pad of no pixels
+    given = {"crop": 1, "auto": "after"}
+    assert augment(method="dajat", data="digits", augment=given) == {**DIGITS, **given}
+    cifar = TrainConfig.from_dict({"method": "n_fgsm", "augment": {"crop": 2}})
+    assert cifar.replace({"lr": 0.3}).augment == cifar.augment
+    assert cifar.replace({"data": "digits"}).to_dict()["augment"] == DIGITS
+    assert configuration("n_fgsm", {"data": "digits", "eps": "0.15"}, ["normalize=none"])[0].augment.crop == 0
+    assert configuration("digits_n_fgsm", {}, [])[0].augment.crop == 1
+    assert configuration("digits_n_fgsm", {}, ["data=cifar10"])[0].augment.crop == 4
+
+
+def test_stored_configurations_keep_their_meaning_and_their_key() -> None:
+    """Every default was written out; what the defaults are now changes nothing in them."""
+    for path in sorted(RESULTS.glob("*/*.json")):
+        content = json.loads(path.read_text())
+        for run in content.get("runs", []):
+            train = run["config"]["train"]
+            assert TrainConfig.from_dict(train) == TrainConfig.from_dict(TrainConfig.from_dict(train).to_dict())
+            assert canonical(TrainConfig.from_dict(train).to_dict()) == train, (path, run["key"])
+
+
+def test_an_attack_that_cannot_reach_its_radius_is_refused(tmp_path: Path) -> None:
+    weak = {"method": "trades", "data": "digits", "network": "small_resnet", "eps": "0.15"}
+    with pytest.raises(ConfigurationError, match=r"10 steps of 0.007 reach 0\.07, not eps = 0\.15; raise"):
+        TrainConfig.from_dict(weak).refuse_weak_attack()
+    with pytest.raises(ConfigurationError, match=r"reach 0\.07"):
+        train(TrainConfig.from_dict(weak), tmp_path)
+    with pytest.raises(ConfigurationError, match=r"reach 0\.07"):
+        complete(RunConfig({**weak, "activation": "relu"}))
+    for attack in ({"step": "1/10 eps"}, {"steps": 22}, {"budget": "low"}, {"steps": 3, "step": "0.05"}):
+        TrainConfig.from_dict({**weak, "attack": attack}).refuse_weak_attack()
+    for name in recipe_names():
+        configuration(name, {}, [])[0].refuse_weak_attack()
+    for method in METHODS:
+        TrainConfig.from_dict({"method": method}).refuse_weak_attack()
 
 
 def test_keys_cover_everything_and_spell_meaning_once() -> None:

@@ -324,11 +324,9 @@ def test_the_heart_beats_on_after_a_store_that_could_not_be_opened(tmp_path, mon
 
         monkeypatch.setattr(worker, "Store", opened)
         with worker.Heart(root, claim, lease=0.6, parent=None).beating():
-            deadline = time.monotonic() + 10
-            while store.rows()[0].lease == before and time.monotonic() < deadline:
+            while store.rows()[0].lease == before:
                 time.sleep(0.05)
         assert not refusals
-        assert store.rows()[0].lease != before
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])

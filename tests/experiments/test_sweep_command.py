@@ -366,3 +366,24 @@ def test_a_full_disk_of_the_driver_of_a_cluster_is_one_line(tmp_path, monkeypatc
             cluster._record(ray, store, None, claim, 10)
 
 
+
+
+def test_networks_that_did_not_learn_are_named_and_give_an_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four finished runs two, of seed 1, answer at chance; nothing is left to run."""
+    sweep = grid.load(write(tmp_path))
+    good = {"train": {"status": "finished", "clean_loss": 0.1}, "clean_accuracy": {"value": 0.9, "samples": 500}}
+    dead = {"train": {"status": "did_not_learn", "clean_loss": 2.3, "reason": "did not learn: 10%"}}
+    with Store(tmp_path / "s") as store:
+        store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure)
+        while claim := store.claim(Owner.current().text, sweep=sweep.name):
+            assert store.finish(claim, dead if claim.config.train["seed"] else good, 30.0)
+    words = ("sweep", tmp_path / "mine.toml", "--store", tmp_path / "s", "--results", tmp_path / "r")
+    code, out, err = call(capsys, *words)
+    assert code == 5
+    assert "4 done, 0 failed, 2 did not learn" in out
+    assert err.count("digits 1: did not learn: 10%") == 2
+    code, out, _ = call(capsys, *words, "--seeds", "0")
+    assert code == 0
+    assert "did not learn" not in out

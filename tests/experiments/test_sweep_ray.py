@@ -56,7 +56,6 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_two_nodes_one_killed_in_mid_sweep(house):
     """Every run ends done, with the numbers that the local executor gets; the lost ones were given to the
     other node.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -42,6 +43,20 @@ def test_the_fuzzer_notices_a_foreign_exception(
     report = fuzzer.Report()
     fuzzer.attempt(tmp_path / "a", {}, True, report, "a")
     assert report.offenders == ["a: KeyError: 'state_dict'"]
+
+
+def test_the_fuzzer_notices_a_load_that_takes_the_processor_too_long_and_no_other(
+    fuzzer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuzzer, "inspect_checkpoint", lambda path: sum(range(200_000)))
+    report = fuzzer.Report(limit=1e-4)
+    fuzzer.attempt(tmp_path / "a", {}, True, report, "a")
+    assert len(report.offenders) == 1
+    assert "took" in report.offenders[0]
+    monkeypatch.setattr(fuzzer, "inspect_checkpoint", lambda path: time.sleep(0.2))  # the machine is busy elsewhere
+    report = fuzzer.Report(limit=0.1)
+    fuzzer.attempt(tmp_path / "a", {}, True, report, "a")
+    assert report.offenders == []
 
 
 def test_the_fuzzer_notices_a_written_file(fuzzer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
