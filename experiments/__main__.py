@@ -21,6 +21,8 @@ COMMANDS = {
     "sweep": "experiments.commands.sweep",
     "status": "experiments.commands.status",
     "figures": "experiments.commands.figures",
+    "verdicts": "experiments.commands.verdicts",
+    "power": "experiments.commands.power",
 }
 REFUSED, INTERRUPTED = 3, 130
 

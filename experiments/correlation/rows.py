@@ -50,7 +50,9 @@ class Row:
         "aa2", "aa", "clean" (shares); "norm test/clean" and "invariant ...", "plugin ...", "gauss_newton
         ...", "functional ..." (rms); "effective" (geometric mean over layers of |gamma| max|σ''|);
         "seconds" (of the whole run); "train_seconds" (of the epochs alone: the first run of a process also
-        pays for imports); "peak_memory", "saved_bytes".
+        pays for imports); "peak_memory", "saved_bytes"; "residual" (half of the share of adversarial training
+        images that are misclassified, a lower bound of the mean |f - y| of the true class; over the first two thirds
+        of the epochs, or of the last epoch where the record has no others).
         """
         kind, _, place = name.partition(" ")
         if kind in ("aa2", "aa"):
@@ -64,6 +66,11 @@ class Row:
             return self.result.seconds
         if kind == "train_seconds":
             return _number(self.record.get("train"), "train_seconds")
+        if kind == "residual":
+            train = self.record.get("train") or {}
+            told = [float(v) for v in (train.get("history") or {}).get("train_adversarial") or () if v is not None]
+            early = told[: max(1, 2 * len(told) // 3)] or [_number(train.get("last_epoch"), "train_adversarial")]
+            return (1 - math.fsum(early) / len(early)) / 2
         if kind in ("peak_memory", "saved_bytes"):
             return _number(self.record.get("cost"), kind)
         norm = (self.record.get("norms") or {}).get(place) or {}
@@ -111,6 +118,15 @@ def _row(run: Result) -> Row:
 def column(chosen: Sequence[Row], name: str) -> Array:
     """One number of every row."""
     return np.array([row.value(name) for row in chosen])
+
+
+def quantity(chosen: Sequence[Row], name: str) -> Array:
+    """A number of every row; "log ..." takes its natural logarithm."""
+    if name.startswith("log "):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values: Array = np.log(column(chosen, name.removeprefix("log ")))
+        return values
+    return column(chosen, name)
 
 
 def curvatures(chosen: Sequence[Row]) -> Array:
