@@ -18,7 +18,8 @@ def command(
     results: Annotated[Path, typer.Option(help="Exported results, whose scatter is used.")] = Path("results"),
     seeds: Annotated[str | None, typer.Option(help="Seeds instead of the file's: 0,1,2.")] = None,
 ) -> int:
-    """Half-width of each contrast, power for the effect that rules.toml names, and the seeds that 90% need.
+    """Half-width of each contrast, power for the effect that rules.toml names, the seeds that 90% need, and the chance
+    to show that what is no difference is smaller than δ.
 
     The scatter of a run comes from the nearest stored setting, which is named with all in which it differs: where it
     differs in data, method or network, take the figures as rough.
@@ -42,13 +43,14 @@ def command(
         rough = f"; differs: {', '.join(scatter.differs)}" if scatter.differs else ""
         text = f"scatter of {name}: {unit(scatter.value, name)} a run, {scatter.freedom} d.f., from {scatter.source}"
         console.print(text + rough, highlight=False, markup=False)
-    head = ("curve", "contrast", "quantity", "half-width", "effect", "power", "seeds for 90%")
+    head = ("curve", "contrast", "quantity", "half-width", "effect", "power", "seeds for 90%", "shows equality")
     shown = Table(*head, header_style="bold")
     for row in found:
         half = "one seed tells none" if math.isinf(row.half) else f"± {unit(row.half, row.quantity)}"
         needed = str(row.seeds) if row.seeds else "> 200"
         effect = unit(row.effect, row.quantity)
-        shown.add_row(row.curve or "all", row.contrast, row.quantity, half, effect, f"{row.power:.0%}", needed)
+        chances = f"{row.power:.0%}", needed, f"{row.equal:.0%}"
+        shown.add_row(row.curve or "all", row.contrast, row.quantity, half, effect, *chances)
     console.print(shown)
     return 0
 

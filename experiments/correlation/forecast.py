@@ -4,7 +4,8 @@ With residual scatter s of one run (level and seed taken away), a contrast of va
 
     half-width = t(F + n - 1) s sqrt(k v),    power = P(T' > t),  T' noncentral with effect / (s sqrt(k v)),
 
-F, n and k as in `contrasts`; the design gives v. Neighbouring levels are taken to move together as much as k says.
+F, n and k as in `contrasts`; the design gives v. Neighbouring levels are taken to move together as much as k says. No
+correction for several claims is in it (Holm's makes the first of m claims need level / m).
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ Wanted = tuple[str, str, Layout, dict[Hashable, float]]
 
 @dataclass(frozen=True)
 class Forecast:
-    """One contrast of one curve: half-width, power for the named effect, seeds for 90% (0: more than 200)."""
+    """One contrast of one curve: half-width, power for the named effect, seeds for 90% (0: more than 200), and the
+    chance to show that a difference that is none lies within δ.
+    """
 
     curve: str
     contrast: str
@@ -55,6 +58,7 @@ class Forecast:
     power: float
     seeds: int
     effect: float
+    equal: float
 
 
 def half_width(plan: Plan, scatter: float, level: float, ratio: float = INFLATION) -> float:
@@ -70,6 +74,13 @@ def power_of(plan: Plan, scatter: float, effect: float, level: float, ratio: flo
         return 1.0
     bound = float(stats.t.isf(level / 2, plan.freedom)) * math.sqrt(plan.overstated(ratio))
     return float(stats.nct.sf(bound, plan.freedom, shift))
+
+
+def equal_of(plan: Plan, scatter: float, delta: float, level: float, ratio: float = INFLATION) -> float:
+    """The chance that two one-sided tests show a true difference of 0 to be within δ, the error at its mean."""
+    deviation = scatter * math.sqrt(ratio * plan.factor)
+    room = delta - float(stats.t.isf(level, plan.freedom)) * deviation * math.sqrt(plan.overstated(ratio))
+    return max(0.0, float(2 * stats.norm.cdf(room / deviation) - 1))
 
 
 def seeds_needed(
@@ -184,16 +195,17 @@ def forecast(
         if scatter is None:
             continue
         sources[name] = scatter
-        _, effect = rules.of(name)
+        delta, effect = rules.of(name)
         for curve, contrast, layout, weights in contrasts_of(chosen, sweep.figure, rules):
             plan = layout.planned(weights)
             ratio = layout.inflation
             needed = seeds_needed(weights, len(layout.cells), scatter.value, effect, rules.level, ratio)
-            half, reached = math.inf, 0.0  # one seed decides nothing
+            half, reached, equal = math.inf, 0.0, 0.0  # one seed decides nothing
             if plan is not None:
                 half = half_width(plan, scatter.value, rules.level, ratio)
                 reached = power_of(plan, scatter.value, effect, rules.level, ratio)
-            found.append(Forecast(curve, contrast, name, half, reached, needed, effect))
+                equal = equal_of(plan, scatter.value, delta, rules.level, ratio)
+            found.append(Forecast(curve, contrast, name, half, reached, needed, effect, equal))
     if not sources:
         raise ConfigurationError(
             "no stored setting has several seeds, so nothing tells their scatter; export one first"

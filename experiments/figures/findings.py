@@ -52,8 +52,8 @@ def summary(analyses: Plain) -> str:
     parts.append(
         "<p class=soft>The paper's claim is a negative correlation and a U in every curve of the norm. Two smooth "
         "curves correlate by chance, so only runs of one activation, seeds' own luck taken away, have an interval. "
-        f"U-shapes by the two-lines test at {level:.0%}, for the norm, its rescaling-invariant companion and the plug-in "
-        "Hutchinson norm. Peaks by a quadratic in log and by a unimodal fit, each with its 95% interval.</p>"
+        f"U-shapes by the two-lines test at {level:.0%}, for the norm, its rescaling-invariant companion and the "
+        "plug-in Hutchinson norm. Peaks by a quadratic in log and by a unimodal fit, each with its 95% interval.</p>"
     )
     return "\n".join(parts)
 
