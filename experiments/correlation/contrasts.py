@@ -143,6 +143,12 @@ class Layout:
         """Mean of every cell, over the seeds that it has."""
         return {cell: float(self.y[self._cell == i].mean()) for i, cell in enumerate(self.cells)}
 
+    def table(self, cells: Sequence[Hashable]) -> Array:
+        """Seeds by cells, NaN where there is no run."""
+        found = np.full((len(self.seeds), len(self.cells)), np.nan)
+        found[self._seed, self._cell] = self.y
+        return found[:, [self.cells.index(cell) for cell in cells]]
+
     def relative(self) -> dict[Hashable, float] | None:
         """Every cell's mean less the mean of all cells, within seeds; None where these do not tell it."""
         number = len(self.cells)
