@@ -22,6 +22,8 @@ COMMANDS = {
     "card": "experiments.commands.card",
     "status": "experiments.commands.status",
     "figures": "experiments.commands.figures",
+    "verdicts": "experiments.commands.verdicts",
+    "power": "experiments.commands.power",
 }
 REFUSED, INTERRUPTED = 3, 130
 

@@ -11,7 +11,8 @@ within a named condition.
     there are only findings within conditions, and all hold                       holds under conditions
     there is nothing, or a condition's finding fails without a stated one         not tested / refused
 
-Claims that rest on experiments carry one `Report`, read from stored results, and nothing else.
+Claims that rest on experiments carry one `Report`, read from stored results, and nothing else. Their words are those
+of `experiments.correlation.verdicts`: "holds" and "contradicts" come from the paper's own setting only.
 """
 
 from __future__ import annotations
@@ -30,13 +31,24 @@ Verdict = Literal[
     "holds under conditions",
     "not tested",
     "contradicted by measurement",
+    "holds",
+    "contradicts",
+    "transfers",
+    "does not transfer",
+    "no difference beyond δ",
+    "depends on the setting",
+    "inconclusive",
 ]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 FROM_EXPERIMENTS: tuple[Verdict, ...] = (
-    "holds numerically",
-    "holds under conditions",
+    "holds",
+    "contradicts",
+    "transfers",
+    "does not transfer",
+    "no difference beyond δ",
+    "depends on the setting",
+    "inconclusive",
     "not tested",
-    "contradicted by measurement",
 )
 
 
@@ -97,6 +109,8 @@ class Report:
     text: str
     source: str
     figure: Figure | None = None
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Row of the matrix (the claim, or the claim by another norm) -> setting -> word."""
 
     def __post_init__(self) -> None:
         if self.answer not in FROM_EXPERIMENTS:
@@ -170,6 +184,7 @@ class Evidence:
             "summary": self.summary,
             "findings": [f.to_dict() for f in self.findings],
             "source": "" if self.report is None else self.report.source,
+            "settings": {} if self.report is None else self.report.settings,
             "figures": [f.to_dict() for f in self.figures],
             "test": self.test,
             "correction": self.correction,

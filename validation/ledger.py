@@ -18,7 +18,7 @@ from hessdiag.files import write_bytes
 from theory.claims import BY_ID, CLAIMS
 from validation import state
 from validation.checks import CHECKS
-from validation.checks.empirical import path_of
+from validation.checks.empirical import hypotheses, path_of
 from validation.evidence import VERDICTS
 from validation.register import Run
 from validation.studies import STUDIES
@@ -35,6 +35,7 @@ class Ledger:
     mode: str
     claims: dict[str, Record] = field(default_factory=dict)
     studies: dict[str, Record] = field(default_factory=dict)
+    hypotheses: dict[str, Record] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """How many claims have each verdict."""
@@ -62,6 +63,7 @@ class Ledger:
             "mode": self.mode,
             "verdicts": self.counts(),
             "claims": self.claims,
+            "hypotheses": self.hypotheses,
             "studies": self.studies,
         }
 
@@ -74,7 +76,9 @@ def load(path: Path) -> Ledger | None:
         return None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         return None
-    return Ledger(str(found["mode"]), dict(found["claims"]), dict(found["studies"]))
+    return Ledger(
+        str(found["mode"]), dict(found["claims"]), dict(found["studies"]), dict(found.get("hypotheses") or {})
+    )
 
 
 def save(ledger: Ledger, path: Path) -> None:
@@ -162,7 +166,7 @@ def build(
 ) -> Ledger:
     """Every claim and every study, stored as soon as it is finished; what is still valid is not made again."""
     old = None if fresh else load(path)
-    ledger = Ledger("quick" if run.quick else "full")
+    ledger = Ledger("quick" if run.quick else "full", hypotheses=hypotheses(run))
     names = [("claim", claim.id) for claim in CLAIMS] + [("study", name) for name in STUDIES if studies]
     saved = time.monotonic()
     if old is not None:  # only what is still valid

@@ -1,65 +1,68 @@
-"""Is one side higher than another? Differences of means with Student's interval, the scatter pooled over seeds.
+"""Is one side higher than another? Contrasts within seeds between configurations of a table, or between networks.
 
-The weakest of one side less the strongest of the other is a difference picked among all pairs. Its lower end, above
-which every pair lies, needs no correction (an intersection-union test). Its upper end does: one pair of many below 0
-suffices, and the luck of the draw picks it. That end is Bonferroni's over the pairs.
+The weakest of one side less the strongest of the other is a difference picked among all pairs. That all pairs lie
+above a bound needs no correction (an intersection-union test: the largest p-value). That one of many lies below it
+does, for the luck of the draw picks it: Bonferroni over the pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
-from scipy import stats
-
-from experiments.correlation.coefficients import Array
-from experiments.correlation.rows import Row
-
-
-def difference(high: Sequence[Row], low: Sequence[Row], name: str, level: float) -> tuple[float, float, float] | None:
-    """Smallest mean of `high` less largest mean of `low` over configurations, with Student's interval; its upper end is
-    corrected for the number of pairs.
-    """
-    groups: list[tuple[Array, ...]] = []
-    for side in (high, low):
-        values: dict[object, list[float]] = {}
-        for row in side:
-            value = row.value(name)
-            if np.isfinite(value):
-                values.setdefault(row.configuration, []).append(value)
-        if not values:
-            return None
-        groups.append(tuple(np.array(v) for v in values.values()))
-    everything = [*groups[0], *groups[1]]
-    freedom = sum(len(v) - 1 for v in everything)
-    if not freedom:
-        return None
-    sigma = np.sqrt(sum(float(((v - v.mean()) ** 2).sum()) for v in everything) / freedom)
-    weakest, strongest = min(groups[0], key=np.mean), max(groups[1], key=np.mean)
-    value = float(weakest.mean() - strongest.mean())
-    error = float(sigma * np.sqrt(1 / len(weakest) + 1 / len(strongest)))
-    pairs = len(groups[0]) * len(groups[1])
-    below, above = (float(stats.t.isf(tail, freedom)) * error for tail in (level / 2, level / (2 * pairs)))
-    return value, value - below, value + above
+from experiments.correlation.contrasts import Contrast, Layout
+from experiments.correlation.judges import Answer, NotRun, Rules, _least_sure, _shown
+from experiments.correlation.rows import Row, quantity
+from hessdiag.errors import ConfigurationError
 
 
-def matched(high: Sequence[Row], low: Sequence[Row], name: str, level: float) -> tuple[float, float, float] | None:
-    """Mean of `high` less mean of `low` over the activations that both have, with Student's interval."""
-    sides: list[dict[str, Array]] = []
-    for side in (high, low):
-        values: dict[str, list[float]] = {}
-        for row in side:
-            value = row.value(name)
-            if np.isfinite(value):
-                values.setdefault(row.activation, []).append(value)
-        sides.append({activation: np.array(found) for activation, found in values.items()})
-    shared = [activation for activation in sides[0] if activation in sides[1]]
-    cells = [side[activation] for activation in shared for side in sides]
-    freedom = sum(len(v) - 1 for v in cells)
-    if not freedom:
-        return None
-    variance = sum(float(((v - v.mean()) ** 2).sum()) for v in cells) / freedom
-    value = float(np.mean([sides[0][activation].mean() - sides[1][activation].mean() for activation in shared]))
-    error = np.sqrt(variance * sum(1 / len(v) for v in cells)) / len(shared)
-    half = float(stats.t.isf(level / 2, freedom) * error)
-    return value, value - half, value + half
+def compare(high: Sequence[Row], low: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
+    """Whether every configuration of `high` lies above every one of `low` (or, for "not_lower", at most δ below)."""
+    if not high or not low:
+        raise NotRun("one of the two sides was not run")
+    name = rule["quantity"]
+    rows = [*high, *low]
+    layout = Layout([row.configuration for row in rows], [row.seed for row in rows], quantity(rows, name))
+    sides = [list(dict.fromkeys(row.configuration for row in side)) for side in (high, low)]
+    pairs = [layout.difference([a], [b]) for a in sides[0] for b in sides[1]]
+    known = [contrast for contrast in pairs if contrast is not None]
+    if len(known) < len(pairs):
+        raise ConfigurationError("too few runs: more than one seed is needed")
+    least = min(known, key=lambda contrast: contrast.value)
+    what = "weakest less strongest configuration, " if len(known) > 1 else ""
+    return _answer(known, least, what, rule, rules)
+
+
+def matched(high: Sequence[Row], low: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
+    """The mean difference over the activations (and methods) that both sides have."""
+    if not high or not low:
+        raise NotRun("one of the two sides was not run")
+    name = rule["quantity"]
+    rows = [(side, row) for side, members in ((1, high), (0, low)) for row in members]
+    cells: list[Hashable] = [(side, row.method, row.activation) for side, row in rows]
+    layout = Layout(cells, [row.seed for _, row in rows], quantity([row for _, row in rows], name))
+    shared = [cell[1:] for cell in layout.cells if cell[0] == 1 and (0, *cell[1:]) in layout.cells]  # type: ignore[index]
+    if not shared:
+        raise ConfigurationError("the two sides share no activation")
+    contrast = layout.difference([(1, *cell) for cell in shared], [(0, *cell) for cell in shared])
+    if contrast is None:
+        raise ConfigurationError("too few runs: more than one seed is needed")
+    return _answer([contrast], contrast, f"mean over {len(shared)} shared activations, ", rule, rules)
+
+
+def _answer(known: Sequence[Contrast], least: Contrast, what: str, rule: Mapping[str, Any], rules: Rules) -> Answer:
+    name = rule["quantity"]
+    delta, _ = rules.of(name)
+    low, high = least.interval(rules.level)
+    equal = max(contrast.within(delta) for contrast in known) if rule.get("bounded", True) else 1.0
+    floor = -delta if rule["rule"] == "not_lower" else 0.0
+    return Answer(
+        what + _shown(least, name, rules.level),
+        max(contrast.above(floor) for contrast in known),
+        min(1.0, len(known) * min(contrast.below(floor) for contrast in known)),
+        1.0 if floor else equal,
+        least.value,
+        low,
+        high,
+        **_least_sure(known, name, rules),
+    )

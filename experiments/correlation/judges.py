@@ -1,238 +1,481 @@
-"""One function per kind of rule: rows of a curve in, an answer with its figure and interval out."""
+"""One function per kind of rule: the runs of one curve, or of one table, in; p-values, figure and interval out.
+
+An answer carries three p-values. `p_for` and `p_against` are one-sided, each of the hypothesis that the claim, or its
+opposite, is not so; `p_equal` is that of two one-sided tests: what the claim speaks of is smaller than δ. A claim of
+several parts needs all of them (the largest p-value: an intersection-union test) and falls with any of them (the
+smallest, times their number: Bonferroni). `verdicts` doubles p_for and p_against, for either may be asserted, and
+decides after Holm's correction over the claims of one family. A claim that itself says "no difference" has its
+equivalence as p_for, halved, for that test is not doubled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from experiments.correlation.association import associate
-from experiments.correlation.coefficients import Array
-from experiments.correlation.coincidence import coincide
-from experiments.correlation.noise import curve
-from experiments.correlation.peaks import locate
-from experiments.correlation.rows import Row, column, curvatures
+from experiments.correlation.association import within
+from experiments.correlation.contrasts import INFLATION, Contrast, Layout
+from experiments.correlation.rows import Row, column, curvatures, quantity
+from experiments.correlation.shapes import quadratic_weights
 from experiments.correlation.ushape import u_shape
+from hessdiag.errors import ConfigurationError
 
-YES, NO, UNDECIDED = "yes", "no", "undecided"
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one curve says, in words and numbers."""
+    """What one curve says: p-values, the figure that carries them, and how sure it could have been.
 
-    answer: str
+    `half` is the half-width of the least certain contrast's interval, `power` its chance to see the named effect.
+    """
+
     text: str
-    value: float = float("nan")
-    low: float = float("nan")
-    high: float = float("nan")
+    p_for: float = 1.0
+    p_against: float = 1.0
+    p_equal: float = 1.0
+    value: float = NAN
+    low: float = NAN
+    high: float = NAN
+    half: float = NAN
+    power: float = NAN
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The thresholds that all rules share."""
+    """The thresholds that all rules share: groups of max|σ''|, level, δ and the named effect by kind of quantity."""
 
     band: tuple[float, float]
+    low: float
+    high: float
     level: float
-    margin: float
-    resamples: int
-    generator: np.random.Generator
+    delta: Mapping[str, float]
+    effect: Mapping[str, float]
+
+    def of(self, quantity: str) -> tuple[float, float]:
+        """δ and the effect whose power is told, in the quantity's unit (log where it is a logarithm)."""
+        if quantity.startswith("log "):
+            return float(np.log1p(self.delta["norm"])), float(np.log1p(self.effect["norm"]))
+        return self.delta["accuracy"], self.effect["accuracy"]
+
+
+class NotRun(ConfigurationError):
+    """The sweep holds no run of what a claim speaks of; the message says what is missing."""
 
 
 Judge = Callable[[Sequence[Row], Mapping[str, Any], Rules], Answer]
 
 
-def quantity(chosen: Sequence[Row], name: str) -> Array:
-    """A number of every row; "log ..." takes its natural logarithm."""
+def _level(row: Row) -> float:
+    return round(row.curvature, 9)
+
+
+def layout_of(chosen: Sequence[Row], name: str) -> Layout:
+    """The runs of one curve by level and seed."""
+    finite = [row for row in chosen if np.isfinite(row.curvature)]
+    levels = [_level(row) for row in finite]
+    place: dict[Hashable, float] = {level: level for level in levels}
+    return Layout(levels, [row.seed for row in finite], quantity(finite, name), inflation=INFLATION, place=place)
+
+
+def groups(levels: Sequence[Any], rules: Rules) -> dict[str, list[float]]:
+    """Levels of a curve that count as low, band and high."""
+    return {
+        "low": [x for x in levels if x <= rules.low],
+        "band": [x for x in levels if rules.band[0] <= x <= rules.band[1]],
+        "high": [x for x in levels if x >= rules.high],
+    }
+
+
+def _shown(contrast: Contrast, name: str, level: float) -> str:
+    """The contrast as a reader wants it: points of accuracy, per cent of a norm."""
+    low, high = contrast.interval(level)
+    note = f" ({contrast.note})" if contrast.note else ""
+    figures = ", ".join(unit(value, name, sign=True) for value in (low, high))
+    return f"{unit(contrast.value, name, sign=True)} [{figures}], {contrast.freedom:.0f} d.f.{note}"
+
+
+def unit(value: float, name: str, *, sign: bool = False) -> str:
+    """A difference in the unit that its name asks for."""
+    plus = "+" if sign else ""
+    if not np.isfinite(value):
+        return "-"
     if name.startswith("log "):
-        with np.errstate(invalid="ignore", divide="ignore"):
-            values: Array = np.log(column(chosen, name.removeprefix("log ")))
-        return values
-    return column(chosen, name)
+        return f"{100 * np.expm1(min(value, 50.0)):{plus}.3g}%"
+    if name in ("aa", "aa2", "clean"):
+        return f"{100 * value:{plus}.2f}"
+    return f"{value:{plus}.3g}"
 
 
-def _finite(chosen: Sequence[Row]) -> list[Row]:
-    return [row for row in chosen if np.isfinite(row.curvature)]
+def _least_sure(contrasts: Sequence[Contrast], name: str, rules: Rules) -> dict[str, float]:
+    """Half-width and power of the contrast that knows least."""
+    _, effect = rules.of(name)
+    worst = max(contrasts, key=lambda contrast: contrast.half(rules.level))
+    return {"half": worst.half(rules.level), "power": worst.power(effect, rules.level)}
 
 
-def peak_in_band(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
-    """Whether the extreme of the curve lies in the band, by two fits."""
-    chosen, lowest = _finite(chosen), bool(rule.get("lowest", False))
-    x, y = curvatures(chosen), quantity(chosen, rule.get("quantity", "aa2"))
-    smooth, steps = (
-        locate(x, y, fit=fit, lowest=lowest, resamples=rules.resamples, generator=rules.generator)
-        for fit in ("quadratic", "unimodal")
+def _sides(chosen: Sequence[Row], name: str, rules: Rules) -> tuple[Layout, dict[str, list[float]], list[Contrast]]:
+    """The curve, its groups, and band less low, band less high."""
+    layout = layout_of(chosen, name)
+    found = groups(layout.cells, rules)
+    empty = [group for group, levels in found.items() if not levels]
+    if empty:
+        raise ConfigurationError(f"no level of the curve counts as {' or '.join(empty)}")
+    contrasts = [layout.difference(found["band"], found[side]) for side in ("low", "high")]
+    known = [contrast for contrast in contrasts if contrast is not None]
+    if len(known) < 2:
+        raise ConfigurationError("a single seed does not tell its own scatter")
+    return layout, found, known
+
+
+def band(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
+    """Whether the curve is highest (sign 1) or lowest (sign -1) in the band.
+
+    For: the band lies beyond low and beyond high, and no single level of these beyond the band, by its mean. Against:
+    low, high or one of their levels lies beyond the band (Bonferroni over all of them). Equal: both differences are
+    smaller than δ.
+    """
+    name, sign = rule["quantity"], rule["sign"]
+    layout, found, sides = _sides(chosen, name, rules)
+    delta, _ = rules.of(name)
+    turned = [contrast.times(sign) for contrast in sides]
+    single = {
+        level: contrast.times(sign)
+        for level in (*found["low"], *found["high"])
+        if (contrast := layout.difference(found["band"], [level])) is not None
+    }
+    worst = min(single, key=lambda level: single[level].value)
+    p_for = max(contrast.above() for contrast in turned)
+    if single[worst].value < 0:
+        p_for = 1.0
+    tests = [*turned, *single.values()]
+    least = min(sides, key=lambda contrast: sign * contrast.value)
+    text = f"band less low {_shown(sides[0], name, rules.level)}, band less high {_shown(sides[1], name, rules.level)}"
+    if single[worst].value < 0:
+        text += f"; at {worst:g} it is beyond the band by {unit(abs(single[worst].value), name)}"
+    low, high = least.interval(rules.level)
+    return Answer(
+        text,
+        p_for,
+        min(1.0, len(tests) * min(contrast.below() for contrast in tests)),
+        max(contrast.within(delta) for contrast in sides),
+        least.value,
+        low,
+        high,
+        **_least_sure(sides, name, rules),
     )
-    low, high = rules.band
-    inside = low <= smooth.low and smooth.high <= high and low <= steps.at <= high
-    outside = all(peak.high < low or peak.low > high for peak in (smooth, steps))
-    what = "minimum" if lowest else "peak"
-    text = f"{what} at {smooth.at:.3g} [{smooth.low:.3g}, {smooth.high:.3g}] (quadratic in log)"
-    text += f", {steps.at:.3g} [{steps.low:.3g}, {steps.high:.3g}] (unimodal)"
-    if not smooth.from_seeds:
-        text += ", one seed"
-    return Answer(YES if inside else NO if outside else UNDECIDED, text, smooth.at, smooth.low, smooth.high)
 
 
-def _slope(chosen: Sequence[Row], rule: Mapping[str, Any]) -> tuple[float, float, float] | None:
-    """Slope over log max|σ''| within the rule's range, its standard error and degrees of freedom."""
-    low, high = rule["range"]
-    kept = [row for row in _finite(chosen) if low <= row.curvature <= high]
-    y = quantity(kept, rule["quantity"])
-    if len({round(row.curvature, 9) for row in kept}) < 2 or not np.isfinite(y).any():
-        return None
-    t, finite = np.log(curvatures(kept)), np.isfinite(y)
-    t, y = t[finite], y[finite]
+def _rise(
+    cells: Sequence[Hashable], low: float, high: float, key: Callable[[Any], float]
+) -> tuple[dict[Hashable, float], float]:
+    """Weights of the least-squares slope over log x within [low, high], times the range of log x: the curve's rise."""
+    cells = [cell for cell in cells if low <= key(cell) <= high]
+    if len(cells) < 2:
+        raise ConfigurationError(f"fewer than two levels in {low:g} to {high:g}")
+    t = np.log([key(cell) for cell in cells])
     centred = t - t.mean()
-    spread = float((centred**2).sum())
-    if len(t) < 3 or spread <= 0:
-        return None
-    slope = float((centred * y).sum() / spread)
-    residual = float(((y - y.mean() - slope * centred) ** 2).sum() / (len(t) - 2))
-    freedom = float(len(t) - 2)
-    try:
-        everything = _finite(chosen)
-        noise = curve(curvatures(everything), quantity(everything, rule["quantity"]))
-    except ValueError:
-        noise = None
-    if noise is not None and noise.from_seeds and noise.sigma**2 > residual:
-        residual, freedom = noise.sigma**2, float(noise.freedom)
-    return slope, float(np.sqrt(residual / spread)), freedom
+    return dict(zip(cells, np.ptp(t) * centred / (centred**2).sum(), strict=True)), float(np.ptp(t))
 
 
-def slope(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
-    """Whether the curve rises (sign 1) or falls (sign -1) over the range."""
-    found = _slope(chosen, rule)
-    if found is None:
-        return Answer(UNDECIDED, "fewer than three runs in the range")
-    value, error, freedom = found
-    half = float(stats.t.isf(rules.level / 2, freedom)) * error
-    low, high = value - half, value + half
-    sign = rule["sign"]
-    answer = YES if min(sign * low, sign * high) > 0 else NO if max(sign * low, sign * high) < 0 else UNDECIDED
-    return Answer(answer, f"slope {value:+.3g} [{low:+.3g}, {high:+.3g}] per unit of log max|σ''|", value, low, high)
+def _range(rule: Mapping[str, Any]) -> tuple[float, float]:
+    low, high = rule["range"]
+    return float(low), float(high)
+
+
+def rise(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
+    """Whether the curve rises (sign 1) or falls (sign -1) over a range: the straight line's change from end to end."""
+    name, sign = rule["quantity"], rule["sign"]
+    layout = layout_of(chosen, name)
+    weights, _ = _rise(layout.cells, *_range(rule), float)
+    contrast = layout.contrast(weights)
+    if contrast is None:
+        raise ConfigurationError("a single seed does not tell its own scatter")
+    low, high = contrast.interval(rules.level)
+    turned = contrast.times(sign)
+    ends = f"{min(map(float, weights)):g} to {max(map(float, weights)):g}"  # type: ignore[arg-type]
+    return Answer(
+        f"change from {ends} {_shown(contrast, name, rules.level)}",
+        turned.above(),
+        turned.below(),
+        contrast.within(rules.of(name)[0]),
+        contrast.value,
+        low,
+        high,
+        **_least_sure([contrast], name, rules),
+    )
 
 
 def steepest(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
-    """Whether β = 2 has a lower slope than each other β."""
-    slopes = {beta: _slope([row for row in chosen if row.beta == beta], rule) for beta in (0, 1, 2)}
-    if any(found is None for found in slopes.values()):
-        return Answer(UNDECIDED, "fewer than three runs of some β in the range")
-    known = {beta: found for beta, found in slopes.items() if found is not None}
-    answers, texts = [], []
-    for beta in (0, 1):
-        difference = known[2][0] - known[beta][0]
-        error = float(np.hypot(known[2][1], known[beta][1]))
-        half = float(stats.t.isf(rules.level / 2, known[2][2] + known[beta][2])) * error
-        answers.append(YES if difference + half < 0 else NO if difference - half > 0 else UNDECIDED)
-        texts.append(f"β=2 less β={beta}: {difference:+.3g} ± {half:.2g}")
-    return Answer(combined(answers), "difference of slopes " + ", ".join(texts))
+    """Whether β = 2 falls more over the range than each other β does."""
+    name = rule["quantity"]
+    kept = [row for row in chosen if row.beta is not None and np.isfinite(row.curvature)]
+    if {row.beta for row in kept} != {0, 1, 2}:
+        raise NotRun("needs β = 0, 1 and 2")
+    cells = [(row.beta, _level(row)) for row in kept]
+    layout = Layout(cells, [row.seed for row in kept], quantity(kept, name), inflation=INFLATION)
+    slopes, spans = {}, {}
+    for beta in (0, 1, 2):
+        own = [cell for cell in layout.cells if cell[0] == beta]  # type: ignore[index]
+        slopes[beta], spans[beta] = _rise(own, *_range(rule), lambda cell: float(cell[1]))
+    contrasts = []
+    for beta in (0, 1):  # per unit of log max|σ''|, then over the range of β = 2
+        weights = {**slopes[2], **{cell: -w * spans[2] / spans[beta] for cell, w in slopes[beta].items()}}
+        contrast = layout.contrast(weights)
+        if contrast is None:
+            raise ConfigurationError("a single seed does not tell its own scatter")
+        contrasts.append(contrast)
+    delta, _ = rules.of(name)
+    least = max(contrasts, key=lambda contrast: contrast.value)
+    words = ", ".join(f"β=2 less β={b} {_shown(c, name, rules.level)}" for b, c in zip((0, 1), contrasts, strict=True))
+    low, high = least.interval(rules.level)
+    return Answer(
+        f"difference of changes: {words}",
+        max(contrast.below() for contrast in contrasts),
+        min(1.0, 2 * min(contrast.above() for contrast in contrasts)),
+        max(contrast.within(delta) for contrast in contrasts),
+        least.value,
+        low,
+        high,
+        **_least_sure(contrasts, name, rules),
+    )
 
 
 def coincidence(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
-    """Whether the curves of all β coincide over max|σ''| or α; `negated` asks whether they differ."""
-    chosen = [row for row in chosen if row.beta is not None]
-    x = curvatures(chosen) if rule["over"] == "curvature" else np.array([row.alpha or np.nan for row in chosen])
-    group = [row.beta for row in chosen]
-    keep = {"margin": rules.margin, "below": rule["below"], "resamples": rules.resamples}
-    found = coincide(x, column(chosen, "aa2"), group, generator=rules.generator, **keep)
-    text = f"fits at most {found.distance:.3g} apart, below {found.upper:.3g} at 95%; margin {found.margin:g}"
-    if found.verdict == "differ":
-        text += f"; at {found.worst_at:.3g} they differ by {found.worst:.3g}, at least {found.worst_low:.3g}"
-    yes, no = ("differ", "coincide") if rule.get("negated") else ("coincide", "differ")
-    answer = YES if found.verdict == yes else NO if found.verdict == no else UNDECIDED
-    return Answer(answer, text, found.distance, 0.0, found.upper)
+    """Whether the curves of all β coincide over max|σ''| or over α, up to δ; `negated` asks whether they differ.
+
+    Coincide: quadratics in log x, fitted to each curve below the bound, lie within δ of each other all over the shared
+    range (two one-sided tests at every point of a grid; the largest p-value). Differ: at some shared level two curves
+    lie more than δ apart (Bonferroni over pairs and levels, either sign).
+    """
+    kept = [row for row in chosen if row.beta is not None and np.isfinite(row.curvature)]
+    betas = sorted({row.beta for row in kept if row.beta is not None})
+    if len(betas) < 2:
+        raise NotRun("needs more than one β")
+    over = [_level(row) if rule["over"] == "curvature" else round(row.alpha or NAN, 9) for row in kept]
+    inside = [(row, x) for row, x in zip(kept, over, strict=True) if x < rule["below"]]
+    kept = [row for row, _ in inside]
+    cells = [(row.beta, x) for row, x in inside]
+    layout = Layout(cells, [row.seed for row in kept], column(kept, "aa2"), inflation=INFLATION)
+    delta, _ = rules.of("aa2")
+    levels = {beta: sorted({x for b, x in cells if b == beta and (b, x) in layout.cells}) for beta in betas}
+    if any(len(own) < 2 for own in levels.values()):
+        raise ConfigurationError("a curve has fewer than two levels below the bound")
+    span = max(own[0] for own in levels.values()), min(own[-1] for own in levels.values())
+    if not span[0] < span[1]:
+        raise ConfigurationError("the curves share no range; run the sweep over common curvatures")
+    fits, raw = [], []
+    for a, b in itertools.combinations(betas, 2):
+        for t in np.linspace(float(np.log(span[0])), float(np.log(span[1])), 9):
+            weights: dict[Hashable, float] = {}
+            for beta, sign in ((a, 1.0), (b, -1.0)):
+                row = quadratic_weights(np.array(levels[beta]), float(np.exp(t)))
+                weights |= {(beta, x): sign * w for x, w in zip(levels[beta], row, strict=True)}
+            fits.append((layout.contrast(weights), float(np.exp(t))))
+        raw += [(layout.difference([(a, x)], [(b, x)]), x) for x in levels[a] if x in levels[b]]
+    known = [(contrast, x) for contrast, x in fits if contrast is not None]
+    if not known:
+        raise ConfigurationError("a single seed does not tell its own scatter")
+    apart = [(c, x) for c, x in raw if c is not None]
+    far, at = max(known, key=lambda pair: abs(pair[0].value))
+    coincide = max(contrast.within(delta) for contrast, _ in known)
+    differ = min([1.0, *(len(apart) * min(c.above(delta), c.below(-delta)) for c, _ in apart)])
+    where = "max|σ''|" if rule["over"] == "curvature" else "α"
+    text = f"fits differ most at {where} = {at:.3g}: {_shown(far, 'aa2', rules.level)}"
+    if apart:
+        most, place = max(apart, key=lambda pair: abs(pair[0].value))
+        text += f"; means differ most at {place:.3g}: {_shown(most, 'aa2', rules.level)}"
+    low, high = far.interval(rules.level)
+    ends = {"value": far.value, "low": low, "high": high}
+    sure = _least_sure([contrast for contrast, _ in known], "aa2", rules)
+    if rule.get("negated"):
+        return Answer(text, p_for=differ, p_equal=coincide, **ends, **sure)
+    return Answer(text, p_for=coincide / 2, p_against=differ, **ends, **sure)
 
 
 def shape(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
-    """Whether the curve is U-shaped by the two-lines test."""
-    chosen = _finite(chosen)
-    found = u_shape(curvatures(chosen), quantity(chosen, rule["quantity"]))
-    text = f"two lines break at {found.break_at:.3g}: slopes {found.left.value:+.3g} (p = {found.left.p_value:.2g})"
-    text += (
-        f" and {found.right.value:+.3g} (p = {found.right.p_value:.2g}); quadratic p = {found.quadratic_p_value:.2g}"
+    """Whether the curve is U-shaped, wherever its minimum lies, by the two-lines test within seeds.
+
+    Against: one of the two lines has a significant slope of the wrong sign. Equal: as in `band`.
+    """
+    name = rule["quantity"]
+    finite = [row for row in chosen if np.isfinite(row.curvature)]
+    layout, _, sides = _sides(chosen, name, rules)
+    if layout.freedom < 1:
+        raise ConfigurationError("a single seed does not tell its own scatter")
+    found = u_shape(curvatures(finite), quantity(finite, name), seed=[row.seed for row in finite])
+    lines = (found.left, found.right)
+    wrong = [1 - line.p_value for line in lines if np.isfinite(line.value)]
+    slopes = " and ".join(f"{line.value:+.3g} (p = {line.p_value:.2g})" for line in lines)
+    widest = max(sides, key=lambda contrast: contrast.half(rules.level))
+    return Answer(
+        f"two lines break at {found.break_at:.3g}: slopes {slopes}",
+        found.p_value,
+        min([1.0, *(2 * p for p in wrong)]),
+        max(contrast.within(rules.of(name)[0]) for contrast in sides),
+        found.break_at,
+        half=widest.half(rules.level),
+        power=widest.power(rules.of(name)[1], rules.level),
     )
-    wrong = any(s.p_value > 1 - rules.level / 2 for s in (found.left, found.right) if np.isfinite(s.value))
-    return Answer(YES if found.holds(rules.level) else NO if wrong else UNDECIDED, text, found.break_at)
 
 
 def association(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
-    """Whether Spearman's correlation has the claimed sign."""
-    x, y = quantity(chosen, rule["x"]), quantity(chosen, rule["y"])
-    return _signed(x, y, [row.configuration for row in chosen], rule["sign"], rules)
+    """Whether robustness goes with the norm (sign -1: against it) among runs of the same curvature.
 
-
-def crossed(chosen: Sequence[Row], others: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
-    """The same between x of one sweep and y of another, matched by activation."""
-    ys: dict[str, list[float]] = {}
-    for row, value in zip(others, quantity(others, rule["y"]), strict=True):
-        if np.isfinite(value):
-            ys.setdefault(row.activation, []).append(float(value))
-    kept = [row for row in chosen if row.activation in ys]
-    if not kept:
-        return Answer(UNDECIDED, "the two sweeps share no activation")
-    y = np.array([float(np.mean(ys[row.activation])) for row in kept])
-    return _signed(quantity(kept, rule["x"]), y, [row.activation for row in kept], rule["sign"], rules)
-
-
-def _signed(x: Array, y: Array, cluster: Sequence[object], sign: int, rules: Rules) -> Answer:
-    found = associate(x, y, cluster=cluster, resamples=rules.resamples, generator=rules.generator)
-    if not np.isfinite(found.low):
-        return Answer(UNDECIDED, f"{found.configurations} configurations are too few")
-    signed = sorted((sign * found.low, sign * found.high))
-    answer = YES if signed[0] > 0 else NO if signed[1] < 0 else UNDECIDED
-    text = f"Spearman {found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}], p = {found.p_value:.2g}"
-    return Answer(answer, f"{text}, {found.configurations} configurations", found.value, found.low, found.high)
-
-
-def same_place(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
-    """Whether the interval of one curve's minimum meets that of the other's maximum, both within the measured range:
-    one that reaches its end, as noise makes it, meets everything.
+    See `association`. Unit: points of accuracy over the range that the log norm covers along the curve. From five
+    seeds on, the p-value of matching with other seeds counts where it is the larger.
     """
-    chosen = _finite(chosen)
-    x, count, generator = curvatures(chosen), rules.resamples, rules.generator
-    low = locate(x, quantity(chosen, rule["low"]), lowest=True, resamples=count, generator=generator)
-    high = locate(x, quantity(chosen, rule["high"]), resamples=count, generator=generator)
-    meet = low.low <= high.high and high.low <= low.high
-    ends = float(x.min()) * (1 + 1e-9), float(x.max()) * (1 - 1e-9)
-    inside = all(ends[0] < peak.low and peak.high < ends[1] for peak in (low, high))
-    text = f"norm lowest at {low.at:.3g} [{low.low:.3g}, {low.high:.3g}]"
-    text += f", robustness highest at {high.at:.3g} [{high.low:.3g}, {high.high:.3g}]"
-    return Answer(NO if not meet else YES if inside else UNDECIDED, text)
+    finite = [row for row in chosen if np.isfinite(row.curvature)]
+    x, y = (quantity(finite, rule[axis]) for axis in ("x", "y"))
+    found = within([_level(row) for row in finite], [row.seed for row in finite], x, y)
+    contrast = found.slope
+    delta, effect = rules.of(rule["y"])
+    sign = rule["sign"]
+    p_for, p_against = contrast.times(sign).above(), contrast.times(sign).below()
+    if found.matched is not None:
+        less, more = found.matched if sign < 0 else found.matched[::-1]
+        p_for, p_against = max(p_for, less), max(p_against, more)
+    low, high = contrast.interval(rules.level)
+    text = f"with the norm's range along the curve goes {_shown(contrast, rule['y'], rules.level)}"
+    text += f" of robustness, by runs of one curvature (r = {found.correlation:+.2f})"
+    if np.isfinite(found.along):
+        text += f"; along the curve Spearman {found.along:+.2f} over {found.cells} levels"
+    return Answer(
+        text,
+        p_for,
+        p_against,
+        contrast.within(delta),
+        contrast.value,
+        low,
+        high,
+        contrast.half(rules.level),
+        contrast.power(effect, rules.level),
+    )
 
 
-def signal(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
-    """Whether a curve moves by more than a seed does."""
-    chosen = _finite(chosen)
-    measured = curve(curvatures(chosen), quantity(chosen, rule["quantity"]))
-    if not measured.from_seeds:
-        return Answer(UNDECIDED, "a single seed does not tell its own scatter")
-    moved = float(np.ptp(measured.mean))
-    if moved == 0 and measured.sigma == 0:
-        return Answer(UNDECIDED, "every run gave the same: neither curvature nor seed moves it")
-    ratio = moved / measured.sigma if measured.sigma > 0 else np.inf
-    answer = YES if ratio >= rule["enough"] else NO if ratio < rule["little"] else UNDECIDED
-    text = f"range of the curve {moved:.3g}, scatter of a seed {measured.sigma:.3g}: ratio {ratio:.2g}"
-    return Answer(answer, text, ratio)
+def same_place(
+    chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules, others: Sequence[Row] | None = None
+) -> Answer:
+    """Whether the norm is lowest and robustness highest in the same group, the band.
+
+    For: both are so, as `band` says it. Against: between two of the three groups both differ with the same sign, so
+    that where the norm is lower, robustness is too (Bonferroni over three pairs and two signs). `others` are the runs
+    of another sweep that tell the robustness.
+    """
+    low, high = rule["low"], rule["high"]
+    parts = [
+        band(chosen, {"quantity": low, "sign": -1}, rules),
+        band(chosen if others is None else others, {"quantity": high, "sign": 1}, rules),
+    ]
+    curves = [_sides(chosen, low, rules), _sides(chosen if others is None else others, high, rules)]
+    against = 1.0
+    for a, b in itertools.combinations(("low", "band", "high"), 2):
+        pair = [layout.difference(found[a], found[b]) for layout, found, _ in curves]
+        known = [contrast for contrast in pair if contrast is not None]
+        if len(known) == 2:
+            same = (max(c.above() for c in known), max(c.below() for c in known))
+            against = min(against, 6 * min(same))
+    return Answer(
+        f"norm: {parts[0].text}; robustness: {parts[1].text}",
+        max(part.p_for for part in parts),
+        against,
+        max(part.p_equal for part in parts),
+        half=parts[1].half,
+        power=parts[1].power,
+    )
 
 
-def combined(answers: Sequence[str]) -> str:
-    """Of several that must all hold."""
-    if NO in answers:
-        return NO
-    return YES if answers and all(answer == YES for answer in answers) else UNDECIDED
+def single_run(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
+    """Whether one run per level would do: does its scatter leave the wanted power for the named effect?
+
+    With one run a level, band less low and band less high have standard errors that the seeds tell (contrasts.py).
+    For: the larger is below what the wanted power needs, by its chi-squared upper bound. Against: above, even if runs
+    of one seed were independent (no inflation), by the lower bound.
+    """
+    name = rule["quantity"]
+    layout, found, sides = _sides(chosen, name, rules)
+    if layout.freedom < 1 or len(layout.seeds) < 2 or any(side.note for side in sides):
+        raise ConfigurationError("seeds that are shared tell how much one of them scatters; there is only one")
+    _, effect = rules.of(name)
+    widths = [np.sqrt(1 / len(found["band"]) + 1 / len(found[side])) for side in ("low", "high")]
+    least = max(sides, key=lambda side: side.error)
+    error, freedom = least.error * np.sqrt(len(layout.seeds)), least.freedom
+    bare = float(np.sqrt((layout.residuals() ** 2).sum() / layout.freedom)) * max(widths)
+    needed = effect / (stats.norm.isf(rules.level / 2) + stats.norm.ppf(rule["power"]))
+    low, high = (error * np.sqrt(freedom / stats.chi2.isf(tail, freedom)) for tail in (0.025, 0.975))
+    reached = stats.norm.cdf(effect / error - stats.norm.isf(rules.level / 2)) if error > 0 else 1.0
+    text = f"a contrast of single runs has the standard error {unit(error, name)} "
+    text += f"[{unit(low, name)}, {unit(high, name)}]: "
+    text += f"power {reached:.0%} to see {unit(effect, name)}, {rule['power']:.0%} wanted"
+    return Answer(
+        text,
+        float(stats.chi2.cdf(freedom * (error / needed) ** 2, freedom)),
+        float(stats.chi2.sf(layout.freedom * (bare / needed) ** 2, layout.freedom)),
+        value=float(error),
+        low=float(low),
+        high=float(high),
+    )
+
+
+def residual(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
+    """Whether |f - y| is at least `enough` on adversarial training images.
+
+    Of an image that is misclassified the true class has a residual of at least 1/2, so half of the share that is
+    misclassified bounds the mean from below: over the first two thirds of the epochs, or, where the record has the
+    last epoch only, of that one, since earlier ones misclassify more. A bound from below cannot show that something is
+    small, so this rule never says no.
+    """
+    values = column(chosen, "residual")
+    values = values[np.isfinite(values)]
+    if not len(values):
+        raise NotRun("no run recorded its adversarial accuracy on training images")
+    mean, worst = float(values.mean()), float(values.min())
+    seeds = {row.seed for row in chosen}
+    text = f"mean residual at least {mean:.2f}, of every run at least {worst:.2f}"
+    if len(seeds) < 2:
+        return Answer(text + "; one seed", value=mean)
+    found = stats.ttest_1samp(values, rule["enough"], alternative="greater") if np.ptp(values) > 0 else None
+    p = float(found.pvalue) if found is not None else float(worst <= rule["enough"])
+    return Answer(text, 1.0 if worst <= rule["enough"] else p, value=mean, low=worst)
+
+
+def combined(answers: Mapping[str, Answer], *, every: bool = True) -> Answer:
+    """What several curves say together: for all of them the largest p-value, against it the smallest times their
+    number, equal where all are.
+    """
+    found = list(answers.values())
+    if len(found) == 1 and not next(iter(answers)):
+        return found[0]
+    words = "; ".join(f"{name}: {answer.text}" if name else answer.text for name, answer in answers.items())
+    if len(found) == 1:
+        return replace(found[0], text=words)
+    widths = [answer for answer in found if np.isfinite(answer.half)]
+    widest = max(widths, key=lambda answer: answer.half) if widths else None
+    return Answer(
+        words,
+        max(answer.p_for for answer in found),
+        min(1.0, len(found) * min(answer.p_against for answer in found)),
+        max(answer.p_equal for answer in found),
+        half=NAN if widest is None else widest.half,
+        power=NAN if widest is None else min(answer.power for answer in widths),
+    )
 
 
 JUDGES: dict[str, Judge] = {
-    "peak_in_band": peak_in_band,
-    "slope": slope,
-    "steepest": steepest,
-    "coincide": coincidence,
+    "band": band,
+    "rise": rise,
     "u_shape": shape,
     "association": association,
     "same_place": same_place,
-    "signal": signal,
+    "single_run": single_run,
+    "residual": residual,
 }
+"""Judges of one curve; a claim about all curves needs all of them."""
+
+WHOLE: dict[str, Judge] = {"steepest": steepest, "coincide": coincidence}
+"""Judges of all β at once."""

@@ -7,6 +7,7 @@ whose argmax would otherwise count the noise twice.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,15 +42,16 @@ def locate(
     *,
     fit: str = "quadratic",
     lowest: bool = False,
+    seed: Sequence[Hashable] | None = None,
     resamples: int = 1000,
     confidence: float = 0.95,
     generator: np.random.Generator,
 ) -> Peak:
-    """The x at which the curve of the runs (x, y) is highest, or lowest."""
+    """The x at which the curve of the runs (x, y) is highest, or lowest; `seed` pairs the runs."""
     if fit not in FITS:
         raise UnknownNameError(f"fit {fit!r}: {nearest(fit, list(FITS))}")
     values = np.asarray(y, dtype=float)
-    measured = curve(x, -values if lowest else values)
+    measured = curve(x, -values if lowest else values, seed)
     levels, weight = measured.x, measured.count.astype(float)
     ends = float(levels[0]), float(levels[-1])
     if fit == "quadratic":

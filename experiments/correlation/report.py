@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from experiments.correlation.association import associate
-from experiments.correlation.coefficients import KINDS
+from experiments.correlation.association import within
+from experiments.correlation.coefficients import KINDS, Array, partial
 from experiments.correlation.coincidence import coincide
-from experiments.correlation.judges import quantity
 from experiments.correlation.peaks import FITS, locate
-from experiments.correlation.rows import NORMS, Row, column, curvatures, one_family, split
+from experiments.correlation.rows import NORMS, Row, column, curvatures, one_family, quantity, split
 from experiments.correlation.ushape import u_shape
 from hessdiag.errors import ConfigurationError
 
@@ -21,8 +20,8 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "clean accuracy": ("clean",),
     "effective curvature": ("log effective",),
-    "β": (),  # within curves: β may move norm and robustness at once, without one having to do with the other
 }
+WITHIN = "activation and seed"
 Plain = dict[str, Any]
 
 
@@ -39,60 +38,84 @@ def analyse(chosen: Sequence[Row], *, margin: float, resamples: int = 1000, seed
             "runs": len(finite),
             "configurations": len({row.configuration for row in finite}),
             "seeds": len({row.seed for row in finite}),
-            "correlations": correlations(finite, resamples, generator),
+            "correlations": correlations(finite),
             "curves": _curves(finite, resamples, generator),
             "coincidence": _coincidence(finite, margin, resamples, generator),
         }
     return report
 
 
-def correlations(chosen: Sequence[Row], resamples: int, generator: np.random.Generator) -> list[Plain]:
-    """Log-norm with robust accuracy: three norms, four places, three coefficients, given nothing or a covariate."""
+def correlations(chosen: Sequence[Row]) -> list[Plain]:
+    """Log-norm with robust accuracy: three norms, four places.
+
+    Along the configurations three coefficients, given nothing or a covariate: descriptions, without an interval. Among
+    runs of one configuration, given activation and seed, Pearson's with its p-value and 95% interval (`association`).
+    """
     robust = column(chosen, "aa2")
-    cluster = [row.configuration for row in chosen]
-    found = []
+    cells = [row.configuration for row in chosen]
+    found: list[Plain] = []
     for place in ("train/clean", "train/adversarial", "test/clean", "test/adversarial"):
         for norm in NORMS:
             x = quantity(chosen, f"log {norm} {place}")
             if not np.isfinite(x).any() or not np.isfinite(robust).any():
                 continue
+            about: Plain = {"norm": norm, "place": place}
             for given, names in GIVEN.items():
-                if given != "nothing" and place != "train/clean":
+                if names and place != "train/clean":
                     continue
-                covariates = {name: quantity(chosen, name) for name in names}
-                betas = [row.beta for row in chosen] if given == "β" else []
-                if given == "β" and len(set(betas)) < 2:
+                means = _means([x, robust, *(quantity(chosen, name) for name in names)], cells)
+                if means.shape[1] < 4 + len(names):
                     continue
-                for beta in list(dict.fromkeys(betas))[1:]:
-                    covariates[f"β = {beta}"] = np.array([float(other == beta) for other in betas])
                 for kind in KINDS:
-                    result = associate(
-                        x,
-                        robust,
-                        cluster=cluster,
-                        kind=kind,
-                        covariates=covariates,
-                        strata=betas or None,
-                        resamples=resamples,
-                        generator=generator,
-                    )
-                    found.append({"norm": norm, "place": place, **asdict(result), "given": given})
+                    value = float(partial(kind, means[0], means[1], list(means[2:])))
+                    found.append({**about, "kind": kind, "given": given, "value": value, **_none(means.shape[1])})
+            try:
+                beside = within(cells, [row.seed for row in chosen], x, robust)
+            except ConfigurationError:
+                continue
+            if not np.isfinite(beside.correlation):  # every run as robust as its neighbours
+                continue
+            about |= {"kind": "pearson", "given": WITHIN, "value": beside.correlation}
+            low, high = _fisher(beside.correlation, beside.slope.freedom)
+            ends = {"low": low, "high": high, "p_value": beside.p_value, "configurations": beside.cells}
+            found.append({**about, **ends, "points": beside.slope.value})
     return found
+
+
+def _none(configurations: int) -> Plain:
+    return {"low": None, "high": None, "p_value": None, "configurations": configurations}
+
+
+def _means(columns: Sequence[Array], cells: Sequence[Hashable]) -> Array:
+    """Means over the runs of each configuration that have every number."""
+    finite = np.isfinite(columns).all(0)
+    members: dict[Hashable, list[int]] = {}
+    for index in np.flatnonzero(finite):
+        members.setdefault(cells[int(index)], []).append(int(index))
+    return np.array([[float(values[own].mean()) for own in members.values()] for values in columns])
+
+
+def _fisher(value: float, freedom: float) -> tuple[float, float]:
+    """95% interval of a Pearson correlation of residuals, by Fisher's z."""
+    if not abs(value) < 1 or freedom < 3:
+        return float("nan"), float("nan")
+    half = 1.959963984540054 / np.sqrt(freedom - 1)
+    return float(np.tanh(np.arctanh(value) - half)), float(np.tanh(np.arctanh(value) + half))
 
 
 def _curves(chosen: Sequence[Row], resamples: int, generator: np.random.Generator) -> list[Plain]:
     """Where each curve has its extreme by both fits, and whether it is U-shaped (robustness: inverted)."""
     found = []
     for (beta,), members in split(chosen, "beta").items():
-        for name in ("aa2", "clean", *(f"log {norm} train/clean" for norm in NORMS)):
+        norms = [f"log {norm} {place}" for place in ("train/clean", "train/adversarial") for norm in NORMS]
+        for name in ("aa2", "clean", *(name for name in norms if np.isfinite(quantity(members, name)).any())):
             lowest = name.startswith("log ")
             x, y = curvatures(members), quantity(members, name)
             try:
-                peaks = {
-                    fit: asdict(locate(x, y, fit=fit, lowest=lowest, resamples=resamples, generator=generator))
-                    for fit in FITS
-                }
-                shape = asdict(u_shape(x, y, inverted=not lowest))
+                keep: Plain = {"seed": [row.seed for row in members]}
+                sampled = {**keep, "lowest": lowest, "resamples": resamples, "generator": generator}
+                peaks = {fit: asdict(locate(x, y, fit=fit, **sampled)) for fit in FITS}
+                shape = asdict(u_shape(x, y, inverted=not lowest, **keep))
             except ConfigurationError as error:
                 found.append({"beta": beta, "quantity": name, "refused": str(error)})
                 continue

@@ -59,8 +59,10 @@ class Row:
         ...", "functional ..." (rms); "cosine ..." (of the angle between the diagonals of these two parts);
         "effective" (geometric mean over layers of |gamma| max|σ''|);
         "seconds" (of the whole run); "train_seconds" (of the epochs alone: the first run of a process also
-        pays for imports); "peak_memory", "saved_bytes". "low aa2", "high norm test/clean" and the like: the ends
-        of its 95% interval (Wilson's over the test images; the measurement's), where it has one.
+        pays for imports); "peak_memory", "saved_bytes"; "residual" (half of the share of adversarial training
+        images that are misclassified, a lower bound of the mean |f - y| of the true class; over the first two thirds
+        of the epochs, or of the last epoch where the record has no others). "low aa2", "high norm test/clean" and the
+        like: the ends of its 95% interval (Wilson's over the test images; the measurement's), where it has one.
         """
         for end in ("low", "high"):
             if name.startswith(f"{end} "):
@@ -75,6 +77,11 @@ class Row:
             return self.result.seconds
         if kind == "train_seconds":
             return _number(self.record.get("train"), "train_seconds")
+        if kind == "residual":
+            train = self.record.get("train") or {}
+            told = [float(v) for v in (train.get("history") or {}).get("train_adversarial") or () if v is not None]
+            early = told[: max(1, 2 * len(told) // 3)] or [_number(train.get("last_epoch"), "train_adversarial")]
+            return (1 - math.fsum(early) / len(early)) / 2
         if kind in ("peak_memory", "saved_bytes"):
             return _number(self.record.get("cost"), kind)
         if kind == "cosine":
@@ -121,6 +128,15 @@ def _row(run: Result) -> Row:
 def column(chosen: Sequence[Row], name: str) -> Array:
     """One number of every row."""
     return np.array([row.value(name) for row in chosen])
+
+
+def quantity(chosen: Sequence[Row], name: str) -> Array:
+    """A number of every row; "log ..." takes its natural logarithm."""
+    if name.startswith("log "):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values: Array = np.log(column(chosen, name.removeprefix("log ")))
+        return values
+    return column(chosen, name)
 
 
 def curvatures(chosen: Sequence[Row]) -> Array:

@@ -65,3 +65,14 @@ def unimodal(y: Array, weight: Array) -> tuple[Array, int, int]:
     fit = np.concatenate([left, right[::-1]])
     top = np.flatnonzero(fit >= fit.max() - 1e-12 * max(1.0, float(np.abs(fit).max())))
     return fit, int(top[0]), int(top[-1])
+
+
+def quadratic_weights(x: Array, at: float) -> Array:
+    """The weights by which a quadratic in log x, fitted to one value at each x, gives its value at `at`: the fit is
+    linear in the values. Fewer than three levels bear a line.
+    """
+    degree = min(2, len(x) - 1)
+    t = np.log(x)
+    design = np.vander(t, degree + 1)
+    weights: Array = np.vander([np.log(at)], degree + 1)[0] @ np.linalg.pinv(design)
+    return weights

@@ -1,21 +1,6 @@
-"""Which stored sweep speaks for a figure, and the command that makes one where there is none."""
+"""The command that makes a figure's results where there are none."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-
-from experiments.sweep.export import SweepResults
-
-ORDER = ("paper", "quick", "smoke")
-
-
-def best(results: Sequence[SweepResults], figure: str, tiers: Sequence[str] = ORDER) -> SweepResults | None:
-    """The sweep of the largest tier that has runs for a figure; of several, the one with most runs."""
-    for tier in tiers:
-        chosen = [sweep for sweep in results if sweep.figure == figure and sweep.tier == tier and sweep.runs]
-        if chosen:
-            return max(chosen, key=lambda sweep: len(sweep.runs))
-    return None
 
 
 def command(figure: str, tier: str = "smoke") -> str:

@@ -9,6 +9,7 @@ where it is not. The first decides.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,10 +48,12 @@ class UShape:
         return self.p_value < level
 
 
-def u_shape(x: npt.ArrayLike, y: npt.ArrayLike, *, inverted: bool = False) -> UShape:
-    """Test whether y falls and then rises over log x (rises and then falls when `inverted`)."""
+def u_shape(
+    x: npt.ArrayLike, y: npt.ArrayLike, *, inverted: bool = False, seed: Sequence[Hashable] | None = None
+) -> UShape:
+    """Test whether y falls and then rises over log x (rises and then falls when `inverted`); `seed` pairs the runs."""
     values = np.asarray(y, dtype=float)
-    measured = curve(x, -values if inverted else values)
+    measured = curve(x, -values if inverted else values, seed)
     t, weight = np.log(measured.x), measured.count.astype(float)
     point, left, right = _two_lines(t, measured, weight)
     ends = _quadratic_slopes(t, measured, weight)

@@ -1,9 +1,20 @@
-"""From results to verdicts on the paper's empirical claims, by the rules in rules.toml alone."""
+"""From results to verdicts on the paper's empirical claims, by the rules in rules.toml alone: claims by settings.
+
+A setting is a stored sweep. Every setting that has runs of what a claim speaks of gives it a word of its own; none
+hides another. From the p-values of an answer (`judges`), after Holm's correction (Holm 1979) over the claims of one
+family in the setting:
+
+    equivalence, p_equal at most the level        no difference beyond δ
+    2 p_for at most the level                     holds (the paper's own setting), transfers (any other)
+    2 p_against at most the level                 contradicts (the paper's own setting), does not transfer (any other)
+    otherwise                                     inconclusive: half-width and power are told
+    nothing was run                               not tested
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +22,76 @@ import numpy as np
 
 from experiments.config import load_toml
 from experiments.correlation import judges
-from experiments.correlation.differences import difference, matched
-from experiments.correlation.judges import NO, UNDECIDED, YES, Answer, Rules
+from experiments.correlation.controls import CONTROLS
+from experiments.correlation.differences import compare, matched
+from experiments.correlation.judges import Answer, NotRun, Rules
 from experiments.correlation.printed import PRINTED
 from experiments.correlation.rows import Row, one_family, rows, split
-from experiments.correlation.sources import ORDER, best, command
+from experiments.correlation.sources import command
 from experiments.sweep.export import SweepResults
 from hessdiag.errors import ConfigurationError
 
-HOLDS, CONDITIONS = "holds numerically", "holds under conditions"
-NOT_TESTED, CONTRADICTED = "not tested", "contradicted by measurement"
-PICKED = "weakest less strongest configuration (upper end corrected for the pick among all pairs)"
+HOLDS, CONTRADICTS = "holds", "contradicts"
+TRANSFERS, DOES_NOT = "transfers", "does not transfer"
+EQUAL, INCONCLUSIVE, NOT_TESTED = "no difference beyond δ", "inconclusive", "not tested"
+DEPENDS = "depends on the setting"
+WORDS = (HOLDS, CONTRADICTS, TRANSFERS, DOES_NOT, EQUAL, INCONCLUSIVE, NOT_TESTED, DEPENDS)
+CONFIRMATORY, EXPLORATORY = "confirmatory", "exploratory"
+PAPERS = "clean"  # the paper's own norm among those of [norms]
+SAME = {"one setting": True, "one tier": False}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one setting says of one claim; `curves` has the word of each curve alone, uncorrected."""
+
+    setting: str
+    word: str
+    text: str
+    status: str = EXPLORATORY
+    value: float = float("nan")
+    low: float = float("nan")
+    high: float = float("nan")
+    half: float = float("nan")
+    power: float = float("nan")
+    p_for: float = 1.0
+    p_against: float = 1.0
+    p_equal: float = 1.0
+    p_holm: float = float("nan")
+    curves: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the results say of one claim; `scope` names the setting, `figure` where to see it."""
+    """What all settings say of one claim (by one norm, where it speaks of a norm): the word that the paper's own
+    setting gives, else the one that the others share; `figure` is where to see it.
+    """
 
     claim: str
     verdict: str
     evidence: str
     figure: str
-    tier: str
-    scope: str
+    norm: str = ""
+    statement: str = ""
+    tier: str = ""
+    scope: str = ""
     value: float = float("nan")
     low: float = float("nan")
     high: float = float("nan")
+    cells: tuple[Cell, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, NaN as null."""
-        return {name: None if value != value else value for name, value in asdict(self).items()}
+        """Plain values, NaN as null; the cells by their setting."""
+        found = {name: value for name, value in asdict(self).items() if name != "cells"}
+        cells = {cell.setting: asdict(cell) for cell in self.cells}
+        found["settings"] = {name: {k: v for k, v in cell.items() if k != "setting"} for name, cell in cells.items()}
+        return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return None if isinstance(value, float) and value != value else value
 
 
 def load_rules() -> dict[str, Any]:
@@ -48,116 +99,157 @@ def load_rules() -> dict[str, Any]:
     return load_toml(Path(__file__).with_name("rules.toml"))
 
 
+def key(claim: str, norm: str) -> str:
+    """The name of a row: the claim's, and the norm where it is not the paper's."""
+    return claim if norm in ("", PAPERS) else f"{claim} [{norm}]"
+
+
 def verdicts(results: Sequence[SweepResults], *, rules: Mapping[str, Any] | None = None) -> dict[str, Verdict]:
-    """A verdict for every claim that has a rule, from the largest tier that has results for its figure."""
+    """A verdict for every claim that has a rule, by each norm it may speak of, with a word from every setting."""
     table = load_rules() if rules is None else rules
+    shared = shared_rules(table)
     found: dict[str, Verdict] = {}
-    for claim, rule in table["claims"].items():
-        if rule["rule"] != "all_of":
-            found[claim] = _verdict(claim, rule, results, table)
-    for claim, rule in table["claims"].items():
-        if rule["rule"] == "all_of":
-            found[claim] = _all_of(claim, [found[name] for name in rule["of"]])
-    found.update(_cells(results, table))
+    answers: dict[str, dict[str, _Judged]] = {}
+    entries = _entries(table)
+    for name, entry in entries.items():
+        if entry["rule"] != "all_of":
+            answers[name] = _judge(entry, results, table, shared)
+    for name, entry in entries.items():
+        if entry["rule"] == "all_of":
+            answers[name] = _all_of(entry, answers)
+    corrected = _holm(entries, answers)
+    for name, entry in entries.items():
+        cells = tuple(
+            _cell(setting, judged, corrected.get((name, setting)), shared) for setting, judged in answers[name].items()
+        )
+        found[name] = _verdict(entry, cells)
+    return found | _cells(results, table)
+
+
+def shared_rules(table: Mapping[str, Any]) -> Rules:
+    """The thresholds of all rules."""
+    low, high = table["band"]
+    return Rules(
+        (float(low), float(high)),
+        float(table["low"]),
+        float(table["high"]),
+        float(table["level"]),
+        {name: float(value) for name, value in table["delta"].items()},
+        {name: float(value) for name, value in table["effect"].items()},
+    )
+
+
+def _entries(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every rule, once for each norm that it is judged for."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in ("claims", "hypotheses"):
+        for claim, rule in table[kind].items():
+            speaks = any(rule.get(part) == "norm" for part in ("quantity", "x", "low"))
+            for norm in rule.get("norms", list(table["norms"])) if speaks else [""]:
+                entry = {**rule, "claim": claim, "norm": norm, "statement": rule.get("statement", "")}
+                if norm:
+                    about = table["norms"][norm]
+                    entry |= {p: about["quantity"] for p in ("quantity", "x", "low") if rule.get(p) == "norm"}
+                    entry["leave_out"] = about.get("leave_out", {})
+                    entry["family"] = f"{rule['family']}, {norm}" if "norms" not in rule else rule["family"]
+                found[key(claim, norm)] = entry
     return found
 
 
-def _untested(claim: str, figure: str, why: str, tier: str = "", scope: str = "") -> Verdict:
-    return Verdict(claim, NOT_TESTED, why, figure, tier, scope)
+@dataclass(frozen=True)
+class _Judged:
+    """An answer, or that there is none, with what stands beside it in the matrix."""
+
+    answer: Answer
+    tier: str
+    status: str
+    curves: Mapping[str, Answer]
+    asked: bool = True  # False: the sweep has no run of what the claim speaks of
 
 
-def _verdict(claim: str, rule: Mapping[str, Any], results: Sequence[SweepResults], table: Mapping[str, Any]) -> Verdict:
-    tiers = [sweep for tier in ORDER if (sweep := best(results, rule["figure"], [tier])) is not None]
-    if not tiers:
-        return _untested(claim, rule["figure"], f"no results: {command(rule['figure'])}")
-    verdict = _judged(claim, rule, tiers[0], results, table)
-    if verdict.verdict != NOT_TESTED:
-        return verdict
-    smaller = [_judged(claim, rule, sweep, results, table) for sweep in tiers[1:]]  # told, though not what decides
-    also = [f"a smaller tier: {other.verdict} ({other.evidence})" for other in smaller if other.verdict != NOT_TESTED]
-    return replace(verdict, evidence="; ".join([verdict.evidence, *also]))
-
-
-def _judged(
-    claim: str,
-    rule: Mapping[str, Any],
-    sweep: SweepResults,
-    results: Sequence[SweepResults],
-    table: Mapping[str, Any],
-) -> Verdict:
-    shared = Rules(
-        (float(table["band"][0]), float(table["band"][1])),
-        float(table["level"]),
-        float(table["margin"][sweep.tier]),
-        int(table["resamples"]),
-        np.random.default_rng([int(table["seed"]), *claim.encode()]),
-    )
-    chosen = [row for row in rows(sweep) if "data" not in rule or row.data == rule["data"]]
-    if not chosen:
-        needed = command(rule["figure"], "quick")  # the smallest tier has digits only
-        return _untested(claim, rule["figure"], f"no results on {rule['data']}: {needed}", sweep.tier, sweep.title)
-    answers = _answers(rule, chosen, results, sweep.tier, shared)
-    words = [f"{name}: {answer.text}" if name else answer.text for name, answer in answers.items()]
-    lacking = f"; {sweep.missing} runs missing" if sweep.missing else ""
-    evidence = f"{rule['figure']}, tier {sweep.tier} ({sweep.title}{lacking}): " + "; ".join(words)
-    given = [answer.answer for answer in answers.values()]
-    verdict = _word(given, sweep.tier)
-    if verdict == NOT_TESTED:
-        evidence = "measured, but undecided: " + evidence
-    only = next(iter(answers.values())) if len(answers) == 1 else Answer("", "")
-    return Verdict(claim, verdict, evidence, rule["figure"], sweep.tier, sweep.title, only.value, only.low, only.high)
-
-
-def _word(answers: Sequence[str], tier: str) -> str:
-    if NO in answers:
-        return CONTRADICTED
-    if YES not in answers:
-        return NOT_TESTED
-    return HOLDS if tier == "paper" and UNDECIDED not in answers else CONDITIONS
+def _judge(
+    entry: Mapping[str, Any], results: Sequence[SweepResults], table: Mapping[str, Any], shared: Rules
+) -> dict[str, _Judged]:
+    found = {}
+    for sweep in results:
+        if sweep.figure not in entry["figures"] or not sweep.runs:
+            continue
+        seen = sweep.name in table["seen"]
+        chosen = [row for row in rows(sweep) if _fits(row, entry.get("where", {}))]
+        if not seen:
+            chosen = [row for row in chosen if row.seed not in entry.get("leave_out", {}).get(sweep.name, [])]
+        status = EXPLORATORY if seen else entry["status"]
+        try:
+            if not chosen:
+                raise NotRun("no run of what the claim speaks of")
+            curves = _answers(entry, chosen, sweep, results, shared)
+        except NotRun as error:
+            found[sweep.name] = _Judged(Answer(str(error)), sweep.tier, status, {}, asked=False)
+            continue
+        except ConfigurationError as error:
+            curves = {"": Answer(str(error))}
+        answer = judges.combined(curves)
+        if sweep.missing:
+            answer = replace(answer, text=f"{answer.text} ({sweep.missing} runs missing)")
+        found[sweep.name] = _Judged(answer, sweep.tier, status, curves)
+    return found
 
 
 def _answers(
-    rule: Mapping[str, Any], chosen: list[Row], results: Sequence[SweepResults], tier: str, shared: Rules
+    entry: Mapping[str, Any], chosen: list[Row], sweep: SweepResults, results: Sequence[SweepResults], shared: Rules
 ) -> dict[str, Answer]:
-    kind = rule["rule"]
+    kind = entry["rule"]
     if kind in ("higher", "not_lower"):
-        return {"": _compare(rule, chosen, shared)}
-    if kind == "association" and "with" in rule:
-        same = [sweep for sweep in results if _settings(rows(sweep)) == _settings(chosen)]
-        other = best(same, rule["with"], [tier])  # two settings are never matched with each other
-        if other is None:
-            return {"": Answer(UNDECIDED, f"no results of {rule['with']} on the same tier, network and data")}
-        return {"": judges.crossed(chosen, rows(other), rule, shared)}
-    names = rule.get("curves")
-    curves = split(chosen, *names) if names else {(): chosen}
-    answers = {}
-    for values, members in curves.items():
-        if names and "beta" in names and members[0].beta is None:
-            continue
-        name = ", ".join(f"β={v}" if n == "beta" else str(v) for n, v in zip(names or (), values, strict=True))
-        one_family(members, f"{rule['figure']}: {name}")
+        return {"": _compare(entry, chosen, sweep, results, shared)}
+    if kind in CONTROLS:
+        return {"": CONTROLS[kind](chosen, entry, shared)}
+    whole = kind in judges.WHOLE
+    names = ("method", "network", "data") if whole else ("method", "network", "data", "beta")
+    groups = split((row for row in chosen if row.beta is not None), *names)
+    if not groups:
+        raise NotRun("no run of the family of activations")
+    varying = [i for i in range(len(names)) if len({values[i] for values in groups}) > 1]
+    answers: dict[str, Answer] = {}
+    idle: list[NotRun] = []
+    for values, members in groups.items():
+        name = ", ".join(f"β={values[i]}" if names[i] == "beta" else str(values[i]) for i in varying)
+        one_family(members, f"{sweep.name}: {name}")
         try:
-            answers[name] = judges.JUDGES[kind](members, rule, shared)
+            if kind == "same_place" and "with" in entry:
+                others = _elsewhere(members[0], sweep, entry["with"], results)
+                answers[name] = judges.same_place(members, entry, shared, others)
+            else:
+                answers[name] = {**judges.JUDGES, **judges.WHOLE}[kind](members, entry, shared)
+        except NotRun as error:
+            idle.append(error)
         except ConfigurationError as error:
-            answers[name] = Answer(UNDECIDED, str(error))
+            answers[name] = Answer(str(error))
+    if not answers:
+        raise idle[0]
     return answers
 
 
-def _settings(chosen: Sequence[Row]) -> set[tuple[str, str]]:
-    return {(row.network, row.data) for row in chosen}
+def _elsewhere(like: Row, sweep: SweepResults, figure: str, results: Sequence[SweepResults]) -> list[Row]:
+    """The runs of another figure on the same tier, network, data and β: two settings are never matched."""
+    for other in results:
+        if other.figure == figure and other.tier == sweep.tier:
+            found = [r for r in rows(other) if (r.network, r.data, r.beta) == (like.network, like.data, like.beta)]
+            if found:
+                one_family(found, other.name)
+                return found
+    raise NotRun(f"no results of {figure} on the same tier, network and data")
 
 
-def _compare(rule: Mapping[str, Any], chosen: list[Row], shared: Rules) -> Answer:
-    above, below = ([row for row in chosen if _fits(row, rule[side])] for side in ("high", "low"))
-    compare = matched if rule.get("matched") else difference
-    found = compare(above, below, rule["quantity"], shared.level)
-    if found is None:
-        return Answer(UNDECIDED, "too few runs: more than one seed is needed")
-    value, low, high = found
-    floor = -shared.margin if rule["rule"] == "not_lower" else 0.0
-    what = "mean difference over shared activations" if rule.get("matched") else PICKED
-    text = f"{what}: {value:+.3g} [{low:+.3g}, {high:+.3g}]"
-    return Answer(YES if low > floor else NO if high < floor else UNDECIDED, text, value, low, high)
+def _compare(
+    entry: Mapping[str, Any], chosen: list[Row], sweep: SweepResults, results: Sequence[SweepResults], shared: Rules
+) -> Answer:
+    pool = chosen
+    if "with" in entry:  # other sweeps of the tier that train alike on other data
+        like = {(row.method, row.network) for row in chosen}
+        elsewhere = [other for other in results if other.tier == sweep.tier and other.figure in entry["with"]]
+        pool = chosen + [r for other in elsewhere for r in rows(other) if (r.method, r.network) in like]
+    high, low = ([row for row in pool if _fits(row, entry[side])] for side in ("high", "low"))
+    return (matched if entry.get("matched") else compare)(high, low, entry, shared)
 
 
 def _fits(row: Row, wanted: Mapping[str, Sequence[Any]]) -> bool:
@@ -168,67 +260,191 @@ def _fits(row: Row, wanted: Mapping[str, Sequence[Any]]) -> bool:
     return True
 
 
-def _all_of(claim: str, parts: Sequence[Verdict]) -> Verdict:
-    given = [part.verdict for part in parts]
-    if CONTRADICTED in given:
-        verdict = CONTRADICTED
-    elif NOT_TESTED in given:
-        verdict = NOT_TESTED
-    else:
-        verdict = HOLDS if all(word == HOLDS for word in given) else CONDITIONS
-    evidence = "; ".join(f"{part.claim}: {part.verdict}" for part in parts)
-    figures = ", ".join(dict.fromkeys(part.figure for part in parts))
-    return Verdict(
-        claim, verdict, evidence, figures, ", ".join(dict.fromkeys(part.tier for part in parts if part.tier)), ""
+def _all_of(entry: Mapping[str, Any], answers: Mapping[str, Mapping[str, _Judged]]) -> dict[str, _Judged]:
+    """A claim that rests on others: in each setting that has them all, or over the sweeps of each tier."""
+    parts = {name: answers[name] for name in entry["of"]}
+    within = SAME[entry["within"]]
+    places: dict[str, dict[str, list[_Judged]]] = {}
+    for name, settings in parts.items():
+        for setting, judged in settings.items():
+            if judged.asked:
+                place = setting if within else f"tier {judged.tier}"
+                places.setdefault(place, {}).setdefault(name, []).append(judged)
+    found = {}
+    for place, members in places.items():
+        if within and len(members) < len(parts):
+            continue
+        flat = {
+            name: judges.combined({str(i): judged.answer for i, judged in enumerate(several)})
+            for name, several in members.items()
+        }
+        together = judges.combined(flat)
+        if len(flat) < len(parts):  # what is missing may still say no
+            lacking = ", ".join(name for name in parts if name not in flat)
+            together = replace(together, p_for=1.0, p_equal=1.0, text=f"not run: {lacking}; {together.text}")
+        all_ = [judged for several in members.values() for judged in several]
+        status = EXPLORATORY if any(judged.status == EXPLORATORY for judged in all_) else entry["status"]
+        text = "; ".join(f"{name}: p_for {a.p_for:.2g}, p_against {a.p_against:.2g}" for name, a in flat.items())
+        found[place] = _Judged(replace(together, text=text), all_[0].tier, status, flat)
+    return found
+
+
+def _smallest(answer: Answer) -> float:
+    return min(1.0, 2 * answer.p_for, 2 * answer.p_against, answer.p_equal)
+
+
+def _holm(
+    entries: Mapping[str, Mapping[str, Any]], answers: Mapping[str, Mapping[str, _Judged]]
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """By claim and setting: what multiplies its p-values, and the adjusted smallest one."""
+    families: dict[tuple[str, str], list[tuple[str, Answer]]] = {}
+    for name, entry in entries.items():
+        for setting, judged in answers[name].items():
+            if judged.asked:
+                families.setdefault((entry["family"], setting), []).append((name, judged.answer))
+    found = {}
+    for (_, setting), members in families.items():
+        ordered = sorted(members, key=lambda pair: _smallest(pair[1]))
+        so_far = 0.0
+        for rank, (name, answer) in enumerate(ordered):
+            times = float(len(ordered) - rank)
+            so_far = max(so_far, min(1.0, times * _smallest(answer)))
+            found[name, setting] = times, so_far
+    return found
+
+
+def word(answer: Answer, tier: str, level: float, times: float = 1.0, least: float = 0.0) -> str:
+    """The word for an answer whose p-values are multiplied by `times`, and are at least `least` (Holm's)."""
+    equal, yes, no = (max(least, times * p) <= level for p in (answer.p_equal, 2 * answer.p_for, 2 * answer.p_against))
+    if equal:
+        return EQUAL
+    if yes and not no:
+        return HOLDS if tier == "paper" else TRANSFERS
+    if no:
+        return CONTRADICTS if tier == "paper" else DOES_NOT
+    return INCONCLUSIVE
+
+
+def _cell(setting: str, judged: _Judged, holm: tuple[float, float] | None, shared: Rules) -> Cell:
+    answer = judged.answer
+    if holm is None:
+        return Cell(setting, NOT_TESTED, answer.text, judged.status)
+    times, adjusted = holm
+    curves = judged.curves if len(judged.curves) > 1 else {}
+    return Cell(
+        setting,
+        word(answer, judged.tier, shared.level, times, adjusted),
+        answer.text,
+        judged.status,
+        answer.value,
+        answer.low,
+        answer.high,
+        answer.half,
+        answer.power,
+        answer.p_for,
+        answer.p_against,
+        answer.p_equal,
+        adjusted,
+        {name: word(a, judged.tier, shared.level) for name, a in curves.items()},
     )
+
+
+def overall(cells: Iterable[Cell]) -> str:
+    """One word for all settings: the paper's own where it decides, else what those that decide share."""
+    words = [cell.word for cell in cells if cell.word != NOT_TESTED]
+    for decisive in (HOLDS, CONTRADICTS):
+        if decisive in words:
+            return decisive if not {HOLDS, CONTRADICTS} <= set(words) else DEPENDS
+    decided = {w for w in words if w != INCONCLUSIVE}
+    if not decided:
+        return INCONCLUSIVE if words else NOT_TESTED
+    return decided.pop() if len(decided) == 1 else DEPENDS
+
+
+def _verdict(entry: Mapping[str, Any], cells: tuple[Cell, ...]) -> Verdict:
+    asked = [cell for cell in cells if cell.word != NOT_TESTED]
+    figure = ", ".join(entry.get("figures", ()))
+    about = (entry["claim"], overall(cells))
+    if not asked:
+        needed = entry.get("needs") or command(entry.get("figures", ["figure3"])[0])
+        told = [f"{cell.setting}: {cell.text}" for cell in cells]
+        evidence = "; ".join([*told, f"no results: {needed}"])
+        return Verdict(*about, evidence, figure, entry["norm"], entry["statement"], cells=cells)
+    only = asked[0] if len(asked) == 1 else Cell("", "", "")
+    return Verdict(
+        *about,
+        "; ".join(sentence(cell) for cell in asked),
+        figure,
+        entry["norm"],
+        entry["statement"],
+        ", ".join(dict.fromkeys(cell.setting.partition("/")[0].removeprefix("tier ") for cell in asked)),
+        ", ".join(cell.setting for cell in asked),
+        only.value,
+        only.low,
+        only.high,
+        cells,
+    )
+
+
+def sentence(cell: Cell) -> str:
+    """One setting in words."""
+    sure = ""
+    if cell.word == INCONCLUSIVE and np.isfinite(cell.power):
+        sure = f" (power {cell.power:.0%} for the named effect)"
+    return f"{cell.setting}: {cell.word}{sure}: {cell.text}"
 
 
 def _cells(results: Sequence[SweepResults], table: Mapping[str, Any]) -> dict[str, Verdict]:
     """Tables 1 and 2 cell by cell; accuracies are compared on the paper's own setting only."""
     found: dict[str, Verdict] = {}
-    one, two = best(results, "table1"), best(results, "table2")
+    ones = [sweep for sweep in results if sweep.figure == "table1" and sweep.tier == "paper" and sweep.runs]
+    twos = [sweep for sweep in results if sweep.figure == "table2" and sweep.runs]
     for cell in PRINTED:
         for name, printed, quantity in (("standard", cell.standard, "clean"), ("robust", cell.robust, "aa")):
             if printed is not None:
-                found[f"T1.{cell.key}.{name}"] = _accuracy(
-                    f"T1.{cell.key}.{name}", cell.activation, printed, quantity, one, table
-                )
+                claim = f"T1.{cell.key}.{name}"
+                compared = [_accuracy(cell.activation, printed, quantity, sweep, table) for sweep in ones]
+                needs = "needs the paper's own setting: " + command("table1", "paper")
+                found[claim] = _table(claim, "table1", [c for c in compared if c is not None], needs)
         for name, quantity in (("memory", "peak_memory"), ("time", "train_seconds")):
-            found[f"T2.{cell.key}.{name}"] = _cost(f"T2.{cell.key}.{name}", cell.activation, name, quantity, two, table)
+            claim = f"T2.{cell.key}.{name}"
+            costs = [_cost(cell.activation, name, quantity, sweep, table) for sweep in twos]
+            needs = "needs a GPU: " + command("table2", "quick")
+            found[claim] = _table(claim, "table2", [c for c in costs if c is not None], needs)
     return found
 
 
-def _accuracy(
-    claim: str, activation: str, printed: float, quantity: str, sweep: SweepResults | None, table: Mapping[str, Any]
-) -> Verdict:
-    if sweep is None or sweep.tier != "paper":
-        return _untested(claim, "table1", "needs the paper's own setting: " + command("table1", "paper"))
+def _table(claim: str, figure: str, cells: Sequence[Cell], needs: str) -> Verdict:
+    entry = {"claim": claim, "norm": "", "statement": "", "figures": [figure], "needs": needs}
+    return _verdict(entry, tuple(cells))
+
+
+def _mean(sweep: SweepResults, activation: str, quantity: str) -> tuple[float, int]:
     values = [row.value(quantity) for row in rows(sweep) if row.activation == activation]
     values = [value for value in values if value == value]
-    if not values:
-        return _untested(claim, "table1", f"no run of {activation}", sweep.tier, sweep.title)
-    mean, allowed = float(np.mean(values)), float(table["tolerance"]["accuracy"])
-    text = f"table1, tier paper: {100 * mean:.2f}% over {len(values)} seeds, printed {printed}%"
-    verdict = HOLDS if abs(mean - printed / 100) <= allowed else CONTRADICTED
-    return Verdict(claim, verdict, text, "table1", sweep.tier, sweep.title, mean)
+    return (float(np.mean(values)) if values else float("nan")), len(values)
 
 
-def _cost(
-    claim: str, activation: str, name: str, quantity: str, sweep: SweepResults | None, table: Mapping[str, Any]
-) -> Verdict:
+def _accuracy(
+    activation: str, printed: float, quantity: str, sweep: SweepResults, table: Mapping[str, Any]
+) -> Cell | None:
+    mean, number = _mean(sweep, activation, quantity)
+    if not number:
+        return None
+    word = HOLDS if abs(mean - printed / 100) <= float(table["tolerance"]["accuracy"]) else CONTRADICTS
+    text = f"{100 * mean:.2f}% over {number} seeds, printed {printed}%"
+    return Cell(sweep.name, word, text, CONFIRMATORY, mean)
+
+
+def _cost(activation: str, name: str, quantity: str, sweep: SweepResults, table: Mapping[str, Any]) -> Cell | None:
     """Costs relative to ReLU's, for the card is not the paper's; a CPU says nothing about a GPU's memory."""
-    means = {}
-    for wanted in (activation, "relu"):
-        values = [row.value(quantity) for row in rows(sweep) if row.activation == wanted] if sweep else []
-        values = [value for value in values if value == value]
-        means[wanted] = float(np.mean(values)) if values else float("nan")
-    on_gpu = sweep is not None and any(
-        str((row.record.get("provenance") or {}).get("device", "")).startswith("cuda") for row in rows(sweep)
-    )
-    if sweep is None or not on_gpu or not means["relu"] > 0 or means[activation] != means[activation]:
-        return _untested(claim, "table2", "needs a GPU: " + command("table2", "quick"))
+    on_gpu = any(str((row.record.get("provenance") or {}).get("device", "")).startswith("cuda") for row in rows(sweep))
+    (mean, number), (base, _) = (_mean(sweep, wanted, quantity) for wanted in (activation, "relu"))
+    if not on_gpu or not number or not base > 0:
+        return None
     printed = {row.activation: row.memory if name == "memory" else row.minutes for row in PRINTED}
-    ours, theirs = means[activation] / means["relu"], printed[activation] / printed["relu"]
-    text = f"table2, tier {sweep.tier} ({sweep.title}): {ours:.2f} of ReLU's, printed {theirs:.2f}"
+    ours, theirs = mean / base, printed[activation] / printed["relu"]
     close = abs(ours / theirs - 1) <= float(table["tolerance"]["ratio"])
-    return Verdict(claim, CONDITIONS if close else CONTRADICTED, text, "table2", sweep.tier, sweep.title, ours)
+    words = (HOLDS, CONTRADICTS) if sweep.tier == "paper" else (TRANSFERS, DOES_NOT)
+    text = f"{ours:.2f} of ReLU's over {number} seeds, printed {theirs:.2f}"
+    return Cell(sweep.name, words[0] if close else words[1], text, CONFIRMATORY, ours)

@@ -79,7 +79,7 @@ def build(results: Path, out: Path, *, resamples: int | None = None) -> Built:
             name = sweep.name.rpartition("/")[2]
             pictures.append(_draw(drawing, figure, sweep, chosen, out / f"{name}_{sweep.tier}"))
             if figure in DRAWINGS:
-                margin = float(table["margin"][sweep.tier])
+                margin = float(table["delta"]["accuracy"])
                 analyses[sweep.name] = analyse(
                     chosen, margin=margin, resamples=int(table["resamples"]), seed=table["seed"]
                 )

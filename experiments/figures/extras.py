@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.correlation.judges import quantity
-from experiments.correlation.rows import Row, column, curvatures, one_family, split
+from experiments.correlation.rows import Row, column, curvatures, one_family, quantity, split
 from experiments.figures.curves import BAND, LABELS, bar, draw, footer, images, learned, robust_name
 from experiments.figures.style import COLOURS, band, canvas, label, log_curvature, log_values, looks
 from experiments.sweep.export import SweepResults

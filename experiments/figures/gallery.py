@@ -9,6 +9,7 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
+from experiments.correlation.verdicts import EXPLORATORY, NOT_TESTED, sentence
 from experiments.figures import findings
 from experiments.figures.build import TITLES, Built, Picture
 
@@ -85,25 +86,30 @@ def _markdown(path: Path) -> str:
 
 
 def _verdicts(built: Built, home: Path) -> str:
-    tested = [v for v in built.verdicts.values() if v.verdict != "not tested" or v.tier]
-    tested.sort(key=lambda v: v.verdict == "not tested")  # what is decided comes first
+    tested = [(name, verdict) for name, verdict in built.verdicts.items() if verdict.verdict != NOT_TESTED]
     rest = len(built.verdicts) - len(tested)
-    lines = [[v.claim, v.verdict, v.evidence] for v in tested]
+    settings = list(dict.fromkeys(c.setting for _, v in tested for c in v.cells if c.word != NOT_TESTED))
+    words = {(name, c.setting): c.word + "*" * (c.status == EXPLORATORY) for name, v in tested for c in v.cells}
+    matrix = [[name, v.verdict, *(words.get((name, setting), "") for setting in settings)] for name, v in tested]
+    lines = [[name, sentence(cell)] for name, v in tested for cell in v.cells if cell.word != NOT_TESTED]
     told = ""
     if (home / "ledger" / "ledger.html").exists():
         told = "; the <a href='ledger/ledger.html'>ledger</a> quotes each claim"
     return (
         "<h2 id=verdicts>Verdicts on the paper's empirical claims</h2><p>By the rules of "
-        "<code>experiments/correlation/rules.toml</code>, stated before the results; a verdict holds for the setting "
-        f"that its evidence names{told}. {rest} further claims are not tested by what is here.</p>"
-        + (findings.table(("claim", "verdict", "evidence"), lines) if lines else "")
+        "<code>experiments/correlation/rules.toml</code>: each setting says what it shows of each claim, none hides "
+        f"another; * marks what is exploratory{told}. {rest} further claims are not tested by what is here.</p>"
+        + (findings.table(("claim", "verdict", *settings), matrix) if lines else "")
+        + ("<details><summary>evidence</summary>" + findings.table(("claim", "evidence"), lines) + "</details>")
+        * bool(lines)
     )
 
 
 def _correlations(analyses: dict[str, Any]) -> str:
     parts = [
         "<h2 id=correlations>Correlation of log-norm with robust accuracy</h2><p class=soft>Over the configurations of "
-        "a sweep, seeds averaged; 95% intervals by the cluster bootstrap, p by permutation of configurations.</p>"
+        "a sweep, seeds averaged: descriptions, for smooth curves correlate by chance. Given activation and seed: "
+        "among runs of one activation, with 95% interval and p-value.</p>"
     ]
     for sweep, name, report in findings.experiments(analyses):
         lines = [
@@ -113,11 +119,11 @@ def _correlations(analyses: dict[str, Any]) -> str:
                 c["kind"],
                 c["given"],
                 f"{c['value']:+.2f}",
-                f"[{c['low']:+.2f}, {c['high']:+.2f}]",
-                f"{c['p_value']:.3g}",
+                "-" if c["low"] is None else f"[{c['low']:+.2f}, {c['high']:+.2f}]",
+                "-" if c["p_value"] is None else f"{c['p_value']:.3g}",
             ]
             for c in report["correlations"]
-            if c["kind"] == "spearman" or c["place"] == "train/clean"
+            if c["kind"] == "spearman" or c["place"] == "train/clean" or c["p_value"] is not None
         ]
         head = ("norm", "measured on", "coefficient", "given", "value", "interval", "p")
         if lines:

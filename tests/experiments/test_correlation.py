@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.correlation import associate, coincide, locate, u_shape
+from experiments.correlation import coincide, locate, u_shape
 from experiments.correlation.coefficients import KINDS, correlation, partial
 from experiments.correlation.noise import curve
 from experiments.correlation.shapes import quadratic, quadratic_peak, unimodal
-from experiments.correlation.sources import best
-from experiments.sweep.export import Result, SweepResults
-from experiments.sweep.keys import RunConfig
 from hessdiag.errors import ConfigurationError, UnknownNameError
 
 LEVELS = np.array([0.5, 1, 2, 4, 7, 10, 15, 25])
@@ -57,90 +52,6 @@ def test_partial_coefficients_equal_the_residuals_and_the_published_formula():
 def test_a_misspelt_kind_names_the_nearest():
     with pytest.raises(UnknownNameError, match="did you mean 'spearman'"):
         correlation("spaerman", np.ones(3), np.ones(3))
-
-
-def test_the_p_value_is_the_exact_permutation_tail_for_few_points():
-    """Six points have 720 permutations: the sampled p-value agrees with their full enumeration (z-test at
-    1e-4).
-    """
-    x, y = np.array([1.0, 2, 3, 4, 5, 6]), np.array([2.0, 1, 4, 3, 6, 5.5])
-    value = stats.spearmanr(x, y)[0]
-    exact = np.mean([abs(stats.spearmanr(x, p)[0]) >= abs(value) - 1e-12 for p in itertools.permutations(y)])
-    found = associate(x, y, cluster=list(range(6)), resamples=4000, generator=rng(3))
-    assert found.value == pytest.approx(value)
-    assert abs(found.p_value - exact) < 4 * np.sqrt(exact * (1 - exact) / 4000) + 1 / 4001
-
-
-@pytest.mark.statistical
-def test_intervals_cover_and_p_values_keep_their_level():
-    """24 configurations, 80 repetitions each: 95% coverage and 5% false alarms within binomial error
-    (1e-4).
-    """
-    generator, repeats, number = rng(4), 80, 24
-    truth = {"pearson": 0.6, "spearman": 6 / np.pi * np.arcsin(0.3), "kendall": 2 / np.pi * np.arcsin(0.6)}
-    for kind, value in truth.items():
-        covered = alarms = 0
-        for _ in range(repeats):
-            x, y = generator.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=number).T
-            found = associate(x, y, cluster=range(number), kind=kind, resamples=300, generator=generator)
-            covered += found.low <= value <= found.high
-            noise = generator.normal(size=(2, number))
-            alarms += (
-                associate(*noise, cluster=range(number), kind=kind, resamples=100, generator=generator).p_value <= 0.05
-            )
-        assert within(covered, repeats, 0.94)
-        assert within(alarms, repeats, 0.05)
-
-
-@pytest.mark.statistical
-def test_a_common_cause_is_seen_through():
-    """Two that share z only: correlated, yet not given z (5% false alarms over 120 repetitions, at 1e-4)."""
-    generator, alarms, seen = rng(5), 0, 0
-    for _ in range(120):
-        z = generator.normal(size=24)
-        x, y = z + generator.normal(size=24) * 0.5, -z + generator.normal(size=24) * 0.5
-        alone = associate(x, y, cluster=range(24), resamples=100, generator=generator)
-        given = associate(x, y, cluster=range(24), covariates={"z": z}, resamples=100, generator=generator)
-        seen += alone.p_value <= 0.05
-        alarms += given.p_value <= 0.05
-    assert seen > 110
-    assert within(alarms, 120, 0.05)
-    assert given.given == ("z",)
-
-
-def test_seeds_are_no_independent_evidence():
-    """Ten copies of four configurations are still four configurations: the same value, interval and
-    p-value.
-    """
-    x, y = np.array([1.0, 2, 3, 4]), np.array([1.0, 3, 2, 4])
-    once = associate(x, y, cluster=list("abcd"), generator=rng(6))
-    often = associate(np.repeat(x, 10), np.repeat(y, 10), cluster=list(np.repeat(list("abcd"), 10)), generator=rng(6))
-    assert (once.value, once.low, once.high, once.p_value) == (
-        often.value,
-        often.low,
-        often.high,
-        often.p_value,
-    )
-    assert (often.configurations, often.runs) == (4, 40)
-    assert np.isnan(associate(x[:3], y[:3], cluster=list("abc"), generator=rng(6)).value)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_runs_that_differ_from_a_constant_are_no_evidence(kind):
-    """One resample in eight draws the constant alone and has no coefficient: the interval says so."""
-    x, y = np.arange(24.0), np.zeros(24)
-    y[[20, 23]] = 0.01, 0.02
-    found = associate(x, y, cluster=range(24), kind=kind, generator=rng(19))
-    assert (found.low, found.high) == (-1.0, 1.0)
-    assert np.isnan(associate(x, np.zeros(24), cluster=range(24), kind=kind, generator=rng(19)).value)
-
-
-def test_missing_values_are_left_out_and_strata_must_fit():
-    x = np.array([1.0, 2, np.nan, 4, 5, 6])
-    found = associate(x, x, cluster=range(6), strata=[0, 0, 0, 1, 1, 1], generator=rng(7))
-    assert (found.value, found.configurations) == (1.0, 5)
-    with pytest.raises(ConfigurationError, match="strata"):
-        associate(x, x, cluster=range(6), strata=[0], generator=rng(7))
 
 
 def test_unimodal_fit_is_the_best_of_all_splits():
@@ -300,12 +211,3 @@ def test_coincidence_refuses_what_it_cannot_compare():
         coincide(x, y, group, margin=0, generator=rng(15))
     with pytest.raises(ConfigurationError, match="nothing to coincide"):
         coincide(x, y, [0] * len(x), margin=1, generator=rng(15))
-
-
-def test_two_sweeps_are_matched_within_one_tier_only() -> None:
-    """A larger tier of the other figure is another setting: its runs belong to other data and another net."""
-    runs = (Result("k", RunConfig({"seed": 0}), "", 1.0, {}),)
-    small, large = (SweepResults(f"{tier}/figure3", "figure3", tier, "", 0, runs) for tier in ("smoke", "quick"))
-    assert best([small, large], "figure3") is large
-    assert best([small, large], "figure3", ["smoke"]) is small
-    assert best([large], "figure3", ["smoke"]) is None

@@ -13,7 +13,7 @@ import pytest
 from experiments.correlation.printed import PRINTED
 from experiments.correlation.report import analyse
 from experiments.correlation.rows import one_family, rows
-from experiments.correlation.verdicts import load_rules, verdicts
+from experiments.correlation.verdicts import WORDS, load_rules, verdicts
 from experiments.figures import gallery
 from experiments.figures.build import TITLES, build
 from experiments.figures.curves import DRAWINGS
@@ -127,7 +127,7 @@ def test_the_gallery_says_what_the_results_show_before_it_shows_them(drawn):
     findings = page[page.index("<h2 id=findings>") : page.index("<h2 id=figure1>")]
     assert "neither confirms nor refutes" in findings
     assert findings.count("<tr>") == 1 + sum(len(found) for found in built.analyses.values())
-    assert "the flatter, the more robust" in findings
+    assert "among runs of one activation" in findings
     assert "norm: 3 of 3, invariant: 3 of 3, plugin: 3 of 3" in findings
     shapes = page[page.index("<h2 id=shapes>") : page.index("<h2 id=correlations>")]
     assert shapes.count("<details>") == findings.count("<tr>") - 1
@@ -183,31 +183,40 @@ def test_rules_name_known_claims_and_every_verdict_is_from_the_set():
 
     table = load_rules()
     found = verdicts([results_of(SWEEPS / "smoke" / "figure3.toml", [0, 1])], rules=quick_rules())
-    assert set(table["claims"]) <= set(found) <= set(BY_ID)
-    words = {"holds numerically", "holds under conditions", "not tested", "contradicted by measurement"}
-    assert {verdict.verdict for verdict in found.values()} <= words
+    assert set(table["claims"]) <= set(found)
+    assert {verdict.claim for verdict in found.values()} <= set(BY_ID) | set(table["hypotheses"])
+    assert {name for name, claim in BY_ID.items() if claim.kind == "empirical"} <= set(found)
+    assert {verdict.verdict for verdict in found.values()} <= set(WORDS)
+    assert {cell.word for verdict in found.values() for cell in verdict.cells} <= set(WORDS)
 
 
 def test_verdicts_follow_the_shape_of_the_results():
-    """A peak at 6 with little noise holds; one at 0.9 contradicts; noise that drowns the curve tells nothing."""
+    """A peak at 6 with little noise transfers; one at 0.9 does not; noise that drowns the curve tells nothing."""
     paths = [SWEEPS / "smoke" / "figure3.toml", SWEEPS / "smoke" / "figure7.toml"]
     claims = ("S4.2.peak-in-4-10", "F7a.u-shape", "F7a.minimum-in-4-10", "F3b.overlap-below-15")
     outcome = {}
-    for name, options in {"good": {}, "low": {"peak": 0.9}, "noise": {"noise": 0.3}}.items():
+    for name, options in {"good": {"noise": 0.001}, "low": {"peak": 0.9}, "noise": {"noise": 0.3}}.items():
         found = verdicts([results_of(path, [0, 1, 2], **options) for path in paths], rules=quick_rules())
         outcome[name] = [found[claim].verdict for claim in claims]
-        assert "tier smoke (N-FGSM, small residual net, digits, eps 0.15)" in found[claims[0]].evidence
-    assert outcome["good"] == ["holds under conditions"] * 4
-    assert outcome["low"][0] == outcome["low"][2] == "contradicted by measurement"
-    assert outcome["noise"] == ["not tested"] * 4
+        assert found[claims[0]].evidence.startswith(f"smoke/figure3: {outcome[name][0]}")
+    assert outcome["good"] == ["transfers"] * 4
+    assert outcome["low"][0] == outcome["low"][2] == "does not transfer"
+    assert outcome["noise"] == ["inconclusive"] * 4
 
 
-def test_the_paper_tier_is_preferred_and_may_hold_without_conditions():
-    smoke = results_of(SWEEPS / "smoke" / "figure7.toml", [0, 1], peak=1.5)
-    paper = results_of(SWEEPS / "paper" / "figure7.toml", [0, 1])
-    found = verdicts([smoke, paper], rules=quick_rules())
-    assert found["F7a.u-shape"].verdict == "holds numerically"
-    assert found["F7a.u-shape"].tier == "paper"
+def test_only_the_papers_own_setting_lets_a_claim_hold_and_none_hides_another():
+    smoke = results_of(SWEEPS / "smoke" / "figure7.toml", [0, 1, 2], peak=1.2)
+    paper = results_of(SWEEPS / "paper" / "figure7.toml", [0, 1, 2])
+    found = verdicts([smoke, paper], rules=quick_rules())["F7a.minimum-in-4-10"]
+    assert found.verdict == "holds"
+    assert {cell.setting: cell.word for cell in found.cells} == {
+        "smoke/figure7": "does not transfer",
+        "paper/figure7": "holds",
+    }
+    assert {cell.setting: cell.status for cell in found.cells} == {
+        "smoke/figure7": "exploratory",  # stored before the rules
+        "paper/figure7": "confirmatory",
+    }
 
 
 def test_different_configurations_never_mix_in_one_curve(tmp_path):

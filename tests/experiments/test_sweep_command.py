@@ -387,3 +387,17 @@ def test_networks_that_did_not_learn_are_named_and_give_an_exit_code(
     code, out, _ = call(capsys, *words, "--seeds", "0")
     assert code == 0
     assert "did not learn" not in out
+
+
+def test_a_dry_run_forecasts_by_hand(tmp_path, capsys):
+    """Four runs; three exported ones of the family took 20, 30 and 40 s: 30 s each, 60 s on two workers."""
+    path = write(tmp_path)
+    sweep = grid.load(path)
+    runs = [export.Result(run.key, run, "", seconds, {}) for run, seconds in zip(sweep.runs, (20.0, 30.0, 40.0))]
+    export.save(
+        export.SweepResults(sweep.name, sweep.figure, sweep.tier, sweep.title, 1, tuple(runs)), tmp_path / "results"
+    )
+    places = ("--store", tmp_path / "store", "--results", tmp_path / "results")
+    code, _, err = call(capsys, "sweep", path, "--dry-run", "--workers", 2, *places)
+    assert code == 0
+    assert "4 runs, 0 done, 4 to do; about 30 s each (exported results: 3 runs), 60 s on 2 workers" in err

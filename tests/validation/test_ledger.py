@@ -59,13 +59,19 @@ def test_experiments_are_read_from_results(tmp_path: Path) -> None:
     run = Run(quick=True, results=tmp_path)
     rows = {
         "F7a.u-shape": {
-            "verdict": "contradicted by measurement",
+            "verdict": "does not transfer",
             "evidence": "no U",
             "interval": [1.0, 2.0],
             "value": 1.5,
+            "settings": {"smoke/figure7": {"word": "does not transfer", "status": "exploratory"}},
+        },
+        "F7a.u-shape [adversarial]": {
+            "verdict": "inconclusive",
+            "evidence": "who knows",
+            "settings": {"smoke/figure7": {"word": "inconclusive", "status": "confirmatory"}},
         },
         "S4.2.peak-in-4-10": {
-            "verdict": "holds under conditions",
+            "verdict": "transfers",
             "evidence": "e",
             "value": 6.0,
             "low": 5.0,
@@ -76,7 +82,12 @@ def test_experiments_are_read_from_results(tmp_path: Path) -> None:
     }
     (tmp_path / "verdicts.json").write_text(json.dumps(rows))
     found = ledgers.check_claim("F7a.u-shape", run)
-    assert found["verdict"] == "contradicted by measurement"
+    assert found["verdict"] == "does not transfer"
+    assert found["summary"] == "no U; [adversarial]: who knows"
+    assert found["settings"] == {
+        "F7a.u-shape": {"smoke/figure7": "does not transfer*"},
+        "F7a.u-shape [adversarial]": {"smoke/figure7": "inconclusive"},
+    }
     assert (found["figures"][0]["low"], found["figures"][0]["high"]) == (1.0, 2.0)
     assert ledgers.check_claim("S4.2.peak-in-4-10", run)["figures"][0]["high"] is None
     assert "no verdict that experiments give" in ledgers.check_claim("F4.wider-is-higher", run)["error"]
@@ -111,7 +122,7 @@ def test_finished_claims_are_not_made_again(tmp_path: Path, monkeypatch: pytest.
     path.write_text(json.dumps(stored))
     assert names_made(run, path) == ["E2", "F3.range"]
     assert json.loads(path.read_text())["claims"]["F3.range"]["verdict"] == "refuted"
-    (tmp_path / "verdicts.json").write_text(json.dumps({"F7a.u-shape": {"verdict": "holds numerically"}}))
+    (tmp_path / "verdicts.json").write_text(json.dumps({"F7a.u-shape": {"verdict": "holds"}}))
     assert names_made(run, path) == ["F7a.u-shape"]  # its input changed
     original = state._digest
     monkeypatch.setattr(state, "_digest", lambda m: "changed" if m == "theory.symbolic.rct" else original(m))
@@ -148,6 +159,25 @@ def test_schema_and_page(tmp_path: Path) -> None:
     assert not re.findall(r'(?:src|href)=["\'](?!#|data:|https://arxiv\.org/abs/)', html)
     assert html.count("<article") == 4
     assert 'aria-label="' in html
+
+
+@pytest.mark.usefixtures("few")
+def test_the_page_shows_claims_by_settings(tmp_path: Path) -> None:
+    """Every setting that says something is a column, every claim and hypothesis a row; what says nothing is empty."""
+
+    def row(word: str, **more: str) -> dict[str, object]:
+        cells = {"smoke/figure7": {"word": word, "status": "exploratory"}, "quick/figure7": {"word": "not tested"}}
+        return {"verdict": word, "evidence": "e", "settings": cells, **more}
+
+    rows = {"F7a.u-shape": row("transfers"), "F7a.u-shape [invariant]": row("inconclusive")}
+    rows["H.trades-u"] = row("does not transfer", statement="A U.")
+    (tmp_path / "verdicts.json").write_text(json.dumps(rows))
+    found = ledgers.build(Run(quick=True, results=tmp_path), tmp_path / "ledger.json")
+    html = page(found)
+    assert "<th>smoke/figure7</th></tr>" in html
+    for part in ("F7a.u-shape [invariant]", "transfers*", "inconclusive*", "does not transfer*", "H.trades-u: A U."):
+        assert part in html
+    assert ledgers.load(tmp_path / "ledger.json").hypotheses == found.hypotheses  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("claim", [c.id for c in CLAIMS if c.formula])

@@ -1,7 +1,9 @@
 """Claims that rest on experiments: read from stored results, `results/verdicts.json`; without them "not tested".
 
 The file is written by `python -m experiments figures`, a mapping claim id -> {verdict, evidence, figure, tier, ...}
-with either `interval` [low, high] or `value`, `low`, `high`. Nothing else makes such a claim hold or fail.
+with either `interval` [low, high] or `value`, `low`, `high`, and `settings`: setting -> {word, text, ...}. A claim
+about the norm has further rows, "claim [adversarial]" and "claim [invariant]"; names that begin with "H." are
+hypotheses of this project. Nothing else makes such a claim hold or fail.
 """
 
 from __future__ import annotations
@@ -39,15 +41,33 @@ def read(run: Run) -> dict[str, dict[str, Any]]:
 
 def report(claim: str, run: Run) -> Report:
     """What the results say of a claim."""
-    row = read(run).get(claim)
+    found = read(run)
+    row = found.get(claim)
     source = str(path_of(run))
     if row is None:
         return Report("not tested", f"no results in {source}: {COMMAND}", source)
-    words = [str(row.get("evidence") or ""), str(row.get("scope") or "")]
-    tier = row.get("tier")
-    text = "; ".join(w for w in words if w) + (f" (tier {tier})" if tier and f"tier {tier}" not in words[0] else "")
-    command = str(row.get("command") or "")
-    return Report(row["verdict"], text + (f"; {command}" if command else ""), f"{source}: {claim}", _figure(row))
+    rows = {name: other for name, other in found.items() if name == claim or name.startswith(f"{claim} [")}
+    text = "; ".join(
+        (f"{name.removeprefix(claim).strip()}: " if name != claim else "") + str(other.get("evidence") or "")
+        for name, other in rows.items()
+    )
+    settings = {name: words_of(other) for name, other in rows.items()}
+    return Report(row["verdict"], text, f"{source}: {claim}", _figure(row), settings)
+
+
+def words_of(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the matrix: the word of every setting, with a star where it is exploratory."""
+    cells = row.get("settings") or {}
+    return {name: cell["word"] + "*" * (cell.get("status") == "exploratory") for name, cell in cells.items()}
+
+
+def hypotheses(run: Run) -> dict[str, dict[str, Any]]:
+    """The hypotheses beside the paper's claims: statement, verdict and words."""
+    return {
+        name: {"statement": row.get("statement") or "", "verdict": row["verdict"], "settings": words_of(row)}
+        for name, row in read(run).items()
+        if name.startswith("H.")
+    }
 
 
 def _figure(row: dict[str, Any]) -> Figure | None:

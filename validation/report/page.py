@@ -24,7 +24,9 @@ h1{font-size:26px;margin:0 0 4px}h2{font-size:20px;margin:36px 0 8px;border-bott
 .counts span{display:inline-block;margin:4px 10px 4px 0}
 .badge{border-radius:4px;padding:1px 8px;font-size:13px;font-weight:600;white-space:nowrap;color:#fff;background:#667}
 .proved,.holds-numerically{background:#1f7a3f}.holds-under-conditions{background:#9a6700}
-.refuted,.contradicted-by-measurement{background:#b3261e}.not-tested{background:#6b7280}
+.refuted,.contradicted-by-measurement{background:#b3261e}.not-tested,.inconclusive{background:#6b7280}
+.holds,.transfers{background:#1f7a3f}.depends-on-the-setting{background:#9a6700}
+.contradicts,.does-not-transfer,.no-difference-beyond-δ{background:#b3261e}
 article{border:1px solid #dfe3ea;border-radius:6px;margin:10px 0;padding:10px 14px}
 article header{display:flex;gap:10px;align-items:baseline;flex-wrap:wrap}
 article header b{font-family:ui-monospace,monospace}article header i{color:#5b6472;font-style:normal;font-size:13px}
@@ -34,7 +36,7 @@ ul{margin:6px 0;padding-left:20px}li{margin:2px 0;overflow-wrap:anywhere}.fails{
 table{border-collapse:collapse;font-size:13px;margin:8px 0}
 td,th{border:1px solid #dfe3ea;padding:3px 8px;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}figure{margin:10px 0}figure img{max-width:100%}
-details summary{cursor:pointer;color:#3d4654;font-size:13px}nav a{margin-right:14px}
+.wide{overflow-x:auto}details summary{cursor:pointer;color:#3d4654;font-size:13px}nav a{margin-right:14px}
 """.strip()
 
 SECTIONS: tuple[tuple[str, Callable[[str, str], bool]], ...] = (
@@ -68,9 +70,47 @@ def page(ledger: Ledger) -> str:
         chosen = [(n, r) for n, r in ledger.claims.items() if belongs(n, r["kind"])]
         parts.append(f'<h2 id="s{number}">{html.escape(title)} ({len(chosen)})</h2>')
         parts += [_claim(name, record) for name, record in chosen]
+        if title.startswith("Claims that rest"):
+            parts.insert(len(parts) - len(chosen), matrix(ledger))
     parts.append('<h2 id="studies">Studies</h2>')
     parts += [_study(name, record) for name, record in ledger.studies.items()]
     return "\n".join(parts) + "</html>\n"
+
+
+def matrix(ledger: Ledger) -> str:
+    """Claims by settings: the word that each stored sweep gives; then this project's own hypotheses."""
+    rows: dict[str, tuple[str, dict[str, str]]] = {}
+    for claim, record in ledger.claims.items():
+        for name, words in (record.get("settings") or {}).items():
+            if name[:2] not in ("T1", "T2") or words:
+                rows[name] = (claim, words)
+    rows |= {name: ("", record["settings"]) for name, record in ledger.hypotheses.items()}
+    settings = list(dict.fromkeys(s for _, words in rows.values() for s, word in words.items() if _said(word)))
+    if not settings:
+        return '<p class="small">No results of experiments are stored.</p>'
+    head = "".join(f"<th>{html.escape(setting)}</th>" for setting in settings)
+    lines = []
+    for name, (claim, words) in rows.items():
+        about = ledger.hypotheses.get(name, {}).get("statement", "")
+        link = f'<a href="#{html.escape(claim)}">{html.escape(name)}</a>' if claim else html.escape(f"{name}: {about}")
+        cells = "".join(f"<td>{_word(words.get(setting, 'not tested'))}</td>" for setting in settings)
+        lines.append(f"<tr><td>{link}</td>{cells}</tr>")
+    return (
+        '<p class="small">Claims by settings: what each stored sweep says, by the rules of '
+        "<code>experiments/correlation/rules.toml</code> (docs/rules.md). [adversarial] and [invariant] judge the same "
+        "rule by another norm; names with H. are hypotheses of this project. * exploratory: the results were there "
+        "before the rule. Empty: not tested.</p>"
+        f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
+    )
+
+
+def _said(word: str) -> bool:
+    return word.rstrip("*") != "not tested"
+
+
+def _word(word: str) -> str:
+    bare = word.rstrip("*")
+    return "" if not _said(word) else f'<span class="badge {bare.replace(" ", "-")}">{html.escape(word)}</span>'
 
 
 def _badge(verdict: str) -> str:

@@ -17,6 +17,13 @@ COLOURS = {
     "refuted": "red",
     "contradicted by measurement": "red",
     "not tested": "dim",
+    "holds": "green",
+    "contradicts": "red",
+    "transfers": "green",
+    "does not transfer": "red",
+    "no difference beyond δ": "red",
+    "depends on the setting": "yellow",
+    "inconclusive": "dim",
 }
 
 
@@ -67,6 +74,9 @@ def show_claim(name: str, record: dict[str, Any], console: Console) -> None:
     for label in ("counterexample", "correction", "note"):
         if record[label]:
             console.print(f"{label}: {escape(record[label])}", highlight=False, soft_wrap=True)
+    for row, words in (record.get("settings") or {}).items():
+        for setting, word in words.items():
+            console.print(escape(f"  {row}  {setting}: {word}"), highlight=False)
     if not record["findings"]:
         console.print(escape(record["summary"]), highlight=False)
     console.print(f"check: {record['check']}", highlight=False)

@@ -1,0 +1,71 @@
+"""`python -m experiments verdicts`: the matrix of claims and settings, from the stored results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hessdiag.errors import UnknownNameError, nearest
+
+COLOURS = {
+    "holds": "green",
+    "transfers": "green",
+    "contradicts": "red",
+    "does not transfer": "red",
+    "no difference beyond δ": "red",
+    "depends on the setting": "yellow",
+    "inconclusive": "dim",
+    "not tested": "dim",
+}
+
+
+def command(
+    results: Annotated[Path, typer.Option(help="Directory of exported results.")] = Path("results"),
+    claim: Annotated[str | None, typer.Option(help="One claim in full, such as F7a.u-shape.")] = None,
+    tables: Annotated[bool, typer.Option(help="Also every cell of Tables 1 and 2.")] = False,
+) -> int:
+    """Judge every claim in every setting by experiments/correlation/rules.toml. Nothing is written.
+
+    Example: python -m experiments verdicts --claim S4.5.same-range
+    """
+    from experiments.correlation.verdicts import EXPLORATORY, NOT_TESTED, sentence, verdicts
+    from experiments.sweep.export import read_all
+
+    found = verdicts(read_all(results))
+    console = Console(soft_wrap=claim is not None)
+    if claim is not None:
+        rows = {name: verdict for name, verdict in found.items() if name == claim or verdict.claim == claim}
+        if not rows:
+            raise UnknownNameError(f"no claim {claim!r} has a rule; {nearest(claim, list(found))}")
+        for name, verdict in rows.items():
+            console.print(f"[bold]{escape(name)}[/]: {verdict.verdict}. {escape(verdict.statement)}", highlight=False)
+            for cell in verdict.cells:
+                console.print(f"  {escape(sentence(cell))}; {cell.status}", highlight=False)
+                for curve, word in cell.curves.items():
+                    console.print(f"    {escape(curve)} alone: {word}", highlight=False)
+            if not verdict.cells:
+                console.print(f"  {escape(verdict.evidence)}", highlight=False)
+        return 0
+    shown = {name: v for name, v in found.items() if tables or name[:3] not in ("T1.", "T2.")}
+    settings = list(dict.fromkeys(c.setting for v in shown.values() for c in v.cells if c.word != NOT_TESTED))
+    table = Table("claim", "verdict", *settings, header_style="bold")
+    for name, verdict in shown.items():
+        cells = {cell.setting: cell for cell in verdict.cells if cell.word != NOT_TESTED}
+        words = [
+            f"[{COLOURS[cell.word]}]{cell.word}{'*' * (cell.status == EXPLORATORY)}[/]" if cell else ""
+            for cell in (cells.get(setting) for setting in settings)
+        ]
+        table.add_row(escape(name), f"[{COLOURS[verdict.verdict]}]{verdict.verdict}[/]", *words)
+    console.print(table)
+    console.print("* exploratory: the results were there before the rule. Empty: not tested. --claim NAME tells why.")
+    return 0
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("verdicts")(command)
