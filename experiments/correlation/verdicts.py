@@ -176,8 +176,9 @@ def _judge(
             continue
         seen = sweep.name in table["seen"]
         chosen = [row for row in rows(sweep) if _fits(row, entry.get("where", {}))]
-        if not seen:
-            chosen = [row for row in chosen if row.seed not in entry.get("leave_out", {}).get(sweep.name, [])]
+        spent = None if seen else entry.get("leave_out", {}).get(sweep.name)
+        if spent:  # the runs that suggested a hypothesis do not test it
+            chosen = [row for row in chosen if not _fits(row, spent)]
         status = EXPLORATORY if seen else entry["status"]
         try:
             if not chosen:
