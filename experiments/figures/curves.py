@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.correlation.printed import PRINTED
 from experiments.correlation.rows import Row, column, curvatures, one_family, split
-from experiments.figures.style import PAPER, band, canvas, label, log_curvature, log_values, looks
+from experiments.figures.style import PAPER, band, canvas, label, legend_above, log_curvature, log_values, looks
 from experiments.sweep.export import SweepResults
 from experiments.sweep.records import unlearned
 from experiments.train import OVERFITTED
@@ -160,7 +160,7 @@ def figure3(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
         right.set(title="(b) over max|σ''|")
         log_curvature(right, curvatures(chosen).tolist())
         band(right, *BAND)
-        right.legend()
+        legend_above(right)
         label(left, footer(results, chosen, name) + images(chosen, name))
 
 
@@ -178,7 +178,7 @@ def _one_panel(by: str, figure: str) -> Callable[[SweepResults, Sequence[Row], P
             axis.set(ylabel=LABELS[name])
             log_curvature(axis, curvatures(chosen).tolist())
             band(axis, *BAND)
-            axis.legend()
+            legend_above(axis)
             label(axis, footer(results, chosen, name) + images(chosen, name))
 
     return drawing

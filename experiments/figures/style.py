@@ -35,9 +35,7 @@ SETTINGS: dict[str, Any] = {
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.4,
     "lines.markersize": 5,
-    "legend.frameon": True,  # bars may pass behind it
-    "legend.framealpha": 0.85,
-    "legend.edgecolor": "none",
+    "legend.frameon": False,
     "legend.fontsize": 8,
     "svg.fonttype": "none",
     "svg.hashsalt": "figures",
@@ -74,6 +72,14 @@ def label(axis: Any, text: str) -> None:
     """What is shown and from which tier it comes, under the plot."""
     width = int(18 * axis.figure.get_figwidth())  # characters of 7 points that fit
     axis.figure.supxlabel("\n".join(wrap(text, width)), fontsize=7, color="#444444")
+
+
+def legend_above(axis: Any) -> None:
+    """The legend in one row above everything drawn on a linear axis: bars would pass behind it elsewhere."""
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.16 * (high - low))
+    handles, _ = axis.get_legend_handles_labels()
+    axis.legend(loc="upper center", ncols=len(handles), columnspacing=1.0, handletextpad=0.4)
 
 
 def band(axis: Any, low: float, high: float) -> None:
