@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from experiments.__main__ import main
 from experiments.correlation import judges, u_shape
 from experiments.correlation.controls import factor, roles, same_function
 from experiments.correlation.differences import compare
@@ -28,7 +29,7 @@ from experiments.correlation.verdicts import (
     word,
 )
 from experiments.sweep.cost import Estimate, duration, estimate
-from experiments.sweep.export import Result, SweepResults
+from experiments.sweep.export import Result, SweepResults, save
 from experiments.sweep.grid import load
 from experiments.sweep.records import proportion
 from hessdiag.errors import ConfigurationError
@@ -520,3 +521,23 @@ def test_wall_time_and_forecast_by_hand():
         "(3 of a kind not timed yet); about 30 s each (stored: 2 runs), 2 min on 2 workers"
     )
     assert [duration(s) for s in (9.94, 89, 91, 5400, 172800)] == ["9.9 s", "89 s", "2 min", "1.5 h", "2.0 d"]
+
+
+def test_the_commands_say_what_could_be_decided_and_what_was(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    save(made("smoke/figure3", [0, 1, 2]), tmp_path)
+    assert main(["power", str(SWEEPS / "quick" / "figure3_cpu.toml"), "--seeds", "0,1", "--results", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "from smoke/figure3; differs: data digits for cifar10, network small_resnet for small_resnet (" in told
+    assert told.count("band less low") == told.count("band less high") == 6  # three β by two quantities that are stored
+    assert main(["power", str(SWEEPS / "smoke" / "figure3.toml"), "--results", str(tmp_path)]) == 0
+    assert "one seed tells none" in capsys.readouterr().out
+    assert main(["power", str(SWEEPS / "smoke" / "figure3.toml"), "--results", str(tmp_path / "none")]) == 3
+    assert "nothing tells their scatter" in capsys.readouterr().err
+    assert main(["verdicts", "--results", str(tmp_path)]) == 0
+    assert "smoke/figure3" in capsys.readouterr().out
+    assert main(["verdicts", "--results", str(tmp_path), "--claim", "S4.5.flat-is-robust"]) == 0
+    told = capsys.readouterr().out
+    assert "S4.5.flat-is-robust [invariant]" in told
+    assert "β=1 alone: " in told
+    assert main(["verdicts", "--results", str(tmp_path), "--claim", "S4.5.flat"]) == 3
