@@ -85,7 +85,8 @@ def matrix(ledger: Ledger) -> str:
             if name[:2] not in ("T1", "T2") or words:
                 rows[name] = (claim, words)
     rows |= {name: ("", record["settings"]) for name, record in ledger.hypotheses.items()}
-    settings = list(dict.fromkeys(s for _, words in rows.values() for s, word in words.items() if _said(word)))
+    said = {setting for _, words in rows.values() for setting, word in words.items() if _said(word)}
+    settings = sorted(said, key=lambda setting: (setting.startswith("tier "), setting))
     if not settings:
         return '<p class="small">No results of experiments are stored.</p>'
     head = "".join(f"<th>{html.escape(setting)}</th>" for setting in settings)
