@@ -47,6 +47,7 @@ class Ledger:
         """Checks that raised, findings of studies that fail, and derivations without evidence."""
         wrong = [f"{name}: {record['error']}" for name, record in self.claims.items() if record.get("error")]
         for name, record in self.claims.items():
+            wrong += [f"{name}: {surprise}" for surprise in record.get("surprises", [])]
             if record["kind"] != "empirical" and record["verdict"] == "not tested" and not record.get("error"):
                 wrong.append(f"{name}: its check found nothing")
         for name, record in self.studies.items():
