@@ -75,7 +75,7 @@ def test_limits_in_alpha(beta: int) -> None:
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["E27", "14"]) == 0
     out = capsys.readouterr().out
-    assert "layer 1 of hidden widths (2, 2, 2): derived - displayed = W2_1_0" in out
+    assert "layer 1 of hidden widths (2, 2, 2): derived - displayed = W2_0_0" in out
     assert out.count("difference 0") >= 6
     assert main(["E34"]) == 2
     assert "no equation of the paper" in capsys.readouterr().err

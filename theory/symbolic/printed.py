@@ -446,6 +446,8 @@ class DeepWorld(World):
         layer, i = self._place(node, env, 1)
         if name == "delta":
             return exact_first(self.widths, layer, i)
+        if name == "B":
+            return recursive("E28", formula_of("E28"), self.widths, layer, i)
         if name == "S":
             return exact_tail(self.widths, layer, i)
         if name == "D":
@@ -640,9 +642,9 @@ SHALLOW = (*(f"E{n}" for n in range(9, 19)), "A3.2.output-free")
 PER_PARAMETER = ("E9",)
 
 HIDDEN = ("E20", "E24", "E25", "E26", "E27", "E28", "E29", "E30", "E31")
-ENTRIES = ("E7", "E21", "E22", "E23", "E32", "E33", "A4.2.ck-independent", "A5.amplification")
-RECURSION = {"E28": "E28", "E30": "E30", "E32": "E30"}
-"""Where D on the right is the recursion's own, from which formula it comes."""
+ENTRIES = ("E7", "E21", "E22", "E23", "E32", "E33", "A4.2.ck-independent", "A5.amplification", "D.entry")
+RECURSION = {"E28": "E28", "E30": "E30", "E32": "E30", "D.gap": "E28"}
+"""Where D on the right (in D.gap: B) is the recursion's own, from which formula it comes."""
 
 
 def displayed(claim: str) -> Expr:
