@@ -276,12 +276,19 @@ def _sums(diagonal: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[Array,
     return sums, powers.reshape(len(sums), len(rules))
 
 
+def _log_sum(sums: Array, powers: Array, at: Array) -> float:
+    """Ln Σ S e^(-4 a·t), whatever its size."""
+    exponents = np.log(sums) - 4 * powers @ at
+    top = float(exponents.max())
+    return top + math.log(float(np.exp(exponents - top).sum()))
+
+
 def _smallest(sums: Array, powers: Array) -> Array:
     """Newton's method on the convex ln Σ S e^(-4 a·t); directions in which it is flat are left alone."""
     at = np.zeros(powers.shape[1])
     if len(sums) == 0:
         return at
-    value = math.log(sums.sum())
+    value = _log_sum(sums, powers, at)
     for _ in range(200):
         weights = sums * np.exp(-4 * powers @ at - value)
         mean = weights @ powers
@@ -289,7 +296,7 @@ def _smallest(sums: Array, powers: Array) -> Array:
         step = np.linalg.lstsq(curvature, 4 * mean, rcond=1e-12)[0]
         length = 1.0
         while True:
-            after = math.log(float((sums * np.exp(-4 * powers @ (at + length * step))).sum()))
+            after = _log_sum(sums, powers, at + length * step)
             if after <= value or length < 1e-12:
                 break
             length /= 2

@@ -22,6 +22,7 @@ from validation.checks.empirical import hypotheses, path_of
 from validation.evidence import VERDICTS
 from validation.register import Run
 from validation.studies import STUDIES
+from validation.studies.stored import exports
 
 SCHEMA = "hessdiag-ledger/1"
 Record = dict[str, Any]
@@ -147,7 +148,8 @@ def run_study(name: str, run: Run) -> Record:
 
 def study_key(name: str, run: Run) -> str:
     """The key under which a study's result is stored."""
-    return state.key(STUDIES[name].module, name, quick=run.quick)
+    inputs = b"".join(path.read_bytes() for path in exports(run.results)) if name == "stored" else b""
+    return state.key(STUDIES[name].module, name, quick=run.quick, inputs=inputs)
 
 
 def usable(record: Record | None, key: str) -> bool:
