@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,22 @@ def test_verdicts_of_derivations(claim: str) -> None:
     if record["verdict"] == "refuted":
         assert record["counterexample"]
         assert record["correction"]
+
+
+def test_the_readme_counts_what_the_checks_find() -> None:
+    """Each number of the README's sentence, from the verdicts that the tests above hold the checks to."""
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    found = Counter(expected_verdict(c.id) for c in CLAIMS if c.kind not in ("empirical", "theorem"))
+    assert f"Of the {sum(found.values())} claims" in text
+    for words, verdict in (
+        ("are proved", "proved"),
+        ("verified exactly", "verified exactly"),
+        ("definitions are carried out as defined", "as defined"),
+        ("are consistent in print", "consistent in print"),
+        ("hold under conditions", "holds under conditions"),
+        ("are refuted", "refuted"),
+    ):
+        assert f"{found[verdict]} {words}" in text, verdict
 
 
 def test_experiments_without_results_are_not_tested(tmp_path: Path) -> None:

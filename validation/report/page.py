@@ -42,7 +42,11 @@ td.n{text-align:right;font-variant-numeric:tabular-nums}figure{margin:10px 0}fig
 
 SECTIONS: tuple[tuple[str, Callable[[str, str], bool]], ...] = (
     ("Equations 1 to 33", lambda name, kind: name[0] == "E"),
-    ("Statements of mathematics and arithmetic", lambda name, kind: name[0] != "E" and kind != "empirical"),
+    (
+        "Statements of mathematics and arithmetic",
+        lambda name, kind: name[0] != "E" and kind not in ("empirical", "theorem"),
+    ),
+    ("Our own, from docs/derivation.md", lambda name, kind: kind == "theorem"),
     ("Claims that rest on experiments", lambda name, kind: kind == "empirical"),
 )
 
