@@ -394,9 +394,10 @@ class DeepWorld(World):
         """As wide as the layer at which the index stands."""
         for node in body.walk():
             if isinstance(node, Symbol) and Symbol(index) in node.index:
-                names = {n.name for n in node.layer.walk() if isinstance(n, Symbol)} if node.layer else {""}
-                if names - {*env, "L"}:
-                    continue  # no layer, or one that is bound further in: another place says more
+                if node.layer is None:
+                    continue
+                if {n.name for n in node.layer.walk() if isinstance(n, Symbol)} - {*env, "L"}:
+                    continue  # a layer that is bound further in: another place says more
                 layer = self.number(node.layer, env)
                 second = node.name == "W" and node.index.index(Symbol(index)) == 1
                 return (0, self.width(layer - second))
