@@ -225,6 +225,26 @@ def test_the_page_names_every_statement_and_shows_its_formula() -> None:
         assert f"--claim {claim.id}`" in text[start : text.find("\n## ", start + 4) % (len(text) + 1)], claim.id
 
 
+def test_the_page_s_numbers_of_stored_runs_are_those_of_the_study() -> None:
+    """Counts of signs on digits, medians of |γ|, and the control: from the committed runs of the smoke tier."""
+    text = " ".join(PAGE.read_text().split())
+    found = stored.run(Run(results=PAGE.parents[1] / "results"))
+    signs = dict(re.findall(r"smoke, (\w+) loss: (\d+ of \d+)", found.notes[-1]))
+    assert f"on digits {signs['clean']} have a positive cosine on the clean loss" in text
+    assert f"and {signs['adversarial']} on the adversarial one" in text
+    gains = {(row[0], row[1]): [] for row in found.rows}  # type: ignore[var-annotated]
+    for row in found.rows:
+        gains[row[0], row[1]].append(f"{row[4]:.2f}")
+    assert f"{', '.join(gains['smoke/figure3', 'n_fgsm'])} after N-FGSM on digits" in text
+    assert f"{', '.join(gains['smoke/figure7', 'standard'])} after standard training on digits" in text
+    arms = {str(row[2]): row for row in found.rows if row[0] == "smoke/control"}
+    high, moved = arms["rct:beta=1,alpha=28"], arms["rct:beta=1,alpha=4 trained as α = 28 (init, lr, decay, statistics)"]
+    assert f"{high[6]:.3g} with α = 28 and {moved[6]:.3g} in the other coordinates" in text
+    assert f"robust accuracy (AA-2) {high[5]:.3f} and {moved[5]:.3f}" in text
+    assert f"${moved[4]:.3g}\\cdot2$" in text
+    assert f"${high[4]:.3g}\\cdot14$" in text
+
+
 def test_every_command_of_the_page_exists() -> None:
     found = commands()
     assert len(found) >= len(DERIVATION)

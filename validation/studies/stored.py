@@ -117,7 +117,7 @@ def control_rows(path: Path) -> list[Row]:
 def run(options: Run) -> Study:
     """Every committed sweep by method and range of max|σ''|, and the control arm by arm."""
     rows: list[Row] = []
-    signs: dict[str, list[float]] = {place: [] for place in PLACES}
+    signs: dict[tuple[str, str], list[float]] = {}
     for path in exports(options.results):
         if path.stem.startswith("control"):
             rows += control_rows(path)
@@ -128,7 +128,7 @@ def run(options: Run) -> Study:
             if not any(gains(r) for r in records) and not any(cosines.values()):
                 continue
             for place in PLACES:
-                signs[place] += cosines[place]
+                signs.setdefault((path.parent.name, place), []).extend(cosines[place])
             rows.append(
                 (
                     f"{path.parent.name}/{path.stem}", method, f"max|σ''| {band}", len(records),
@@ -143,13 +143,13 @@ def run(options: Run) -> Study:
         "mean norm, adversarial", "median cosine, clean", "median cosine, adversarial",
     )  # fmt: skip
     shares = [
-        f"{place.split('/')[1]} loss: {sum(c > 0 for c in values)} of {len(values)} runs have a positive cosine"
-        for place, values in signs.items()
+        f"{tier}, {place.split('/')[1]} loss: {sum(c > 0 for c in values)} of {len(values)}"
+        for (tier, place), values in signs.items()
     ]
     notes = (
         "|γ|: gains of the BatchNorms that feed an activation, medians over layers and runs; |γ| max|σ''| is the "
         "effective curvature. Norms are rms (right side of E[8]) on training images.",
-        f"Without the control: {'; '.join(shares)}.",
+        f"Runs with a positive cosine, without the control: {'; '.join(shares)}.",
     )
     return Study("stored", "Stored runs: gains, effective curvature, the control, parts that add or cancel", columns,
                  tuple(rows), (), notes)  # fmt: skip
