@@ -1,4 +1,4 @@
-"""`python -m theory E27`: the symbolic check of one equation of the paper, derived minus printed."""
+"""`python -m theory E27`: the symbolic check of one equation of the paper, derived minus displayed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def main(arguments: list[str]) -> int:
             rows = identities_for(equation)
             claim = BY_ID[equation]
             print(f"{equation} ({claim.where}): {claim.statement}\n    {claim.formula}")
-            if not rows:
+            if equation in DEFINITIONS:
                 print(f"    a definition, carried out by {DEFINITIONS[equation]}")
             for row in rows:
-                verdict = "difference 0" if row.holds else f"derived - printed = {row.difference}"
+                verdict = "difference 0" if row.holds else f"derived - displayed = {row.difference}"
                 print(f"    {row.statement}: {verdict}")
     except HessdiagError as error:
         print(error, file=sys.stderr)

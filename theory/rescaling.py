@@ -19,9 +19,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linprog
 from torch import Tensor
 
 from theory._refusals import refuse
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,20 @@ def preact_rule(names: Sequence[str], *, stem: str, classifier: str, norms: Sequ
     norms = batchnorms(names) if norms is None else norms
     extra = {f"{stem}.weight": 1, f"{stem}.bias": 1, f"{classifier}.weight": -1, f"{classifier}.bias": 0}
     return _batchnorm_rule(names, norms, norms, extra)
+
+
+def batchnorm_rule(names: Sequence[str], *, norm: str, layer: str) -> Rule:
+    """What feeds one BatchNorm (`layer`, weight and bias) × c, its running mean × c, running variance and eps × c².
+
+    The activation stays as it is: this rescaling keeps the function of the very same architecture.
+    """
+    _require(names, [f"{layer}.weight"])
+    if f"{norm}.running_var" not in names:
+        refuse(f"{norm!r} is no BatchNorm with running statistics")
+    buffers = {n: 0 for n in names if n.rsplit(".", 1)[-1] in ("running_mean", "running_var", "num_batches_tracked")}
+    powers = {n: int(n in (f"{layer}.weight", f"{layer}.bias")) for n in names if n not in buffers}
+    eps = {n: 2 if n == norm else 0 for n in batchnorms(names)}
+    return Rule(powers, buffers | {f"{norm}.running_mean": 1, f"{norm}.running_var": 2}, eps)
 
 
 def _biases(names: Sequence[str], norms: Sequence[str]) -> list[str]:
@@ -209,3 +228,79 @@ def factor_for_norm(diagonal: Mapping[str, Tensor], rule: Rule, ratio: float) ->
         refuse(f"no rescaling by this rule makes the norm {ratio:g} times as large")
     q = 2 * sums[1] / (rest + (rest**2 - 4 * sums[-1] * sums[1]) ** 0.5)
     return float(q**0.25)
+
+
+def rescaled_norm(diagonal: Mapping[str, Tensor], rules: Sequence[Rule], factors: Sequence[float]) -> float:
+    """E[8] after several rescalings at once: each Σ h² of a tensor is divided by its factors to the power 4."""
+    sums, powers = _sums(diagonal, rules)
+    p = sum(h.numel() for h in diagonal.values())
+    return math.sqrt(float((sums * np.exp(-4 * powers @ np.log(np.asarray(factors, dtype=np.float64)))).sum()) / p)
+
+
+@dataclass(frozen=True)
+class Infimum:
+    """The infimum of E[8] over rescalings: its value, the tensors whose share can be made as small as one likes, and
+    factors at which the rest is smallest. `attained` where nothing has to vanish.
+    """
+
+    value: float
+    vanishing: tuple[str, ...]
+    factors: tuple[float, ...]
+    attained: bool
+
+
+def infimum(diagonal: Mapping[str, Tensor], rules: Sequence[Rule]) -> Infimum:
+    """Inf over c > 0 of p · E[8]² = Σ_g S_g Π_m c_m^(-4 a_gm), g a tensor, a_gm its power in rule m, S_g its Σ h².
+
+    With c = e^t this is Φ(t) = Σ_g S_g exp(-4 a_g·t). A tensor with a_g·t > 0 for a t that raises no other one
+    (a_g'·t >= 0 for all g') vanishes along t; one linear programme finds them all. 0 then lies in the relative interior
+    of the hull of the other powers, so the rest is a convex function with a minimum (docs/derivation.md, section 5).
+    """
+    names = [name for name, h in diagonal.items() if float((h.double() ** 2).sum()) > 0]
+    sums, powers = _sums({name: diagonal[name] for name in names}, rules)
+    p = sum(h.numel() for h in diagonal.values())
+    count, moves = powers.shape
+    objective = np.concatenate([np.zeros(moves), -np.ones(count)])
+    below = np.hstack([-powers, np.eye(count)])
+    found = linprog(objective, below, np.zeros(count), bounds=[(None, None)] * moves + [(0, 1)] * count)
+    gone = found.x[moves:] > 0.5
+    at = _smallest(sums[~gone], powers[~gone])
+    rest = float((sums[~gone] * np.exp(-4 * powers[~gone] @ at)).sum())
+    vanishing = tuple(name for name, v in zip(names, gone, strict=True) if v)
+    return Infimum(math.sqrt(rest / p), vanishing, tuple(np.exp(at).tolist()), not vanishing)
+
+
+def _sums(diagonal: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[Array, Array]:
+    sums = np.array([float((h.double() ** 2).sum()) for h in diagonal.values()])
+    powers = np.array([[rule.parameters[name] for rule in rules] for name in diagonal], dtype=np.float64)
+    return sums, powers.reshape(len(sums), len(rules))
+
+
+def _log_sum(sums: Array, powers: Array, at: Array) -> float:
+    """Ln Σ S e^(-4 a·t), whatever its size."""
+    exponents = np.log(sums) - 4 * powers @ at
+    top = float(exponents.max())
+    return top + math.log(float(np.exp(exponents - top).sum()))
+
+
+def _smallest(sums: Array, powers: Array) -> Array:
+    """Newton's method on the convex ln Σ S e^(-4 a·t); directions in which it is flat are left alone."""
+    at = np.zeros(powers.shape[1])
+    if len(sums) == 0:
+        return at
+    value = _log_sum(sums, powers, at)
+    for _ in range(200):
+        weights = sums * np.exp(-4 * powers @ at - value)
+        mean = weights @ powers
+        curvature = 16 * ((powers - mean).T * weights) @ (powers - mean)
+        step = np.linalg.lstsq(curvature, 4 * mean, rcond=1e-12)[0]
+        length = 1.0
+        while True:
+            after = _log_sum(sums, powers, at + length * step)
+            if after <= value or length < 1e-12:
+                break
+            length /= 2
+        if not after < value - 1e-15 * max(abs(value), 1.0):
+            break
+        at, value = at + length * step, after
+    return at

@@ -6,6 +6,7 @@ statistics and eps included. Everything is float64.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,22 @@ def counterpart(
     for name, module in twin.named_modules():
         if isinstance(module, _NORMS):
             module.eps = new[name] if eps else norms[name].eps
+    return twin.eval()
+
+
+def feeds(model: nn.Module) -> dict[str, str]:
+    """BatchNorm -> the convolution that feeds it alone, in the post-activation networks here."""
+    norms = [n for n, m in model.named_modules() if isinstance(m, _NORMS)]
+    return {n: n.replace("shortcut.1", "shortcut.0").replace("bn", "conv") for n in norms}
+
+
+def rescaled(model: nn.Module, rule: Rule, factor: float) -> nn.Module:
+    """A copy of the same network, activation included, in the coordinates of a rule."""
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(rescaling.rescale(model.state_dict(), rule, factor))
+    norms = {n: m for n, m in twin.named_modules() if isinstance(m, _NORMS)}
+    for name, eps in rescaling.rescale_eps({n: m.eps for n, m in norms.items()}, rule, factor).items():
+        norms[name].eps = eps
     return twin.eval()
 
 

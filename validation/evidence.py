@@ -4,12 +4,19 @@ A *finding* is one comparison that was carried out. It is exact (symbolic, inter
 measured (floating point, with the bound it was held to), and it is about the claim as stated, or about the claim
 within a named condition.
 
-    any exact finding about the claim as stated fails, with a counterexample      refuted
-    any measured one fails                                                        contradicted by measurement
-    all hold, and at least one is exact                                           proved
-    all hold, measured only                                                       holds numerically
-    there are only findings within conditions, and all hold                       holds under conditions
-    there is nothing, or a condition's finding fails without a stated one         not tested / refused
+    any exact finding about the claim as stated fails                  refuted
+    any measured one fails                                             contradicted by measurement
+    all hold, one at least exact, and every exact one covers all cases proved
+    all hold, an exact one covers the cases that its `reach` names     verified exactly
+    all hold, measured only                                            holds numerically
+    all hold, and the claim is a definition                            as defined
+    all hold, and the claim compares printed numbers                   consistent in print
+    there are only findings within conditions, and all hold            holds under conditions
+    there are only findings within conditions, and one fails           refuted / contradicted by measurement
+    there is nothing                                                   not tested
+
+What fails is said whether or not the check was prepared for it: `Evidence.surprises` lists what it was not prepared for
+(a refutation without a correction, a condition under which the claim fails as well).
 
 Claims that rest on experiments carry one `Report`, read from stored results, and nothing else. Their words are those
 of `experiments.correlation.verdicts`: "holds" and "contradicts" come from the paper's own setting only.
@@ -23,9 +30,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from hessdiag.errors import AuditError, ConfigurationError
+from theory.claims import BY_ID
 
 Verdict = Literal[
     "proved",
+    "verified exactly",
+    "as defined",
+    "consistent in print",
     "refuted",
     "holds numerically",
     "holds under conditions",
@@ -78,7 +89,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison. `condition` empty: about the claim as stated; else about the claim within that condition."""
+    """One comparison. `condition` empty: about the claim as stated; else about the claim within that condition.
+
+    `reach` names the cases that an exact finding covers; empty: all that the claim speaks of.
+    """
 
     statement: str
     holds: bool
@@ -87,6 +101,7 @@ class Finding:
     detail: str = ""
     figure: Figure | None = None
     counterexample: str = ""
+    reach: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -97,6 +112,7 @@ class Finding:
             "condition": self.condition,
             "detail": self.detail,
             "counterexample": self.counterexample,
+            "reach": self.reach,
         }
         return found | {"figure": None if self.figure is None else self.figure.to_dict()}
 
@@ -134,13 +150,9 @@ class Evidence:
     def __post_init__(self) -> None:
         if self.report is not None and self.findings:
             raise ConfigurationError(f"claim {self.claim}: findings and a report of experiments exclude each other")
-        shown = "; ".join(f.counterexample for f in self.findings if not f.holds and f.counterexample)
-        object.__setattr__(self, "counterexample", shown)
-        if self.verdict in ("refuted", "contradicted by measurement") and self.findings:
-            if not self.counterexample:
-                raise AuditError(f"claim {self.claim} fails without a counterexample; the check must name one")
-            if not self.correction:
-                raise AuditError(f"claim {self.claim} is {self.verdict}; the check must say what holds instead")
+        failing = [f for f in self.findings if not f.holds]
+        shown = [f.counterexample for f in failing if f.counterexample] or [f"not so: {f.statement}" for f in failing]
+        object.__setattr__(self, "counterexample", "; ".join(shown))
 
     @property
     def verdict(self) -> Verdict:
@@ -148,19 +160,39 @@ class Evidence:
         if self.report is not None:
             return self.report.answer
         stated = [f for f in self.findings if not f.condition]
-        scoped = [f for f in self.findings if f.condition]
-        wrong = [f for f in scoped if not f.holds]
-        if wrong:
-            raise AuditError(f"claim {self.claim}: even under {wrong[0].condition!r} not: {wrong[0].statement}")
-        if any(not f.holds and f.exact for f in stated):
+        decisive = stated or [f for f in self.findings if f.condition]
+        if any(not f.holds and f.exact for f in decisive):
             return "refuted"
-        if any(not f.holds for f in stated):
+        if any(not f.holds for f in decisive):
             if any(f.exact for f in stated):
                 raise AuditError(f"claim {self.claim}: proved by algebra, but a measurement disagrees")
             return "contradicted by measurement"
-        if stated:
-            return "proved" if any(f.exact for f in stated) else "holds numerically"
-        return "holds under conditions" if scoped else "not tested"
+        if not stated:
+            return "holds under conditions" if decisive else "not tested"
+        return self._when_all_hold(stated)
+
+    def _when_all_hold(self, stated: list[Finding]) -> Verdict:
+        kind = BY_ID[self.claim].kind if self.claim in BY_ID else ""
+        if kind == "definition":
+            return "as defined"
+        if kind == "arithmetic":
+            return "consistent in print"
+        if not any(f.exact for f in stated):
+            return "holds numerically"
+        return "verified exactly" if self.reach else "proved"
+
+    @property
+    def reach(self) -> str:
+        """The cases that exact findings cover, where they are not all."""
+        return "; ".join(dict.fromkeys(f.reach for f in self.findings if f.exact and not f.condition and f.reach))
+
+    @property
+    def surprises(self) -> tuple[str, ...]:
+        """What the check was not prepared for: each wants a look, whatever the verdict says."""
+        found = [f"even under {f.condition!r} not: {f.statement}" for f in self.findings if f.condition and not f.holds]
+        if self.findings and self.verdict in ("refuted", "contradicted by measurement") and not self.correction:
+            found.append(f"{self.verdict}, and the check says nothing of what holds instead")
+        return tuple(found)
 
     @property
     def figures(self) -> tuple[Figure, ...]:
@@ -181,6 +213,8 @@ class Evidence:
         """Plain values."""
         return {
             "verdict": self.verdict,
+            "reach": self.reach if self.verdict == "verified exactly" else "",
+            "surprises": list(self.surprises),
             "summary": self.summary,
             "findings": [f.to_dict() for f in self.findings],
             "source": "" if self.report is None else self.report.source,
@@ -216,20 +250,21 @@ def exactly(
     detail: str = "",
     counterexample: str = "",
     figure: Figure | None = None,
+    reach: str = "",
 ) -> Finding:
     """A finding of exact arithmetic."""
-    return Finding(statement, bool(holds), True, condition, detail, figure, counterexample)
+    return Finding(statement, bool(holds), True, condition, detail, figure, counterexample, reach)
 
 
-def zeros(rows: Iterable[Any], *, condition: str = "", statement: str = "") -> Finding:
+def zeros(rows: Iterable[Any], *, condition: str = "", statement: str = "", reach: str = "") -> Finding:
     """Identities of `theory.symbolic`, each `difference` to be zero; the first that is not is the counterexample."""
     listed = list(rows)
     if not listed:
         raise AuditError(f"{statement or 'an identity'}: nothing was compared")
     failing = [row for row in listed if not row.holds]
-    name = statement or f"derived - printed = 0 ({len(listed)} identities)"
-    shown = f"{failing[0].statement}: derived - printed = {failing[0].difference}" if failing else ""
-    return exactly(name, not failing, condition=condition, counterexample=shown)
+    name = statement or f"derived - displayed = 0 ({len(listed)} identities)"
+    shown = f"{failing[0].statement}: derived - displayed = {failing[0].difference}" if failing else ""
+    return exactly(name, not failing, condition=condition, counterexample=shown, reach=reach)
 
 
 def measured(

@@ -22,6 +22,7 @@ from validation.checks.empirical import hypotheses, path_of
 from validation.evidence import VERDICTS
 from validation.register import Run
 from validation.studies import STUDIES
+from validation.studies.stored import exports
 
 SCHEMA = "hessdiag-ledger/1"
 Record = dict[str, Any]
@@ -47,6 +48,7 @@ class Ledger:
         """Checks that raised, findings of studies that fail, and derivations without evidence."""
         wrong = [f"{name}: {record['error']}" for name, record in self.claims.items() if record.get("error")]
         for name, record in self.claims.items():
+            wrong += [f"{name}: {surprise}" for surprise in record.get("surprises", [])]
             if record["kind"] != "empirical" and record["verdict"] == "not tested" and not record.get("error"):
                 wrong.append(f"{name}: its check found nothing")
         for name, record in self.studies.items():
@@ -146,7 +148,8 @@ def run_study(name: str, run: Run) -> Record:
 
 def study_key(name: str, run: Run) -> str:
     """The key under which a study's result is stored."""
-    return state.key(STUDIES[name].module, name, quick=run.quick)
+    inputs = b"".join(path.read_bytes() for path in exports(run.results)) if name == "stored" else b""
+    return state.key(STUDIES[name].module, name, quick=run.quick, inputs=inputs)
 
 
 def usable(record: Record | None, key: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,22 @@ QUICK = Run(quick=True, results=Path("no such folder"))
 REFUTED = {"E7", "E8", "E27", "E28", "E30", "E31", "E32", "E33", "T1.mish.curvature", "F3.range", "F3.b0-beyond-15"}
 REFUTED |= {"F6.text-and-caption", "S4.2.limits-expressivity"}
 CONDITIONS = {"A5.linear", "S3.1.independent-control", "S4.5.near-linear", "S4.4.smooth-at-most-1"}
+INSTANCES = {f"E{n}" for n in (9, *range(11, 19), 20, 22, 23, 24, 26, 29)}
+INSTANCES |= {"S3.2.contributes", "A3.2.output-free", "A4.2.ck-independent", "A4.4.weighted-sum", "A5.amplification"}
+INSTANCES |= {"S2.4.avoids-cancellation"}
+INSTANCES |= {f"D.{name}" for name in ("recursion", "entry", "sites", "pairs", "gap", "scope", "infimum")}
+MEASURED = {"D.start", "D.input-curvature"}
+KINDS = {"definition": "as defined", "arithmetic": "consistent in print"}
+
+
+def expected_verdict(claim: str) -> str:
+    if claim in REFUTED:
+        return "refuted"
+    if claim in CONDITIONS:
+        return "holds under conditions"
+    if claim in MEASURED:
+        return "holds numerically"
+    return KINDS.get(BY_ID[claim].kind) or ("verified exactly" if claim in INSTANCES else "proved")
 
 
 def test_every_claim_has_a_check_of_its_name() -> None:
@@ -41,11 +58,28 @@ def test_verdicts_of_derivations(claim: str) -> None:
     """Every one is decided; what is refuted names a counterexample and what holds instead."""
     record = ledgers.check_claim(claim, QUICK)
     assert "error" not in record
-    expected = "refuted" if claim in REFUTED else "holds under conditions" if claim in CONDITIONS else "proved"
-    assert record["verdict"] == expected
-    if expected == "refuted":
+    assert record["verdict"] == expected_verdict(claim)
+    assert record["surprises"] == []
+    assert bool(record["reach"]) == (record["verdict"] == "verified exactly")
+    if record["verdict"] == "refuted":
         assert record["counterexample"]
         assert record["correction"]
+
+
+def test_the_readme_counts_what_the_checks_find() -> None:
+    """Each number of the README's sentence, from the verdicts that the tests above hold the checks to."""
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    found = Counter(expected_verdict(c.id) for c in CLAIMS if c.kind not in ("empirical", "theorem"))
+    assert f"Of the {sum(found.values())} claims" in text
+    for words, verdict in (
+        ("are proved", "proved"),
+        ("verified exactly", "verified exactly"),
+        ("definitions are carried out as defined", "as defined"),
+        ("are consistent in print", "consistent in print"),
+        ("hold under conditions", "holds under conditions"),
+        ("are refuted", "refuted"),
+    ):
+        assert f"{found[verdict]} {words}" in text, verdict
 
 
 def test_experiments_without_results_are_not_tested(tmp_path: Path) -> None:
@@ -216,5 +250,7 @@ def test_studies_are_registered() -> None:
         "estimators",
         "gauss_newton",
         "oracles",
+        "parts",
         "rescaling",
+        "stored",
     }

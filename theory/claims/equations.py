@@ -1,4 +1,7 @@
-"""E[1]-E[33]: one claim per numbered equation, the formula as printed."""
+"""E[1]-E[33]: one claim per numbered equation, the formula as printed.
+
+The LaTeX below is the only place where an equation is written: `theory.symbolic.printed` reads it and evaluates it.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,8 @@ EQUATIONS = (
         "3.1",
         "derivation",
         "Two steps f -> f'·x from β = 0.",
-        r"\sigma_{\beta=2}(x)=\frac{(e^{2\alpha x}+(\alpha x+1)e^{\alpha x})x}"
+        r"\sigma_{\beta=2}(x)=\left(\left(\sigma_{\beta=0}(x)\right)'\cdot x\right)'\cdot x"
+        r"=\frac{(e^{2\alpha x}+(\alpha x+1)e^{\alpha x})x}"
         r"{e^{2\alpha x}+2e^{\alpha x}+1}",
     ),
     _e(
@@ -73,7 +77,7 @@ EQUATIONS = (
     _e(
         8,
         "3.2",
-        "arithmetic",
+        "derivation",
         "The normalised Hessian diagonal norm; left side (1/p)‖diag‖, right side ‖diag‖/√p.",
         r"\|\operatorname{diag}(\nabla^2_\theta\hat L)/p\|_2"
         r"=\sqrt{\frac1p\sum_{k=1}^p[\nabla^2_\theta\hat L]_{kk}^2}",
@@ -127,7 +131,8 @@ EQUATIONS = (
         "A.3.3",
         "derivation",
         "Diagonal entry of a hidden weight.",
-        r"(W^{(2)}_i\sigma'(z_i)x_j)^2+(f-y)W^{(2)}_i\sigma''(z_i)x_j^2",
+        r"[\nabla^2_\theta\hat L]_{W^{(1)}_{ij},W^{(1)}_{ij}}=(W^{(2)}_i\sigma'(z_i)x_j)^2"
+        r"+(f-y)W^{(2)}_i\sigma''(z_i)x_j^2",
     ),
     _e(
         16,
@@ -148,7 +153,7 @@ EQUATIONS = (
         "A.3.4",
         "derivation",
         "Diagonal entry of a hidden bias.",
-        r"(W^{(2)}_i\sigma'(z_i))^2+(f-y)W^{(2)}_i\sigma''(z_i)",
+        r"[\nabla^2_\theta\hat L]_{b^{(1)}_i,b^{(1)}_i}=(W^{(2)}_i\sigma'(z_i))^2+(f-y)W^{(2)}_i\sigma''(z_i)",
     ),
     _e(
         19,

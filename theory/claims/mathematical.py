@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from theory.claims.model import Claim
+from theory.claims.model import COMPARED, SWEPT, Claim
 
 MATHEMATICAL = (
     Claim(
@@ -45,14 +45,14 @@ MATHEMATICAL = (
         "section 3.1",
         "The peak of σ'' grows linearly with α.",
         "derivation",
-        r"\max\sigma''_{\alpha,\beta}=\alpha\max\sigma''_{1,\beta}",
+        r"\max_x\sigma''_{\alpha,\beta}(x)=\alpha\max_x\sigma''_{1,\beta}(x)",
     ),
     Claim(
         "S3.1.rectification",
         "section 3.1, figure 1",
         "Raising α strengthens the rectification (negative against positive inputs) for each β.",
         "derivation",
-        r"\sigma_{\alpha,\beta}(x)\to\max(x,0),\ \alpha\to\infty",
+        r"\lim_{\alpha\to\infty}\sigma_{\alpha,\beta}(x)=\max(x,0)",
     ),
     Claim(
         "S3.1.independent-control",
@@ -60,7 +60,7 @@ MATHEMATICAL = (
         "α (rectification) and β (form) can be varied independently while the curvature is controlled.",
         "derivation",
     ),
-    Claim("F2.even", "figure 2, caption", "Each σ'' is even.", "derivation", r"\sigma''(-x)=\sigma''(x)"),
+    Claim("F2.even", "figure 2, caption", "Each σ'' is even.", "derivation", r"\sigma''_\beta(-x)=\sigma''_\beta(x)"),
     Claim("F2.b0-one-extremum", "figure 2(a)", "σ'' for β = 0 has one extremum, at 0.", "derivation"),
     Claim(
         "F2.b1-three-extrema",
@@ -86,7 +86,7 @@ MATHEMATICAL = (
         "sections 1, 2.4, 3.2",
         "Unlike the trace, the norm of the diagonal cannot cancel, since it sums squares.",
         "derivation",
-        r"\textstyle\sum_k h_k^2=0\iff h=0",
+        r"\sum_k h_k^2=0\iff h=0",
     ),
     Claim(
         "S3.2.contributes",
@@ -99,14 +99,14 @@ MATHEMATICAL = (
         "section A.3.2",
         "Entries of the output layer hold no σ''.",
         "derivation",
-        r"[\nabla^2\hat L]_{W^{(2)}_i,W^{(2)}_i}=h_i^2",
+        r"[\nabla^2_\theta\hat L]_{W^{(2)}_i,W^{(2)}_i}=h_i^2",
     ),
     Claim(
         "A4.2.ck-independent",
         "section A.4.2",
         "c_k does not depend on θ_k.",
         "derivation",
-        r"\partial c_k/\partial\theta_k=0",
+        r"\frac{\partial c_k}{\partial\theta_k}=0",
     ),
     Claim(
         "A4.3.base-case",
@@ -126,14 +126,13 @@ MATHEMATICAL = (
         "section A.5; section 1",
         "The diagonal entry depends linearly on σ'' at several layers.",
         "derivation",
-        r"[\nabla^2\hat L]_{kk}\text{ linear in }\sigma''(z^{(r)}_j)",
     ),
     Claim(
         "A5.amplification",
         "section A.5",
         "The σ'' part of an entry is scaled by the residual f - y.",
         "derivation",
-        r"(f-y)c_k^2D^{(l)}_i",
+        r"[\nabla^2_\theta\hat L]_{kk}-(\delta^{(l)}_i c_k)^2=(f-y)c_k^2D^{(l)}_i",
     ),
     Claim(
         "S4.2.limits-expressivity",
@@ -151,16 +150,16 @@ MATHEMATICAL = (
     Claim(
         "F3.range",
         "figure 3(a); section 4.1",
-        "α from 1 to 50 in steps of 1 covers max|σ''| from 1 to 50 for every β (as section 4.1 has it).",
+        f"α from 1 to {SWEPT} in steps of 1 covers max|σ''| from 1 to {SWEPT} for every β (as section 4.1 has it).",
         "arithmetic",
-        r"\alpha/4\le12.5,\ \alpha/2\le25,\ \alpha\le50",
+        rf"\max_x\sigma''_{{{SWEPT},\beta}}(x)\ge{SWEPT}",
     ),
     Claim(
         "F3.b0-beyond-15",
         "figure 3(b), section 4.2",
-        "Figure 3(b) compares all three β for every max|σ''| up to 15.",
+        f"Figure 3(b) compares all three β for every max|σ''| up to {COMPARED}.",
         "arithmetic",
-        r"50/4=12.5<15",
+        rf"\max_x\sigma''_{{{SWEPT},\beta}}(x)\ge{COMPARED}",
     ),
     Claim(
         "F6.text-and-caption",

@@ -7,17 +7,17 @@ from typing import Literal, get_args
 
 from theory._refusals import refuse
 
-Kind = Literal["definition", "derivation", "arithmetic", "empirical"]
+Kind = Literal["definition", "derivation", "arithmetic", "empirical", "theorem"]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement of the paper (arXiv 2603.23860). It carries no verdict: a check bearing its id computes
-    that.
+    """One statement of the paper (arXiv 2603.23860), or of docs/derivation.md. It carries no verdict: a check
+    bearing its id computes that, from `formula` where there is one.
 
     definition: fixes a symbol; derivation: follows, or does not, from mathematics alone; arithmetic: numbers
-    printed in one place against numbers printed in another, or against a definition; empirical: rests on
-    experiments.
+    printed in one place against numbers printed in another; empirical: rests on experiments; theorem: ours,
+    stated and proved in docs/derivation.md.
     """
 
     id: str
@@ -81,6 +81,12 @@ TABLE2 = (
     CostRow("rct2", "RCT-AF (β=2)", 2.30, 8.86),
 )
 """Table 2: ResNet-18, CIFAR-10, batch 128, 20 epochs of standard training, 2080 Ti."""
+
+RANGE = (4, 10)
+"""The range of max|σ''| in which the paper finds robustness largest."""
+
+SWEPT, COMPARED = 50, 15
+"""Section 4.1 and figure 3: the largest α, said to reach as large a max|σ''|, and up to where three β are compared."""
 
 IMPROVEMENTS = {"rct0": 2.88, "rct1": 3.1, "rct2": 2.8}
 """Section 4.4: robust accuracy over GELU's 51.69, in points."""

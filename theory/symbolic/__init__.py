@@ -6,8 +6,6 @@ from theory.symbolic.deep import DeepNet, MissingPair, Subtraction, chain_rule_g
 from theory.symbolic.deep_identities import (
     LayerIdentity,
     expansion_identities,
-    parameter_identities,
-    recursion_identities,
 )
 from theory.symbolic.extrema import Extrema, Extremum, extrema
 from theory.symbolic.insights import (
@@ -41,9 +39,7 @@ __all__ = [
     "is_linear_in_curvature",
     "maximum_at_zero",
     "output_layer_holds_no_curvature",
-    "parameter_identities",
     "rct",
-    "recursion_identities",
     "second_derivative",
     "subtract",
     "uses_every_later_site",

@@ -1,8 +1,8 @@
-"""Each of E[19]-E[33] on one symbolic deep net, layer by layer: derived minus printed.
+"""What differentiating one symbolic deep net gives, parameter by parameter, and what the forms say of each other.
 
 Parameters are differentiated in the whole net, from the input to ½(f - y)²; nothing of the derivation is
-assumed. In the differences `R` stands for the residual f - y and `h` for the activations that enter as
-c_k (E[21]).
+assumed. `R` stands for the residual f - y and `h` for the activations that enter as c_k (E[21]). The printed
+equations E[19]-E[33] are held against it in `theory.symbolic.printed`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import sympy as sp
 
-from theory.symbolic.deep import DeepNet, chain_rule_gap
+from theory.symbolic.deep import DeepNet
 from theory.symbolic.functions import sigma
 from theory.symbolic.rct import Identity
 
@@ -60,7 +60,13 @@ class _Whole:
 
 
 @lru_cache(maxsize=8)
-def _parameters(widths: tuple[int, ...]) -> tuple[tuple[int, Expr, Expr, dict[str, Expr]], ...]:
+def whole_net(widths: tuple[int, ...]) -> dict[tuple[int, int], Expr]:
+    """z_i^(l) of every layer as expressions in one input x."""
+    return _Whole(DeepNet(widths)).forward()
+
+
+@lru_cache(maxsize=8)
+def parameter_derivatives(widths: tuple[int, ...]) -> tuple[tuple[int, Expr, Expr, dict[str, Expr]], ...]:
     """One weight and one bias of every layer (neurons are alike by symmetry): layer, parameter, c_k,
     derivatives.
     """
@@ -71,8 +77,9 @@ def _parameters(widths: tuple[int, ...]) -> tuple[tuple[int, Expr, Expr, dict[st
     loss = (f - sp.Symbol("y")) ** 2 / 2
     found = []
     for layer in range(1, net.depth + 1):
-        source = sp.Symbol("x") if layer == 1 else sp.Symbol(f"h{layer - 1}_0")
-        for parameter, c in ((net.weight(layer, 0, 0), source), (sp.Symbol(f"b{layer}_0"), sp.Integer(1))):
+        last = 0 if layer == 1 else net.width(layer - 1) - 1
+        source = sp.Symbol("x") if layer == 1 else sp.Symbol(f"h{layer - 1}_{last}")
+        for parameter, c in ((net.weight(layer, 0, last), source), (sp.Symbol(f"b{layer}_0"), sp.Integer(1))):
             derivatives = {
                 "z": whole.named(sp.diff(z[layer, 0], parameter), z),
                 "first": whole.named(sp.diff(f, parameter), z),
@@ -84,63 +91,8 @@ def _parameters(widths: tuple[int, ...]) -> tuple[tuple[int, Expr, Expr, dict[st
 
 
 def exact_entries(widths: tuple[int, ...]) -> dict[Expr, Expr]:
-    """The Hessian diagonal of ½(f - y)² by differentiating the loss, for the parameters of `_parameters`."""
-    return {parameter: derivatives["entry"] for _, parameter, _, derivatives in _parameters(widths)}
-
-
-def parameter_identities(widths: tuple[int, ...]) -> tuple[LayerIdentity, ...]:
-    """E[21]-E[23], E[32], E[33] for one weight and one bias of every layer, output layer included."""
-    net = DeepNet(widths)
-    rows = []
-    for layer, parameter, c, found in _parameters(widths):
-        where = f"{parameter} in hidden widths {widths}"
-        delta = net.delta(layer, 0)
-        exact = net.exact_hessian(layer, 0, 0) if layer < net.depth else sp.Integer(0)
-        gauss_newton = (delta * c) ** 2
-        differences = {
-            "E21": found["z"] - c,
-            "E22": found["first"] - delta * c,
-            "E23": found["second"] - exact * c**2,
-            "E32": found["entry"] - gauss_newton - R * c**2 * net.paper_recursion(layer, 0, form="E30"),
-            "E33": found["entry"] - gauss_newton - R * c**2 * net.path_sum(layer, 0),
-        }
-        rows += [LayerIdentity(n, where, sp.expand(d), layer, net.depth) for n, d in differences.items()]
-    return tuple(rows)
-
-
-@lru_cache(maxsize=8)
-def recursion_identities(widths: tuple[int, ...]) -> tuple[LayerIdentity, ...]:
-    """E[20], E[24]-E[31] at neuron 0 of every hidden layer."""
-    net = DeepNet(widths)
-    rows = []
-    for layer in range(1, net.depth):
-        where = f"layer {layer} of hidden widths {widths}"
-        z = net.forward(layer)
-        u, v = net.u(layer, 0), net.v(layer, 0)
-        exact = net.exact_hessian(layer, 0, 0)
-        upper = range(net.width(layer + 1))
-        gaps = [chain_rule_gap(widths, layer, 0, t)[0] for t in upper]
-        own = {t: net.exact_hessian(layer + 1, t, t) if layer + 1 < net.depth else sp.Integer(0) for t in upper}
-        slopes = [gaps[t] + own[t] * net.weight(layer + 1, t, 0) * u for t in upper]
-        product_rule = v * net.s(layer, 0) + u * sum(slopes[t] * net.weight(layer + 1, t, 0) for t in upper)
-        forward = z[layer + 1, 0]
-        printed = sp.Symbol(f"b{layer + 1}_0") + sum(
-            net.weight(layer + 1, 0, j) * sigma(net.z(layer, j)) for j in range(net.width(layer))
-        )
-        step = net.named(sp.diff(forward, net.z(layer, 0)), z) - net.weight(layer + 1, 0, 0) * u
-        differences = {
-            "E20": net.exact_gradient(layer, 0) - net.delta(layer, 0),
-            "E24": exact - product_rule,
-            "E25": forward - printed,
-            "E26": step,
-            "E27": gaps[0],
-            "E28": exact - net.paper_recursion(layer, 0),
-            "E29": net.s(layer, 0) - sp.cancel(net.delta(layer, 0) / u),
-            "E30": exact - net.paper_recursion(layer, 0, form="E30"),
-            "E31": exact - net.path_sum(layer, 0),
-        }
-        rows += [LayerIdentity(n, where, sp.expand(d), layer, net.depth) for n, d in differences.items()]
-    return tuple(rows)
+    """The Hessian diagonal of ½(f - y)² by differentiating the loss, for the parameters of `parameter_derivatives`."""
+    return {parameter: derivatives["entry"] for _, parameter, _, derivatives in parameter_derivatives(widths)}
 
 
 def expansion_identities(widths: tuple[int, ...]) -> tuple[LayerIdentity, ...]:

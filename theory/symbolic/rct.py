@@ -1,4 +1,4 @@
-"""RCT-AF: the family by its recursion f -> f'·x, against E[1]-E[6] as printed.
+"""RCT-AF: the family by its recursion f -> f'·x (E[1]-E[6] as printed are held against it in `printed`).
 
 Everything is rational in x, α and E = e^{αx} (the symbol `E`), with dE/dx = αE: differences of two closed
 forms are decided by polynomial arithmetic, never by sampling. Only β = 0 needs a logarithm.
@@ -20,23 +20,10 @@ x = sp.Symbol("x", real=True)
 alpha = sp.Symbol("alpha", positive=True)
 E = sp.exp(alpha * x)
 
-PRINTED: dict[str, Expr] = {
-    "E1": sp.log(1 + E) / alpha,
-    "E2": alpha * sp.exp(-alpha * x) / (1 + sp.exp(-alpha * x)) ** 2,
-    "E3": x / (1 + sp.exp(-alpha * x)),
-    "E4": alpha * E * (E * (2 - alpha * x) + alpha * x + 2) / (E + 1) ** 3,
-    "E5": (E**2 + (alpha * x + 1) * E) * x / (E**2 + 2 * E + 1),
-    "E6": alpha
-    * E
-    * ((alpha * x - 1) * (alpha * x - 4) * E**2 - 4 * (alpha**2 * x**2 - 2) * E + (alpha * x + 1) * (alpha * x + 4))
-    / (E + 1) ** 4,
-}
-"""The right-hand sides of E[1]-E[6], character by character."""
-
 
 @dataclass(frozen=True)
 class Identity:
-    """A printed formula against its derivation: `difference` is derived minus printed, simplified."""
+    """A formula as displayed against its derivation: `difference` is derived minus displayed, simplified."""
 
     equation: str
     statement: str
@@ -73,25 +60,6 @@ def second_derivative(beta: int) -> Expr:
 def unit_curvature(beta: int) -> Expr:
     """τ_β(x) = σ''_{1,β}(x); then σ''_{α,β}(x) = α τ_β(αx) (see `rescaling_identity`)."""
     return second_derivative(beta).subs(alpha, 1)
-
-
-def identities() -> tuple[Identity, ...]:
-    """E[1]-E[6]: recursion and differentiation against print, difference zero each."""
-    rows = []
-    for beta in (0, 1, 2):
-        value, curvature = f"E{2 * beta + 1}", f"E{2 * beta + 2}"
-        difference = rct(beta) - PRINTED[value]
-        rows.append(Identity(value, f"sigma, beta={beta}", difference if difference == 0 else zero(difference)))
-        rows.append(Identity(curvature, f"sigma'', beta={beta}", zero(second_derivative(beta) - PRINTED[curvature])))
-    return tuple(rows)
-
-
-def recursion_step(beta: int) -> Identity:
-    """The step as the paper writes it in E[3] and E[5]: printed σ_β minus (printed σ_{β-1})'·x."""
-    if beta not in (1, 2):
-        refuse(f"the paper prints the recursion for beta = 1 and 2, not for {beta}")
-    before, after = PRINTED[f"E{2 * beta - 1}"], PRINTED[f"E{2 * beta + 1}"]
-    return Identity(f"E{2 * beta + 1}", "sigma_beta = (sigma_(beta-1))' x", zero(after - sp.diff(before, x) * x))
 
 
 def curvature_at_zero(beta: int) -> Expr:

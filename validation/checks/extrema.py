@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hessdiag as hd
-from theory.symbolic import curvature_at_zero, extrema, maximum_at_zero
-from theory.symbolic.rct import alpha, zero
-from validation.evidence import Evidence, Figure, Finding, exactly, measured
+from theory.symbolic import extrema, maximum_at_zero
+from theory.symbolic.printed import displayed, identities
+from theory.symbolic.rct import alpha
+from validation.evidence import Evidence, Figure, Finding, exactly, measured, zeros
 from validation.register import Run, check
 
 
-def _maximum(beta: int) -> tuple[Finding, ...]:
+def _maximum(claim: str, beta: int) -> tuple[Finding, ...]:
     proof = maximum_at_zero(beta)
-    printed = (alpha / 4, alpha / 2, alpha)[beta]
-    value = exactly(f"σ''(0) = {printed}", zero(curvature_at_zero(beta) - printed) == 0)
+    printed = displayed(claim)
+    value = zeros(identities(claim), statement=f"max σ'' = σ''(0) = {printed}")
     bound = exactly(
         "|σ''(x)| < σ''(0) for every x ≠ 0: no Taylor coefficient of either bound is negative", proof.proved
     )
@@ -24,19 +25,19 @@ def _maximum(beta: int) -> tuple[Finding, ...]:
 @check("S3.1.alpha-over-4")
 def check_S3_1_alpha_over_4(run: Run) -> Evidence:
     """Section 3.1: max σ'' = α/4 at 0 for β = 0."""
-    return Evidence("S3.1.alpha-over-4", _maximum(0))
+    return Evidence("S3.1.alpha-over-4", _maximum("S3.1.alpha-over-4", 0))
 
 
 @check("S3.1.alpha-over-2")
 def check_S3_1_alpha_over_2(run: Run) -> Evidence:
     """Section 3.1: max σ'' = α/2 at 0 for β = 1."""
-    return Evidence("S3.1.alpha-over-2", _maximum(1))
+    return Evidence("S3.1.alpha-over-2", _maximum("S3.1.alpha-over-2", 1))
 
 
 @check("S3.1.alpha")
 def check_S3_1_alpha(run: Run) -> Evidence:
     """Section 3.1: max σ'' = α at 0 for β = 2."""
-    return Evidence("S3.1.alpha", _maximum(2))
+    return Evidence("S3.1.alpha", _maximum("S3.1.alpha", 2))
 
 
 def _extrema(beta: int) -> tuple[Finding, ...]:
@@ -78,4 +79,8 @@ def check_S4_2_2beta_1_extrema(run: Run) -> Evidence:
     rows = [extrema(b) for b in orders]
     holds = all(row.exact and row.count == 2 * row.beta + 1 for row in rows)
     counts = ", ".join(f"β = {row.beta}: {row.count}" for row in rows)
-    return Evidence("S4.2.2beta+1-extrema", (exactly("Descartes' bound meets certain zeros", holds, detail=counts),))
+    found = (
+        zeros(identities("S4.2.2beta+1-extrema")),
+        exactly("Descartes' bound meets certain zeros", holds, detail=counts),
+    )
+    return Evidence("S4.2.2beta+1-extrema", found)

@@ -20,12 +20,15 @@ from theory.symbolic import (
     subtract,
     uses_every_later_site,
 )
-from theory.symbolic.rct import alpha, rescaling_identity
+from theory.symbolic.printed import identities, zero_only_at_zero
+from theory.symbolic.rct import alpha
 from validation.bridge import deviation, rct_spec
+from validation.checks.deep import rows_of
 from validation.evidence import Evidence, Finding, exactly, measured, zeros
 from validation.register import Run, check
 
 NETS = ((2, 2, 2), (2, 3, 2), (2, 2, 2, 2))
+REACH = "up to five layers (hidden widths (2, 2, 2), (2, 3, 2) and (2, 2, 2, 2))"
 
 
 def _everywhere(test: object) -> bool:
@@ -36,13 +39,14 @@ def _everywhere(test: object) -> bool:
 @check("S2.4.avoids-cancellation")
 def check_S2_4_avoids_cancellation(run: Run) -> Evidence:
     """Sections 2.4, 3.2: a sum of squares is zero only where every entry is; a trace is zero for (1, -1)."""
-    h = sp.symbols("h1:4", real=True)
-    square = sum(v**2 for v in h)
-    positive = sp.Matrix(sp.hessian(square, h)).is_positive_definite and square.subs(dict.fromkeys(h, 0)) == 0
     entries = (1, -1)
     cancels = sum(entries) == 0 and sum(v**2 for v in entries) == 2
     found = (
-        exactly("Σ h² is a positive definite form of the entries", bool(positive)),
+        exactly(
+            "Σ h² vanishes where every entry does, and nowhere else: it is a positive definite form",
+            zero_only_at_zero("S2.4.avoids-cancellation"),
+            reach="at four entries",
+        ),
         exactly("the trace of diag(1, -1) is 0, its norm √2", cancels),
     )
     return Evidence("S2.4.avoids-cancellation", found)
@@ -51,7 +55,9 @@ def check_S2_4_avoids_cancellation(run: Run) -> Evidence:
 @check("S3.2.contributes")
 def check_S3_2_contributes(run: Run) -> Evidence:
     """Section 3.2: the exact D holds σ'' of its own unit and of every unit in every later layer."""
-    found = exactly("σ'' of exactly the own unit and all units above occur in D", _everywhere(uses_every_later_site))
+    found = exactly(
+        "σ'' of exactly the own unit and all units above occur in D", _everywhere(uses_every_later_site), reach=REACH
+    )
     return Evidence("S3.2.contributes", (found,), note="of the own layer only its own unit's")
 
 
@@ -59,8 +65,8 @@ def check_S3_2_contributes(run: Run) -> Evidence:
 def check_A4_4_weighted_sum(run: Run) -> Evidence:
     """Section A.4.4: a weighted sum of σ'', with weights S_j (∂z_j/∂z_i)²; those printed in E[31] are others."""
     found = (
-        exactly("D is linear and homogeneous in σ''", _everywhere(is_linear_in_curvature)),
-        exactly("σ'' of all later layers occur", _everywhere(uses_every_later_site)),
+        exactly("D is linear and homogeneous in σ''", _everywhere(is_linear_in_curvature), reach=REACH),
+        exactly("σ'' of all later layers occur", _everywhere(uses_every_later_site), reach=REACH),
     )
     missing = len(subtract((2, 2, 2), 1).terms)
     note = f"the weights printed in E[31] miss {missing} terms at l = 1 of hidden widths (2, 2, 2)"
@@ -110,13 +116,18 @@ def check_A5_amplification(run: Run) -> Evidence:
     """Section A.5: the σ'' part carries f - y exactly once, for ½(f - y)²."""
     holds = all(is_amplified_by_residual(w) for w in NETS)
     note = "for another loss the factor is ∂ℓ/∂f, for cross-entropy p - y"
-    return Evidence("A5.amplification", (exactly("the σ'' part is (f - y) times the rest", holds),), note=note)
+    found = (
+        exactly("the σ'' part is (f - y) times the rest", holds, reach=REACH),
+        zeros(rows_of("A5.amplification"), reach=REACH),
+    )
+    return Evidence("A5.amplification", found, note=note)
 
 
 @check("S4.2.limits-expressivity")
 def check_S4_2_limits_expressivity(run: Run) -> Evidence:
     """Sections 4.2, 4.5: nets with any α compute the same functions, so curvature limits none of them."""
-    same = all(rescaling_identity(b).holds for b in (0, 1, 2))
+    rows = identities("S4.2.limits-expressivity")
+    same = all(row.holds for row in rows)
     gap = largest_gap()
     smaller = curvature_at_zero(1).subs(alpha, sp.Rational(1, 10))
     counterexample = (
@@ -125,7 +136,7 @@ def check_S4_2_limits_expressivity(run: Run) -> Evidence:
     )
     found = (
         exactly("a smaller max|σ''| makes the class of functions smaller", not same, counterexample=counterexample),
-        zeros([rescaling_identity(b) for b in (0, 1, 2)], statement="σ_{α,β}(x) = σ_{1,β}(αx)/α"),
+        zeros(rows, statement="σ_{α,β}(x) = σ_{1,β}(αx)/α"),
         measured("the engine's nets with α = 14 and α = 0.1 agree", gap, at_most=1e-10, label="deviation"),
     )
     return Evidence(

@@ -11,9 +11,10 @@ import sympy as sp
 
 import hessdiag as hd
 from theory.claims import IMPROVEMENTS, TABLE1, TABLE2
-from theory.symbolic import Curvature, curvature_at_zero, curvatures
-from theory.symbolic.rct import alpha
-from validation.evidence import Evidence, Figure, Finding, exactly, measured
+from theory.claims.model import RANGE
+from theory.symbolic import Curvature, curvatures
+from theory.symbolic.printed import identities, number_in, orders
+from validation.evidence import Evidence, Figure, Finding, exactly, measured, zeros
 from validation.register import Function, Run, check, slug
 
 SPECS = {
@@ -48,10 +49,12 @@ def _curvature_check(key: str) -> Function:
         value = math.inf if str(row.value) == "oo" else float(row.value)
         low, high = (value, value) if row.enclosure is None else (float(row.enclosure.low), float(row.enclosure.high))
         figure = Figure("max|σ''|", value, low, high, "enclosure")
-        wrong = f"max|σ''| = {value:.6g} at x = {row.at:.4f}, printed {row.printed:g}"
-        found = exactly(f"printed {row.printed:g}: {row.argument}", row.agrees, figure=figure, counterexample=wrong)
+        printed = float(number_in(claim))
+        wrong = f"max|σ''| = {value:.6g} at x = {row.at:.4f}, printed {printed:g}"
+        agrees = row.agrees_with(printed)
+        found = exactly(f"printed {printed:g}: {row.argument}", agrees, figure=figure, counterexample=wrong)
         note = "" if row.attained else "a supremum, not attained"
-        return Evidence(claim, (found, _engine(key, value)), correction="" if row.agrees else wrong, note=note)
+        return Evidence(claim, (found, _engine(key, value)), correction="" if agrees else wrong, note=note)
 
     function.__name__ = f"check_{slug(claim)}"
     function.__doc__ = f"Table 1, max|σ''| of {key}."
@@ -109,7 +112,8 @@ def check_S4_4_relu_infinite(run: Run) -> Evidence:
     """Section 4.4: σ' of ReLU and leaky ReLU jumps, so its difference quotient is unbounded."""
     rows = [_curvatures()[key] for key in ("relu", "leaky_relu")]
     found = tuple(
-        exactly(f"{row.name}: {row.argument}", str(row.value) == "oo", counterexample=row.name) for row in rows
+        exactly(f"{row.name}: {row.argument}", row.value == number_in("S4.4.relu-infinite"), counterexample=row.name)
+        for row in rows
     )
     note = "away from the kink σ'' = 0: almost everywhere the Hessian of a ReLU net is its Gauss-Newton part"
     return Evidence("S4.4.relu-infinite", found, note=note)
@@ -119,8 +123,10 @@ def check_S4_4_relu_infinite(run: Run) -> Evidence:
 def check_S4_4_smooth_at_most_1(run: Run) -> Evidence:
     """Sections 4.4, 4.5: sup|σ''| <= 1 for GELU, Swish, ELU, Mish; but σ'' of ELU jumps at 0, so it is C¹ only."""
     rows = [_curvatures()[key] for key in ("gelu", "swish", "elu", "mish")]
+    bound = float(number_in("S4.4.smooth-at-most-1"))
     found = tuple(
-        exactly(f"{row.name}: {float(row.value):.4g} <= 1", float(row.value) <= 1, condition=SMOOTH) for row in rows
+        exactly(f"{row.name}: {float(row.value):.4g} <= {bound:g}", float(row.value) <= bound, condition=SMOOTH)
+        for row in rows
     )
     x = sp.Symbol("x", real=True)
     left = sp.limit(sp.diff(sp.exp(x) - 1, x, 2), x, 0, "-")  # and 0 from the right, where ELU is x
@@ -133,18 +139,18 @@ def check_S4_4_smooth_at_most_1(run: Run) -> Evidence:
 def check_S4_4_seven_in_range(run: Run) -> Evidence:
     """Section 4.4: 4 <= 7 <= 10, and Table 1's rows have 7."""
     rows = [row.curvature for row in TABLE1 if row.key in IMPROVEMENTS]
-    inside = all(4 <= value <= 10 for value in rows)
-    return Evidence("S4.4.seven-in-range", (exactly(f"{rows} in [4, 10]", inside, counterexample=str(rows)),))
+    low, high = RANGE
+    inside = all(low <= value <= high for value in rows)
+    return Evidence("S4.4.seven-in-range", (exactly(f"{rows} in [{low}, {high}]", inside, counterexample=str(rows)),))
 
 
 @check("T1.rct.alpha")
 def check_T1_rct_alpha(run: Run) -> Evidence:
     """Table 1, caption: curvature 7 takes α = 28, 14, 7."""
-    values = [curvature_at_zero(b).subs(alpha, a) for b, a in ((0, 28), (1, 14), (2, 7))]
     found = [hd.activations.alpha_for(max_curvature=7.0, beta=b) for b in (0, 1, 2)]
     gap = max(abs(a - b) for a, b in zip(found, (28.0, 14.0, 7.0), strict=True))
     engine = measured("the engine's alpha_for(7)", gap, at_most=1e-12, label="difference")
-    return Evidence("T1.rct.alpha", (exactly(f"σ''(0) = {values}", values == [7, 7, 7]), engine))
+    return Evidence("T1.rct.alpha", (zeros(identities("T1.rct.alpha")), engine))
 
 
 def _between(claim: str, text: str, holds: bool) -> Evidence:
@@ -193,12 +199,11 @@ def check_A6_b2_highest_cost(run: Run) -> Evidence:
 @check("F3.range")
 def check_F3_range(run: Run) -> Evidence:
     """Figure 3(a), section 4.1: α up to 50 gives max|σ''| up to 12.5, 25 and 50."""
-    reach = {b: curvature_at_zero(b).subs(alpha, 50) for b in (0, 1, 2)}
-    short = {b: float(v) for b, v in reach.items() if v < 50}
-    text = "; ".join(f"β = {b}: {v:g} < 50" for b, v in short.items())
+    rows = orders("F3.range")
+    text = "; ".join(f"β = {beta}: {float(value):g}" for beta, value, reached in rows if not reached)
     found = (
-        exactly("α = 50 reaches max|σ''| = 50 for every β", not short, counterexample=text),
-        exactly("it does", reach[2] == 50, condition="β = 2"),
+        exactly("α = 50 reaches max|σ''| = 50 for every β", all(row[2] for row in rows), counterexample=text),
+        exactly("it does", rows[2][2], condition="β = 2"),
     )
     fix = "α = 1..50 covers max|σ''| up to 12.5, 25, 50 for β = 0, 1, 2; for β = 0 covering 50 takes α = 200"
     return Evidence("F3.range", found, correction=fix)
@@ -207,12 +212,11 @@ def check_F3_range(run: Run) -> Evidence:
 @check("F3.b0-beyond-15")
 def check_F3_b0_beyond_15(run: Run) -> Evidence:
     """Figure 3(b): with α <= 50 the curve of β = 0 ends at 12.5."""
-    end = curvature_at_zero(0).subs(alpha, 50)
-    others = all(curvature_at_zero(b).subs(alpha, 50) >= 15 for b in (1, 2))
-    text = f"β = 0 ends at max|σ''| = {float(end):g} for α = 50"
+    first, *others = orders("F3.b0-beyond-15")
+    text = f"β = 0 ends at max|σ''| = {float(first[1]):g} for α = 50"
     found = (
-        exactly("β = 0 reaches 15 with α <= 50", bool(end >= 15), counterexample=text),
-        exactly("the others do", others, condition="β = 1, 2"),
+        exactly("β = 0 reaches 15 with α <= 50", first[2], counterexample=text),
+        exactly("the others do", all(row[2] for row in others), condition="β = 1, 2"),
     )
     return Evidence("F3.b0-beyond-15", found, correction="three curves can be compared up to 12.5 only")
 

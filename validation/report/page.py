@@ -23,7 +23,8 @@ body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1060px;padding:2
 h1{font-size:26px;margin:0 0 4px}h2{font-size:20px;margin:36px 0 8px;border-bottom:1px solid #d6dbe4;padding-bottom:4px}
 .counts span{display:inline-block;margin:4px 10px 4px 0}
 .badge{border-radius:4px;padding:1px 8px;font-size:13px;font-weight:600;white-space:nowrap;color:#fff;background:#667}
-.proved,.holds-numerically{background:#1f7a3f}.holds-under-conditions{background:#9a6700}
+.proved,.verified-exactly,.holds-numerically{background:#1f7a3f}
+.as-defined,.consistent-in-print{background:#3f6f8f}.holds-under-conditions{background:#9a6700}
 .refuted,.contradicted-by-measurement{background:#b3261e}.not-tested,.inconclusive{background:#6b7280}
 .holds,.transfers{background:#1f7a3f}.depends-on-the-setting{background:#9a6700}
 .contradicts,.does-not-transfer,.no-difference-beyond-δ{background:#b3261e}
@@ -41,7 +42,11 @@ td.n{text-align:right;font-variant-numeric:tabular-nums}figure{margin:10px 0}fig
 
 SECTIONS: tuple[tuple[str, Callable[[str, str], bool]], ...] = (
     ("Equations 1 to 33", lambda name, kind: name[0] == "E"),
-    ("Statements of mathematics and arithmetic", lambda name, kind: name[0] != "E" and kind != "empirical"),
+    (
+        "Statements of mathematics and arithmetic",
+        lambda name, kind: name[0] != "E" and kind not in ("empirical", "theorem"),
+    ),
+    ("Our own, from docs/derivation.md", lambda name, kind: kind == "theorem"),
     ("Claims that rest on experiments", lambda name, kind: kind == "empirical"),
 )
 
@@ -121,9 +126,13 @@ def _badge(verdict: str) -> str:
 def _claim(name: str, record: dict[str, Any]) -> str:
     e = html.escape
     parts = [f'<article id="{e(name)}"><header><b>{e(name)}</b> {_badge(record["verdict"])}']
+    if record.get("reach"):
+        parts.append(f"<i>{e(record['reach'])}</i>")
     parts.append(f"<i>{e(record['where'])}; {record['kind']}</i></header><p>{e(record['statement'])}</p>")
     if record["formula"]:
         parts.append(svg(record["formula"]))
+    for surprise in record.get("surprises", []):
+        parts.append(f'<p class="fails">not foreseen by the check: {e(surprise)}</p>')
     for label in ("correction", "counterexample", "note", "error"):
         if record.get(label):
             parts.append(f'<p class="small"><b>{label}:</b> {e(record[label])}</p>')

@@ -12,6 +12,9 @@ from validation.ledger import Ledger
 
 COLOURS = {
     "proved": "green",
+    "verified exactly": "green",
+    "as defined": "green",
+    "consistent in print": "green",
     "holds numerically": "green",
     "holds under conditions": "yellow",
     "refuted": "red",
@@ -58,7 +61,10 @@ def show_claim(name: str, record: dict[str, Any], console: Console) -> None:
     console.print(f"  {escape(record['statement'])}", highlight=False)
     if record["formula"]:
         console.print(f"  {escape(record['formula'])}", highlight=False, soft_wrap=True)
-    console.print(f"verdict: [{colour}]{record['verdict']}[/]", highlight=False)
+    reach = f" {escape(record['reach'])}" if record.get("reach") else ""
+    console.print(f"verdict: [{colour}]{record['verdict']}[/]{reach}", highlight=False)
+    for surprise in record.get("surprises", []):
+        console.print(f"[red]not foreseen by the check[/]: {escape(surprise)}", highlight=False, soft_wrap=True)
     if record.get("error"):
         console.print(f"error: {escape(record['error'])}")
     for finding in record["findings"]:

@@ -1,6 +1,16 @@
 """Measured sizes behind the verdicts: tables, figures, and what was compared."""
 
-from validation.studies import convolutions, dynamics, error_size, estimators, gauss_newton, oracles, rescaling
+from validation.studies import (
+    convolutions,
+    dynamics,
+    error_size,
+    estimators,
+    gauss_newton,
+    oracles,
+    parts,
+    rescaling,
+    stored,
+)
 from validation.studies.base import STUDIES, Study
 
 __all__ = [
@@ -12,5 +22,7 @@ __all__ = [
     "estimators",
     "gauss_newton",
     "oracles",
+    "parts",
     "rescaling",
+    "stored",
 ]
