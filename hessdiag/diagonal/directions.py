@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import UncoveredModelError
 from ..sites import Layer, Linearisation, Site, edge_shape
+from ..sites.nodes import constant
 from ..squares import LayerSquares
 from ..unfold import matrix_input, patches
 from .collector import Collector
@@ -123,7 +124,7 @@ class Directions:
         """[N, groups, fan, positions]."""
         node = self.layer.node
         if self.layer.kind == "conv":
-            return patches(node._saved_input.detach(), node, node._saved_groups)
+            return patches(node._saved_input.detach(), node, node._saved_weight.shape, node._saved_groups)
         x = matrix_input(node)
         return x.reshape(self.samples, 1, self.shape.positions, -1).transpose(2, 3)
 
@@ -196,7 +197,7 @@ class Directions:
         slot = next(i for i, (s, _) in enumerate(layer.node.next_functions) if hasattr(s, "variable"))
         other = None
         if layer.kind == "scale":
-            other = (layer.node._saved_other if slot == 0 else layer.node._saved_self).detach()
+            other = constant(layer.node, slot)
         size = parameter.numel()
         for low in range(0, size, count):
             high = min(low + count, size)

@@ -1,0 +1,197 @@
+"""Ordinary models and losses that once gave a wrong number with a clean status, a foreign exception or a false refusal.
+
+The reference is one Hessian-vector product for each parameter in float64, or differences of gradients where torch has
+no second derivative.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessdiag as hd
+from hessdiag.diagonal import exact, reference
+from hessdiag.diagonal.propagation import Propagator
+from hessdiag.measurement.plan import Plan
+from hessdiag.objective import Objective
+from hessdiag.signs import Signs
+from hessdiag.sites import Linearisation
+
+torch.set_num_threads(1)
+L, N = nn.Linear, 8
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+
+
+class Net(nn.Module):
+    """Modules and parameters by name, and the forward pass as a function of both."""
+
+    def __init__(self, body: Callable[..., Any], parts: dict[str, Any]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+        self.body = body
+
+    def forward(self, x: Any) -> Any:
+        return self.body(self, x)
+
+
+def net(body: Callable[..., Any], *, dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> nn.Module:
+    """Seeded by name and order: parts are built by their own calls."""
+    torch.manual_seed(seed)
+    return Net(body, {name: part() if callable(part) and not isinstance(part, nn.Module) else part
+                      for name, part in parts.items()}).to(dtype).eval()  # fmt: skip
+
+
+def data(*shape: int, n: int = N, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, *(shape or (5,)), generator=g, dtype=torch.float64).to(dtype)
+    return x, torch.randint(0, 3, (n,), generator=g)
+
+
+def by_products(model: nn.Module, *batches: tuple[Any, Tensor], loss: Any = "cross_entropy") -> dict[str, Tensor]:
+    """The diagonal of the mean loss by one Hessian-vector product for each parameter, in float64."""
+    objective = Objective(copy.deepcopy(model).double(), loss)
+    total: dict[str, Tensor] = {}
+    weight = 0.0
+    for x, y in batches:
+        inputs = x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        found, _, w, _ = reference.batch_diagonal(objective, inputs, y)
+        total = {name: value + total.get(name, 0) for name, value in found.items()}
+        weight += w
+    return {name: value / weight for name, value in total.items()}
+
+
+def agree(found: Any, truth: dict[str, Tensor], tolerance: float) -> None:
+    for name, wanted in truth.items():
+        off = float((found[name].double() - wanted).norm()) / (float(wanted.norm()) or 1.0)
+        assert off <= tolerance, (name, off)
+
+
+def expected_propagation(objective: Objective, x: Any, y: Tensor, *, rank: int = 0) -> dict[str, Tensor]:
+    """What propagation gives on average: every one-hot vector in the place of the signs, `rank` directions apart."""
+    batch = Linearisation(objective, x, y)
+    propagator = Propagator(batch)
+    out = propagator.direct()
+    propagator.deflate(Signs(0), rank)
+    parts = [propagator.gauss_newton(), propagator.deflated()]
+    single = [1] * len(propagator.squares)
+    sizes = [site.c.numel() // batch.samples for site in batch.sites]
+    for number, size in enumerate(sizes):
+        for j in range(size):
+            unit = [torch.zeros(batch.samples, s, dtype=site.c.dtype) for s, site in zip(sizes, batch.sites)]
+            unit[number][:, j] = 1
+            for sign in (1, -1):
+                left = unit if propagator.deflation is None else propagator.deflation.project(unit, sign)
+                propagator._square_pass(propagator._seeds(sign, left), None, out, float(sign), single)
+    for part in parts:
+        out = {name: out[name] + part[name] for name in out}
+    return {name: value / batch.weight for name, value in out.items()}
+
+
+# -- constants written as Python numbers
+
+
+def _steps(s: Any, x: Tensor) -> Tensor:
+    h = s.a(x)
+    h = h + 0.3 * torch.tanh(s.b(h))
+    h = h + 0.3 * torch.tanh(s.c(h))
+    return s.d(h)
+
+
+def _lora(s: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(s.a(x) + 0.5 * s.c(s.b(x)))
+    return s.d(h)
+
+
+NUMBERS: dict[str, tuple[Callable[..., Tensor], dict[str, Callable[[], Any]], tuple[int, ...]]] = {
+    "h + 0.3 tanh(b(h))": (
+        _steps, {"a": lambda: L(5, 4), "b": lambda: L(4, 4), "c": lambda: L(4, 4), "d": lambda: L(4, 3)}, (5,)),
+    "h sigmoid(1.702 h)": (
+        lambda s, x: s.b((lambda h: h * torch.sigmoid(1.702 * h))(s.a(x))),
+        {"a": lambda: L(5, 4), "b": lambda: L(4, 3)}, (5,)),
+    "LoRA": (
+        _lora, {"a": lambda: L(5, 4), "b": lambda: L(5, 2), "c": lambda: L(2, 4), "d": lambda: L(4, 3)}, (5,)),
+    "x * 1.0": (
+        lambda s, x: s.b((lambda h: (h * 1.0) * torch.sigmoid(h * 1.0))(s.a(x))),
+        {"a": lambda: L(5, 4), "b": lambda: L(4, 3)}, (5,)),
+    "h / 0.7 on pixels": (
+        lambda s, x: s.c(torch.tanh(s.b(torch.tanh(s.a(x) / 0.7) / 1.1)).mean((2, 3))),
+        {"a": lambda: nn.Conv2d(2, 3, 2), "b": lambda: nn.Conv2d(3, 3, 2), "c": lambda: L(3, 3)}, (2, 4, 4)),
+    "quotients of one tensor": (
+        lambda s, x: s.b((lambda h: (h / 0.7) * torch.sigmoid(h / 0.9))(s.a(x).flatten(1) / 3)),
+        {"a": lambda: nn.Conv2d(2, 2, 2), "b": lambda: L(18, 3)}, (2, 4, 4)),
+    "learned gain after a number": (
+        lambda s, x: s.b(torch.tanh(s.g * (0.7 * s.a(x)))),
+        {"a": lambda: L(5, 4), "g": lambda: torch.randn(4), "b": lambda: L(4, 3)}, (5,)),
+}  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize("name", NUMBERS)
+def test_python_numbers_in_a_model(name: str, dtype: torch.dtype) -> None:
+    body, parts, shape = NUMBERS[name]
+    model = net(body, dtype=dtype, **parts)
+    x, y = data(*shape, dtype=dtype)
+    truth = by_products(model, (x, y))
+    objective = hd.Objective(model)
+    agree(hd.diagonal(objective, [(x, y)]).total, truth, TOLERANCE[dtype])
+    agree(expected_propagation(objective, x, y), truth, TOLERANCE[dtype])
+    for method in ("exact", "propagation"):
+        hd.measure(objective, [(x, y)], method=method, max_replicates=10)
+
+
+# -- kinks: torch's own slope on them
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    {
+        "relu6": F.relu6,
+        "relu6 in place": lambda h: F.relu6(h, inplace=True),
+        "hardtanh": F.hardtanh,
+        "clamp": lambda h: h.clamp(-1.0, 1.0),
+        "hardswish": F.hardswish,
+        "leaky": lambda h: F.leaky_relu(h, 0.2),
+        "elu": F.elu,
+        "selu": F.selu,
+    }.items(),
+)
+def test_exactly_at_a_bound(name: str, function: Callable[[Tensor], Tensor]) -> None:
+    model = net(lambda s, x: s.b(function(s.a(x) * 1.0)), a=lambda: L(5, 4), b=lambda: L(4, 3))
+    x = torch.zeros(N, 5, dtype=torch.float64)
+    x[:, 0] = torch.tensor([6.0, 1.0, -1.0, 0.0, 3.0, -3.0, 0.5, 5.0])
+    with torch.no_grad():
+        model.a.weight.copy_(model.a.weight.sign())  # type: ignore[union-attr,operator]
+        model.a.bias.zero_()  # type: ignore[union-attr,operator]
+    batch = (x, data()[1])
+    truth = by_products(model, batch)
+    for seed in range(3):
+        agree(hd.diagonal(hd.Objective(model), [batch], seed=seed).total, truth, 1e-10)
+    agree(expected_propagation(hd.Objective(model), *batch), truth, 1e-10)
+
+
+# -- parameters with a leading axis of one
+
+
+@DTYPES
+def test_directions_beside_parameters_of_leading_size_one(dtype: torch.dtype) -> None:
+    model = net(
+        lambda s, x: s.b((lambda h: h + s.gain * torch.tanh(s.c(h)))(torch.tanh(s.a(x) + s.place))).mean(1),
+        dtype=dtype, a=lambda: L(5, 6), c=lambda: L(6, 6), b=lambda: L(6, 3),
+        place=lambda: torch.randn(1, 4, 6), gain=lambda: torch.randn(1, 1, 6),
+    )  # fmt: skip
+    x, y = data(4, 5, dtype=dtype)
+    truth = by_products(model, (x, y))
+    objective = hd.Objective(model)
+    agree(expected_propagation(objective, x, y, rank=4), truth, TOLERANCE[dtype])
+    found = hd.diagonal(objective, [(x, y)], method="propagation", plan=Plan("propagation", deflate=4))
+    assert found.status == "estimate"
+
+
