@@ -50,6 +50,13 @@ class AuditEntry:
         return self.deviation <= self.tolerance
 
 
+def one_hot(objective: Objective, name: str, k: int) -> Tensors:
+    """The direction of one entry (in the order of the axes, however the parameter lies in memory)."""
+    unit = {n: torch.zeros(p.shape, dtype=p.dtype, device=p.device) for n, p in objective.parameters.items()}
+    unit[name].view(-1)[k] = 1
+    return unit
+
+
 def _direction(objective: Objective, names: list[str], signs: Signs) -> Tensors:
     return {
         name: signs.plain(parameter, _AUDIT, number) if name in names else torch.zeros_like(parameter)
@@ -116,8 +123,8 @@ def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[Audit
     names = [name for layer in linear.layers for name in (layer.weight, layer.bias) if name]
     worst = dict.fromkeys(names, 0.0)
     for n in range(linear.samples):
-        only = [_one(seed, n) for seed in seeds]
-        found = linear.backward(only, _one(output, n), [linear.objective.parameters[name] for name in names])
+        only = [_one(seed, n, linear.samples) for seed in seeds]
+        found = linear.backward(only, _one(output, n, linear.samples), [linear.objective.parameters[name] for name in names])
         for name, truth in zip(names, found):
             mine = each[name][n] if name in each else torch.zeros_like(linear.objective.parameters[name])
             expected = torch.zeros_like(mine) if truth is None else truth
@@ -126,11 +133,12 @@ def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[Audit
     return [AuditEntry("squares", name, deviation, tolerance) for name, deviation in worst.items()]
 
 
-def _one(seed: Tensor, sample: int) -> Tensor:
-    """The cotangent of one sample alone."""
-    out = torch.zeros_like(seed)
-    out[sample] = seed[sample]
-    return out
+def _one(seed: Tensor, sample: int, samples: int) -> Tensor:
+    """The cotangent of one sample alone, whose rows of the first axis stand together."""
+    rows = seed.reshape(samples, -1)
+    out = torch.zeros_like(rows)
+    out[sample] = rows[sample]
+    return out.reshape(seed.shape)
 
 
 def entries(
@@ -146,9 +154,7 @@ def entries(
             scale = float((outer[name].abs() + inner[name].abs()).max()) or 1.0
             worst = 0.0
             for k in torch.randint(0, total.numel(), (2,), generator=generator, device="cpu").tolist():
-                unit = {n: torch.zeros_like(p) for n, p in linear.objective.parameters.items()}
-                unit[name].reshape(-1)[k] = 1
-                truth = float(products.hessian(unit)[name].reshape(-1)[k])
+                truth = float(products.hessian(one_hot(linear.objective, name, k))[name].reshape(-1)[k])
                 off = abs(truth - float(total[k]))
                 if off > tolerance * scale:
                     off = max(off - _entry_noise(linear, products, name), 0.0)

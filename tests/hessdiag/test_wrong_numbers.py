@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessdiag as hd
-from hessdiag.diagonal import exact, reference
+from hessdiag.diagonal import reference
 from hessdiag.diagonal.propagation import Propagator
+from hessdiag.errors import HessdiagError
 from hessdiag.measurement.plan import Plan
 from hessdiag.objective import Objective
 from hessdiag.signs import Signs
@@ -195,3 +196,79 @@ def test_directions_beside_parameters_of_leading_size_one(dtype: torch.dtype) ->
     assert found.status == "estimate"
 
 
+
+
+# -- where the samples lie, and how parameters lie in memory
+
+
+def _folded_images(s: Any, x: Tensor) -> Tensor:
+    n, t = x.shape[:2]
+    h = torch.tanh(s.norm(s.a(x.reshape(n * t, 2, 4, 4)))).mean((2, 3))
+    h = torch.tanh(s.b(h) * s.gain + s.shift)
+    return s.c(h).reshape(n, t, 3).mean(1)
+
+
+def _folded_tokens(s: Any, x: Tensor) -> Tensor:
+    n, t, d = x.shape
+    h = torch.tanh(s.b(torch.tanh(s.a(x.reshape(n * t, d)))))
+    return s.c(torch.tanh(s.mix(h.reshape(n, t, 4).transpose(1, 2))).mean(2))
+
+
+FOLDED = {
+    "images": (_folded_images, {
+        "a": lambda: nn.Conv2d(2, 3, 3), "norm": lambda: nn.BatchNorm2d(3), "b": lambda: L(3, 4),
+        "gain": lambda: torch.randn(4), "shift": lambda: torch.randn(4), "c": lambda: L(4, 3)}, (3, 2, 4, 4)),
+    "tokens": (_folded_tokens, {
+        "a": lambda: L(5, 4), "b": lambda: L(4, 4), "mix": lambda: L(3, 2), "c": lambda: L(4, 3)}, (3, 5)),
+}  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize("name", FOLDED)
+def test_tokens_folded_into_the_batch_axis(name: str, dtype: torch.dtype) -> None:
+    body, parts, shape = FOLDED[name]
+    model = net(body, dtype=dtype, **parts)
+    x, y = data(*shape, dtype=dtype)
+    truth = by_products(model, (x, y))
+    objective = hd.Objective(model)
+    agree(hd.diagonal(objective, [(x, y)]).total, truth, TOLERANCE[dtype])
+    agree(expected_propagation(objective, x, y), truth, TOLERANCE[dtype])
+    agree(expected_propagation(objective, x, y, rank=4), truth, TOLERANCE[dtype])
+    for method in ("exact", "propagation"):
+        assert hd.measure(objective, [(x, y)], method=method, max_replicates=10).plan.method == method
+    whole = hd.diagonal(objective, [(x, y)], method="propagation", plan=Plan("propagation")).total
+    parts_ = [(x[:3], y[:3]), (x[3:], y[3:])]
+    cut = hd.diagonal(objective, parts_, method="propagation", plan=Plan("propagation")).total
+    agree(cut, {n: t.double() for n, t in whole.items()}, 10 * TOLERANCE[dtype])  # signs belong to samples
+
+
+def test_tokens_before_samples_are_refused() -> None:
+    model = net(
+        lambda s, x: s.b(torch.tanh(s.a(x.transpose(0, 1).reshape(-1, 5)))).reshape(x.shape[1], -1, 3).mean(0),
+        a=lambda: L(5, 4), b=lambda: L(4, 3),
+    )  # fmt: skip
+    for method in ("exact", "propagation"):
+        with pytest.raises(HessdiagError, match=r"samples|squares"):
+            hd.measure(hd.Objective(model), [data(3, 5)], method=method)
+    assert hd.measure(hd.Objective(model), [data(3, 5)], max_replicates=10).plan.method == "hutchinson"
+
+
+@DTYPES
+@pytest.mark.parametrize("method", ["exact", "propagation"])
+def test_weights_that_do_not_lie_in_order(method: str, dtype: torch.dtype) -> None:
+    model = net(lambda s, x: s.b(torch.tanh(s.a(x))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    with torch.no_grad():
+        model.a.weight = nn.Parameter(torch.randn(5, 4, dtype=dtype).T)  # type: ignore[union-attr]
+    images = net(
+        lambda s, x: s.c(torch.tanh(s.b(torch.tanh(s.a(x)))).mean((2, 3))),
+        dtype=dtype, a=lambda: nn.Conv2d(2, 4, 3), b=lambda: nn.Conv2d(4, 4, 3), c=lambda: L(4, 3),
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    x, y = data(2, 6, 6, dtype=dtype)
+    for one, batch in ((model, data(dtype=dtype)), (images, (x, y)), (images, (x.to(memory_format=torch.channels_last), y))):
+        found = hd.measure(hd.Objective(one), [batch], method=method, rtol=0.5, keep_diagonal=True)
+        assert found.plan.method == method
+        if method == "exact":
+            assert found.diagonal is not None
+            agree(found.diagonal.total, by_products(one, batch), TOLERANCE[dtype])
+        else:
+            agree(expected_propagation(hd.Objective(one), *batch), by_products(one, batch), TOLERANCE[dtype])
