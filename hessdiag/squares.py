@@ -128,7 +128,7 @@ class LayerSquares:
     # -- what the layer's node saved for its backward pass
 
     def _read(self) -> None:
-        """Once, and before any pass: under checkpointing reading takes a forward pass, and may not be done within one."""
+        """Once, before any pass: under checkpointing to read takes a forward pass, and cannot be done within one."""
         layer, node = self.layer, self.layer.node
         if layer.kind == "conv":
             self._kernel: torch.Size = node._saved_weight.shape

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from .errors import ConfigurationError, EmptyDataError, NotDeterministicError, UncoveredModelError
+from .forward import leaves, mapped
 from .objective import Objective
 
 Batches = Iterable[Any]
@@ -56,7 +56,7 @@ class Numbered:
     def part(self, chosen: Tensor) -> Numbered:
         """Some samples of the batch."""
         count = len(self.targets)
-        inputs = _pytree.tree_map(lambda x: x[chosen] if _by_sample(x, count) else x, self.inputs)
+        inputs = mapped(self.inputs, lambda x: x[chosen] if _by_sample(x, count) else x)
         return Numbered(self.index, self.start, inputs, self.targets[chosen])
 
     def few(self, count: int) -> Numbered:
@@ -206,8 +206,8 @@ def _by_sample(value: Any, count: int) -> bool:
 def fingerprint(inputs: Any, targets: Tensor) -> Tensor:
     """One number per sample, a fixed random-looking function of its values."""
     marks = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
-    leaves = [x for x in _pytree.tree_leaves(inputs) if _by_sample(x, len(targets))]
-    for number, leaf in enumerate([*leaves, targets]):
+    parts = [x for x in leaves(inputs) if _by_sample(x, len(targets))]
+    for number, leaf in enumerate([*parts, targets]):
         flat = leaf.detach().double().reshape(len(targets), -1)
         wave = torch.cos(torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device) * (1.7 + number) + 0.3)
         marks += flat @ wave

@@ -124,7 +124,8 @@ def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[Audit
     worst = dict.fromkeys(names, 0.0)
     for n in range(linear.samples):
         only = [_one(seed, n, linear.samples) for seed in seeds]
-        found = linear.backward(only, _one(output, n, linear.samples), [linear.objective.parameters[name] for name in names])
+        own = [linear.objective.parameters[name] for name in names]
+        found = linear.backward(only, _one(output, n, linear.samples), own)
         for name, truth in zip(names, found):
             mine = each[name][n] if name in each else torch.zeros_like(linear.objective.parameters[name])
             expected = torch.zeros_like(mine) if truth is None else truth

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import ConfigurationError, UnknownNameError, nearest
+from ..forward import mapped
 from ..objective import Objective
 from ..sites import Linearisation
 from ..stream import Numbered
@@ -135,6 +135,4 @@ def double_copy(objective: Objective) -> Objective:
 
 def as_double(value: Any) -> Any:
     """Floating-point tensors of a structure in float64."""
-    from torch.utils import _pytree
-
-    return _pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value)
+    return mapped(value, lambda x: x.double() if x.is_floating_point() else x)

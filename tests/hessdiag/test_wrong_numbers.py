@@ -7,6 +7,7 @@ no second derivative.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -43,11 +44,10 @@ class Net(nn.Module):
         return self.body(self, x)
 
 
-def net(body: Callable[..., Any], *, dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> nn.Module:
-    """Seeded by name and order: parts are built by their own calls."""
-    torch.manual_seed(seed)
-    return Net(body, {name: part() if callable(part) and not isinstance(part, nn.Module) else part
-                      for name, part in parts.items()}).to(dtype).eval()  # fmt: skip
+def net(body: Callable[..., Any], *, dtype: Any = torch.float64, **parts: Any) -> nn.Module:
+    """A seeded net; `parts` are calls that make them, in their order."""
+    torch.manual_seed(0)
+    return Net(body, {name: part() for name, part in parts.items()}).to(dtype).eval()
 
 
 def data(*shape: int, n: int = N, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -272,3 +272,108 @@ def test_weights_that_do_not_lie_in_order(method: str, dtype: torch.dtype) -> No
             agree(found.diagonal.total, by_products(one, batch), TOLERANCE[dtype])
         else:
             agree(expected_propagation(hd.Objective(one), *batch), by_products(one, batch), TOLERANCE[dtype])
+
+
+# -- what a forward pass may do
+
+
+def scaled_gradient(h: Tensor) -> Tensor:
+    if h.requires_grad:
+        h.register_hook(lambda g: 1.5 * g)
+    return h
+
+
+def _doubled(_module: nn.Module, given: tuple[Tensor, ...], _out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(2 * g for g in given)
+
+
+@pytest.mark.parametrize("method", ["exact", "propagation", "reference", "hutchinson"])
+def test_hooks_on_gradients_change_no_hessian(method: str) -> None:
+    parts = {"a": lambda: L(5, 4), "b": lambda: L(4, 4), "c": lambda: L(4, 3)}
+    model = net(lambda s, x: s.c(torch.tanh(s.b(scaled_gradient(torch.tanh(s.a(x)))))), **parts)
+    plain = net(lambda s, x: s.c(torch.tanh(s.b(torch.tanh(s.a(x))))), **parts)
+    model.get_submodule("b").register_full_backward_hook(_doubled)  # type: ignore[arg-type]
+    batch = data()
+    found = hd.diagonal(hd.Objective(model), [batch], method=method)
+    if method in ("exact", "reference"):
+        agree(found.total, by_products(plain, batch), 1e-10)
+    assert len(model.get_submodule("b")._backward_hooks) == 1
+
+
+@DTYPES
+@pytest.mark.parametrize("change", ["clamp_", "mul_"])
+def test_a_model_that_changes_its_inputs_in_place(change: str, dtype: torch.dtype) -> None:
+    apply = {"clamp_": lambda x: x.clamp_(-0.5, 0.5), "mul_": lambda x: x.mul_(1.1)}[change]
+    beside = {"clamp_": lambda x: x.clamp(-0.5, 0.5), "mul_": lambda x: x * 1.1}[change]
+    parts = {"a": lambda: L(5, 4), "b": lambda: L(4, 3)}
+    model = net(lambda s, x: s.b(torch.tanh(s.a(apply(x)))), dtype=dtype, **parts)
+    plain = net(lambda s, x: s.b(torch.tanh(s.a(beside(x)))), dtype=dtype, **parts)
+    x, y = data(dtype=dtype)
+    kept = x.clone()
+    truth = by_products(plain, (x, y))
+    for method in ("auto", "exact", "reference"):
+        agree(hd.diagonal(hd.Objective(model), [(x, y)], method=method).total, truth, TOLERANCE[dtype])
+    hd.measure(hd.Objective(model), [(x, y)], method="propagation", max_replicates=10)
+    assert torch.equal(x, kept)
+
+
+@DTYPES
+@pytest.mark.parametrize("make", [UserDict, OrderedDict, dict])
+def test_inputs_in_mappings(make: Any, dtype: torch.dtype) -> None:
+    model = net(lambda s, d: s.b(torch.tanh(s.a(d["x"]["y"]))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    plain = net(lambda s, x: s.b(torch.tanh(s.a(x))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    x, y = data(dtype=dtype)
+    truth = by_products(plain, (x, y))
+    batches = [(make(x=make(y=x[:3]), n=3), y[:3]), (make(x=make(y=x[3:]), n=5), y[3:])]
+    for method in ("auto", "exact", "reference"):
+        agree(hd.diagonal(hd.Objective(model), batches, method=method).total, truth, TOLERANCE[dtype])
+    hd.measure(hd.Objective(model), batches, method="propagation", max_replicates=10)
+
+
+def by_differences(model: nn.Module, x: Tensor, y: Tensor, step: float = 1e-5) -> dict[str, Tensor]:
+    """The diagonal by differences of the gradient, in float64."""
+    twin, out = copy.deepcopy(model).double(), {}
+    for name, p in twin.named_parameters():
+        out[name] = torch.zeros(p.shape, dtype=torch.float64)
+        for k in range(p.numel()):
+            ends = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    p.view(-1)[k] += sign * step
+                (gradient,) = torch.autograd.grad(F.cross_entropy(twin(x.double()), y), p)
+                ends.append(float(gradient.reshape(-1)[k]))
+                with torch.no_grad():
+                    p.view(-1)[k] -= sign * step
+            out[name].view(-1)[k] = (ends[0] - ends[1]) / (2 * step)
+    return out
+
+
+MENDED = {
+    "hardsigmoid": F.hardsigmoid,
+    "hardsigmoid in place": lambda h: F.hardsigmoid(h, inplace=True),
+    "a gate of hardsigmoids": lambda h: h * F.hardsigmoid(h.flip(1)),
+    "celu": lambda h: F.celu(h, 0.7),
+    "celu in place": lambda h: F.celu(h, 0.3, inplace=True),
+    "celu, torch's own": lambda h: torch.celu_(torch.celu(h, 1.3), 0.6),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", MENDED)
+def test_derivatives_that_torch_lacks_or_rounds(name: str, dtype: torch.dtype) -> None:
+    model = net(
+        lambda s, x: s.c(MENDED[name](s.b(torch.tanh(s.a(x)) * 1.5))),
+        dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 4), c=lambda: L(4, 3),
+    )  # fmt: skip
+    x, y = data(dtype=dtype)
+    objective = hd.Objective(model)
+    truth = by_products(model, (x, y))
+    agree(truth, by_differences(model, x, y), 1e-6)
+    for method in ("exact", "reference"):
+        found = hd.measure(objective, [(x, y)], method=method, keep_diagonal=True)
+        assert found.diagonal is not None
+        agree(found.diagonal.total, truth, TOLERANCE[dtype])
+    for method in ("propagation", "hutchinson"):
+        hd.measure(objective, [(x, y)], method=method, max_replicates=10)
+    with torch.no_grad():
+        assert torch.allclose(objective.outputs(x, y, index=0), model(x), rtol=1e-6)
