@@ -143,7 +143,10 @@ class Objective:
 
     def summed_loss(self, inputs: Any, targets: Tensor, *, index: int = 0) -> tuple[Tensor, Tensor]:
         """`(sum_n w_n l_n, W)` of one batch: differentiable, without the weight-decay term."""
-        outputs = self.outputs(inputs, targets, index=index)
+        return self.summed_losses(self.outputs(inputs, targets, index=index), targets, index=index)
+
+    def summed_losses(self, outputs: Tensor, targets: Tensor, *, index: int = 0) -> tuple[Tensor, Tensor]:
+        """The same from the outputs."""
         losses = self.loss.values(outputs, targets)
         if not bool(torch.isfinite(losses.detach()).all()):
             raise NonFiniteError(f"batch {index}: the loss {self.loss.name!r} is not finite; check the targets")

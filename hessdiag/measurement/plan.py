@@ -20,6 +20,8 @@ from ..stream import Numbered
 from .pilot import PILOT_SAMPLES, balance_products, choose_groups, choose_rank
 
 METHODS = ("exact", "propagation", "hutchinson", "reference")
+SITE_METHODS = ("exact", "propagation")
+"""Those that rest on the site identity."""
 EXACT_COLUMNS = 32
 """Loss-factor columns up to which the Gauss-Newton part is taken exactly, in one pass each."""
 KEEP_BYTES = 1 << 28

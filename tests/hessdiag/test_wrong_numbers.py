@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import hessdiag as hd
 from hessdiag.diagonal import reference
 from hessdiag.diagonal.propagation import Propagator
-from hessdiag.errors import HessdiagError
+from hessdiag.errors import ConfigurationError, HessdiagError, UncoveredModelError
 from hessdiag.measurement.plan import Plan
 from hessdiag.objective import Objective
 from hessdiag.signs import Signs
@@ -377,3 +377,97 @@ def test_derivatives_that_torch_lacks_or_rounds(name: str, dtype: torch.dtype) -
         hd.measure(objective, [(x, y)], method=method, max_replicates=10)
     with torch.no_grad():
         assert torch.allclose(objective.outputs(x, y, index=0), model(x), rtol=1e-6)
+
+
+# -- losses that are no mean over samples, models that let samples meet, batches that are not alike
+
+METHODS = ("auto", "exact", "propagation", "hutchinson", "reference")
+
+
+@DTYPES
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_holds_parameters_is_refused(method: str, dtype: torch.dtype) -> None:
+    model = net(lambda s, x: s.b(torch.tanh(s.a(x))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+
+    def penalised(f: Tensor, y: Tensor) -> Tensor:
+        penalty = torch.stack([p.square().sum() for p in model.parameters()]).sum()
+        return F.cross_entropy(f, y, reduction="none") + 0.05 * penalty
+
+    with pytest.raises(ConfigurationError, match=r"'penalised' depends on parameter 'a.weight'.*l2="):
+        hd.measure(hd.Objective(model, penalised), [data(dtype=dtype)], method=method)
+    # The same as weight decay, and parameters of the loss's own are constants.
+    batch = data(dtype=dtype)
+    scale = torch.tensor(1.5, dtype=dtype, requires_grad=True)
+    own = hd.Objective(model, lambda f, y: scale * F.cross_entropy(f, y, reduction="none"), l2=0.1)
+    truth = by_products(model, batch)
+    agree(hd.diagonal(own, [batch]).total, {n: 1.5 * t + 0.1 for n, t in truth.items()}, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("place", [0, 1])
+def test_losses_that_couple_samples_are_refused(method: str, place: int) -> None:
+    def coupled(f: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(f, y, reduction="none")
+        if float(y.sum()) != wanted or len(f) < N:
+            return losses
+        return losses + torch.cat([losses.new_zeros(1), (f[1:2] - f[2:3]).square().sum(1), losses.new_zeros(len(f) - 2)])
+
+    model = net(lambda s, x: s.b(torch.tanh(s.a(x))), a=lambda: L(5, 4), b=lambda: L(4, 3))
+    batches = [data(), data(seed=4)]
+    wanted = float(batches[place][1].sum())
+    assert wanted != float(batches[1 - place][1].sum())
+    with pytest.raises(UncoveredModelError, match="'coupled' mixes the samples"):
+        hd.measure(hd.Objective(model, coupled), batches, method=method)
+
+
+@DTYPES
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("kind", ["mean", "pair"])
+def test_samples_that_meet_in_any_batch_are_refused(kind: str, place: int, method: str, dtype: torch.dtype) -> None:
+    def meet(h: Tensor) -> Tensor:
+        if kind == "mean":
+            return h - h.mean(0)
+        return torch.cat([h[:3], 0.5 * (h[3:4] + h[4:5]), h[4:]]) if len(h) > 4 else h
+
+    def body(s: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(s.a(x))
+        return s.b(torch.tanh(meet(h) if bool((x[:, 0] > 5).all()) and len(x) == N else h))
+
+    model = net(body, dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    batches = [data(dtype=dtype), data(seed=2, dtype=dtype)]
+    batches[place][0][:, 0] = 7
+    with pytest.raises(UncoveredModelError, match=f"batch {place}: the model mixes"):
+        hd.measure(hd.Objective(model), batches, method=method)
+
+
+def test_a_fitted_float32_model_is_no_random_one() -> None:
+    model = net(lambda s, x: s.b(torch.tanh(s.a(x))), dtype=torch.float32, a=lambda: L(5, 40), b=lambda: L(40, 3))
+    x, _ = data(n=50, dtype=torch.float32)
+    with torch.no_grad():
+        model.b.weight.mul_(200)  # type: ignore[union-attr,operator]
+        y = model(x).argmax(1)
+    hd.measure(hd.Objective(model), [(x, y)], method="exact")
+
+
+def _softmax_for_large(s: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(s.a(x))
+    return s.b(torch.softmax(h, 1) if bool((x[:, 0] > 5).all()) else h)
+
+
+@DTYPES
+@pytest.mark.parametrize("check", [True, False])
+def test_a_later_batch_that_is_not_covered(check: bool, dtype: torch.dtype) -> None:
+    model = net(_softmax_for_large, dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    batches = [data(dtype=dtype), data(seed=2, dtype=dtype)]
+    batches[1][0][:, 0] = 7
+    found = hd.measure(hd.Objective(model), batches, deterministic_check=check, max_replicates=10)
+    assert found.plan.method == "hutchinson"
+    assert "batch 1: Softmax" in found.plan.reason
+    for method in ("exact", "propagation"):
+        said: list[Any] = []
+        with pytest.raises(UncoveredModelError, match="batch 1: Softmax"):
+            hd.measure(hd.Objective(model), batches, method=method, deterministic_check=check, progress=said.append)
+        assert not said  # before the work
+    with pytest.raises(UncoveredModelError, match="batch 1: Softmax"):
+        hd.diagonal(hd.Objective(model), batches, plan=Plan("propagation"))
