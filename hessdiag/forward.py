@@ -83,8 +83,8 @@ _MENDED: dict[Any, Callable[..., Any]] = {
     torch.celu: _celu,
     torch.celu_: _celu_,
     F.hardsigmoid: _hardsigmoid,
-    torch._C._nn.hardsigmoid: _hardsigmoid,  # type: ignore[attr-defined]
-    torch._C._nn.hardsigmoid_: _hardsigmoid_,  # type: ignore[attr-defined]
+    torch._C._nn.hardsigmoid: _hardsigmoid,
+    torch._C._nn.hardsigmoid_: _hardsigmoid_,
     Tensor.register_hook: _no_hook,
 }
 
@@ -104,7 +104,7 @@ def _mended(model: nn.Module) -> AbstractContextManager[Any]:
     return _Mending()
 
 
-class InDouble(TorchDispatchMode):
+class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Conversions to a shorter type give float64: a model that computes its norms in float32 is audited in double."""
 
     def __torch_dispatch__(

@@ -100,8 +100,8 @@ class CallableLoss(Loss):
                 if "out of memory" in str(error) or "allocate memory" in str(error):
                     raise
                 raise UncoveredModelError(
-                    f"the loss {self.name!r} has no second derivative in torch ({str(error).splitlines()[0]}); write it "
-                    "in operations that have one; no method here measures it"
+                    f"the loss {self.name!r} has no second derivative in torch ({str(error).splitlines()[0]}); write "
+                    "it in operations that have one; no method here measures it"
                 ) from error
         hessian = torch.stack(rows, 1).detach().double()
         loss, flat = loss.detach().double(), flat.detach().double()

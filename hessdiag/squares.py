@@ -138,6 +138,9 @@ class LayerSquares:
             self._x: Tensor = matrix_input(node)
         elif layer.kind in ("conv", "norm"):
             self._x = node._saved_input.detach()
+            if layer.kind == "norm":
+                self._mean: Tensor = node._saved_running_mean
+                self._scale: Tensor = torch.rsqrt(node._saved_running_var + node._saved_eps)
         else:
             self._x = constant(node, self._slot)
 
@@ -224,12 +227,8 @@ class LayerSquares:
     def _normalised(self) -> Tensor:
         if self._kept is not None:
             return self._kept
-        node = self.layer.node
-        x = self._x
-        shape = (1, -1) + (1,) * (x.ndim - 2)
-        scale: Tensor = torch.rsqrt(node._saved_running_var + node._saved_eps)
-        mean: Tensor = node._saved_running_mean
-        normalised = (x - mean.reshape(shape)) * scale.reshape(shape)
+        shape = (1, -1) + (1,) * (self._x.ndim - 2)
+        normalised = (self._x - self._mean.reshape(shape)) * self._scale.reshape(shape)
         if self._keep:
             self._kept = normalised
         return normalised

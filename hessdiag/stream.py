@@ -163,7 +163,7 @@ def check_deterministic(objective: Objective, batches: Batches, *, coverage: boo
             "fix them, e.g. batches = list(loader)"
         )
     double = objective.dtype == torch.float64
-    noise = (1e-14 if double else 1e-5) * sum(one.size * len(one.marks) for one in seen)  # all there is of a fitted loss
+    noise = (1e-14 if double else 1e-5) * sum(one.size * len(one.marks) for one in seen)  # a fitted loss is that
     if abs(first.loss - second.loss) > (1e-10 if double else 1e-5) * abs(first.loss) + noise + 1e-30:
         raise NotDeterministicError(
             f"the model is random: the same data gave losses {first.mean_loss:.9g} and {second.mean_loss:.9g} "
@@ -212,8 +212,9 @@ def check_loss(objective: Objective, outputs: Tensor, batch: Numbered) -> None:
                 f"the loss {loss.name!r} depends on parameter {taken!r} itself, beside the outputs (a penalty?), "
                 "so it is no mean over samples; give weight decay by l2=, or let the model return what is penalised"
             )
+        loss.curvature(outputs[:2], batch.targets[:2])  # raises where there is none
     whole, count = loss.values(outputs, batch.targets), len(batch.targets)
-    parts = list(torch.arange(count, device="cpu").split(1)) if batch.index == 0 else _halves(batch)
+    parts = list(torch.split(torch.arange(count, device="cpu"), 1)) if batch.index == 0 else _halves(batch)
     cut = torch.zeros_like(whole)
     for chosen in parts:
         where = chosen.to(whole.device)
@@ -285,7 +286,7 @@ def _halves(batch: Numbered) -> list[Tensor]:
     """The samples of a batch dealt at random into two parts; one where there is one sample."""
     count = len(batch.targets)
     order = torch.randperm(count, generator=cpu_generator(batch.index), device="cpu")
-    return [part.sort().values for part in order.split((count + 1) // 2)]
+    return [part.sort().values for part in torch.split(order, (count + 1) // 2)]
 
 
 def _taken(losses: Tensor, objective: Objective) -> str | None:

@@ -1,13 +1,16 @@
 """The single comparisons of an audit, each of two ways to one number.
 
-Three comparisons, each relative to a scale that cancellation cannot shrink:
+Comparisons, each relative to a scale that cancellation cannot shrink:
 identity   u^T H u by one Hessian-vector product against sum c (J u)^2 + the loss term, u random in one layer's
            parameters, relative to sum |c| (J u)^2 + the Gauss-Newton term;
 squares    the layer functions' per-sample gradients against autograd's, for two samples and random cotangents (a
            model that mixes samples, or uses a layer twice in parallel, fails here), relative to the tensor's norm;
 entries    for the exact method, a few entries against Hessian-vector products, relative to the largest entry.
-Hutchinson needs no identity; there the double backward itself is checked, by its symmetry v^T (H u) = u^T (H v) and by
-difference quotients of the gradient. No comparison asks for more digits than autograd has (see `rounding`).
+closed     for propagation, two entries per parameter of a layer's closed share, and of its gradients without the sites
+           that the closed share stands for, against forward products, relative to the sums of absolute contributions.
+Hutchinson needs no identity; there the double backward is checked by its symmetry v^T (H u) = u^T (H v). Whatever the
+method, autograd's derivatives are held against difference quotients (see `derivatives`). No comparison asks for more
+digits than autograd has (see `rounding`).
 """
 
 from __future__ import annotations
@@ -22,16 +25,17 @@ from ..diagonal import exact
 from ..diagonal.hutchinson import Products
 from ..diagonal.parts import Tensors
 from ..diagonal.propagation import Propagator
-from ..errors import HessdiagError
 from ..objective import Objective
 from ..signs import Signs, cpu_generator
 from ..sites import Layer, Linearisation
 from ..stream import Numbered
-from .plan import as_double, double_copy
-from .rounding import ROUNDINGS, difference, unit
+from .derivatives import Moved
+from .rounding import ROUNDINGS, unit
 
 DIFFERENCE = 1e-2
-"""Tolerance of difference quotients: what they are to catch is off by tens of per cent."""
+"""Tolerance of difference quotients of the gradient: what they are to catch is off by tens of per cent."""
+SLOPE = 1e-4
+"""Tolerance of the slope, to which one tensor of many adds a hundredth."""
 _AUDIT = 1 << 41  # sign streams of the audit
 
 
@@ -164,22 +168,48 @@ def entries(
     return entries
 
 
+def closed(linear: Linearisation, layers: list[Layer], signs: Signs, tolerance: float) -> list[AuditEntry]:
+    """Entries of the closed shares and of the remote gradients of `layers`, by the propagation method."""
+    propagator = Propagator(linear)
+    places = [place for place in linear.direct if linear.layers[place] in layers]
+    if not places:
+        return []
+    shares, generator = propagator.direct(), cpu_generator(signs.seed)
+    seeds: list[Tensor | None] = [signs.plain(s.c, _AUDIT, 6, n) for n, s in enumerate(linear.sites)]
+    deltas = linear.backward(seeds, None, [layer.edge for layer in linear.layers])
+    found = []
+    for place in places:
+        layer, site, delta = linear.layers[place], linear.direct[place].site, deltas[place]
+        remote = {} if delta is None else propagator.squares[place].each(linear.remote(place, delta.detach(), seeds))
+        for name in (n for n in (layer.weight, layer.bias) if n):
+            parameter, worst = linear.objective.parameters[name], 0.0
+            for k in torch.randint(0, parameter.numel(), (2,), generator=generator, device="cpu").tolist():
+                u = one_hot(linear.objective, name, k)[name]
+                pushed, _ = push(linear, [parameter], [u])
+                own = linear.sites[site].c.double() * pushed[site].double().square()
+                off = abs(float(shares[name].reshape(-1)[k]) - float(own.sum()))
+                worst = max(worst, off / (float(own.abs().sum()) or 1.0) if off else 0.0)
+                terms = [(s * p).double() for n, (s, p) in enumerate(zip(seeds, pushed)) if s is not None and n != site]
+                if name in remote:
+                    size = sum(float((s * p).double().abs().sum()) for s, p in zip(seeds, pushed) if s is not None)
+                    mine = float(remote[name].double().sum(0).reshape(-1)[k])
+                    off = abs(mine - sum(float(t.sum()) for t in terms))
+                    worst = max(worst, off / (size or 1.0) if off else 0.0)
+            found.append(AuditEntry("closed", name, worst, tolerance))
+    return found
+
+
 def _entry_noise(linear: Linearisation, products: Products, name: str) -> float:
     outer, inner = exact.batch_diagonal(unit(linear.objective, products.inputs, products.targets, 0))
     return ROUNDINGS * torch.finfo(linear.outputs.dtype).eps * float((outer[name] + inner[name].abs()).max())
 
 
-def quotients(objective: Objective, few: Numbered, signs: Signs) -> list[AuditEntry]:
-    """H u against difference quotients of the gradient; nothing where the model cannot be copied or run in float64."""
-    try:
-        moved = double_copy(objective)
-        inputs, targets = as_double(few.inputs), as_double(few.targets)
-        with torch.no_grad():
-            moved.summed_loss(inputs, targets, index=few.index)
-    except (HessdiagError, RuntimeError, TypeError, NotImplementedError):
-        return []
-    off = difference(moved, inputs, targets, few.index, signs, _AUDIT, 5)
-    return [AuditEntry("difference", "the whole model", off, DIFFERENCE)]
+def quotients(movable: Objective, few: Numbered, signs: Signs) -> list[AuditEntry]:
+    """Autograd's derivatives of the model against difference quotients (see `derivatives`)."""
+    found = Moved(movable, few.inputs, few.targets, few.index, signs, _AUDIT, 5).run(slope=SLOPE, difference=DIFFERENCE)
+    what, where = ("cut off", ", ".join(found.apart)) if found.apart else ("slope", "the whole model")
+    entries = [AuditEntry(what, where, found.slope, SLOPE)]
+    return entries + [AuditEntry("difference", name, off, DIFFERENCE) for name, off in found.difference.items()]
 
 
 def symmetry(objective: Objective, products: Products, signs: Signs, tolerance: float) -> AuditEntry:

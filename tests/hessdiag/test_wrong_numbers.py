@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import hessdiag as hd
 from hessdiag.diagonal import reference
 from hessdiag.diagonal.propagation import Propagator
-from hessdiag.errors import ConfigurationError, HessdiagError, UncoveredModelError
+from hessdiag.errors import AuditError, ConfigurationError, HessdiagError, UncoveredModelError
 from hessdiag.measurement.plan import Plan
 from hessdiag.objective import Objective
 from hessdiag.signs import Signs
@@ -471,3 +472,190 @@ def test_a_later_batch_that_is_not_covered(check: bool, dtype: torch.dtype) -> N
         assert not said  # before the work
     with pytest.raises(UncoveredModelError, match="batch 1: Softmax"):
         hd.diagonal(hd.Objective(model), batches, plan=Plan("propagation"))
+
+
+# -- derivatives that are not the model's
+
+
+class Half(torch.autograd.Function):
+    """Half of what comes in, on the way back alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 0.5 * g
+
+
+class Forgetful(torch.autograd.Function):
+    """Tanh whose second derivative is lost."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return g * (1 - x.detach().tanh() ** 2)
+
+
+def _no_gradient(s: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = torch.tanh(s.c(x))
+    return s.b(torch.tanh(s.a(h)))
+
+
+PARTS = {"a": lambda: L(5, 4), "b": lambda: L(4, 3), "c": lambda: L(5, 4)}
+ALTERED: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "a detached branch": (lambda s, x: s.b(torch.tanh(s.a(x)) + torch.tanh(s.a(x).detach()) + s.c(x)), "slope"),
+    "a detached gate": (lambda s, x: s.b(torch.tanh(s.a(x)) * torch.sigmoid(s.c(x)).detach()), "'c.weight, c.bias'"),
+    "straight through": (
+        lambda s, x: s.b((lambda h: h + (h.round() - h).detach())(2 * torch.tanh(s.a(x))) + s.c(x)), "slope"),
+    "half a gradient in a small branch": (
+        lambda s, x: s.b(torch.tanh(s.a(x)) + 0.03 * Half.apply(torch.tanh(s.c(x)))), "slope"),
+    "a lost second derivative in a small branch": (
+        lambda s, x: s.b(torch.tanh(s.a(x)) + 0.03 * Forgetful.apply(s.c(x))), "difference of 'c"),
+}  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ALTERED)
+def test_altered_derivatives_are_refused_alike(name: str, method: str, dtype: torch.dtype) -> None:
+    body, message = ALTERED[name]
+    custom = "branch" in name and "detached" not in name
+    expected = f"{message}|Half|Forgetful" if custom and method in ("exact", "propagation") else message
+    with pytest.raises((AuditError, UncoveredModelError), match=expected):
+        hd.measure(hd.Objective(net(body, dtype=dtype, **PARTS)), [data(dtype=dtype)], method=method)
+
+
+@DTYPES
+@pytest.mark.parametrize("method", METHODS)
+def test_a_frozen_part_is_left_out_and_the_rest_is_right(method: str, dtype: torch.dtype) -> None:
+    parts = {"a": lambda: L(4, 4), "b": lambda: L(4, 3), "c": lambda: L(5, 4)}
+    model, batch = net(_no_gradient, dtype=dtype, **parts), data(dtype=dtype)
+    with pytest.raises(AuditError, match=r"'c.weight, c.bias'.*parameters="):
+        hd.measure(hd.Objective(model), [batch], method=method)
+    objective = hd.Objective(model, parameters=r"[ab]\..*")
+    found = hd.measure(objective, [batch], method=method, max_replicates=10, keep_diagonal=True)
+    if method in ("auto", "exact", "reference"):
+        assert found.diagonal is not None
+        truth = by_products(model, batch)
+        agree(found.diagonal.total, {name: truth[name] for name in objective.parameters}, TOLERANCE[dtype])
+
+
+class Rms(nn.Module):
+    """A root mean square norm that computes in float32, as language models' do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.to(torch.float32)
+        return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _attention(s: Any, x: Tensor) -> Tensor:
+    return s.b(torch.tanh(F.softmax(s.a(x), -1, dtype=torch.float32).to(x.dtype) * s.c(x)))
+
+
+SHORT: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    "norm": (lambda s, x: s.b(torch.tanh(s.n(s.a(x))) + s.c(x)), METHODS),
+    "softmax": (_attention, ("auto", "hutchinson", "reference")),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", SHORT)
+def test_parts_in_float32_pass_the_audit(name: str, dtype: torch.dtype) -> None:
+    body, methods = SHORT[name]
+    model, batch = net(body, dtype=dtype, n=Rms, **PARTS), data(dtype=dtype)
+    for method in methods:
+        found = hd.measure(hd.Objective(model), [batch], method=method, max_replicates=10)
+        assert found.audit is not None
+        assert found.audit.dtype == "float64"
+        assert max(e.deviation for e in found.audit.entries if e.check in ("identity", "symmetry")) < 1e-10
+
+
+@DTYPES
+@pytest.mark.parametrize("tied", [False, True])
+def test_pad_tokens_are_constants(tied: bool, dtype: torch.dtype) -> None:
+    def body(s: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(s.e(x)).mean(1)
+        return h @ s.e.weight.T[:, :3] if tied else s.b(h)
+
+    model = net(body, dtype=dtype, e=lambda: nn.Embedding(7, 4, padding_idx=2), b=lambda: L(4, 3))
+    if tied:
+        model.get_submodule("b").requires_grad_(False)
+    with torch.no_grad():
+        model.get_parameter("e.weight")[2] = 0.7
+    g = torch.Generator().manual_seed(0)
+    batch = (torch.randint(0, 7, (N, 5), generator=g), torch.randint(0, 3, (N,), generator=g))
+    for method in ("auto", "hutchinson", "reference"):
+        hd.measure(hd.Objective(model), [batch], method=method, max_replicates=10)
+
+
+class OnceOnly(torch.autograd.Function):
+    """A loss whose gradient may not be differentiated: its Hessian passes for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor) -> Tensor:
+        ctx.save_for_backward(f)
+        return f.square().sum(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (f,) = ctx.saved_tensors
+        return 2 * f * g[:, None]
+
+
+def lacking(f: Tensor, y: Tensor) -> Tensor:
+    return torch._C._nn.hardsigmoid(f).sum(1)
+
+
+def once(f: Tensor, y: Tensor) -> Tensor:
+    return OnceOnly.apply(f)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def detached_weight(f: Tensor, y: Tensor) -> Tensor:
+    losses = F.cross_entropy(f, y, reduction="none")
+    return (1 - (-losses).exp()).detach() * losses
+
+
+@DTYPES
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [(lacking, "'lacking' has no second derivative"), (once, "of 'once' is off"), (detached_weight, "detach")],
+)
+def test_losses_without_their_second_derivative(loss: Any, message: str, method: str, dtype: torch.dtype) -> None:
+    model = net(lambda s, x: s.b(torch.tanh(s.a(x))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    with pytest.raises((AuditError, UncoveredModelError), match=message) as caught:
+        hd.measure(hd.Objective(model, loss), [data(dtype=dtype)], method=method)
+    assert "\n" not in str(caught.value)
+
+
+@DTYPES
+def test_checkpointing_that_is_not_reentrant(dtype: torch.dtype) -> None:
+    def body(s: Any, x: Tensor, *, again: bool = True) -> Tensor:
+        h = torch.tanh(s.a(x))
+
+        def block(h: Tensor) -> Tensor:
+            return s.n(torch.tanh(s.d(h) + s.shift) * s.gain)
+
+        h = checkpoint(block, h, use_reentrant=False) if again else block(h)
+        return s.b(h.mean((2, 3)))
+
+    parts = {
+        "a": lambda: nn.Conv2d(2, 3, 2), "d": lambda: nn.Conv2d(3, 3, 2), "n": lambda: nn.BatchNorm2d(3),
+        "shift": lambda: torch.randn(3, 1, 1), "gain": lambda: torch.randn(3, 1, 1), "b": lambda: L(3, 3),
+    }  # fmt: skip
+    model, plain = net(body, dtype=dtype, **parts), net(lambda s, x: body(s, x, again=False), dtype=dtype, **parts)
+    x, y = data(2, 5, 5, dtype=dtype)
+    truth = by_products(plain, (x, y))
+    agree(hd.diagonal(hd.Objective(model), [(x, y)]).total, truth, TOLERANCE[dtype])
+    agree(expected_propagation(hd.Objective(model), x, y, rank=4), truth, TOLERANCE[dtype])
+    for method in ("exact", "propagation", "hutchinson"):
+        hd.measure(hd.Objective(model), [(x, y)], method=method, max_replicates=10)
