@@ -659,3 +659,31 @@ def test_checkpointing_that_is_not_reentrant(dtype: torch.dtype) -> None:
     agree(expected_propagation(hd.Objective(model), x, y, rank=4), truth, TOLERANCE[dtype])
     for method in ("exact", "propagation", "hutchinson"):
         hd.measure(hd.Objective(model), [(x, y)], method=method, max_replicates=10)
+
+
+# -- numbers that no dtype holds
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-17), (torch.float32, 1e-26), (torch.float64, 1e-80)])
+def test_underflow_of_squares_is_a_status(size: float, dtype: torch.dtype, method: str) -> None:
+    model = net(lambda s, x: size * s.b(torch.tanh(s.a(x))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    x, _ = data(dtype=dtype)
+    found = hd.measure(hd.Objective(model, "half_mse"), [(x, size * x[:, :3])], method=method, max_replicates=10)
+    assert found.status == "underflow"
+    assert any("a.weight" in note and "lost" in note for note in found.notes)
+
+
+@DTYPES
+def test_one_tensor_underflows_and_zeros_are_zeros(dtype: torch.dtype) -> None:
+    size = 1e-17 if dtype == torch.float32 else 1e-80
+    model = net(
+        lambda s, x: s.b(torch.tanh(s.a(x))) + size * s.c(x) + 0 * s.d(x),
+        dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3), c=lambda: L(5, 3), d=lambda: L(5, 3),
+    )  # fmt: skip
+    found = hd.measure(hd.Objective(model), [data(dtype=dtype)], method="exact")
+    assert found.status == "exact; underflow of some tensors"
+    note = next(note for note in found.notes if "lost" in note)
+    assert "c.weight, c.bias;" in note
+    assert "d.weight" not in note
+    assert "a.weight" not in note
