@@ -6,6 +6,7 @@ What is compared, and relative to what, stands in `comparisons`; here which comp
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +26,7 @@ from ..sites.nodes import forward_order, is_leaf
 from ..stream import Numbered
 from . import comparisons
 from .comparisons import AuditEntry
-from .derivatives import loss_quotients
+from .derivatives import Probe, loss_quotients
 from .plan import SITE_METHODS, as_double, double_copy
 
 SAMPLES = 2
@@ -69,8 +70,9 @@ class Audit:
             (e for e in failed if e.check == first.check), key=lambda e: e.deviation / e.tolerance
         )
         why = _DERIVATIVES.get(worst.check, "the model is not covered; use method='hutchinson'")
+        where = repr(worst.layer) if worst.check in _DERIVATIVES else f"layer {worst.layer!r}"
         raise AuditError(
-            f"the audit failed: {worst.check} of {worst.layer!r} is off by {worst.deviation:.2g} "
+            f"the audit failed: {worst.check} of {where} is off by {worst.deviation:.2g} "
             f"(tolerance {worst.tolerance:.0e}): {why}"
         )
 
@@ -96,9 +98,10 @@ class _Twin:
 
     objective: Objective
     few: Numbered
-    movable: bool
     arithmetic: Callable[[], AbstractContextManager[Any]]
     dtype: torch.dtype
+    moved: tuple[Objective, Numbered] | None
+    """A copy that runs in double, and samples for it: the parameters of a user's own model are not moved."""
 
 
 def audit(objective: Objective, first: Numbered, *, method: str, seed: int) -> Audit:
@@ -120,41 +123,55 @@ def _entries(twin: _Twin, method: str, signs: Signs) -> list[AuditEntry]:
         exact.check_separate(linear)
         products = Products(objective, few.inputs, few.targets, index=few.index, parts=False)
         chosen, outputs = choose_layers(linear, signs), linear.outputs
-        entries = [comparisons.identity(linear, layer, products, signs, tolerance) for layer in chosen]
+        forward = comparisons.Forward(linear, list(objective.parameters.values()))
+        entries = [comparisons.identity(linear, forward, layer, products, signs, tolerance) for layer in chosen]
         entries += comparisons.squares(linear, signs, tolerance)
-        more = comparisons.closed(linear, chosen, signs, tolerance)
         if method == "exact":
-            more = comparisons.entries(linear, products, chosen, signs, tolerance)
-        entries += more
+            entries += comparisons.entries(linear, products, chosen, signs, tolerance)
+        else:
+            entries += comparisons.closed(linear, forward, chosen, signs, tolerance)
     if isinstance(objective.loss, CallableLoss):
         off = loss_quotients(objective.loss, outputs, few.targets)
         entries.append(AuditEntry("loss", objective.loss.name, off, comparisons.DIFFERENCE))
-    if twin.movable:
-        entries += comparisons.quotients(objective, few, signs)
+    if twin.moved is not None:
+        entries += comparisons.quotients(*twin.moved, signs)
     return entries
 
 
 def _twin(objective: Objective, few: Numbered) -> _Twin:
-    """The first of these that runs: in double throughout, in double with shorter parts, or the model as it is."""
+    """The first of these that runs: in double throughout, in double with shorter parts, or the model as it is.
+
+    Where only the loss insists on another dtype, derivatives of the model are still compared in double.
+    """
+    own = _Twin(objective, few, nullcontext, objective.dtype, None)
     try:
         copied = double_copy(objective)
         double = replace(few, inputs=as_double(few.inputs), targets=as_double(few.targets))
-        dtype = _shortest(copied, double)
-        if dtype == torch.float64:
-            return _Twin(copied, double, True, nullcontext, dtype)
-        with contextlib.suppress(HessdiagError, RuntimeError, TypeError), InDouble():  # type: ignore[no-untyped-call]
-            if _shortest(copied, double) == torch.float64:  # norms computed in float32, and the like
-                return _Twin(copied, double, True, InDouble, torch.float64)
+        probe = copy.copy(copied)
+        probe.loss = Probe()
+        shortest = _shortest(probe, double)
     except (HessdiagError, RuntimeError, TypeError, NotImplementedError):
-        return _Twin(objective, few, False, nullcontext, objective.dtype)
-    return _Twin(copied, double, False, nullcontext, dtype)
+        return own
+    arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
+    if shortest != torch.float64:  # norms computed in float32, and the like
+        with contextlib.suppress(HessdiagError, RuntimeError, TypeError), InDouble():  # type: ignore[no-untyped-call]
+            shortest = _shortest(probe, double)
+            arithmetic = InDouble
+    moved = (probe, double) if shortest == torch.float64 else None
+    try:
+        with torch.no_grad():
+            copied.summed_loss(double.inputs, double.targets, index=double.index)
+    except (HessdiagError, RuntimeError, TypeError):
+        return replace(own, moved=moved if arithmetic is nullcontext else None)
+    return _Twin(copied, double, arithmetic, shortest, moved)
 
 
 def _shortest(objective: Objective, few: Numbered) -> torch.dtype:
-    """The shortest dtype among the nodes of a loss's graph, float32 at the least."""
+    """The shortest dtype among the nodes of a model's graph, float32 at the least."""
     with torch.enable_grad():
-        loss, _ = objective.summed_loss(few.inputs, few.targets, index=few.index)
-    found = {meta.dtype for node in forward_order(loss.grad_fn) if not is_leaf(node) for meta in node._input_metadata}
+        outputs = objective.outputs(few.inputs, few.targets, index=few.index)
+    inner = [node for node in forward_order(outputs.grad_fn) if not is_leaf(node)]
+    found = {meta.dtype for node in inner for meta in node._input_metadata}
     return torch.float32 if found & {torch.float32, torch.float16, torch.bfloat16} else torch.float64
 
 

@@ -15,6 +15,7 @@ digits than autograd has (see `rounding`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,24 +69,28 @@ def _direction(objective: Objective, names: list[str], signs: Signs) -> Tensors:
     }
 
 
-def identity(linear: Linearisation, layer: Layer, products: Products, signs: Signs, tolerance: float) -> AuditEntry:
-    """The site identity along one random direction of one layer."""
+def identity(
+    linear: Linearisation, forward: Forward, layer: Layer, products: Products, signs: Signs, tolerance: float
+) -> AuditEntry:
+    """The site identity along one random direction of one layer; `forward` is that of all parameters."""
     names = [name for name in (layer.weight, layer.bias) if name]
     u = _direction(linear.objective, names, signs)
     curved = products.hessian(u)
     left = sum(float((u[name].double() * curved[name].double()).sum()) for name in names)
-    value, scale = _site_sums(linear, names, u)
+    everything = linear.objective.parameters
+    value, scale = _site_sums(linear, forward, [u[n] if n in names else None for n in everything])
     off = abs(left - value)
     if off > tolerance * scale:
         loose = unit(linear.objective, products.inputs, products.targets, 0)
-        noise = ROUNDINGS * torch.finfo(linear.outputs.dtype).eps * _site_sums(loose, names, u)[1]
+        alone = Forward(loose, [everything[n] for n in names])
+        noise = ROUNDINGS * torch.finfo(linear.outputs.dtype).eps * _site_sums(loose, alone, [u[n] for n in names])[1]
         off = max(off - noise, 0.0)
     return AuditEntry("identity", layer.name, off / scale if scale else off, tolerance)
 
 
-def _site_sums(linear: Linearisation, names: list[str], u: Tensors) -> tuple[float, float]:
+def _site_sums(linear: Linearisation, forward: Forward, u: Sequence[Tensor | None]) -> tuple[float, float]:
     """(sum c (J u)^2 + the loss term, the same of absolute values)."""
-    pushed, output = push(linear, [linear.objective.parameters[n] for n in names], [u[n] for n in names])
+    pushed, output = forward.along(u)
     value = scale = 0.0
     for site, along in zip(linear.sites, pushed):
         weighted = site.c.double() * along.double().square()
@@ -98,24 +103,30 @@ def _site_sums(linear: Linearisation, names: list[str], u: Tensors) -> tuple[flo
     return value, scale
 
 
-def push(linear: Linearisation, wrt: list[Any], along: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Dz along a direction, for every site, and df: J u as the derivative of <J^T v, u> with respect to v."""
-    with torch.enable_grad():
-        seeds = [torch.zeros_like(site.c, requires_grad=True) for site in linear.sites]
-        output = torch.zeros_like(linear.outputs, requires_grad=True)
-        pulled = linear.backward(seeds, output, wrt, create_graph=True)
-        pairs = [(p, u) for p, u in zip(pulled, along) if p is not None and p.requires_grad]
+class Forward:
+    """J u as the derivative of <J^T v, u> with respect to v: J^T v is recorded once, for any number of directions u."""
+
+    def __init__(self, linear: Linearisation, wrt: Sequence[Any]) -> None:
+        with torch.enable_grad():
+            self._seeds = [torch.zeros_like(site.c, requires_grad=True) for site in linear.sites]
+            self._output = torch.zeros_like(linear.outputs, requires_grad=True)
+            self._pulled = linear.backward(self._seeds, self._output, wrt, create_graph=True)
+
+    def along(self, u: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
+        """Dz along a direction, for every site, and df; None where a parameter stays."""
+        ends = [*self._seeds, self._output]
+        pairs = [(p, d) for p, d in zip(self._pulled, u) if p is not None and p.requires_grad and d is not None]
         if not pairs:
-            return [torch.zeros_like(s) for s in seeds], torch.zeros_like(output)
-        found = torch.autograd.grad(
-            [p for p, _ in pairs],
-            [*seeds, output],
-            [u for _, u in pairs],
-            allow_unused=True,
-            retain_graph=True,
-        )
-    full = [torch.zeros_like(s) if f is None else f for s, f in zip([*seeds, output], found)]
-    return full[:-1], full[-1]
+            return [torch.zeros_like(s) for s in self._seeds], torch.zeros_like(self._output)
+        roots, vectors = [p for p, _ in pairs], [d for _, d in pairs]
+        found = torch.autograd.grad(roots, ends, vectors, allow_unused=True, retain_graph=True)
+        full = [torch.zeros_like(s) if f is None else f for s, f in zip(ends, found)]
+        return full[:-1], full[-1]
+
+
+def push(linear: Linearisation, wrt: Sequence[Any], along: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Dz along one direction, for every site, and df."""
+    return Forward(linear, wrt).along(along)
 
 
 def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[AuditEntry]:
@@ -168,7 +179,9 @@ def entries(
     return entries
 
 
-def closed(linear: Linearisation, layers: list[Layer], signs: Signs, tolerance: float) -> list[AuditEntry]:
+def closed(
+    linear: Linearisation, forward: Forward, layers: list[Layer], signs: Signs, tolerance: float
+) -> list[AuditEntry]:
     """Entries of the closed shares and of the remote gradients of `layers`, by the propagation method."""
     propagator = Propagator(linear)
     places = [place for place in linear.direct if linear.layers[place] in layers]
@@ -184,8 +197,8 @@ def closed(linear: Linearisation, layers: list[Layer], signs: Signs, tolerance: 
         for name in (n for n in (layer.weight, layer.bias) if n):
             parameter, worst = linear.objective.parameters[name], 0.0
             for k in torch.randint(0, parameter.numel(), (2,), generator=generator, device="cpu").tolist():
-                u = one_hot(linear.objective, name, k)[name]
-                pushed, _ = push(linear, [parameter], [u])
+                u = one_hot(linear.objective, name, k)
+                pushed, _ = forward.along([u[n] if n == name else None for n in linear.objective.parameters])
                 own = linear.sites[site].c.double() * pushed[site].double().square()
                 off = abs(float(shares[name].reshape(-1)[k]) - float(own.sum()))
                 worst = max(worst, off / (float(own.abs().sum()) or 1.0) if off else 0.0)

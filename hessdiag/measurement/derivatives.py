@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..diagonal.hutchinson import Products
+from ..errors import HessdiagError
 from ..objective import Objective
 from ..persample import CallableLoss, Curvature, Loss, as_rows
 from ..signs import Signs
@@ -36,7 +37,7 @@ MOVED = 1e-3
 _EPS = torch.finfo(torch.float64).eps
 
 
-class _Probe(Loss):
+class Probe(Loss):
     """S = sum of the outputs under random signs and of half their squares: gradient and Hessian of order one."""
 
     name = "probe"
@@ -64,7 +65,7 @@ class Moved:
         self, objective: Objective, inputs: Any, targets: Tensor, index: int, signs: Signs, *parts: int
     ) -> None:
         self.objective = copy.copy(objective)
-        self.objective.loss = _Probe()
+        self.objective.loss = Probe()
         self.inputs, self.targets, self.index = inputs, targets, index
         self.parameters = objective.parameters
         self.before = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -190,7 +191,7 @@ def loss_quotients(loss: Loss, outputs: Tensor, targets: Tensor) -> float:
             return 0.0
         middle = loss.curvature(f, targets)
         ends = [loss.curvature(f + sign * LOSS_STEP * along, targets) for sign in (1.0, -1.0)]
-    except RuntimeError:
+    except (HessdiagError, RuntimeError):
         return 0.0
     u = as_rows(along)
     pushed = (middle.factor * u[None]).sum(2) * middle.signs[:, None]

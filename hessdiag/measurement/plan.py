@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigurationError, UnknownNameError, nearest
+from ..errors import ConfigurationError, UncoveredModelError, UnknownNameError, nearest
 from ..forward import mapped
 from ..objective import Objective
 from ..sites import Linearisation
@@ -127,6 +127,8 @@ def double_copy(objective: Objective) -> Objective:
     """The same objective on a float64 copy of the model, for checks at float64 accuracy."""
     import copy
 
+    if any(isinstance(module, torch.jit.ScriptModule) for module in objective.model.modules()):
+        raise UncoveredModelError("a copy of scripted code is compiled anew, and shares no graph with the original")
     twin = copy.copy(objective)
     twin.model = copy.deepcopy(objective.model).double()
     everything = dict(twin.model.named_parameters())

@@ -86,7 +86,7 @@ def summarise(
         notes = [
             *notes,
             f"squares below what {objective.dtype} holds, digits or all of them lost: {', '.join(lost)}; "
-            + ("use float64 (model.double())" if objective.dtype != torch.float64 else "scale the loss or the model up"),
+            + ("use float64 (model.double())" if objective.dtype == torch.float32 else "scale the model up"),
         ]
     reason = f"{loop.plan.method}: {loop.plan.reason}" if loop.plan.reason else loop.plan.method
     weight = sum(float(p.detach().double().square().sum()) for p in objective.parameters.values())

@@ -25,6 +25,7 @@ from hessdiag.measurement.plan import Plan
 from hessdiag.objective import Objective
 from hessdiag.signs import Signs
 from hessdiag.sites import Linearisation
+from hessdiag.squares import LayerSquares
 
 torch.set_num_threads(1)
 L, N = nn.Linear, 8
@@ -687,3 +688,23 @@ def test_one_tensor_underflows_and_zeros_are_zeros(dtype: torch.dtype) -> None:
     assert "c.weight, c.bias;" in note
     assert "d.weight" not in note
     assert "a.weight" not in note
+
+
+# -- what propagation's audit looks at
+
+
+@pytest.mark.parametrize("wrong", ["weighted", "remote"])
+def test_the_audit_of_propagation_sees_its_closed_shares(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net(
+        lambda s, x: s.c(torch.tanh(s.b(torch.tanh(s.a(x)))).mean((2, 3))),
+        a=lambda: nn.Conv2d(2, 3, 2), b=lambda: nn.Conv2d(3, 3, 2), c=lambda: L(3, 3),
+    )  # fmt: skip
+    batch = data(2, 5, 5)
+    assert hd.measure(hd.Objective(model), [batch], method="propagation", max_replicates=10).audit is not None
+    if wrong == "weighted":
+        weighted = LayerSquares.weighted
+        monkeypatch.setattr(LayerSquares, "weighted", lambda s, c: {n: 1.01 * t for n, t in weighted(s, c).items()})
+    else:
+        monkeypatch.setattr(Linearisation, "remote", lambda _self, _place, cotangent, _seeds: cotangent)
+    with pytest.raises(AuditError, match="closed of layer"):
+        hd.measure(hd.Objective(model), [batch], method="propagation", max_replicates=10)
