@@ -11,6 +11,7 @@ Inputs may be a tensor, or tensors in tuples, lists, dictionaries and other mapp
 from __future__ import annotations
 
 import copy
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
@@ -98,7 +99,7 @@ class _Mending(TorchFunctionMode):
 
 
 def _mended(model: nn.Module) -> AbstractContextManager[Any]:
-    compiled = getattr(getattr(torch, "_dynamo", None), "OptimizedModule", ())
+    compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())  # not imported for this
     if any(isinstance(module, compiled) or module._compiled_call_impl is not None for module in model.modules()):
         return nullcontext()
     return _Mending()
