@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     bound = [(m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, scripted)]
     gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     values = [(b, b.detach().clone()) for b in model.buffers()]
-    hooks = [(found, dict(found)) for p in model.parameters() if (found := p._backward_hooks)]
+    hooks = [(found, dict(found)) for found in _gradient_hooks(model) if found]
     states = _random_states(model)
     try:
         for found, _ in hooks:  # they change gradients, hence the Hessian that autograd shows, not the loss
@@ -50,6 +51,15 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(states[0])
         for device, state in states[1]:
             torch.cuda.set_rng_state(state, device)
+
+
+def _gradient_hooks(model: nn.Module) -> Iterator[dict[int, Any]]:
+    for parameter in model.parameters():
+        yield parameter._backward_hooks or {}
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield module._backward_hooks
+            yield module._backward_pre_hooks
 
 
 def _random_states(model: nn.Module) -> tuple[Tensor, list[tuple[torch.device, Tensor]]]:

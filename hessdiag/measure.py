@@ -21,7 +21,7 @@ from .guard import as_it_was, memory_errors
 from .measurement.audit import Audit
 from .measurement.choose import EXACT_BUDGET, check_budget, check_given, decide, stored_plan
 from .measurement.loop import Callback, Loop
-from .measurement.plan import METHODS, Plan
+from .measurement.plan import METHODS, SITE_METHODS, Plan
 from .measurement.population import measure_population
 from .measurement.provenance import provenance
 from .measurement.result import Measurement
@@ -32,7 +32,7 @@ from .measurement.world import World
 from .norm.estimates import check_confidence
 from .objective import Objective
 from .sites import Linearisation
-from .stream import Batches, Survey, check_apart, check_deterministic, numbered, survey
+from .stream import Batches, Numbered, Survey, check_apart, check_deterministic, numbered, survey
 
 ADVICE = "lower the batch size, choose fewer parameters (parameters=...), or a method that needs less (propagation)"
 
@@ -71,9 +71,7 @@ def measure(
     world = World.current()
     with as_it_was(objective.model), memory_errors(ADVICE):
         objective.check_modes()
-        facts = check_deterministic(objective, batches) if deterministic_check else survey(objective, batches)
-        first = next(iter(numbered(objective, batches)))
-        check_apart(objective, first)
+        facts, first = _look(objective, batches, plan.method if plan else method, deterministic_check)
         checked: Audit | None = None
         notes: list[str] = []
         path = None if resume is None else Path(resume)
@@ -159,9 +157,7 @@ def diagonal(
     world = World.current()
     with as_it_was(objective.model), memory_errors(ADVICE):
         objective.check_modes()
-        facts = check_deterministic(objective, batches) if deterministic_check else survey(objective, batches)
-        first = next(iter(numbered(objective, batches)))
-        check_apart(objective, first)
+        facts, first = _look(objective, batches, plan.method if plan else method, deterministic_check)
         if plan is None:
             plan, _ = decide(objective, first, facts, method, seed, audit_model, replicates=replicates)
         else:
@@ -185,6 +181,19 @@ def diagonal(
         while loop.streams and loop.done < replicates:
             loop.run_round(min(plan.at_once, replicates - loop.done))
         return loop.diagonal(provenance(objective, facts, plan, seed=seed, target="data", world=world))
+
+
+def _look(objective: Objective, batches: Batches, method: str, twice: bool) -> tuple[Survey, Numbered]:
+    """What is known of the data before any method is chosen, and their first batch."""
+    coverage = method in ("auto", *SITE_METHODS)
+    if twice:
+        facts = check_deterministic(objective, batches, coverage=coverage)
+    else:
+        facts = survey(objective, batches, coverage=coverage)
+    first = next(iter(numbered(objective, batches)))
+    if not twice:
+        check_apart(objective, first)
+    return facts, first
 
 
 def _check_basics(objective: Objective, method: str, seed: int) -> None:

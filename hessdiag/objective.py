@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from .errors import (
     ConfigurationError,
@@ -26,6 +25,7 @@ from .errors import (
     StochasticModeError,
     TargetError,
 )
+from .forward import forward, leaves
 from .losses import make_loss
 from .persample import Loss, PerSample
 from .selection import choose
@@ -118,7 +118,7 @@ class Objective:
     def outputs(self, inputs: Any, targets: Tensor, *, index: int) -> Tensor:
         """The model's outputs on one checked batch, themselves checked against the targets."""
         try:
-            outputs = self.model(inputs)
+            outputs = forward(self.model, inputs)
         except (HessdiagError, MemoryError):
             raise
         except Exception as error:
@@ -143,7 +143,10 @@ class Objective:
 
     def summed_loss(self, inputs: Any, targets: Tensor, *, index: int = 0) -> tuple[Tensor, Tensor]:
         """`(sum_n w_n l_n, W)` of one batch: differentiable, without the weight-decay term."""
-        outputs = self.outputs(inputs, targets, index=index)
+        return self.summed_losses(self.outputs(inputs, targets, index=index), targets, index=index)
+
+    def summed_losses(self, outputs: Tensor, targets: Tensor, *, index: int = 0) -> tuple[Tensor, Tensor]:
+        """The same from the outputs."""
         losses = self.loss.values(outputs, targets)
         if not bool(torch.isfinite(losses.detach()).all()):
             raise NonFiniteError(f"batch {index}: the loss {self.loss.name!r} is not finite; check the targets")
@@ -169,7 +172,7 @@ class Objective:
 
     def _failure(self, error: Exception, inputs: Any, index: int) -> HessdiagError:
         """The model's own exception as one line, with what is visibly wrong with the inputs."""
-        for leaf in _pytree.tree_leaves(inputs):
+        for leaf in leaves(inputs):
             if not isinstance(leaf, Tensor):
                 if hasattr(leaf, "__array__"):
                     return ConfigurationError(
@@ -205,7 +208,7 @@ class Objective:
         ]
         try:
             with torch.no_grad():
-                self.model(inputs)
+                forward(self.model, inputs)
         finally:
             for handle in handles:
                 handle.remove()

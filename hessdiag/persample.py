@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import ConfigurationError, HessdiagError, NonFiniteError
+from .errors import ConfigurationError, HessdiagError, NonFiniteError, UncoveredModelError
 
 PerSample = Callable[[Tensor, Tensor], Tensor]
 
@@ -94,15 +94,15 @@ class CallableLoss(Loss):
                 raise ConfigurationError(
                     f"loss {self.name!r} does not depend differentiably on the outputs (is it detached?)"
                 )
-            (gradient,) = torch.autograd.grad(loss.sum(), f, create_graph=True)
-            flat = as_rows(gradient)
-            rows = []
-            for c in range(flat.shape[1]):
-                if not flat.requires_grad:
-                    rows.append(torch.zeros_like(flat))
-                    continue
-                (row,) = torch.autograd.grad(flat[:, c].sum(), f, retain_graph=True, allow_unused=True)
-                rows.append(torch.zeros_like(flat) if row is None else as_rows(row))
+            try:
+                flat, rows = _rows_of_hessian(loss, f)
+            except RuntimeError as error:
+                if "out of memory" in str(error) or "allocate memory" in str(error):
+                    raise
+                raise UncoveredModelError(
+                    f"the loss {self.name!r} has no second derivative in torch ({str(error).splitlines()[0]}); write "
+                    "it in operations that have one; no method here measures it"
+                ) from error
         hessian = torch.stack(rows, 1).detach().double()
         loss, flat = loss.detach().double(), flat.detach().double()
         if not bool(torch.isfinite(hessian).all()):
@@ -128,6 +128,19 @@ class CallableLoss(Loss):
                 raise
         f = outputs.detach().requires_grad_(True)
         return f, self.values(f, targets)
+
+
+def _rows_of_hessian(loss: Tensor, f: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """(gradient [N, C], one row [N, C] of the C x C Hessians for each output)."""
+    (gradient,) = torch.autograd.grad(loss.sum(), f, create_graph=True)
+    flat = as_rows(gradient)
+    if not flat.requires_grad:
+        return flat, [torch.zeros_like(flat)] * flat.shape[1]
+    rows = []
+    for c in range(flat.shape[1]):
+        (row,) = torch.autograd.grad(flat[:, c].sum(), f, retain_graph=True, allow_unused=True)
+        rows.append(torch.zeros_like(flat) if row is None else as_rows(row))
+    return flat, rows
 
 
 def as_rows(tensor: Tensor) -> Tensor:

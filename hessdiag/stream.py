@@ -1,21 +1,27 @@
 """Data as a re-iterable of batches: counted, numbered, checked for saying the same thing twice.
 
 Every average in this project is weighted by samples, so the weight of the whole data must be known; one pass counts it.
-A second pass is compared with the first to catch what is not deterministic, and to say whether data or model changed.
+A second pass, every batch cut in two at random, is compared with the first: it catches what is not deterministic, says
+whether data or model changed, and catches a model that lets the samples of any batch meet. Losses are compared with
+those of each sample alone in the first batch, and of parts of the others. Where the sites must cover the model, every
+batch's graph is read on the way, so that a batch they do not cover is known before the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from .errors import ConfigurationError, EmptyDataError, NotDeterministicError, UncoveredModelError
+from .forward import leaves, mapped
 from .objective import Objective
+from .persample import CallableLoss
+from .signs import cpu_generator
+from .sites.graph import Graph, detach_guard
 
 Batches = Iterable[Any]
 
@@ -37,6 +43,8 @@ class Survey:
     order: float
     shuffled: bool = False
     checked: bool = False
+    uncovered: str | None = None
+    """Why the site identity does not serve some batch, if that was looked at."""
 
     @property
     def mean_loss(self) -> float:
@@ -56,7 +64,7 @@ class Numbered:
     def part(self, chosen: Tensor) -> Numbered:
         """Some samples of the batch."""
         count = len(self.targets)
-        inputs = _pytree.tree_map(lambda x: x[chosen] if _by_sample(x, count) else x, self.inputs)
+        inputs = mapped(self.inputs, lambda x: x[chosen] if _by_sample(x, count) else x)
         return Numbered(self.index, self.start, inputs, self.targets[chosen])
 
     def few(self, count: int) -> Numbered:
@@ -85,17 +93,47 @@ def numbered(objective: Objective, batches: Batches, *, align: int = 1) -> Itera
         yield Numbered(index, start, *rest)
 
 
-def survey(objective: Objective, batches: Batches) -> Survey:
-    """One pass without gradients: samples, weight, loss and fingerprints of the data."""
+@dataclass(frozen=True)
+class _Seen:
+    """Of one batch of the first pass: fingerprints of its samples, of their outputs, and the outputs' largest entry."""
+
+    marks: Tensor
+    outputs: Tensor
+    size: float
+
+
+def survey(
+    objective: Objective,
+    batches: Batches,
+    *,
+    coverage: bool = False,
+    keep: list[_Seen] | None = None,
+    against: Sequence[_Seen] | None = None,
+) -> Survey:
+    """One pass: samples, weight, loss and fingerprints of the data.
+
+    `coverage` reads the graphs of all batches but the first. `keep` takes what a second pass is held `against`.
+    """
     objective.check_modes()
     samples = count = largest = 0
     weight = loss = data = size = order = 0.0
+    uncovered: str | None = None
     with torch.no_grad():
         for batch in numbered(objective, batches):
-            batch_loss, batch_weight = objective.summed_loss(batch.inputs, batch.targets, index=batch.index)
+            marks = fingerprint(batch.inputs, batch.targets)
+            look = coverage and batch.index > 0 and uncovered is None
+            if against is None:
+                outputs, refusal = _outputs(objective, batch, look)
+            else:
+                outputs, refusal = _apart_in_two(objective, batch, marks, against, look)
+            uncovered = uncovered or refusal
+            if keep is not None:
+                keep.append(_Seen(marks, fingerprint(outputs, batch.targets, targets=False), _largest(outputs)))
+            batch_loss, batch_weight = objective.summed_losses(outputs, batch.targets, index=batch.index)
+            if against is None:
+                check_loss(objective, outputs, batch)
             loss += float(batch_loss.double())
             weight += float(batch_weight)
-            marks = fingerprint(batch.inputs, batch.targets)
             place = torch.arange(batch.start, batch.start + len(marks), dtype=torch.float64, device=marks.device)
             data += float(marks.sum())
             size += float(marks.abs().sum())
@@ -107,12 +145,14 @@ def survey(objective: Objective, batches: Batches) -> Survey:
         raise EmptyDataError("the data hold no batches; a generator that was used up gives none either")
     if weight <= 0:
         raise EmptyDataError("all samples have class weight zero: the mean loss is 0/0")
-    return Survey(samples, count, largest, weight, loss, data, size, order)
+    return Survey(samples, count, largest, weight, loss, data, size, order, uncovered=uncovered)
 
 
-def check_deterministic(objective: Objective, batches: Batches) -> Survey:
+def check_deterministic(objective: Objective, batches: Batches, *, coverage: bool = False) -> Survey:
     """Two passes compared; the exception says whether the data or the model changed between them."""
-    first, second = survey(objective, batches), survey(objective, batches)
+    seen: list[_Seen] = []
+    first = survey(objective, batches, keep=seen)
+    second = survey(objective, batches, coverage=coverage, against=seen)
     if first.samples != second.samples:
         raise NotDeterministicError(
             f"two passes over the data gave {first.samples} and {second.samples} samples; pass a fixed set of batches"
@@ -122,14 +162,15 @@ def check_deterministic(objective: Objective, batches: Batches) -> Survey:
             "the data differ between two passes (random augmentation, or shuffling with drop_last): "
             "fix them, e.g. batches = list(loader)"
         )
-    tolerance = 1e-10 if objective.dtype == torch.float64 else 1e-5
-    if abs(first.loss - second.loss) > tolerance * (abs(first.loss) + 1e-30):
+    double = objective.dtype == torch.float64
+    noise = (1e-14 if double else 1e-5) * sum(one.size * len(one.marks) for one in seen)  # a fitted loss is that
+    if abs(first.loss - second.loss) > (1e-10 if double else 1e-5) * abs(first.loss) + noise + 1e-30:
         raise NotDeterministicError(
             f"the model is random: the same data gave losses {first.mean_loss:.9g} and {second.mean_loss:.9g} "
             "(functional dropout, noise, batch statistics); make it deterministic, e.g. by model.eval()"
         )
     shuffled = abs(first.order - second.order) > 1e-9 * (first.data_size + 1e-300)
-    return replace(first, shuffled=shuffled, checked=True)
+    return replace(first, shuffled=shuffled, checked=True, uncovered=second.uncovered)
 
 
 def watch(facts: Survey, batches: Iterable[Numbered]) -> Iterator[Numbered]:
@@ -148,38 +189,117 @@ def watch(facts: Survey, batches: Iterable[Numbered]) -> Iterator[Numbered]:
         )
 
 
-def check_apart(objective: Objective, first: Numbered) -> None:
-    """Refuse a model that mixes the samples of a batch: cut from its batch, a sample must give the same outputs."""
-    count = len(first.targets)
-    if count < 2:
-        return
-    alone = first.part(torch.arange(count - 1, count, device=first.targets.device))
-    tolerance = 1e-8 if objective.dtype == torch.float64 else 1e-3
+def check_apart(objective: Objective, batch: Numbered) -> None:
+    """Refuse a model that mixes the samples of a batch: cut in two, the batch must give the same outputs."""
     with torch.no_grad():
-        outputs = objective.outputs(first.inputs, first.targets, index=first.index)
-        cut = objective.outputs(alone.inputs, alone.targets, index=first.index)
-        losses = objective.loss.values(outputs, first.targets)[-1:]
-        lone = objective.loss.values(outputs[-1:], alone.targets)
-    off = _apart(outputs[-1:], cut)
-    if off > tolerance:
+        _apart_in_two(objective, batch, fingerprint(batch.inputs, batch.targets), (), False)
+
+
+def check_loss(objective: Objective, outputs: Tensor, batch: Numbered) -> None:
+    """Refuse a callable loss with a gradient of its own in the parameters, and one that lets samples meet.
+
+    The losses known by name do neither.
+    """
+    loss = objective.loss
+    if not isinstance(loss, CallableLoss):
+        return
+    if batch.index == 0:
+        with torch.enable_grad():
+            alone = loss.values(outputs.detach(), batch.targets)
+            taken = _taken(alone, objective)
+        if taken:
+            raise ConfigurationError(
+                f"the loss {loss.name!r} depends on parameter {taken!r} itself, beside the outputs (a penalty?), "
+                "so it is no mean over samples; give weight decay by l2=, or let the model return what is penalised"
+            )
+        loss.curvature(outputs[:2], batch.targets[:2])  # raises where there is none
+    whole, count = loss.values(outputs, batch.targets), len(batch.targets)
+    parts = list(torch.split(torch.arange(count, device="cpu"), 1)) if batch.index == 0 else _halves(batch)
+    cut = torch.zeros_like(whole)
+    for chosen in parts:
+        where = chosen.to(whole.device)
+        cut[where] = loss.values(outputs[where], batch.targets[where])
+    off = float((whole - cut).double().abs().max()) / (_largest(whole) or 1.0)
+    if off > _APART[objective.dtype]:
         raise UncoveredModelError(
-            f"the model mixes the samples of a batch: alone, a sample's outputs change by {off:.1e} of their size; "
-            "its loss is no mean over samples, and no method here measures it"
-        )
-    off = _apart(losses, lone)
-    if off > tolerance:
-        raise UncoveredModelError(
-            f"the loss {objective.loss.name!r} mixes the samples of a batch: alone, a sample's loss changes by "
+            f"the loss {loss.name!r} mixes the samples of a batch: alone, a sample's loss changes by "
             f"{off:.1e} of its size; it is no mean over samples, and no method here measures it"
         )
 
 
-def _apart(whole: Tensor, cut: Tensor) -> float:
-    """Largest difference, relative to the largest entry."""
-    if not whole.numel():
-        return 0.0
-    a, b = whole.detach().double(), cut.detach().double()
-    return float((a - b).abs().max()) / (float(a.abs().max()) or 1.0)
+_APART = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+def _outputs(objective: Objective, batch: Numbered, look: bool) -> tuple[Tensor, str | None]:
+    """Outputs of a batch and, if asked to look, why the site identity does not cover it."""
+    with torch.set_grad_enabled(look):
+        outputs = objective.outputs(batch.inputs, batch.targets, index=batch.index)
+        if not look:
+            return outputs, None
+        try:
+            detach_guard(outputs)
+            Graph(outputs, objective.parameters)
+        except UncoveredModelError as error:
+            return outputs.detach(), f"batch {batch.index}: {error}"
+    return outputs.detach(), None
+
+
+def _apart_in_two(
+    objective: Objective, batch: Numbered, marks: Tensor, seen: Sequence[_Seen], look: bool
+) -> tuple[Tensor, str | None]:
+    """Outputs of a batch from its two halves, held against those of the whole."""
+    halves = _halves(batch)
+    if len(halves) < 2:
+        return _outputs(objective, batch, look)
+    outputs: Tensor | None = None
+    refusal: str | None = None
+    for number, chosen in enumerate(halves):
+        part = batch.part(chosen.to(batch.targets.device))
+        found, why = _outputs(objective, part, look and number == 0)
+        refusal = refusal or why
+        if outputs is None:
+            outputs = found.new_zeros(len(batch.targets), *found.shape[1:])
+        outputs[chosen.to(outputs.device)] = found
+    assert outputs is not None
+    before = seen[batch.index] if batch.index < len(seen) else None
+    if before is None or not torch.equal(before.marks, marks):  # not looked at, or in another order
+        whole = _outputs(objective, batch, False)[0]
+        before = _Seen(marks, fingerprint(whole, batch.targets, targets=False), _largest(whole))
+    now = fingerprint(outputs, batch.targets, targets=False)
+    entries = outputs[0].numel()
+    off = float((now - before.outputs).abs().max()) / (before.size * entries**0.5 or 1.0)
+    if off > _APART[objective.dtype]:
+        again = fingerprint(_outputs(objective, batch, False)[0], batch.targets, targets=False)
+        if not torch.equal(again, fingerprint(_outputs(objective, batch, False)[0], batch.targets, targets=False)):
+            raise NotDeterministicError(
+                f"batch {batch.index}: the model is random: the same samples gave other outputs (functional dropout, "
+                "noise, batch statistics); make it deterministic, e.g. by model.eval()"
+            )
+        raise UncoveredModelError(
+            f"batch {batch.index}: the model mixes the samples of a batch: cut in two, its outputs change by {off:.1e} "
+            "of their size; its loss is no mean over samples, and no method here measures it"
+        )
+    return outputs, refusal
+
+
+def _halves(batch: Numbered) -> list[Tensor]:
+    """The samples of a batch dealt at random into two parts; one where there is one sample."""
+    count = len(batch.targets)
+    order = torch.randperm(count, generator=cpu_generator(batch.index), device="cpu")
+    return [part.sort().values for part in torch.split(order, (count + 1) // 2)]
+
+
+def _taken(losses: Tensor, objective: Objective) -> str | None:
+    """The first chosen parameter that losses of detached outputs still depend on."""
+    if not losses.requires_grad:
+        return None
+    names = list(objective.parameters)
+    found = torch.autograd.grad(losses.sum(), list(objective.parameters.values()), allow_unused=True)
+    return next((name for name, gradient in zip(names, found) if gradient is not None), None)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.detach().abs().max()) if values.numel() else 0.0
 
 
 def _iterate(batches: Batches) -> Iterator[Any]:
@@ -203,12 +323,13 @@ def _by_sample(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
 
 
-def fingerprint(inputs: Any, targets: Tensor) -> Tensor:
-    """One number per sample, a fixed random-looking function of its values."""
-    marks = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
-    leaves = [x for x in _pytree.tree_leaves(inputs) if _by_sample(x, len(targets))]
-    for number, leaf in enumerate([*leaves, targets]):
-        flat = leaf.detach().double().reshape(len(targets), -1)
+def fingerprint(inputs: Any, labels: Tensor, *, targets: bool = True) -> Tensor:
+    """One number per sample, a fixed random-looking function of its values (and of its target)."""
+    count = len(labels)
+    marks = torch.zeros(count, dtype=torch.float64, device=labels.device)
+    parts = [x for x in leaves(inputs) if _by_sample(x, count)]
+    for number, leaf in enumerate([*parts, labels] if targets else parts):
+        flat = leaf.detach().double().reshape(count, -1)
         wave = torch.cos(torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device) * (1.7 + number) + 0.3)
         marks += flat @ wave
     return marks

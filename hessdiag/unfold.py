@@ -23,9 +23,9 @@ def matrix_input(node: Any) -> Tensor:
     raise UncoveredModelError(f"{node.name()} did not save its input; is the weight's gradient needed?")
 
 
-def patches(x: Tensor, node: Any, groups: int) -> Tensor:
+def patches(x: Tensor, node: Any, kernel: torch.Size, groups: int) -> Tensor:
     """[n, groups, C/groups * kernel, positions]: what each output position of a convolution sees, for any dimension."""
-    kernel = node._saved_weight.shape[2:]
+    kernel = kernel[2:]
     dims = len(kernel)
     stride, padding, dilation = (
         _per_axis(getattr(node, f"_saved_{k}"), dims) for k in ("stride", "padding", "dilation")

@@ -20,6 +20,7 @@ from hessdiag.errors import (
     nearest,
 )
 from hessdiag.examples import EXAMPLES, example_path
+from hessdiag.forward import forward
 from hessdiag.measurement.world import World
 from hessdiag.objective import Objective
 from hessdiag.perturbation import PGDSpec, keyed_pgd
@@ -94,7 +95,7 @@ def try_out(objective: Objective, batches: Iterable[Any], data: DataSet) -> None
     few, labels = inputs[:2], targets[:2]
     try:
         with torch.no_grad():
-            objective.model(few)
+            forward(objective.model, few)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(

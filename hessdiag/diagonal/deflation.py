@@ -61,6 +61,7 @@ def deflation(
     rank = min(rank, max(sum(site.c.numel() // batch.samples for site in batch.sites), 1))
     roots = [site.c.abs().sqrt() for site in batch.sites]
     positive = [(site.c > 0).reshape(batch.samples, -1) for site in batch.sites]
+    sizes = [torch.Size(p.shape) for p in positive]
     edges = [layer.edge for layer in batch.layers]
     blanks = [torch.zeros_like(root, requires_grad=True) for root in roots]
     with _double(), torch.enable_grad():  # linear in its seeds: its gradient along a is the forward product J a
@@ -68,8 +69,8 @@ def deflation(
     rows: list[list[Tensor]] = [[] for _ in roots]
     for number in range(rank):
         seeds = [
-            root * signs.samples(root.shape, start, number, BASIS, place, dtype=root.dtype)
-            for place, root in enumerate(roots)
+            root * signs.samples(size, start, number, BASIS, place, dtype=root.dtype).reshape(root.shape)
+            for place, (root, size) in enumerate(zip(roots, sizes))
         ]
         deltas = batch.backward(seeds, None, edges)
         if not number:

@@ -7,7 +7,8 @@ neurons    a linear layer on vectors: one direction per output unit, all its wei
 one direction per scalar parameter, da/dW_ok = the inputs that W_ok sees positions  one direction per output
 position: the S x S block B_o of each output channel, then sum_n x_k^T B_o x_k
 
-Directions of all samples share a pass: samples do not mix (checked by whoever calls).
+Directions of all samples share a pass: samples do not mix (checked by whoever calls). A sample that owns several rows
+of the batch axis has their outputs moved together.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..errors import UncoveredModelError
 from ..sites import Layer, Linearisation, Site, edge_shape
+from ..sites.nodes import constant
 from ..squares import LayerSquares
 from ..unfold import matrix_input, patches
 from .collector import Collector
@@ -69,7 +71,8 @@ class Directions:
             return {"neurons": shape.channels}
         parameters = self.batch.objective.parameters
         own = sum(parameters[name].numel() for name in (layer.weight, layer.bias) if name)
-        if layer.kind in ("conv", "linear") and layer.weight:
+        folded = layer.kind == "conv" and self.out[0] != self.samples  # rows of one sample may meet above
+        if layer.kind in ("conv", "linear") and layer.weight and not folded:
             return {"weights": own, "positions": shape.channels * shape.positions}
         return {"weights": own}
 
@@ -120,10 +123,10 @@ class Directions:
                 into.outer(layer.weight, low, q, matrix_input(layer.node).reshape(samples, -1).square())
 
     def _inputs(self) -> Tensor:
-        """[N, groups, fan, positions]."""
+        """[rows, groups, fan, positions]; the rows of a linear layer's sample count as positions."""
         node = self.layer.node
         if self.layer.kind == "conv":
-            return patches(node._saved_input.detach(), node, node._saved_groups)
+            return patches(node._saved_input.detach(), node, node._saved_weight.shape, node._saved_groups)
         x = matrix_input(node)
         return x.reshape(self.samples, 1, self.shape.positions, -1).transpose(2, 3)
 
@@ -133,7 +136,8 @@ class Directions:
             if layer.weight:
                 yield from self._products(layer.weight, self._inputs(), count)
             if layer.bias:
-                ones = self.batch.outputs.new_ones(self.samples, 1, 1, self.shape.positions)
+                rows = self.out[0] if layer.kind == "conv" else self.samples
+                ones = self.batch.outputs.new_ones(rows, 1, 1, self.shape.positions)
                 yield from self._products(layer.bias, ones, count)
         elif layer.kind == "norm":
             node = layer.node
@@ -155,7 +159,7 @@ class Directions:
             for channel in range(channels):
                 rows = inputs[:, channel * groups // channels].transpose(0, 1)
                 for low in range(0, fan, count):
-                    value = rows[low : low + count].reshape(-1, self.samples, 1, *self.out[2:])
+                    value = rows[low : low + count].reshape(-1, self.out[0], 1, *self.out[2:])
                     first = channel * fan + low
                     band = (channel, channel + 1)
                     yield name, slice(first, first + len(value)), Tangent(value, None, band)
@@ -165,7 +169,7 @@ class Directions:
             flat = torch.arange(low, min(low + count, channels * fan), device=inputs.device)
             o, k = flat // fan, flat % fan
             values = inputs[:, o * groups // channels, k].transpose(0, 1)
-            seed = values.new_zeros(len(flat), self.samples, channels, self.shape.positions)
+            seed = values.new_zeros(len(flat), len(inputs), channels, self.shape.positions)
             seed[torch.arange(len(flat), device=seed.device), :, o] = values
             yield (
                 name,
@@ -196,7 +200,7 @@ class Directions:
         slot = next(i for i, (s, _) in enumerate(layer.node.next_functions) if hasattr(s, "variable"))
         other = None
         if layer.kind == "scale":
-            other = (layer.node._saved_other if slot == 0 else layer.node._saved_self).detach()
+            other = constant(layer.node, slot)
         size = parameter.numel()
         for low in range(0, size, count):
             high = min(low + count, size)

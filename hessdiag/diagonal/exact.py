@@ -116,7 +116,7 @@ def check_separate(batch: Linearisation) -> None:
     must vanish.
     """
     samples = batch.samples
-    if samples == 1:
+    if samples == 1 or not batch.layers:
         return
     order = torch.randperm(samples, generator=cpu_generator(samples), device="cpu")
     half = (order < (samples + 1) // 2).to(batch.outputs.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..sites import edge_shape
 from ..sites.elementwise import derivatives, is_elementwise
 from ..sites.graph import Edge
-from ..sites.nodes import BATCH_NORM
+from ..sites.nodes import BATCH_NORM, constant
 from .denserules import DENSE, broadcast
 
 if TYPE_CHECKING:
@@ -42,11 +42,8 @@ def factor_of(node: Any, slot: int) -> tuple[bool, Tensor | None]:
         return True, _scalar(-float(node._saved_alpha), node)
     if name in ("NegBackward0", "RsubBackward1"):
         return True, _scalar(-1.0, node)
-    if name == "MulBackward0":
-        other = node._saved_other if slot == 0 else node._saved_self
-        return True, _aligned(other.detach(), edge_shape((node, 0)))
-    if name == "DivBackward0" and slot == 0:
-        return True, _aligned(node._saved_other.detach().reciprocal(), edge_shape((node, 0)))
+    if name == "MulBackward0" or (name == "DivBackward0" and slot == 0):
+        return True, _aligned(constant(node, slot), edge_shape((node, 0)))
     return False, None
 
 
@@ -148,8 +145,7 @@ def _product(node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent:
 
     total: Tensor | None = None
     for slot, edge, tangent in given:
-        other = (node._saved_other if slot == 0 else node._saved_self).detach()
-        part = broadcast(tangent.dense(edge_shape(edge)), shape) * other
+        part = broadcast(tangent.dense(edge_shape(edge)), shape) * constant(node, slot)
         total = part if total is None else total + part
     assert total is not None
     return Tangent(total)

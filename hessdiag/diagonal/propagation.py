@@ -92,9 +92,10 @@ class Propagator:
 
     def functional(self, signs: Signs, replicate: int) -> Tensors:
         """One unbiased replicate of the functional part beyond its `direct` and `deflated` shares, samples summed."""
+        samples = self.batch.samples
         drawn = [
             signs.samples(
-                site.c.shape,
+                torch.Size((samples, site.c.numel() // samples)),
                 self.start,
                 replicate,
                 FUNCTIONAL,

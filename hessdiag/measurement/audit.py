@@ -5,20 +5,29 @@ What is compared, and relative to what, stands in `comparisons`; here which comp
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import contextlib
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
+from ..diagonal import exact
 from ..diagonal.hutchinson import Products
 from ..errors import AuditError, HessdiagError
+from ..forward import InDouble
 from ..objective import Objective
+from ..persample import CallableLoss
 from ..signs import Signs, cpu_generator
 from ..sites import Layer, Linearisation
+from ..sites.nodes import forward_order, is_leaf
 from ..stream import Numbered
 from . import comparisons
 from .comparisons import AuditEntry
-from .plan import as_double, double_copy
+from .derivatives import Probe, loss_quotients
+from .plan import SITE_METHODS, as_double, double_copy
 
 SAMPLES = 2
 LAYERS = 8
@@ -53,50 +62,117 @@ class Audit:
 
     def require(self) -> None:
         """Raise AuditError naming the layer, unless everything agreed."""
-        if not self.passed:
-            worst = self.worst
-            why = "the model is not covered; use method='hutchinson'"
-            if worst.check in ("symmetry", "difference"):
-                why = (
-                    "autograd's second derivatives are not the model's (a custom function without one, detach() or "
-                    "a straight-through estimator, a hook on gradients), and no method here can do without them"
-                )
-            raise AuditError(
-                f"the audit failed: {worst.check} of layer {worst.layer!r} is off by {worst.deviation:.2g} "
-                f"(tolerance {worst.tolerance:.0e}): {why}"
-            )
+        if self.passed:
+            return
+        failed = [entry for entry in self.entries if not entry.passed]
+        first = next((e for check in _DERIVATIVES for e in failed if e.check == check), None)
+        worst = self.worst if first is None else max(
+            (e for e in failed if e.check == first.check), key=lambda e: e.deviation / e.tolerance
+        )
+        why = _DERIVATIVES.get(worst.check, "the model is not covered; use method='hutchinson'")
+        where = repr(worst.layer) if worst.check in _DERIVATIVES else f"layer {worst.layer!r}"
+        raise AuditError(
+            f"the audit failed: {worst.check} of {where} is off by {worst.deviation:.2g} "
+            f"(tolerance {worst.tolerance:.0e}): {why}"
+        )
+
+
+_DERIVATIVES = {
+    "cut off": "the loss depends on these parameters, but no gradient reaches them (detach() or no_grad() in the "
+    "model); leave them out (parameters=...), or freeze them by requires_grad_(False)",
+    "loss": "autograd's derivatives of the loss are not the loss's (detach() or a custom function in it), and no "
+    "method here can do without them",
+    "slope": "autograd's gradient is not the model's (detach(), no_grad(), a straight-through estimator, a custom "
+    "function with another gradient), and no method here can do without it",
+    "difference": "autograd's second derivatives are not the model's (a custom function without one, a detach() in its "
+    "backward), and no method here can do without them",
+    "symmetry": "autograd's second derivatives are not symmetric, so they are not the model's (torch's own slip in an "
+    "operation, or a custom function), and no method here can do without them",
+}
+"""Checks of derivatives that every method rests on, those that explain the others first."""
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """What is audited: a copy in float64 where there can be one, and the arithmetic that keeps it in double."""
+
+    objective: Objective
+    few: Numbered
+    arithmetic: Callable[[], AbstractContextManager[Any]]
+    dtype: torch.dtype
+    moved: tuple[Objective, Numbered] | None
+    """A copy that runs in double, and samples for it: the parameters of a user's own model are not moved."""
 
 
 def audit(objective: Objective, first: Numbered, *, method: str, seed: int) -> Audit:
     """Check `method` on the first samples of the data."""
-    few = first.few(SAMPLES)
-    twin, inputs, targets = objective, few.inputs, few.targets
-    if objective.dtype != torch.float64:
-        try:
-            twin = double_copy(objective)
-            inputs, targets = as_double(few.inputs), few.targets
-            if targets.is_floating_point():
-                targets = targets.double()
-            with torch.no_grad():
-                twin.summed_loss(inputs, targets, index=first.index)
-        except (HessdiagError, RuntimeError, TypeError, NotImplementedError):
-            twin, inputs, targets = objective, few.inputs, few.targets
-    signs = Signs(seed, twin.device)
-    tolerance = TOLERANCE[twin.dtype]
-    needs_sites = method not in ("hutchinson", "reference")
-    if needs_sites:
-        linear = Linearisation(twin, inputs, targets, index=first.index)
-    products = Products(twin, inputs, targets, index=first.index, parts=False)
-    if not needs_sites:
-        entries = [comparisons.symmetry(twin, products, signs, tolerance)]
-        entries += comparisons.quotients(objective, few, signs)
+    twin = _twin(objective, first.few(SAMPLES))
+    with twin.arithmetic():
+        entries = _entries(twin, method, Signs(seed, twin.objective.device))
+    return Audit(tuple(entries), len(twin.few.targets), str(twin.dtype).removeprefix("torch."))
+
+
+def _entries(twin: _Twin, method: str, signs: Signs) -> list[AuditEntry]:
+    objective, few, tolerance = twin.objective, twin.few, TOLERANCE[twin.dtype]
+    if method not in SITE_METHODS:
+        products = Products(objective, few.inputs, few.targets, index=few.index, parts=False)
+        entries = [comparisons.symmetry(objective, products, signs, tolerance)]
+        outputs = products._outputs
     else:
-        chosen = choose_layers(linear, signs)
-        entries = [comparisons.identity(linear, layer, products, signs, tolerance) for layer in chosen]
+        linear = Linearisation(objective, few.inputs, few.targets, index=few.index)
+        exact.check_separate(linear)
+        products = Products(objective, few.inputs, few.targets, index=few.index, parts=False)
+        chosen, outputs = choose_layers(linear, signs), linear.outputs
+        forward = comparisons.Forward(linear, list(objective.parameters.values()))
+        entries = [comparisons.identity(linear, forward, layer, products, signs, tolerance) for layer in chosen]
         entries += comparisons.squares(linear, signs, tolerance)
         if method == "exact":
             entries += comparisons.entries(linear, products, chosen, signs, tolerance)
-    return Audit(tuple(entries), len(few.targets), str(twin.dtype).removeprefix("torch."))
+        else:
+            entries += comparisons.closed(linear, forward, chosen, signs, tolerance)
+    if isinstance(objective.loss, CallableLoss):
+        off = loss_quotients(objective.loss, outputs, few.targets)
+        entries.append(AuditEntry("loss", objective.loss.name, off, comparisons.DIFFERENCE))
+    if twin.moved is not None:
+        entries += comparisons.quotients(*twin.moved, signs)
+    return entries
+
+
+def _twin(objective: Objective, few: Numbered) -> _Twin:
+    """The first of these that runs: in double throughout, in double with shorter parts, or the model as it is.
+
+    Where only the loss insists on another dtype, derivatives of the model are still compared in double.
+    """
+    own = _Twin(objective, few, nullcontext, objective.dtype, None)
+    try:
+        copied = double_copy(objective)
+        double = replace(few, inputs=as_double(few.inputs), targets=as_double(few.targets))
+        probe = copy.copy(copied)
+        probe.loss = Probe()
+        shortest = _shortest(probe, double)
+    except (HessdiagError, RuntimeError, TypeError, NotImplementedError):
+        return own
+    arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
+    if shortest != torch.float64:  # norms computed in float32, and the like
+        with contextlib.suppress(HessdiagError, RuntimeError, TypeError), InDouble():  # type: ignore[no-untyped-call]
+            shortest = _shortest(probe, double)
+            arithmetic = InDouble
+    moved = (probe, double) if shortest == torch.float64 else None
+    try:
+        with torch.no_grad():
+            copied.summed_loss(double.inputs, double.targets, index=double.index)
+    except (HessdiagError, RuntimeError, TypeError):
+        return replace(own, moved=moved if arithmetic is nullcontext else None)
+    return _Twin(copied, double, arithmetic, shortest, moved)
+
+
+def _shortest(objective: Objective, few: Numbered) -> torch.dtype:
+    """The shortest dtype among the nodes of a model's graph, float32 at the least."""
+    with torch.enable_grad():
+        outputs = objective.outputs(few.inputs, few.targets, index=few.index)
+    inner = [node for node in forward_order(outputs.grad_fn) if not is_leaf(node)]
+    found = {meta.dtype for node in inner for meta in node._input_metadata}
+    return torch.float32 if found & {torch.float32, torch.float16, torch.bfloat16} else torch.float64
 
 
 def choose_layers(linear: Linearisation, signs: Signs) -> list[Layer]:

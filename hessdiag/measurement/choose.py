@@ -14,7 +14,7 @@ from ..sites import Linearisation
 from ..stream import Numbered, Survey
 from .audit import Audit, audit
 from .pilot import DEFLATE_BYTES, DEFLATE_LEAST, PILOT_SAMPLES, ROUNDED, direction_bytes, rounding
-from .plan import Plan, make_plan
+from .plan import SITE_METHODS, Plan, make_plan
 from .resume import restore
 
 AUTO_EXACT_FLOPS = 3e10
@@ -56,8 +56,11 @@ def decide(
         )
 
     wanted, reason = method, "asked for"
+    check_covered(facts, method)
     if method == "auto":
         try:
+            if facts.uncovered:
+                raise UncoveredModelError(facts.uncovered)
             wanted, reason = _cheapest(objective, first, facts)
             checked = _audited(objective, first, wanted, seed) if audit_model else None
             return plan(wanted, reason), checked
@@ -65,6 +68,12 @@ def decide(
             wanted, reason = "hutchinson", f"the site identity does not serve here: {error}"
     checked = _audited(objective, first, wanted, seed) if audit_model else None
     return plan(wanted, reason), checked
+
+
+def check_covered(facts: Survey, method: str) -> None:
+    """Refuse a method of sites where some batch is known not to be covered, before any work."""
+    if facts.uncovered and method in SITE_METHODS:
+        raise UncoveredModelError(facts.uncovered)
 
 
 def _audited(objective: Objective, first: Numbered, method: str, seed: int) -> Audit:
@@ -102,6 +111,7 @@ def check_given(
     objective: Objective, first: Numbered, facts: Survey, plan: Plan, seed: int, audit_model: bool
 ) -> Audit | None:
     """The audit of a plan that was given, or taken up, and whether it fits model and data."""
+    check_covered(facts, plan.method)
     checked = _audited(objective, first, plan.method, seed) if audit_model else None
     check_directions(objective, first, facts, plan)
     return checked

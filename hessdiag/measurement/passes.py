@@ -49,6 +49,7 @@ class Passes:
         linear = Linearisation(self.objective, batch.inputs, batch.targets, index=batch.index, balance=plan.balance)
         if plan.method == "exact":
             return exact.batch_diagonal(linear, progress=tell)
+        exact.check_separate(linear)
         propagator = self._propagator(linear, batch)
         functional = propagator.direct()
         accumulate(functional, propagator.deflated())

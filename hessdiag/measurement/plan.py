@@ -11,15 +11,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..errors import ConfigurationError, UnknownNameError, nearest
+from ..errors import ConfigurationError, UncoveredModelError, UnknownNameError, nearest
+from ..forward import mapped
 from ..objective import Objective
 from ..sites import Linearisation
 from ..stream import Numbered
 from .pilot import PILOT_SAMPLES, balance_products, choose_groups, choose_rank
 
 METHODS = ("exact", "propagation", "hutchinson", "reference")
+SITE_METHODS = ("exact", "propagation")
+"""Those that rest on the site identity."""
 EXACT_COLUMNS = 32
 """Loss-factor columns up to which the Gauss-Newton part is taken exactly, in one pass each."""
 KEEP_BYTES = 1 << 28
@@ -125,6 +127,8 @@ def double_copy(objective: Objective) -> Objective:
     """The same objective on a float64 copy of the model, for checks at float64 accuracy."""
     import copy
 
+    if any(isinstance(module, torch.jit.ScriptModule) for module in objective.model.modules()):
+        raise UncoveredModelError("a copy of scripted code is compiled anew, and shares no graph with the original")
     twin = copy.copy(objective)
     twin.model = copy.deepcopy(objective.model).double()
     everything = dict(twin.model.named_parameters())
@@ -135,6 +139,4 @@ def double_copy(objective: Objective) -> Objective:
 
 def as_double(value: Any) -> Any:
     """Floating-point tensors of a structure in float64."""
-    from torch.utils import _pytree
-
-    return _pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value)
+    return mapped(value, lambda x: x.double() if x.is_floating_point() else x)

@@ -80,6 +80,14 @@ def summarise(
     eps = torch.finfo(objective.dtype).eps
     if norm.total.replicates and norm.total.high > 0.0 and norm.total.half_width <= 32.0 * eps:  # all share a rounding
         notes = [*notes, f"the interval is of sampling alone, and narrower than rounding in {objective.dtype}"]
+    lost = _underflown(objective, first, total)
+    if lost:
+        status = "underflow" if len(lost) == len(total.tensors) else f"{status}; underflow of some tensors"
+        notes = [
+            *notes,
+            f"squares below what {objective.dtype} holds, digits or all of them lost: {', '.join(lost)}; "
+            + ("use float64 (model.double())" if objective.dtype == torch.float32 else "scale the model up"),
+        ]
     reason = f"{loop.plan.method}: {loop.plan.reason}" if loop.plan.reason else loop.plan.method
     weight = sum(float(p.detach().double().square().sum()) for p in objective.parameters.values())
     return Measurement(
@@ -102,6 +110,32 @@ def summarise(
         provenance=provenance,
         diagonal=loop.diagonal(dict(provenance)) if keep_diagonal else None,
     )
+
+
+COLUMNS_SEEN = 8
+
+
+def _underflown(objective: Objective, first: Numbered, report: NormReport) -> list[str]:
+    """Tensors whose squares are lost in the dtype, or whose norm's are in float64, though the outputs depend on them.
+
+    Only a norm that small is looked at: a zero is one if no column of the loss's Hessian factor reaches the parameters.
+    """
+    small, double = torch.finfo(objective.dtype), torch.finfo(torch.float64)
+    least = max((small.tiny / small.eps) ** 2, double.tiny / double.eps)  # of squares of entries
+    doubtful = [name for name, norm in report.tensors.items() if abs(norm.square) < least]
+    if not doubtful:
+        return []
+    few = first.few(2)
+    with torch.enable_grad():
+        outputs = objective.outputs(few.inputs, few.targets, index=few.index)
+    factor = objective.loss.curvature(outputs.detach(), few.targets).factor[:COLUMNS_SEEN]
+    found = set()
+    for column in factor if outputs.requires_grad else ():
+        seed = column.to(outputs.dtype).reshape(outputs.shape)
+        wanted = [objective.parameters[name] for name in doubtful]
+        gradients = torch.autograd.grad(outputs, wanted, seed, retain_graph=True, allow_unused=True)
+        found |= {name for name, g in zip(doubtful, gradients) if g is not None and bool(g.any())}
+    return [name for name in doubtful if name in found]
 
 
 def _reports(

@@ -65,36 +65,38 @@ def _mish(node: Any) -> Derivatives:
     return t + x * t1, 2 * t1 + x * (r * s * c - 2 * t * r * s * s)
 
 
-def _elu_parts(node: Any, curved: Tensor, negative: Tensor) -> Derivatives:
+def _elu_parts(node: Any, curved: Tensor, z: Tensor) -> Derivatives:
+    """`curved` is alpha exp(rate z) below 0, z anything of its sign. At 0 torch takes sigma' from the left and
+    sigma'' from the right.
+    """
     scale, rate = float(node._saved_scale), float(node._saved_input_scale)
-    first = torch.where(negative, curved * rate, scale)
-    return first, torch.where(negative, curved * rate * rate, 0.0)
+    return torch.where(z <= 0, curved * rate, scale), torch.where(z < 0, curved * rate * rate, 0.0)
 
 
 def _elu(node: Any) -> Derivatives:
     x = node._saved_self
     rate = float(node._saved_input_scale)
     curved = float(node._saved_scale) * float(node._saved_alpha) * torch.exp(rate * x.clamp(max=0))
-    return _elu_parts(node, curved, x <= 0)
+    return _elu_parts(node, curved, x)
 
 
 def _elu_result(node: Any) -> Derivatives:
     r = node._saved_result
-    return _elu_parts(node, r + float(node._saved_scale) * float(node._saved_alpha), r <= 0)
+    return _elu_parts(node, r + float(node._saved_scale) * float(node._saved_alpha), r)
 
 
-def _celu_parts(alpha: float, slope: Tensor, negative: Tensor) -> Derivatives:
-    return torch.where(negative, slope, 1.0), torch.where(negative, slope / alpha, 0.0)
+def _celu_parts(alpha: float, slope: Tensor, z: Tensor) -> Derivatives:
+    return torch.where(z <= 0, slope, 1.0), torch.where(z < 0, slope / alpha, 0.0)
 
 
 def _celu(node: Any) -> Derivatives:
     x, alpha = node._saved_self, float(node._saved_alpha)
-    return _celu_parts(alpha, torch.exp(x.clamp(max=0) / alpha), x <= 0)
+    return _celu_parts(alpha, torch.exp(x.clamp(max=0) / alpha), x)
 
 
 def _celu_result(node: Any) -> Derivatives:
     r, alpha = node._saved_result, float(node._saved_alpha)
-    return _celu_parts(alpha, r / alpha + 1, r <= 0)
+    return _celu_parts(alpha, r / alpha + 1, r)
 
 
 def _log_sigmoid(node: Any) -> Derivatives:
@@ -137,11 +139,13 @@ def _leaky(saved: str) -> Callable[[Any], Derivatives]:
     return derivatives
 
 
-def _inside(low: str, high: str) -> Callable[[Any], Derivatives]:
+def _inside(low: str, high: str, *, ends: bool = True, saved: str = "_saved_self") -> Callable[[Any], Derivatives]:
+    """1 between two bounds, and on them if `ends`: torch's slope is 1 there for clamp, 0 for Hardtanh and ReLU6."""
+
     def derivatives(node: Any) -> Derivatives:
-        x = node._saved_self
+        x = getattr(node, saved)
         keep = torch.ones_like(x, dtype=torch.bool)
-        for name, compare in ((low, torch.ge), (high, torch.le)):
+        for name, compare in ((low, torch.ge if ends else torch.gt), (high, torch.le if ends else torch.lt)):
             bound = getattr(node, name, None) if name else None
             if bound is not None:
                 keep &= compare(x, float(bound))
@@ -189,7 +193,8 @@ PIECEWISE_LINEAR: dict[str, Callable[[Any], Derivatives]] = {
     "ReluBackward0": _relu,
     "LeakyReluBackward0": _leaky("_saved_self"),
     "LeakyReluBackward1": _leaky("_saved_result"),
-    "HardtanhBackward0": _inside("_saved_min_val", "_saved_max_val"),
+    "HardtanhBackward0": _inside("_saved_min_val", "_saved_max_val", ends=False),
+    "HardtanhBackward1": _inside("_saved_min_val", "_saved_max_val", ends=False, saved="_saved_result"),
     "ClampBackward1": _inside("_saved_min", "_saved_max"),
     "ClampMinBackward0": _inside("_saved_min", ""),
     "ClampMaxBackward0": _inside("", "_saved_max"),

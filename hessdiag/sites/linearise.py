@@ -27,7 +27,7 @@ from ..persample import Curvature
 from .direct import Direct, find_direct
 from .elementwise import derivatives, is_elementwise
 from .graph import Edge, Graph, Layer, detach_guard
-from .nodes import Key, edge_key, edge_shape
+from .nodes import Key, constant, edge_key, edge_shape
 
 
 @dataclass(frozen=True)
@@ -224,9 +224,8 @@ class Linearisation:
         if any(layer.node is node for layer in self.layers):
             return None
         name = node.name()
-        if name == "MulBackward0":
-            other = node._saved_other if live[0] == 0 else node._saved_self
-            return None if other is None else (other.detach(), live[0])
+        if name == "MulBackward0" or (name == "DivBackward0" and live[0] == 0):
+            return constant(node, live[0]), live[0]
         if name in ("AddBackward0", "SubBackward0") and live[0] == 0:
             return 1.0, 0
         if name == "NegBackward0":

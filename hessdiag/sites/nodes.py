@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ..errors import UncoveredModelError
 
 Key = tuple[int, int]
 
@@ -65,6 +68,20 @@ def edge_shape(edge: tuple[Any, int]) -> torch.Size:
     if hasattr(node, "variable"):
         return torch.Size(node.variable.shape)
     return torch.Size(node._input_metadata[number].shape)
+
+
+def constant(node: Any, slot: int) -> Tensor:
+    """What a product or a quotient multiplies its input `slot` by, in the dtype of its output.
+
+    A Python number is saved as a float64 tensor that torch still takes for a number: what is computed from it falls to
+    the default dtype, and what it meets as a tensor of no axes is lifted to float64. Neither is left of it here.
+    """
+    quotient = node.name().startswith("Div")
+    saved = node._saved_self if slot == 1 else node._saved_other
+    if saved is None:
+        raise UncoveredModelError(f"{node.name()} did not save its other factor; is a gradient of it needed?")
+    value: Tensor = torch.empty_like(saved, dtype=node._input_metadata[0].dtype).copy_(saved.detach())
+    return value.reciprocal_() if quotient else value
 
 
 def edge_key(edge: tuple[Any, int]) -> Key:

@@ -260,7 +260,7 @@ def test_audit_passes_and_says_what_it_compared(model: nn.Module) -> None:
     m = hd.measure(hd.Objective(model), BATCHES, method="exact")
     assert m.audit is not None
     assert m.audit.passed
-    assert {e.check for e in m.audit.entries} == {"identity", "squares", "entries"}
+    assert {e.check for e in m.audit.entries} == {"identity", "squares", "entries", "slope", "difference"}
     assert m.audit.worst.deviation < 1e-10
     float32 = seeded(Residual).float()
     m = hd.measure(hd.Objective(float32), [(X.float(), Y)], method="propagation")

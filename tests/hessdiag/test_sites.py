@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -55,6 +56,10 @@ def check_identity(model: nn.Module) -> Linearisation:
         left = 0.0 if hv is None else float((u * hv).sum())
         right, scale = site_sum(linear, parameter, u)
         assert abs(left - right) <= 1e-10 * scale, (name, left, right, scale)
+        short = copy.deepcopy(model).float()
+        single = Linearisation(hd.Objective(short), x.float(), y)
+        rounded, _ = site_sum(single, short.get_parameter(name), u.float())
+        assert abs(left - rounded) <= 2e-5 * scale, (name, left, rounded, scale)
     return linear
 
 

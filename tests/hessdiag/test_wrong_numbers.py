@@ -1,0 +1,710 @@
+"""Ordinary models and losses that once gave a wrong number with a clean status, a foreign exception or a false refusal.
+
+The reference is one Hessian-vector product for each parameter in float64, or differences of gradients where torch has
+no second derivative.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, UserDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import hessdiag as hd
+from hessdiag.diagonal import reference
+from hessdiag.diagonal.propagation import Propagator
+from hessdiag.errors import AuditError, ConfigurationError, HessdiagError, UncoveredModelError
+from hessdiag.measurement.plan import Plan
+from hessdiag.objective import Objective
+from hessdiag.signs import Signs
+from hessdiag.sites import Linearisation
+from hessdiag.squares import LayerSquares
+
+torch.set_num_threads(1)
+L, N = nn.Linear, 8
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+
+
+class Net(nn.Module):
+    """Modules and parameters by name, and the forward pass as a function of both."""
+
+    def __init__(self, body: Callable[..., Any], parts: dict[str, Any]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+        self.body = body
+
+    def forward(self, x: Any) -> Any:
+        return self.body(self, x)
+
+
+def net(body: Callable[..., Any], *, dtype: Any = torch.float64, **parts: Any) -> nn.Module:
+    """A seeded net; `parts` are calls that make them, in their order."""
+    torch.manual_seed(0)
+    return Net(body, {name: part() for name, part in parts.items()}).to(dtype).eval()
+
+
+def data(*shape: int, n: int = N, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, *(shape or (5,)), generator=g, dtype=torch.float64).to(dtype)
+    return x, torch.randint(0, 3, (n,), generator=g)
+
+
+def by_products(model: nn.Module, *batches: tuple[Any, Tensor], loss: Any = "cross_entropy") -> dict[str, Tensor]:
+    """The diagonal of the mean loss by one Hessian-vector product for each parameter, in float64."""
+    objective = Objective(copy.deepcopy(model).double(), loss)
+    total: dict[str, Tensor] = {}
+    weight = 0.0
+    for x, y in batches:
+        inputs = x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        found, _, w, _ = reference.batch_diagonal(objective, inputs, y)
+        total = {name: value + total.get(name, 0) for name, value in found.items()}
+        weight += w
+    return {name: value / weight for name, value in total.items()}
+
+
+def agree(found: Any, truth: dict[str, Tensor], tolerance: float) -> None:
+    for name, wanted in truth.items():
+        off = float((found[name].double() - wanted).norm()) / (float(wanted.norm()) or 1.0)
+        assert off <= tolerance, (name, off)
+
+
+def expected_propagation(objective: Objective, x: Any, y: Tensor, *, rank: int = 0) -> dict[str, Tensor]:
+    """What propagation gives on average: every one-hot vector in the place of the signs, `rank` directions apart."""
+    batch = Linearisation(objective, x, y)
+    propagator = Propagator(batch)
+    out = propagator.direct()
+    propagator.deflate(Signs(0), rank)
+    parts = [propagator.gauss_newton(), propagator.deflated()]
+    single = [1] * len(propagator.squares)
+    sizes = [site.c.numel() // batch.samples for site in batch.sites]
+    for number, size in enumerate(sizes):
+        for j in range(size):
+            unit = [torch.zeros(batch.samples, s, dtype=site.c.dtype) for s, site in zip(sizes, batch.sites)]
+            unit[number][:, j] = 1
+            for sign in (1, -1):
+                left = unit if propagator.deflation is None else propagator.deflation.project(unit, sign)
+                propagator._square_pass(propagator._seeds(sign, left), None, out, float(sign), single)
+    for part in parts:
+        out = {name: out[name] + part[name] for name in out}
+    return {name: value / batch.weight for name, value in out.items()}
+
+
+# -- constants written as Python numbers
+
+
+def _steps(s: Any, x: Tensor) -> Tensor:
+    h = s.a(x)
+    h = h + 0.3 * torch.tanh(s.b(h))
+    h = h + 0.3 * torch.tanh(s.c(h))
+    return s.d(h)
+
+
+def _lora(s: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(s.a(x) + 0.5 * s.c(s.b(x)))
+    return s.d(h)
+
+
+NUMBERS: dict[str, tuple[Callable[..., Tensor], dict[str, Callable[[], Any]], tuple[int, ...]]] = {
+    "h + 0.3 tanh(b(h))": (
+        _steps, {"a": lambda: L(5, 4), "b": lambda: L(4, 4), "c": lambda: L(4, 4), "d": lambda: L(4, 3)}, (5,)),
+    "h sigmoid(1.702 h)": (
+        lambda s, x: s.b((lambda h: h * torch.sigmoid(1.702 * h))(s.a(x))),
+        {"a": lambda: L(5, 4), "b": lambda: L(4, 3)}, (5,)),
+    "LoRA": (
+        _lora, {"a": lambda: L(5, 4), "b": lambda: L(5, 2), "c": lambda: L(2, 4), "d": lambda: L(4, 3)}, (5,)),
+    "x * 1.0": (
+        lambda s, x: s.b((lambda h: (h * 1.0) * torch.sigmoid(h * 1.0))(s.a(x))),
+        {"a": lambda: L(5, 4), "b": lambda: L(4, 3)}, (5,)),
+    "h / 0.7 on pixels": (
+        lambda s, x: s.c(torch.tanh(s.b(torch.tanh(s.a(x) / 0.7) / 1.1)).mean((2, 3))),
+        {"a": lambda: nn.Conv2d(2, 3, 2), "b": lambda: nn.Conv2d(3, 3, 2), "c": lambda: L(3, 3)}, (2, 4, 4)),
+    "quotients of one tensor": (
+        lambda s, x: s.b((lambda h: (h / 0.7) * torch.sigmoid(h / 0.9))(s.a(x).flatten(1) / 3)),
+        {"a": lambda: nn.Conv2d(2, 2, 2), "b": lambda: L(18, 3)}, (2, 4, 4)),
+    "learned gain after a number": (
+        lambda s, x: s.b(torch.tanh(s.g * (0.7 * s.a(x)))),
+        {"a": lambda: L(5, 4), "g": lambda: torch.randn(4), "b": lambda: L(4, 3)}, (5,)),
+}  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize("name", NUMBERS)
+def test_python_numbers_in_a_model(name: str, dtype: torch.dtype) -> None:
+    body, parts, shape = NUMBERS[name]
+    model = net(body, dtype=dtype, **parts)
+    x, y = data(*shape, dtype=dtype)
+    truth = by_products(model, (x, y))
+    objective = hd.Objective(model)
+    agree(hd.diagonal(objective, [(x, y)]).total, truth, TOLERANCE[dtype])
+    agree(expected_propagation(objective, x, y), truth, TOLERANCE[dtype])
+    for method in ("exact", "propagation"):
+        hd.measure(objective, [(x, y)], method=method, max_replicates=10)
+
+
+# -- kinks: torch's own slope on them
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    {
+        "relu6": F.relu6,
+        "relu6 in place": lambda h: F.relu6(h, inplace=True),
+        "hardtanh": F.hardtanh,
+        "clamp": lambda h: h.clamp(-1.0, 1.0),
+        "hardswish": F.hardswish,
+        "leaky": lambda h: F.leaky_relu(h, 0.2),
+        "elu": F.elu,
+        "selu": F.selu,
+    }.items(),
+)
+def test_exactly_at_a_bound(name: str, function: Callable[[Tensor], Tensor]) -> None:
+    model = net(lambda s, x: s.b(function(s.a(x) * 1.0)), a=lambda: L(5, 4), b=lambda: L(4, 3))
+    x = torch.zeros(N, 5, dtype=torch.float64)
+    x[:, 0] = torch.tensor([6.0, 1.0, -1.0, 0.0, 3.0, -3.0, 0.5, 5.0])
+    with torch.no_grad():
+        model.a.weight.copy_(model.a.weight.sign())  # type: ignore[union-attr,operator]
+        model.a.bias.zero_()  # type: ignore[union-attr,operator]
+    batch = (x, data()[1])
+    truth = by_products(model, batch)
+    for seed in range(3):
+        agree(hd.diagonal(hd.Objective(model), [batch], seed=seed).total, truth, 1e-10)
+    agree(expected_propagation(hd.Objective(model), *batch), truth, 1e-10)
+
+
+# -- parameters with a leading axis of one
+
+
+@DTYPES
+def test_directions_beside_parameters_of_leading_size_one(dtype: torch.dtype) -> None:
+    model = net(
+        lambda s, x: s.b((lambda h: h + s.gain * torch.tanh(s.c(h)))(torch.tanh(s.a(x) + s.place))).mean(1),
+        dtype=dtype, a=lambda: L(5, 6), c=lambda: L(6, 6), b=lambda: L(6, 3),
+        place=lambda: torch.randn(1, 4, 6), gain=lambda: torch.randn(1, 1, 6),
+    )  # fmt: skip
+    x, y = data(4, 5, dtype=dtype)
+    truth = by_products(model, (x, y))
+    objective = hd.Objective(model)
+    agree(expected_propagation(objective, x, y, rank=4), truth, TOLERANCE[dtype])
+    found = hd.diagonal(objective, [(x, y)], method="propagation", plan=Plan("propagation", deflate=4))
+    assert found.status == "estimate"
+
+
+
+
+# -- where the samples lie, and how parameters lie in memory
+
+
+def _folded_images(s: Any, x: Tensor) -> Tensor:
+    n, t = x.shape[:2]
+    h = torch.tanh(s.norm(s.a(x.reshape(n * t, 2, 4, 4)))).mean((2, 3))
+    h = torch.tanh(s.b(h) * s.gain + s.shift)
+    return s.c(h).reshape(n, t, 3).mean(1)
+
+
+def _folded_tokens(s: Any, x: Tensor) -> Tensor:
+    n, t, d = x.shape
+    h = torch.tanh(s.b(torch.tanh(s.a(x.reshape(n * t, d)))))
+    return s.c(torch.tanh(s.mix(h.reshape(n, t, 4).transpose(1, 2))).mean(2))
+
+
+FOLDED = {
+    "images": (_folded_images, {
+        "a": lambda: nn.Conv2d(2, 3, 3), "norm": lambda: nn.BatchNorm2d(3), "b": lambda: L(3, 4),
+        "gain": lambda: torch.randn(4), "shift": lambda: torch.randn(4), "c": lambda: L(4, 3)}, (3, 2, 4, 4)),
+    "tokens": (_folded_tokens, {
+        "a": lambda: L(5, 4), "b": lambda: L(4, 4), "mix": lambda: L(3, 2), "c": lambda: L(4, 3)}, (3, 5)),
+}  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize("name", FOLDED)
+def test_tokens_folded_into_the_batch_axis(name: str, dtype: torch.dtype) -> None:
+    body, parts, shape = FOLDED[name]
+    model = net(body, dtype=dtype, **parts)
+    x, y = data(*shape, dtype=dtype)
+    truth = by_products(model, (x, y))
+    objective = hd.Objective(model)
+    agree(hd.diagonal(objective, [(x, y)]).total, truth, TOLERANCE[dtype])
+    agree(expected_propagation(objective, x, y), truth, TOLERANCE[dtype])
+    agree(expected_propagation(objective, x, y, rank=4), truth, TOLERANCE[dtype])
+    for method in ("exact", "propagation"):
+        assert hd.measure(objective, [(x, y)], method=method, max_replicates=10).plan.method == method
+    whole = hd.diagonal(objective, [(x, y)], method="propagation", plan=Plan("propagation")).total
+    parts_ = [(x[:3], y[:3]), (x[3:], y[3:])]
+    cut = hd.diagonal(objective, parts_, method="propagation", plan=Plan("propagation")).total
+    agree(cut, {n: t.double() for n, t in whole.items()}, 10 * TOLERANCE[dtype])  # signs belong to samples
+
+
+def test_tokens_before_samples_are_refused() -> None:
+    model = net(
+        lambda s, x: s.b(torch.tanh(s.a(x.transpose(0, 1).reshape(-1, 5)))).reshape(x.shape[1], -1, 3).mean(0),
+        a=lambda: L(5, 4), b=lambda: L(4, 3),
+    )  # fmt: skip
+    for method in ("exact", "propagation"):
+        with pytest.raises(HessdiagError, match=r"samples|squares"):
+            hd.measure(hd.Objective(model), [data(3, 5)], method=method)
+    assert hd.measure(hd.Objective(model), [data(3, 5)], max_replicates=10).plan.method == "hutchinson"
+
+
+@DTYPES
+@pytest.mark.parametrize("method", ["exact", "propagation"])
+def test_weights_that_do_not_lie_in_order(method: str, dtype: torch.dtype) -> None:
+    model = net(lambda s, x: s.b(torch.tanh(s.a(x))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    with torch.no_grad():
+        model.a.weight = nn.Parameter(torch.randn(5, 4, dtype=dtype).T)  # type: ignore[union-attr]
+    images = net(
+        lambda s, x: s.c(torch.tanh(s.b(torch.tanh(s.a(x)))).mean((2, 3))),
+        dtype=dtype, a=lambda: nn.Conv2d(2, 4, 3), b=lambda: nn.Conv2d(4, 4, 3), c=lambda: L(4, 3),
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    x, y = data(2, 6, 6, dtype=dtype)
+    for one, batch in ((model, data(dtype=dtype)), (images, (x, y)), (images, (x.to(memory_format=torch.channels_last), y))):
+        found = hd.measure(hd.Objective(one), [batch], method=method, rtol=0.5, keep_diagonal=True)
+        assert found.plan.method == method
+        if method == "exact":
+            assert found.diagonal is not None
+            agree(found.diagonal.total, by_products(one, batch), TOLERANCE[dtype])
+        else:
+            agree(expected_propagation(hd.Objective(one), *batch), by_products(one, batch), TOLERANCE[dtype])
+
+
+# -- what a forward pass may do
+
+
+def scaled_gradient(h: Tensor) -> Tensor:
+    if h.requires_grad:
+        h.register_hook(lambda g: 1.5 * g)
+    return h
+
+
+def _doubled(_module: nn.Module, given: tuple[Tensor, ...], _out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(2 * g for g in given)
+
+
+@pytest.mark.parametrize("method", ["exact", "propagation", "reference", "hutchinson"])
+def test_hooks_on_gradients_change_no_hessian(method: str) -> None:
+    parts = {"a": lambda: L(5, 4), "b": lambda: L(4, 4), "c": lambda: L(4, 3)}
+    model = net(lambda s, x: s.c(torch.tanh(s.b(scaled_gradient(torch.tanh(s.a(x)))))), **parts)
+    plain = net(lambda s, x: s.c(torch.tanh(s.b(torch.tanh(s.a(x))))), **parts)
+    model.get_submodule("b").register_full_backward_hook(_doubled)  # type: ignore[arg-type]
+    batch = data()
+    found = hd.diagonal(hd.Objective(model), [batch], method=method)
+    if method in ("exact", "reference"):
+        agree(found.total, by_products(plain, batch), 1e-10)
+    assert len(model.get_submodule("b")._backward_hooks) == 1
+
+
+@DTYPES
+@pytest.mark.parametrize("change", ["clamp_", "mul_"])
+def test_a_model_that_changes_its_inputs_in_place(change: str, dtype: torch.dtype) -> None:
+    apply = {"clamp_": lambda x: x.clamp_(-0.5, 0.5), "mul_": lambda x: x.mul_(1.1)}[change]
+    beside = {"clamp_": lambda x: x.clamp(-0.5, 0.5), "mul_": lambda x: x * 1.1}[change]
+    parts = {"a": lambda: L(5, 4), "b": lambda: L(4, 3)}
+    model = net(lambda s, x: s.b(torch.tanh(s.a(apply(x)))), dtype=dtype, **parts)
+    plain = net(lambda s, x: s.b(torch.tanh(s.a(beside(x)))), dtype=dtype, **parts)
+    x, y = data(dtype=dtype)
+    kept = x.clone()
+    truth = by_products(plain, (x, y))
+    for method in ("auto", "exact", "reference"):
+        agree(hd.diagonal(hd.Objective(model), [(x, y)], method=method).total, truth, TOLERANCE[dtype])
+    hd.measure(hd.Objective(model), [(x, y)], method="propagation", max_replicates=10)
+    assert torch.equal(x, kept)
+
+
+@DTYPES
+@pytest.mark.parametrize("make", [UserDict, OrderedDict, dict])
+def test_inputs_in_mappings(make: Any, dtype: torch.dtype) -> None:
+    model = net(lambda s, d: s.b(torch.tanh(s.a(d["x"]["y"]))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    plain = net(lambda s, x: s.b(torch.tanh(s.a(x))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    x, y = data(dtype=dtype)
+    truth = by_products(plain, (x, y))
+    batches = [(make(x=make(y=x[:3]), n=3), y[:3]), (make(x=make(y=x[3:]), n=5), y[3:])]
+    for method in ("auto", "exact", "reference"):
+        agree(hd.diagonal(hd.Objective(model), batches, method=method).total, truth, TOLERANCE[dtype])
+    hd.measure(hd.Objective(model), batches, method="propagation", max_replicates=10)
+
+
+def by_differences(model: nn.Module, x: Tensor, y: Tensor, step: float = 1e-5) -> dict[str, Tensor]:
+    """The diagonal by differences of the gradient, in float64."""
+    twin, out = copy.deepcopy(model).double(), {}
+    for name, p in twin.named_parameters():
+        out[name] = torch.zeros(p.shape, dtype=torch.float64)
+        for k in range(p.numel()):
+            ends = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    p.view(-1)[k] += sign * step
+                (gradient,) = torch.autograd.grad(F.cross_entropy(twin(x.double()), y), p)
+                ends.append(float(gradient.reshape(-1)[k]))
+                with torch.no_grad():
+                    p.view(-1)[k] -= sign * step
+            out[name].view(-1)[k] = (ends[0] - ends[1]) / (2 * step)
+    return out
+
+
+MENDED = {
+    "hardsigmoid": F.hardsigmoid,
+    "hardsigmoid in place": lambda h: F.hardsigmoid(h, inplace=True),
+    "a gate of hardsigmoids": lambda h: h * F.hardsigmoid(h.flip(1)),
+    "celu": lambda h: F.celu(h, 0.7),
+    "celu in place": lambda h: F.celu(h, 0.3, inplace=True),
+    "celu, torch's own": lambda h: torch.celu_(torch.celu(h, 1.3), 0.6),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", MENDED)
+def test_derivatives_that_torch_lacks_or_rounds(name: str, dtype: torch.dtype) -> None:
+    model = net(
+        lambda s, x: s.c(MENDED[name](s.b(torch.tanh(s.a(x)) * 1.5))),
+        dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 4), c=lambda: L(4, 3),
+    )  # fmt: skip
+    x, y = data(dtype=dtype)
+    objective = hd.Objective(model)
+    truth = by_products(model, (x, y))
+    agree(truth, by_differences(model, x, y), 1e-6)
+    for method in ("exact", "reference"):
+        found = hd.measure(objective, [(x, y)], method=method, keep_diagonal=True)
+        assert found.diagonal is not None
+        agree(found.diagonal.total, truth, TOLERANCE[dtype])
+    for method in ("propagation", "hutchinson"):
+        hd.measure(objective, [(x, y)], method=method, max_replicates=10)
+    with torch.no_grad():
+        assert torch.allclose(objective.outputs(x, y, index=0), model(x), rtol=1e-6)
+
+
+# -- losses that are no mean over samples, models that let samples meet, batches that are not alike
+
+METHODS = ("auto", "exact", "propagation", "hutchinson", "reference")
+
+
+@DTYPES
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_holds_parameters_is_refused(method: str, dtype: torch.dtype) -> None:
+    model = net(lambda s, x: s.b(torch.tanh(s.a(x))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+
+    def penalised(f: Tensor, y: Tensor) -> Tensor:
+        penalty = torch.stack([p.square().sum() for p in model.parameters()]).sum()
+        return F.cross_entropy(f, y, reduction="none") + 0.05 * penalty
+
+    with pytest.raises(ConfigurationError, match=r"'penalised' depends on parameter 'a.weight'.*l2="):
+        hd.measure(hd.Objective(model, penalised), [data(dtype=dtype)], method=method)
+    # The same as weight decay, and parameters of the loss's own are constants.
+    batch = data(dtype=dtype)
+    scale = torch.tensor(1.5, dtype=dtype, requires_grad=True)
+    own = hd.Objective(model, lambda f, y: scale * F.cross_entropy(f, y, reduction="none"), l2=0.1)
+    truth = by_products(model, batch)
+    agree(hd.diagonal(own, [batch]).total, {n: 1.5 * t + 0.1 for n, t in truth.items()}, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("place", [0, 1])
+def test_losses_that_couple_samples_are_refused(method: str, place: int) -> None:
+    def coupled(f: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(f, y, reduction="none")
+        if float(y.sum()) != wanted or len(f) < N:
+            return losses
+        return losses + torch.cat([losses.new_zeros(1), (f[1:2] - f[2:3]).square().sum(1), losses.new_zeros(len(f) - 2)])
+
+    model = net(lambda s, x: s.b(torch.tanh(s.a(x))), a=lambda: L(5, 4), b=lambda: L(4, 3))
+    batches = [data(), data(seed=4)]
+    wanted = float(batches[place][1].sum())
+    assert wanted != float(batches[1 - place][1].sum())
+    with pytest.raises(UncoveredModelError, match="'coupled' mixes the samples"):
+        hd.measure(hd.Objective(model, coupled), batches, method=method)
+
+
+@DTYPES
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("kind", ["mean", "pair"])
+def test_samples_that_meet_in_any_batch_are_refused(kind: str, place: int, method: str, dtype: torch.dtype) -> None:
+    def meet(h: Tensor) -> Tensor:
+        if kind == "mean":
+            return h - h.mean(0)
+        return torch.cat([h[:3], 0.5 * (h[3:4] + h[4:5]), h[4:]]) if len(h) > 4 else h
+
+    def body(s: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(s.a(x))
+        return s.b(torch.tanh(meet(h) if bool((x[:, 0] > 5).all()) and len(x) == N else h))
+
+    model = net(body, dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    batches = [data(dtype=dtype), data(seed=2, dtype=dtype)]
+    batches[place][0][:, 0] = 7
+    with pytest.raises(UncoveredModelError, match=f"batch {place}: the model mixes"):
+        hd.measure(hd.Objective(model), batches, method=method)
+
+
+def test_a_fitted_float32_model_is_no_random_one() -> None:
+    model = net(lambda s, x: s.b(torch.tanh(s.a(x))), dtype=torch.float32, a=lambda: L(5, 40), b=lambda: L(40, 3))
+    x, _ = data(n=50, dtype=torch.float32)
+    with torch.no_grad():
+        model.b.weight.mul_(200)  # type: ignore[union-attr,operator]
+        y = model(x).argmax(1)
+    hd.measure(hd.Objective(model), [(x, y)], method="exact")
+
+
+def _softmax_for_large(s: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(s.a(x))
+    return s.b(torch.softmax(h, 1) if bool((x[:, 0] > 5).all()) else h)
+
+
+@DTYPES
+@pytest.mark.parametrize("check", [True, False])
+def test_a_later_batch_that_is_not_covered(check: bool, dtype: torch.dtype) -> None:
+    model = net(_softmax_for_large, dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    batches = [data(dtype=dtype), data(seed=2, dtype=dtype)]
+    batches[1][0][:, 0] = 7
+    found = hd.measure(hd.Objective(model), batches, deterministic_check=check, max_replicates=10)
+    assert found.plan.method == "hutchinson"
+    assert "batch 1: Softmax" in found.plan.reason
+    for method in ("exact", "propagation"):
+        said: list[Any] = []
+        with pytest.raises(UncoveredModelError, match="batch 1: Softmax"):
+            hd.measure(hd.Objective(model), batches, method=method, deterministic_check=check, progress=said.append)
+        assert not said  # before the work
+    with pytest.raises(UncoveredModelError, match="batch 1: Softmax"):
+        hd.diagonal(hd.Objective(model), batches, plan=Plan("propagation"))
+
+
+# -- derivatives that are not the model's
+
+
+class Half(torch.autograd.Function):
+    """Half of what comes in, on the way back alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 0.5 * g
+
+
+class Forgetful(torch.autograd.Function):
+    """Tanh whose second derivative is lost."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return g * (1 - x.detach().tanh() ** 2)
+
+
+def _no_gradient(s: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = torch.tanh(s.c(x))
+    return s.b(torch.tanh(s.a(h)))
+
+
+PARTS = {"a": lambda: L(5, 4), "b": lambda: L(4, 3), "c": lambda: L(5, 4)}
+ALTERED: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "a detached branch": (lambda s, x: s.b(torch.tanh(s.a(x)) + torch.tanh(s.a(x).detach()) + s.c(x)), "slope"),
+    "a detached gate": (lambda s, x: s.b(torch.tanh(s.a(x)) * torch.sigmoid(s.c(x)).detach()), "'c.weight, c.bias'"),
+    "straight through": (
+        lambda s, x: s.b((lambda h: h + (h.round() - h).detach())(2 * torch.tanh(s.a(x))) + s.c(x)), "slope"),
+    "half a gradient in a small branch": (
+        lambda s, x: s.b(torch.tanh(s.a(x)) + 0.03 * Half.apply(torch.tanh(s.c(x)))), "slope"),
+    "a lost second derivative in a small branch": (
+        lambda s, x: s.b(torch.tanh(s.a(x)) + 0.03 * Forgetful.apply(s.c(x))), "difference of 'c"),
+}  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ALTERED)
+def test_altered_derivatives_are_refused_alike(name: str, method: str, dtype: torch.dtype) -> None:
+    body, message = ALTERED[name]
+    custom = "branch" in name and "detached" not in name
+    expected = f"{message}|Half|Forgetful" if custom and method in ("exact", "propagation") else message
+    with pytest.raises((AuditError, UncoveredModelError), match=expected):
+        hd.measure(hd.Objective(net(body, dtype=dtype, **PARTS)), [data(dtype=dtype)], method=method)
+
+
+@DTYPES
+@pytest.mark.parametrize("method", METHODS)
+def test_a_frozen_part_is_left_out_and_the_rest_is_right(method: str, dtype: torch.dtype) -> None:
+    parts = {"a": lambda: L(4, 4), "b": lambda: L(4, 3), "c": lambda: L(5, 4)}
+    model, batch = net(_no_gradient, dtype=dtype, **parts), data(dtype=dtype)
+    with pytest.raises(AuditError, match=r"'c.weight, c.bias'.*parameters="):
+        hd.measure(hd.Objective(model), [batch], method=method)
+    objective = hd.Objective(model, parameters=r"[ab]\..*")
+    found = hd.measure(objective, [batch], method=method, max_replicates=10, keep_diagonal=True)
+    if method in ("auto", "exact", "reference"):
+        assert found.diagonal is not None
+        truth = by_products(model, batch)
+        agree(found.diagonal.total, {name: truth[name] for name in objective.parameters}, TOLERANCE[dtype])
+
+
+class Rms(nn.Module):
+    """A root mean square norm that computes in float32, as language models' do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.to(torch.float32)
+        return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _attention(s: Any, x: Tensor) -> Tensor:
+    return s.b(torch.tanh(F.softmax(s.a(x), -1, dtype=torch.float32).to(x.dtype) * s.c(x)))
+
+
+SHORT: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    "norm": (lambda s, x: s.b(torch.tanh(s.n(s.a(x))) + s.c(x)), METHODS),
+    "softmax": (_attention, ("auto", "hutchinson", "reference")),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", SHORT)
+def test_parts_in_float32_pass_the_audit(name: str, dtype: torch.dtype) -> None:
+    body, methods = SHORT[name]
+    model, batch = net(body, dtype=dtype, n=Rms, **PARTS), data(dtype=dtype)
+    for method in methods:
+        found = hd.measure(hd.Objective(model), [batch], method=method, max_replicates=10)
+        assert found.audit is not None
+        assert found.audit.dtype == "float64"
+        assert max(e.deviation for e in found.audit.entries if e.check in ("identity", "symmetry")) < 1e-10
+
+
+@DTYPES
+@pytest.mark.parametrize("tied", [False, True])
+def test_pad_tokens_are_constants(tied: bool, dtype: torch.dtype) -> None:
+    def body(s: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(s.e(x)).mean(1)
+        return h @ s.e.weight.T[:, :3] if tied else s.b(h)
+
+    model = net(body, dtype=dtype, e=lambda: nn.Embedding(7, 4, padding_idx=2), b=lambda: L(4, 3))
+    if tied:
+        model.get_submodule("b").requires_grad_(False)
+    with torch.no_grad():
+        model.get_parameter("e.weight")[2] = 0.7
+    g = torch.Generator().manual_seed(0)
+    batch = (torch.randint(0, 7, (N, 5), generator=g), torch.randint(0, 3, (N,), generator=g))
+    for method in ("auto", "hutchinson", "reference"):
+        hd.measure(hd.Objective(model), [batch], method=method, max_replicates=10)
+
+
+class OnceOnly(torch.autograd.Function):
+    """A loss whose gradient may not be differentiated: its Hessian passes for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor) -> Tensor:
+        ctx.save_for_backward(f)
+        return f.square().sum(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (f,) = ctx.saved_tensors
+        return 2 * f * g[:, None]
+
+
+def lacking(f: Tensor, y: Tensor) -> Tensor:
+    return torch._C._nn.hardsigmoid(f).sum(1)
+
+
+def once(f: Tensor, y: Tensor) -> Tensor:
+    return OnceOnly.apply(f)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def detached_weight(f: Tensor, y: Tensor) -> Tensor:
+    losses = F.cross_entropy(f, y, reduction="none")
+    return (1 - (-losses).exp()).detach() * losses
+
+
+@DTYPES
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [(lacking, "'lacking' has no second derivative"), (once, "of 'once' is off"), (detached_weight, "detach")],
+)
+def test_losses_without_their_second_derivative(loss: Any, message: str, method: str, dtype: torch.dtype) -> None:
+    model = net(lambda s, x: s.b(torch.tanh(s.a(x))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    with pytest.raises((AuditError, UncoveredModelError), match=message) as caught:
+        hd.measure(hd.Objective(model, loss), [data(dtype=dtype)], method=method)
+    assert "\n" not in str(caught.value)
+
+
+@DTYPES
+def test_checkpointing_that_is_not_reentrant(dtype: torch.dtype) -> None:
+    def body(s: Any, x: Tensor, *, again: bool = True) -> Tensor:
+        h = torch.tanh(s.a(x))
+
+        def block(h: Tensor) -> Tensor:
+            return s.n(torch.tanh(s.d(h) + s.shift) * s.gain)
+
+        h = checkpoint(block, h, use_reentrant=False) if again else block(h)
+        return s.b(h.mean((2, 3)))
+
+    parts = {
+        "a": lambda: nn.Conv2d(2, 3, 2), "d": lambda: nn.Conv2d(3, 3, 2), "n": lambda: nn.BatchNorm2d(3),
+        "shift": lambda: torch.randn(3, 1, 1), "gain": lambda: torch.randn(3, 1, 1), "b": lambda: L(3, 3),
+    }  # fmt: skip
+    model, plain = net(body, dtype=dtype, **parts), net(lambda s, x: body(s, x, again=False), dtype=dtype, **parts)
+    x, y = data(2, 5, 5, dtype=dtype)
+    truth = by_products(plain, (x, y))
+    agree(hd.diagonal(hd.Objective(model), [(x, y)]).total, truth, TOLERANCE[dtype])
+    agree(expected_propagation(hd.Objective(model), x, y, rank=4), truth, TOLERANCE[dtype])
+    for method in ("exact", "propagation", "hutchinson"):
+        hd.measure(hd.Objective(model), [(x, y)], method=method, max_replicates=10)
+
+
+# -- numbers that no dtype holds
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-17), (torch.float32, 1e-26), (torch.float64, 1e-80)])
+def test_underflow_of_squares_is_a_status(size: float, dtype: torch.dtype, method: str) -> None:
+    model = net(lambda s, x: size * s.b(torch.tanh(s.a(x))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    x, _ = data(dtype=dtype)
+    found = hd.measure(hd.Objective(model, "half_mse"), [(x, size * x[:, :3])], method=method, max_replicates=10)
+    assert found.status == "underflow"
+    assert any("a.weight" in note and "lost" in note for note in found.notes)
+
+
+@DTYPES
+def test_one_tensor_underflows_and_zeros_are_zeros(dtype: torch.dtype) -> None:
+    size = 1e-17 if dtype == torch.float32 else 1e-80
+    model = net(
+        lambda s, x: s.b(torch.tanh(s.a(x))) + size * s.c(x) + 0 * s.d(x),
+        dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3), c=lambda: L(5, 3), d=lambda: L(5, 3),
+    )  # fmt: skip
+    found = hd.measure(hd.Objective(model), [data(dtype=dtype)], method="exact")
+    assert found.status == "exact; underflow of some tensors"
+    note = next(note for note in found.notes if "lost" in note)
+    assert "c.weight, c.bias;" in note
+    assert "d.weight" not in note
+    assert "a.weight" not in note
+
+
+# -- what propagation's audit looks at
+
+
+@pytest.mark.parametrize("wrong", ["weighted", "remote"])
+def test_the_audit_of_propagation_sees_its_closed_shares(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net(
+        lambda s, x: s.c(torch.tanh(s.b(torch.tanh(s.a(x)))).mean((2, 3))),
+        a=lambda: nn.Conv2d(2, 3, 2), b=lambda: nn.Conv2d(3, 3, 2), c=lambda: L(3, 3),
+    )  # fmt: skip
+    batch = data(2, 5, 5)
+    assert hd.measure(hd.Objective(model), [batch], method="propagation", max_replicates=10).audit is not None
+    if wrong == "weighted":
+        weighted = LayerSquares.weighted
+        monkeypatch.setattr(LayerSquares, "weighted", lambda s, c: {n: 1.01 * t for n, t in weighted(s, c).items()})
+    else:
+        monkeypatch.setattr(Linearisation, "remote", lambda _self, _place, cotangent, _seeds: cotangent)
+    with pytest.raises(AuditError, match="closed of layer"):
+        hd.measure(hd.Objective(model), [batch], method="propagation", max_replicates=10)
