@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from experiments.chance import UNLEARNED, better_than_guessing
 
 Record = dict[str, Any]
@@ -24,6 +27,14 @@ def proportion(count: int, number: int) -> Record:
         "high": min(1.0, centre + half),
         "samples": number,
     }
+
+
+def outcomes(robust: Tensor) -> str:
+    """Image by image, in the order of the sample, whether the network withstood: bits, eight to two hexadecimal digits.
+
+    `np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=samples)` reads them back.
+    """
+    return np.packbits(robust.cpu().numpy()).tobytes().hex()
 
 
 def history_record(epochs: Sequence[Mapping[str, Any]]) -> Record:

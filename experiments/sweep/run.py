@@ -22,7 +22,7 @@ from experiments.attacks import evaluate
 from experiments.config import TrainConfig
 from experiments.provenance import provenance
 from experiments.sweep.keys import RunConfig
-from experiments.sweep.records import Record, history_record, norm_record, proportion, vars_of
+from experiments.sweep.records import Record, history_record, norm_record, outcomes, proportion, vars_of
 from experiments.train import chosen_sets, train
 from hessdiag import data, objective
 from hessdiag.activations import max_curvature
@@ -121,7 +121,7 @@ def cost(config: RunConfig, model: torch.nn.Module, device: torch.device, sets: 
 def attacked(
     config: RunConfig, model: torch.nn.Module, device: torch.device, out: Path, clock: Clock, sets: Sets
 ) -> Record:
-    """AA-2, AA and PGD-10 on the chosen test images."""
+    """AA-2, AA and PGD-10 on the chosen test images; every image's outcome, since all runs of a sweep share the images."""
     attack = config.attack
     record: Record = {"eps": attack["eps"], **dict.fromkeys(ATTACKS)}
     if not any(attack.get(f"{kind}_samples") for kind in ATTACKS):
@@ -144,7 +144,7 @@ def attacked(
             directory=out / kind if kind == "aa" else None,
         )
         record[kind] = proportion(int(found.robust.sum()), number) | {"clean": int(found.clean.sum()) / number}
-        record[kind]["warnings"] = list(found.warnings)
+        record[kind] |= {"outcomes": outcomes(found.robust), "warnings": list(found.warnings)}
         clock.lap(kind)
     return record
 

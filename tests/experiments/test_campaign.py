@@ -132,6 +132,8 @@ def test_a_run_of_each_sweep_goes_through_and_is_drawn(tmp_path: Path, data: Non
     assert len(record["train"]["history"]["loss"]) == 1
     assert record["clean_accuracy"]["samples"] == 64
     assert record["aa2"]["samples"] == 4
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(record["aa2"]["outcomes"]), np.uint8), count=4)
+    assert bits.mean() == record["aa2"]["value"]
     assert (record["pgd"] is None) == (not first.attack["pgd_samples"])
     assert set(record["norms"]) == {"train/clean", "train/adversarial"}
     for loss, norm in record["norms"].items():
