@@ -238,7 +238,10 @@ def test_the_page_s_numbers_of_stored_runs_are_those_of_the_study() -> None:
     assert f"{', '.join(gains['smoke/figure3', 'n_fgsm'])} after N-FGSM on digits" in text
     assert f"{', '.join(gains['smoke/figure7', 'standard'])} after standard training on digits" in text
     arms = {str(row[2]): row for row in found.rows if row[0] == "smoke/control"}
-    high, moved = arms["rct:beta=1,alpha=28"], arms["rct:beta=1,alpha=4 trained as α = 28 (init, lr, decay, statistics)"]
+    high, moved = (
+        arms["rct:beta=1,alpha=28"],
+        arms["rct:beta=1,alpha=4 trained as α = 28 (init, lr, decay, statistics)"],
+    )
     assert f"{high[6]:.3g} with α = 28 and {moved[6]:.3g} in the other coordinates" in text
     assert f"robust accuracy (AA-2) {high[5]:.3f} and {moved[5]:.3f}" in text
     assert f"${moved[4]:.3g}\\cdot2$" in text
