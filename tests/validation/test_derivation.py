@@ -261,6 +261,7 @@ def test_every_command_of_the_page_exists() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)  # the study of the two parts trains six networks
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_of_the_page_passes(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As written, from the root of the repository; verdicts that refute nothing, and exit code 0."""
