@@ -121,7 +121,7 @@ def cost(config: RunConfig, model: torch.nn.Module, device: torch.device, sets: 
 def attacked(
     config: RunConfig, model: torch.nn.Module, device: torch.device, out: Path, clock: Clock, sets: Sets
 ) -> Record:
-    """AA-2, AA and PGD-10 on the chosen test images; every image's outcome, since all runs of a sweep share the images."""
+    """AA-2, AA and PGD-10 on the chosen test images, with the outcome of each: all runs of a sweep share them."""
     attack = config.attack
     record: Record = {"eps": attack["eps"], **dict.fromkeys(ATTACKS)}
     if not any(attack.get(f"{kind}_samples") for kind in ATTACKS):

@@ -115,8 +115,8 @@ def choose_rank(
     """Directions per sample to square exactly: as many as memory allows, and as pay for themselves.
 
     Each costs `DIRECTION_COST` replicates, once. They may take `DIRECTION_SHARE` of the time of the replicates that
-    `rtol` would need without them, as pilot replicates tell (or make a diagonal of so many `replicates` take that much
-    longer). None where they cannot be found (no double backward), or what they give would be lost in rounding.
+    `rtol` could need without them, as far as pilot replicates tell (or make a diagonal of so many `replicates` take
+    that much longer). None where they cannot be found (no double backward), or what they give would be lost in rounding.
     `outer` adds the exact Gauss-Newton part to what the noise is held against.
     """
     rank = affordable_rank(batch, samples)
@@ -128,7 +128,7 @@ def choose_rank(
         accumulate(known, propagator.gauss_newton())
     if replicates is None:
         products = _products(propagator, signs, known)
-        need = replicates_needed(products, rtol, share=batch.samples / samples)
+        need = replicates_needed(products, rtol, share=batch.samples / samples, cautious=True)
         rank = min(rank, int((DIRECTION_SHARE * need - LEAST_REPLICATES) / DIRECTION_COST))
     else:
         rank = min(rank, int(DIRECTION_SHARE * 2 * replicates / DIRECTION_COST))
@@ -167,17 +167,20 @@ def product_moments(products: Tensor) -> tuple[float, float, float]:
     return mean, squares / (m * (m - 1)) - apart, (rows - squares) / (m * (m - 1) * (m - 2)) - apart
 
 
-def replicates_needed(products: Tensor, rtol: float, *, share: float = 1.0, most: int = 1000) -> int:
+def replicates_needed(
+    products: Tensor, rtol: float, *, share: float = 1.0, cautious: bool = False, most: int = 1000
+) -> int:
     """How many replicates would bring the norm within `rtol` at 95%, if `share` of the samples gave these products.
 
     The mean of R (R - 1) / 2 products has the variance (2 / (R (R - 1))) (2 (R - 2) z + v). Relative to the square, z
     falls with the number of samples and the rest of v with its square, if no samples dominate; as some always do, with
-    the root of that number and with the number are assumed.
+    the root of that number and with the number are assumed. `cautious` takes z at its largest, v / 2: where the spread
+    has heavy tails, a few replicates tell v roughly and z not at all (it may come out negative).
     """
     square, v, z = product_moments(products)
     if square <= 0.0:
         return most
-    z = max(z / square**2, 0.0)
+    z = max((v / 2.0 if cautious else z) / square**2, 0.0)
     pure = max(v / square**2 - 2.0 * z, 0.0) * share
     z *= share**0.5
     for count in range(LEAST_REPLICATES, most):

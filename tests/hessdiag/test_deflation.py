@@ -198,6 +198,23 @@ def test_products_of_replicates_tell_their_moments_and_how_many_are_needed() -> 
     assert replicates_needed(draw(1, 2000)[0], rtol, share=0.1) < need
 
 
+def test_a_few_replicates_with_heavy_tails_do_not_call_signs_cheap() -> None:
+    """Two of eight replicates lie far out along directions of their own, so that z comes out negative.
+
+    By hand: v = z_largest * 2, so the number needed grows from that of v alone to that of a covariance of v / 2.
+    """
+    products = torch.eye(8, dtype=torch.float64) + 1.0
+    products[2, :] = products[:, 2] = torch.tensor([1.6, 1.6, 9.0, 1.6, 0.1, 0.1, 0.1, 1.9], dtype=torch.float64)
+    square, v, z = product_moments(products)
+    assert z < 0 < v
+    share, rtol = 1 / 16, 0.05
+    plain = replicates_needed(products, rtol, share=share)
+    cautious = replicates_needed(products, rtol, share=share, cautious=True)
+    spread = 2 * (v / 2) / square**2 * share**0.5
+    by_hand = next(n for n in range(10, 1000) if 1.96 * (2 * spread / n) ** 0.5 / 2 <= rtol)
+    assert plain < by_hand == cautious
+
+
 def test_a_resumed_deflated_measurement_has_the_same_bits(tmp_path: Path) -> None:
     model, x, y, _ = prepared("residual", n=12)
     batches = batches_of(x, y, 5)
