@@ -29,8 +29,8 @@ CODES = {
     UNMEASURABLE: "the model cannot be measured in this way; the message names the layer and another method",
     RESOURCES: "too little memory, or no such device",
     LOST: "another process of the same measurement was lost",
-    UNWRITTEN: "the result is there, but an output was not written: 8, and 1 more for the JSON, 2 for the page or plot, 4 "
-    "for the diagonal, 16 for the resume file, 32 for stdout",
+    UNWRITTEN: "the result is there, but an output was not written: 8, and 1 more for the JSON, 2 for the page or "
+    "plot, 4 for the diagonal, 16 for the resume file, 32 for stdout",
     INTERNAL: "a fault of this program; run again with --debug and report it",
     INTERRUPTED: "interrupted before there was a result",
     PIPE: "whoever read the output went away",
