@@ -56,18 +56,20 @@ class Faulty:
         return call
 
 
-def every(task: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch, *, step: int) -> int:
-    """`task(k)` with the k-th call failing, for k = 1, 2, 3 and then in steps, until none fails; how many were tried."""
+def every(task: Callable[[int], Callable[[], None]], monkeypatch: pytest.MonkeyPatch, *, step: int) -> int:
+    """`task(k)` with the k-th call failing, for k = 1, 2, 3 and then in steps, until none fails; how many were tried.
+
+    What a task returns is called once the disk works again.
+    """
     k, tried = 1, 0
     while True:
         faulty = Faulty(k)
         with monkeypatch.context() as patch:
             patch.setattr(files, "os", faulty)
-            result = task(k)
+            afterwards = task(k)
         if faulty.calls < k:
             return tried
-        if callable(result):  # what is to be seen once the disk works again
-            result()
+        afterwards()
         tried += 1
         k += 1 if k < 3 else step
 
@@ -87,27 +89,30 @@ def test_measure(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     old = {path: path.read_bytes() for path in (told, diagonal)}
     codes: Counter[int] = Counter()
 
-    def task(k: int) -> None:
+    def task(k: int) -> Callable[[], None]:
         state.unlink(missing_ok=True)
         for path, content in old.items():
             path.write_bytes(content)
         found = CliRunner().invoke(app, line.split())
         codes[found.exit_code] += 1
-        left = [path.name for path in tmp_path.iterdir()]
-        assert not [name for name in left if name.endswith(".tmp")]
-        read_document(told)  # old or new, whole
-        numbers = load(diagonal.read_bytes())  # whole, and the same numbers again
-        assert all(torch.equal(numbers[name], tensor) for name, tensor in load(old[diagonal]).items())
-        if found.exit_code == 3:  # before any work: nothing was lost, and one line says so
-            assert found.stdout == ""
-            assert told.read_bytes() == old[told]
-            assert found.stderr.count("\n") == 1
-        else:
+
+        def afterwards() -> None:
+            assert not list(tmp_path.glob(".*.tmp"))
+            read_document(told)  # old or new, whole
+            numbers = load(diagonal.read_bytes())  # whole, and the same numbers again
+            assert all(torch.equal(numbers[name], tensor) for name, tensor in load(old[diagonal]).items())
+            if found.exit_code == 3:  # before any work: nothing was lost, and one line says so
+                assert found.stdout == ""
+                assert told.read_bytes() == old[told]
+                assert found.stderr.count("\n") == 1
+                return
             assert found.stdout == first.stdout
             assert found.exit_code in (1, 8 + 1, 8 + 4, 8 + 16), found.output
             names = {8 + 1: "--json", 8 + 4: "--save-diagonal", 8 + 16: "--resume"}
             assert names.get(found.exit_code, "") in found.stderr
             assert (found.exit_code == 1) == (found.stderr == "")
+
+        return afterwards
 
     tried = every(task, monkeypatch, step=step)
     assert tried >= 20 / step
