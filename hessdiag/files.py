@@ -204,13 +204,13 @@ def check_writable(path: PathLike) -> None:
         raise BadFileError("no permission to write there")
 
 
-def clear_stale(folder: Path) -> None:
-    """Remove what writers left that were killed: temporary files untouched for an hour, since a younger one may be
+def clear_stale(folder: Path, *, seconds: float = STALE_SECONDS) -> None:
+    """Remove what writers left that were killed: temporary files untouched for so long, since a younger one may be
     another process's at work.
     """
     for stale in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
-            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+            if time.time() - stale.stat().st_mtime >= seconds:
                 stale.unlink()
 
 

@@ -259,16 +259,26 @@ def read(data: bytes, mode: str, blobs: list[bytes] | None) -> dict[str, Any]:
     return {"trees": trees, "end": stream.tell()}
 
 
+def limit(name: str, most: int) -> None:
+    """Set a limit of this process, where the system has it and does not set a lower one itself."""
+    kind = getattr(resource, f"RLIMIT_{name}", None)
+    if kind is None:
+        return
+    hard = resource.getrlimit(kind)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    try:  # noqa: SIM105 (contextlib would double the time that this process takes to start)
+        resource.setrlimit(kind, (most, most))
+    except (ValueError, OSError):  # macOS knows limits that it does not take
+        pass
+
+
 def main() -> None:
     """Limits first, then the pickle, then the answer."""
     mode, memory, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     data, blobs = sys.stdin.buffer.read(), list[bytes]()
-    if resource is not None:
-        limits = {"RLIMIT_AS": memory, "RLIMIT_DATA": memory, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NOFILE": 3}
-        for name, limit in limits.items():
-            if hasattr(resource, name):
-                resource.setrlimit(getattr(resource, name), (limit, limit))
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    limit("CPU", seconds)
+    for name, most in (("AS", memory), ("DATA", memory), ("CORE", 0), ("FSIZE", 0), ("NOFILE", 3)):
+        limit(name, most)
     watching = [True]
     sys.addaudithook(lambda event, _: os._exit(9) if watching[0] else None)
     try:

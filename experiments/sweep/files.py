@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.fields import storable
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.seals import DamagedError, sealed, unsealed
 from hessdiag.files import BadFileError, clear_stale, read_json, replace_file
@@ -37,30 +38,26 @@ def disk_full(error: BaseException | None) -> bool:
 def write_config(folder: Path, config: RunConfig) -> None:
     """Say in the run's directory what the run is, before it begins."""
     folder.mkdir(parents=True, exist_ok=True)
-    clear_stale(folder)
+    clear_stale(folder, seconds=0.0)  # nobody else holds this run
     replace_file(folder / "config.json", (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode())
 
 
 def write_result(folder: Path, config: RunConfig, record: Mapping[str, Any], seconds: float) -> None:
     """Put a finished run's record on disk, in one step, with the key and configuration it belongs to."""
-    content = {"key": config.key, "config": config.to_dict(), "seconds": seconds, "record": sealed(record)}
-    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    content = {"key": config.key, "config": config.to_dict(), "seconds": seconds, "record": storable(record)}
+    text = json.dumps(sealed(content), sort_keys=True, allow_nan=False)
     replace_file(folder / "result.json", text.encode())
 
 
 def read_result(folder: Path, config: RunConfig) -> tuple[dict[str, Any], float] | None:
     """The record that `folder` holds for this very configuration, with its seconds; None if there is none."""
     try:
-        content = read_json(folder / "result.json")
-    except BadFileError:
+        content, _ = unsealed(read_json(folder / "result.json"))
+    except (BadFileError, DamagedError):  # to be done again
         return None
-    if not isinstance(content, dict) or content.get("key") != config.key or not isinstance(content.get("record"), dict):
+    if content.get("key") != config.key or not isinstance(content.get("record"), dict):
         return None
     seconds = content.get("seconds")
     if json.dumps(content.get("config"), sort_keys=True) != json.dumps(config.to_dict(), sort_keys=True):
         return None
-    try:
-        record, _ = unsealed(content["record"])
-    except DamagedError:  # to be done again
-        return None
-    return record, float(seconds) if isinstance(seconds, (int, float)) else math.nan
+    return content["record"], float(seconds) if isinstance(seconds, (int, float)) else math.nan

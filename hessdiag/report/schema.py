@@ -128,7 +128,7 @@ def norm(value: Any, where: str) -> None:
 RATIO = fields({"value": number(), "low": number(), "high": number()})
 SUMMARY = fields(
     {"total": norm},
-    {"gauss_newton": norm, "functional": norm, "share_gauss_newton": RATIO, "share_functional": RATIO},
+    {"gauss_newton": norm, "functional": norm, "share_gauss_newton": RATIO, "share_functional": RATIO, "cosine": RATIO},
 )
 PLAN = fields(
     {"method": text},
