@@ -63,7 +63,8 @@ def _down(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         # A clone: safetensors refuses tensors that share memory, and a view would write what it does not show.
         tensors.append(value.detach().cpu().clone(memory_format=torch.contiguous_format))
-        return {"tensor": len(tensors) - 1}
+        order = torch.empty_like(value).stride()  # channels_last stays so: optimisers' sums depend on it
+        return {"tensor": [len(tensors) - 1, None if order == tensors[-1].stride() else list(order)]}
     if isinstance(value, Mapping):
         return {"table": [[key, _down(item, tensors)] for key, item in value.items()]}
     if isinstance(value, tuple):
@@ -82,7 +83,16 @@ def _up(value: Any, tensors: list[Tensor]) -> Any:
         return value
     ((kind, item),) = value.items()
     if kind == "tensor":
-        return tensors[item]
+        return _ordered(tensors[item[0]], item[1])
     if kind == "tuple":
         return tuple(_up(part, tensors) for part in item)
     return {key: _up(part, tensors) for key, part in item}
+
+
+def _ordered(tensor: Tensor, stride: list[int] | None) -> Tensor:
+    """The same numbers with these strides, which leave no hole."""
+    if stride is None:
+        return tensor
+    if tensor.numel() != 1 + sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True)):
+        raise BadFileError("damaged: a tensor's strides are not those of its shape")
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -190,6 +190,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
         "numbers": {0: weights, 1: weights.t()},
         "row": (1, 0.1, None, float("nan"), True, "a"),
         "empty": {},
+        "image": torch.arange(48.0).reshape(2, 3, 2, 4).contiguous(memory_format=torch.channels_last),
         "list": [torch.tensor(3), torch.zeros(0), {"b": torch.ones(2, dtype=torch.bfloat16)}],
     }
     write_state(path, "test/1", tree)
@@ -198,6 +199,8 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(back["numbers"][1], weights.t())
     assert repr(back["row"]) == repr(tree["row"])
     assert back["empty"] == {}
+    assert torch.equal(back["image"], tree["image"])
+    assert back["image"].stride() == tree["image"].stride()
     assert int(back["list"][0]) == 3
     assert back["list"][2]["b"].dtype == torch.bfloat16
     with pytest.raises(BadFileError, match="reads test/2"):
