@@ -15,10 +15,10 @@ from experiments.splitnorm import plain_state
 from experiments.trainer.precision import Precision, stored
 from experiments.trainer.rig import Rig
 from experiments.trainer.state import FORMAT, Standing, read_state, write_state
-from hessdiag import states
 from hessdiag.checkpoint import save_checkpoint
 from hessdiag.errors import CheckpointError, ResumeError
 from hessdiag.files import BadFileError, clear_stale, read_json, write_bytes
+from hessdiag.store import states
 
 
 class Folder:

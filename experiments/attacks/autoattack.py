@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hessdiag.ascent import handed_back
 from hessdiag.errors import ConfigurationError, DtypeError
-from hessdiag.states import digest
+from hessdiag.store.states import digest
 
 from .borrowed import (
     ORDER,

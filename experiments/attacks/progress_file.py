@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hessdiag.errors import ResumeError, StoreError
 from hessdiag.files import BadFileError
-from hessdiag.states import digest, read_state, write_state
+from hessdiag.store.states import digest, read_state, write_state
 
 FORMAT = "hessdiag-autoattack/2"
 FILE = "autoattack.pt"

@@ -10,9 +10,9 @@ import torch
 
 from experiments.config import TrainConfig
 from experiments.trainer.rig import Rig
-from hessdiag import states
 from hessdiag.errors import CheckpointError, ResumeError
 from hessdiag.files import BadFileError, read_json
+from hessdiag.store import states
 
 FORMAT = "experiments/state/2"
 

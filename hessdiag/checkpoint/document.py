@@ -13,7 +13,7 @@ from torch import Tensor
 from hessdiag import tensorfiles
 from hessdiag.checkpoint import torchfile
 from hessdiag.files import BadFileError, PathLike, parse_json, read_bytes, shown, size_text
-from hessdiag.pickled import Left, Stored
+from hessdiag.store.pickled import Left, Stored
 from hessdiag.tensorfiles import MAX_TENSORS, TensorFacts, check_key
 
 FORMAT = "hessdiag/1"

@@ -56,7 +56,7 @@ def load_checkpoint(
     `weights` chooses "model" or averaged ("ema") weights; None takes the averaged ones where the file has
     them, since they are what such methods report, and the notes say so. `options` are further options of the
     network. `factory` builds a model of your own instead. Nothing in the file
-    is executed: the pickle of a torch file is described by another process (`hessdiag.pickled`), and what is
+    is executed: the pickle of a torch file is described by another process (`hessdiag.store.pickled`), and what is
     neither tensor nor plain value is left out and named in the notes.
     """
     if weights not in (None, "model", "ema"):

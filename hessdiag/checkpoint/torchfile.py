@@ -1,7 +1,7 @@
 """What a file of `torch.save` holds: its pickle described by another process, its tensors made from checked bytes.
 
-The description (`hessdiag.pickled`) says of every tensor its storage, offset, shape and strides; these are checked
-against the bytes that are really there, and the bytes against their checksum. `torch.load` sees none of it.
+The description (`hessdiag.store.pickled`) says of every tensor its storage, offset, shape and strides; these are
+checked against the bytes that are really there, and the bytes against their checksum. `torch.load` sees none of it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag import pickled, zips
 from hessdiag.files import BadFileError, shown, size_text
-from hessdiag.pickle_child import LEGACY_MAGIC
-from hessdiag.pickled import MAX_PICKLE, Stored
+from hessdiag.store import pickled, zips
+from hessdiag.store.pickle_child import LEGACY_MAGIC
+from hessdiag.store.pickled import MAX_PICKLE, Stored
 
 LEGACY_PROTOCOL = 1001
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessdiag import tensorfiles, zips
+from hessdiag import tensorfiles
 from hessdiag.data.dataset import DataSet, make
 from hessdiag.errors import DataError
 from hessdiag.files import BadFileError, read_bytes, shown, size_text
+from hessdiag.store import zips
 
 FILE_BUDGET = 8 * 2**30
 MAX_NPY_HEADER = 1 << 16

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hessdiag import pickled
 from hessdiag.data.registry import Source
 from hessdiag.files import BadFileError, shown
+from hessdiag.store import pickled
 
 PIXELS = 3 * 32 * 32
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ResumeError
 from ..files import BadFileError
 from ..objective import Objective
-from ..states import digest, read_state, write_state
+from ..store.states import digest, read_state, write_state
 from ..stream import Survey
 from .plan import Plan
 

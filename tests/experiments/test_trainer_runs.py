@@ -529,7 +529,7 @@ def test_compiled_training_agrees_with_eager(method: str, monkeypatch: pytest.Mo
 def test_a_damaged_state_is_refused_never_finished_with(tmp_path: Path) -> None:
     """A flipped bit by the checksum; an epoch out of range, or another network's weights, even with the right one."""
     from experiments.trainer.state import FORMAT
-    from hessdiag.states import read_state, write_state
+    from hessdiag.store.states import read_state, write_state
 
     train(configuration(epochs=1), tmp_path, save_seconds=0)
     path = tmp_path / "state.pt"

@@ -25,9 +25,10 @@ import numpy as np
 import pytest
 import torch
 
-from hessdiag import networks, pickled
+from hessdiag import networks
 from hessdiag.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
 from hessdiag.errors import CheckpointError, HessdiagError, NonFiniteError
+from hessdiag.store import pickled
 
 LIMIT_SECONDS = 2.0  # of the processor, where the sum below takes it WORK_SECONDS
 WORK_SECONDS = 0.03

@@ -26,7 +26,7 @@ from hessdiag.files import (
     write_bytes,
     write_json,
 )
-from hessdiag.states import read_state, write_state
+from hessdiag.store.states import read_state, write_state
 
 QUICK = ("--samples", "8", "--batch-size", "8", "--method", "exact", "-q")
 

@@ -214,7 +214,7 @@ def test_sigkill_at_many_times(tmp_path: Path, seed: int) -> None:
 def test_a_damaged_resume_file_is_refused_not_measured_with(tmp_path: Path) -> None:
     """Flipped bits by the checksum; numbers out of range even where the checksum is right."""
     from hessdiag.measurement.resume import FORMAT
-    from hessdiag.states import read_state, write_state
+    from hessdiag.store.states import read_state, write_state
 
     path = tmp_path / "r.st"
     measured(method="hutchinson", resume=path)

@@ -33,9 +33,10 @@ from typing import Any
 
 import torch
 
-from hessdiag import networks, pickled
+from hessdiag import networks
 from hessdiag.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
 from hessdiag.errors import HessdiagError
+from hessdiag.store import pickled
 
 # Of the processor, here and in the process that reads pickles, on a machine that does `work` in `WORK_SECONDS`; a slower
 # one has more.
