@@ -130,7 +130,8 @@ def test_train(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     command = ["train", "--method", "standard", "--quiet", "--save-seconds", "0"]
     for name, value in table.items():
         command += ["--set", f"{name}={json.dumps(value)}"]
-    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    fine = main([*command, "--out", str(tmp_path / "whole")])
+    assert fine in (0, 5)  # two epochs need not learn anything
     wanted = load_trained(tmp_path / "whole").model.state_dict()
     codes: Counter[int] = Counter()
 
@@ -140,8 +141,8 @@ def test_train(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         code = main([*command, "--out", str(folder)])
         codes[code] += 1
         told = capsys.readouterr().err
-        assert code in (0, 3)
-        assert (code == 0) == ("error: " not in told)
+        assert code in (fine, 3)
+        assert (code == 3) == ("error: " in told)
         assert told.count("\n") <= 1
 
         def afterwards() -> None:
@@ -149,10 +150,11 @@ def test_train(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
                 if path.name != "state.pt":
                     load_trained(path)  # whole, whichever epoch's
             assert not list(folder.glob(".*.tmp"))
-            assert main([*command, "--out", str(folder)]) == 0
+            assert main([*command, "--out", str(folder)]) == fine
             found = load_trained(folder).model.state_dict()
             assert all(bool((found[name] == tensor).all()) for name, tensor in wanted.items())
-            assert json.loads((folder / "result.json").read_text())["status"] == "finished"
+            told, whole = (json.loads((tmp_path / name / "result.json").read_text()) for name in (str(k), "whole"))
+            assert told["status"] == whole["status"]
 
         return afterwards
 
