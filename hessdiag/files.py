@@ -229,7 +229,9 @@ def _write_through(path: PathLike, mode: int, content: bytes) -> None:
     try:
         handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | _PLAIN)
     except OSError as error:
-        raise OSError(error.errno, "a pipe that nobody reads") from None if error.errno == errno.ENXIO else error
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "a pipe that nobody reads") from None
+        raise
     try:
         os.set_blocking(handle, True)
         _write_all(handle, content)

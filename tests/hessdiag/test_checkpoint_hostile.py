@@ -322,8 +322,8 @@ def test_hostile_file_is_refused_in_one_quick_line(
 
 def spent() -> float:
     """Processor seconds of this process and of those that it started and that ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def refusal(action: Callable[[], Any], kind: type[HessdiagError] = CheckpointError) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import random
 import resource
 import struct
@@ -257,8 +256,8 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 def spent() -> float:
     """Processor seconds of this process and of those that it started and that ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def attempt(path: Path, options: dict[str, Any], look: bool, report: Report, label: str) -> None:
