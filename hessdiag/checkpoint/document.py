@@ -24,6 +24,7 @@ METADATA_KEY = "hessdiag"
 MODEL_KEYS = ("state_dict", "model", "net", "model_state_dict", "network", "model_state", "weights")
 EMA_KEYS = ("ema_state_dict", "ema", "model_ema", "state_dict_ema", "ema_model_state_dict")
 MAX_PLAIN = 20_000
+MAX_DEPTH = 40
 Places = dict[str, tuple[str, ...]]
 
 
@@ -204,16 +205,18 @@ def _plain_dict(value: Any, what: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise BadFileError(f"its {what} is a {_kind(value)}, not a dict")
-    todo, count = [value], 0
+    todo, count = [(value, 0)], 0
     while todo:
-        item = todo.pop()
+        item, depth = todo.pop()
         count += 1
+        if depth > MAX_DEPTH:
+            raise BadFileError(f"its {what} is nested more than {MAX_DEPTH} deep")
         if isinstance(item, dict):
             if not all(isinstance(key, str) and len(key) <= 200 for key in item):
                 raise BadFileError(f"its {what} has keys that are no short texts")
-            todo.extend(item.values())
+            todo.extend((entry, depth + 1) for entry in item.values())
         elif isinstance(item, (list, tuple)):
-            todo.extend(item)
+            todo.extend((entry, depth + 1) for entry in item)
         elif isinstance(item, str):
             if len(item) > 10_000:
                 raise BadFileError(f"its {what} holds a text of {size_text(len(item))}")

@@ -136,6 +136,11 @@ def stand_ins() -> bytes:
     return b"\x80\x02" + arguments + b"](" + b"cargparse\nNamespace\nh\x00R" * 1000 + b"e."
 
 
+def nested_config(depth: int) -> str:
+    """Lists in lists in the config of a file of ours."""
+    return '{"format": "hessdiag/1", "config": {"widths": ' + "[" * depth + "]" * depth + "}}"
+
+
 def colliding() -> bytes:
     """40,000 whole numbers as keys, all of one hash: each insertion meets all before it."""
     prime = 2**61 - 1
@@ -259,6 +264,10 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "safetensors metadata nested": (
         lambda: safetensors_bytes({"__metadata__": {"hessdiag": "[" * 10**5}, "w": entry()}, bytes(4)),
         "metadata is damaged",
+    ),
+    "safetensors config nested": (
+        lambda: safetensors_bytes({"__metadata__": {"hessdiag": nested_config(900)}, "w": entry()}, bytes(4)),
+        "nested more than 40 deep",
     ),
     "path key": (lambda: torch_bytes({"../../etc/passwd": W}), "attribute path"),
     "NUL key": (lambda: torch_bytes({"a\0b": W}), "attribute path"),
