@@ -23,6 +23,7 @@ from hessdiag.files import BadFileError, read_json, replace_file
 
 FORMAT = "hessdiag-sweep/1"
 DIGITS = 8
+BUDGET, MAX_VALUES = 1 << 29, 20_000_000  # thousands of runs of a deep network, each with a norm for every layer
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def save(results: SweepResults, folder: Path) -> Path:
 def read(path: Path) -> SweepResults:
     """Read what `save` wrote, and check every key against its configuration."""
     try:
-        content = read_json(path)
+        content = read_json(path, budget=BUDGET, values=MAX_VALUES)
         if content.get("format") != FORMAT:
             raise ConfigurationError(f"results {path}: not of format {FORMAT}; write it with sweep --export")
         if content["tier"] not in TIERS:
