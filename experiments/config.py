@@ -33,6 +33,7 @@ from experiments.parts import (
 )
 from hessdiag import activations, networks
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
+from hessdiag.files import BadFileError, read_bytes
 from hessdiag.perturbation import fraction
 
 # Raise it when the trainer changes what a configuration means: every key changes with it.
@@ -40,6 +41,7 @@ MEANING = 1
 
 STANDARD = "standard"
 AUTO = "auto"
+MAX_TOML = 1 << 20
 STATISTICS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -237,9 +239,11 @@ def load_toml(path: Path) -> dict[str, Any]:
     """The table in a TOML file, or one line that says what is wrong with it."""
     toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        table: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, Any] = toml.loads(read_bytes(path, budget=MAX_TOML).decode())
         return table
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror or error}") from None
+    except BadFileError as reason:
+        raise ConfigurationError(f"{path}: {reason}") from None
+    except RecursionError:
+        raise ConfigurationError(f"{path}: nested too deeply") from None
     except ValueError as error:  # TOML's and Unicode's
         raise ConfigurationError(f"{path}: not valid TOML: {error}") from None

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from experiments.config import TrainConfig
@@ -15,10 +14,11 @@ from experiments.fields import storable
 from experiments.splitnorm import plain_state
 from experiments.trainer.precision import Precision, stored
 from experiments.trainer.rig import Rig
-from experiments.trainer.state import Standing, read_state, write_state
+from experiments.trainer.state import FORMAT, Standing, read_state, write_state
 from hessdiag.checkpoint import save_checkpoint
 from hessdiag.errors import CheckpointError, ResumeError
-from hessdiag.files import BadFileError, write_bytes
+from hessdiag.files import BadFileError, clear_stale, read_json, write_bytes
+from hessdiag.store import states
 
 
 class Folder:
@@ -31,8 +31,7 @@ class Folder:
         """Make the directory, or see that it belongs to this very configuration."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for stale in self.path.glob(".*.tmp"):  # left by a writer that was killed
-                stale.unlink(missing_ok=True)
+            clear_stale(self.path)
         except OSError as error:
             raise ResumeError(f"{self.path}: cannot be used ({error.strerror or error})") from None
         mine = {"key": config.key(), "config": config.to_dict()}
@@ -56,11 +55,11 @@ class Folder:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The table in a JSON file, None where there is none."""
         path = self.path / name
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (OSError, ValueError) as error:
+        try:
+            content = read_json(path)
+        except BadFileError as error:
             raise ResumeError(f"{path}: cannot be read ({error}); delete it or use another directory") from None
         if not isinstance(content, dict):
             raise ResumeError(f"{path}: no table; delete it or use another directory")
@@ -121,8 +120,8 @@ class Folder:
 
     def _epoch_of(self, path: Path) -> int:
         try:
-            return int(torch.load(path, map_location="cpu", weights_only=True)["epoch"])
-        except Exception:
+            return int(states.read_state(path, FORMAT)["epoch"])
+        except (BadFileError, KeyError, TypeError, ValueError):
             return 0
 
     def _write(self, name: str, content: bytes) -> None:

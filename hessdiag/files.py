@@ -1,14 +1,24 @@
-"""Files from strangers: read once, whole and within a budget; written in one step or not at all."""
+"""Where every file is opened: read once, whole and within a budget; written in one step or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
 import os
 import secrets
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PathLike = str | os.PathLike[str]
+
+JSON_BUDGET = 64 * 2**20
+MAX_VALUES = 2_000_000
+STALE_SECONDS = 3600.0
+_PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 class BadFileError(Exception):
@@ -54,9 +64,8 @@ def read_bytes(
     Everything after works on these bytes alone, so that a file which changes meanwhile cannot pass one check
     and fail the next. FIFOs, devices and directories are refused without blocking on them.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
-        handle = os.open(path, flags)
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _PLAIN)
     except FileNotFoundError:
         raise BadFileError("no such file") from None
     except PermissionError:
@@ -64,8 +73,7 @@ def read_bytes(
     except IsADirectoryError:
         raise BadFileError("a directory, not a file") from None
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise BadFileError(f"cannot be opened ({reason})") from None
+        raise BadFileError(f"cannot be opened ({_reason(error)})") from None
     try:
         facts = os.fstat(handle)
         if stat.S_ISDIR(facts.st_mode):
@@ -96,22 +104,61 @@ def read_bytes(
     return data
 
 
-def replace_file(path: PathLike, content: bytes) -> None:
-    """Write `content` to `path` so that a reader finds the old file or the new one, never a part (fsync,
-    rename); what the system refuses is an OSError.
+def parse_json(data: bytes, *, finite: bool = True, values: int = MAX_VALUES) -> Any:
+    """The value of a JSON text: UTF-8, of at most so many values, without NaN and Infinity if `finite`.
+
+    No value of JSON is shorter than the comma or bracket that comes before it, so that counting those bounds time and
+    memory before any of it is built.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    # O_EXCL with mode 0o666 obeys the user's umask, which tempfile's 0o600 would not.
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    count = sum(data.count(sign) for sign in (b",", b"[", b"{"))
+    if count > values:
+        raise BadFileError(f"its JSON holds about {count} values; the limit is {values}")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        return json.loads(data.decode(), parse_constant=_no_number if finite else None)
+    except RecursionError:
+        raise BadFileError("its JSON is nested too deeply") from None
+    except ValueError:  # JSON and UTF-8 errors, and integers of thousands of digits
+        raise BadFileError("is no JSON") from None
+    except MemoryError:
+        raise BadFileError("no memory for its JSON") from None
+
+
+def read_json(path: PathLike, *, budget: int = JSON_BUDGET, values: int = MAX_VALUES) -> Any:
+    """`parse_json` of a regular file."""
+    return parse_json(read_bytes(path, budget=budget), values=values)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(name)
+
+
+def replace_file(path: PathLike, content: bytes) -> None:
+    """Write `content` to `path`; what the system refuses is an OSError.
+
+    Links are followed. A regular file is replaced in one step, so that a reader finds the old file or the new one and
+    never a part (fsync, rename). A character device or a pipe is written through; nothing else is touched.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if not stat.S_ISREG(mode):
+        _write_through(path, mode, content)
+        return
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.tmp")
+    # O_EXCL with mode 0o666 obeys the user's umask, which tempfile's 0o600 would not.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o666)
+    try:
+        try:
+            _write_all(handle, content)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         os.replace(temporary, target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     if hasattr(os, "O_DIRECTORY"):
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -126,5 +173,71 @@ def write_bytes(path: PathLike, content: bytes) -> None:
     try:
         replace_file(path, content)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise BadFileError(f"cannot be written ({reason})") from None
+        raise BadFileError(f"cannot be written ({_reason(error)})") from None
+
+
+def write_json(path: PathLike, content: Any) -> None:
+    """A table as JSON that people may read, in one step."""
+    write_bytes(path, (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def check_writable(path: PathLike) -> None:
+    """Refuse (BadFileError) now what `write_bytes` would refuse after hours of work.
+
+    For a regular file, there or not, the folder's permission is asked: the file will be replaced, not opened.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except (OSError, ValueError) as error:
+        raise BadFileError(f"cannot be written ({_reason(error)})") from None
+    folder = Path(os.path.realpath(path)).parent
+    if stat.S_ISDIR(mode):
+        raise BadFileError("that is a folder; name a file")
+    if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)):
+        raise BadFileError("a socket or block device; name a file")
+    if stat.S_ISREG(mode) and not folder.is_dir():
+        raise BadFileError(f"there is no folder {folder}; make it first")
+    asked = (folder, os.W_OK | os.X_OK) if stat.S_ISREG(mode) else (path, os.W_OK)
+    if not os.access(*asked):
+        raise BadFileError("no permission to write there")
+
+
+def clear_stale(folder: Path, *, seconds: float = STALE_SECONDS) -> None:
+    """Remove what writers left that were killed: temporary files untouched for so long, since a younger one may be
+    another process's at work.
+    """
+    for stale in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime >= seconds:
+                stale.unlink()
+
+
+def _write_all(handle: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(handle, left[: 1 << 26]) :]
+
+
+def _write_through(path: PathLike, mode: int, content: bytes) -> None:
+    """Into a device or a pipe, which a rename would destroy; a pipe without a reader is refused, not waited for."""
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "that is a folder")
+    if not (stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)):
+        raise OSError(errno.EINVAL, "a socket or block device")
+    try:
+        handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | _PLAIN)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "a pipe that nobody reads") from None
+        raise
+    try:
+        os.set_blocking(handle, True)
+        _write_all(handle, content)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

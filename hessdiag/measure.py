@@ -119,6 +119,8 @@ def measure(
             loop.save()  # the plan first: a pilot repeated might choose otherwise
         status = run(loop, rtol, confidence, min_replicates, max_replicates, max_seconds)
         loop.passes.forget()
+        if loop.unsaved is not None:
+            notes.append(loop.unsaved)
         return summarise(
             loop,
             first=first,

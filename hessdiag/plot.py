@@ -157,10 +157,15 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def save(figure: Figure, path: Path) -> None:
-    """The figure in a file, whose suffix says how: .svg, .png or .pdf."""
+def check_name(path: Path) -> None:
+    """Refuse a suffix that names no format."""
     if path.suffix.lower() not in FORMATS:
         raise ConfigurationError(f"{path}: end the name in {', '.join(FORMATS)}")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The figure in a file, whose suffix says how: .svg, .png or .pdf."""
+    check_name(path)
     buffer = io.BytesIO()
     kind = path.suffix.lower()[1:]
     metadata: dict[str, Any] = {} if kind == "png" else {"Creator": None}

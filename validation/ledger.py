@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hessdiag.errors import HessdiagError, UnknownNameError, nearest
-from hessdiag.files import write_bytes
+from hessdiag.files import BadFileError, read_json, write_bytes
 from theory.claims import BY_ID, CLAIMS
 from validation import state
 from validation.checks import CHECKS
@@ -73,8 +73,8 @@ class Ledger:
 def load(path: Path) -> Ledger | None:
     """The ledger stored in a file, or None where there is none that can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path)
+    except BadFileError:
         return None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         return None

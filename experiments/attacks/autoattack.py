@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hessdiag.ascent import handed_back
 from hessdiag.errors import ConfigurationError, DtypeError
+from hessdiag.store.states import digest
 
 from .borrowed import (
     ORDER,
@@ -33,7 +34,7 @@ from .borrowed import (
 )
 from .inputs import check_dlr, check_labels, check_samples, home, plain_radius
 from .pgd import logits_function
-from .progress_file import Standing, digest, model_digest, restore, save
+from .progress_file import Standing, model_digest, restore, save
 from .result import AttackResult, Progress, all_logits, check_batch_size, verify
 
 SAVE_EVERY = 60.0

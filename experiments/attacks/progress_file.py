@@ -5,8 +5,6 @@ Each batch of each attack starts from the same seed, so nothing but flags and im
 
 from __future__ import annotations
 
-import hashlib
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.errors import ResumeError, StoreError
-from hessdiag.files import BadFileError, write_bytes
+from hessdiag.files import BadFileError
+from hessdiag.store.states import digest, read_state, write_state
 
-FORMAT = "hessdiag-autoattack/1"
+FORMAT = "hessdiag-autoattack/2"
 FILE = "autoattack.pt"
 LOGIT_TOLERANCE = 1e-4
 
@@ -38,16 +37,6 @@ class Standing:
     batch: int = 0
 
 
-def digest(*tensors: Tensor) -> str:
-    """SHA-256 of shapes, dtypes and bytes."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        total.update(f"{tuple(plain.shape)}{plain.dtype}".encode())
-        total.update(plain.flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
 def model_digest(model: object) -> str:
     """SHA-256 of parameters and buffers; what they leave open (activations) the clean logits must tell."""
     if not isinstance(model, nn.Module):
@@ -57,11 +46,9 @@ def model_digest(model: object) -> str:
 
 def save(directory: Path, standing: Standing, identity: dict[str, Any]) -> None:
     """Write the file in one step; a full disk leaves the last one and is a StoreError."""
-    content = io.BytesIO()
-    torch.save({"format": FORMAT, "identity": identity, **vars(standing)}, content)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_bytes(directory / FILE, content.getvalue())
+        write_state(directory / FILE, FORMAT, {"identity": identity, **vars(standing)})
     except (BadFileError, OSError) as error:
         raise StoreError(
             f"{directory / FILE}: {error}; free some space or choose another directory"
@@ -77,14 +64,13 @@ def restore(
         return None
     remedy = "choose another directory, or delete the file to begin anew"
     try:
-        found = torch.load(path, map_location=device, weights_only=True)
-        if found.pop("format") != FORMAT:
-            raise ValueError("another format")
+        found = read_state(path, FORMAT, device=device)
         theirs = found.pop("identity")
         standing = Standing(**found)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ResumeError(f"{path} cannot be read ({reason}); {remedy}") from None
+        if not standing.clean.shape == standing.robust.shape == standing.x_adv.shape[:1] or standing.batch < 0:
+            raise BadFileError("its flags are not those of its images")
+    except (BadFileError, KeyError, TypeError, AttributeError) as error:
+        raise ResumeError(f"{path} cannot be read ({error}); {remedy}") from None
     for key, value in identity.items():
         if theirs.get(key) != value:
             raise ResumeError(f"{path} is of another run: {key} was {theirs.get(key)}, is {value}; {remedy}")

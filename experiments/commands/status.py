@@ -26,7 +26,7 @@ def command(
         if sweep is not None:
             reader.about(sweep)
         if not watch:
-            console.print(status.render(reader, sweep))
+            console.print(status.render(reader, sweep, records=True))
             if list_runs:
                 console.print(status.listing(reader.rows(sweep)))
             return 0

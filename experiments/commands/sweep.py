@@ -18,7 +18,7 @@ from experiments.commands.train import EXITS
 from experiments.sweep import cluster, export, grid, local, preflight, records, schema, status
 from experiments.sweep.cost import check_budget, estimate
 from experiments.sweep.keys import RunConfig
-from experiments.sweep.reader import Reader
+from experiments.sweep.reader import DAMAGED, Reader
 from experiments.sweep.store import Store
 from hessdiag.errors import ConfigurationError, HessdiagError, StoreError, UnknownNameError, nearest
 
@@ -82,6 +82,8 @@ def command(
                     sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title,
                     variants=sweep.variants, later=sweep.later,
                 )  # fmt: skip
+                for row in () if list_runs or only_export else opened.requeue_damaged(sweep.name):
+                    print(f"{sweep.name}: {row.key[:8]} {row.label} is {row.error}; it is done again", file=sys.stderr)
     if list_runs or only_export:
         with Reader(store) as reader:
             for sweep in sweeps:
@@ -155,13 +157,13 @@ def _run(
                 per_gpu=per_gpu, retries=retries, watch=watch,
             )  # fmt: skip
     with Reader(store) as reader:
-        rows = [row for row in reader.rows(sweep.name) if row.config.train["seed"] in seeds]
+        rows = [row for row in reader.rows(sweep.name) if row.state == DAMAGED or row.config.train["seed"] in seeds]
         dead = [row for row in rows if row.record and records.unlearned(row.record, str(row.config.train.get("data")))]
         told = f", {len(dead)} did not learn" if dead else ""
         print(f"{sweep.name}: {counts['done']} done, {counts['failed']} failed{told}")
         for row in dead:
             print(f"  {row.key[:8]} {row.label}: {records.reason(row.record or {})}", file=sys.stderr)
-        failed = [row for row in rows if row.state == "failed"]
+        failed = [row for row in rows if row.state in ("failed", DAMAGED)]
         for row in failed:
             print(f"  failed {row.key[:8]} {row.label}: {(row.error or '').splitlines()[0]}", file=sys.stderr)
         if failed:

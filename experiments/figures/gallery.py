@@ -12,6 +12,7 @@ from typing import Any
 from experiments.correlation.verdicts import EXPLORATORY, NOT_TESTED, sentence
 from experiments.figures import findings
 from experiments.figures.build import TITLES, Built, Picture
+from hessdiag.files import replace_file
 
 STYLE = """
 :root { color-scheme: light dark; --line: #ccc; --soft: #666; --panel: #f6f6f6; }
@@ -61,7 +62,7 @@ def write(built: Built, path: Path) -> None:
         parts += [_picture(picture, path.parent) for picture in pictures]
     parts += [_verdicts(built, path.parent), findings.curves(built.analyses), _correlations(built.analyses)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    replace_file(path, ("\n".join(parts) + "\n").encode())
 
 
 def _picture(picture: Picture, home: Path) -> str:

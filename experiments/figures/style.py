@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil, floor, log10
@@ -15,6 +16,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator, NullFormatter, NullLocator
+
+from hessdiag.files import replace_file
 
 # Okabe and Ito's palette, ordered from dark to light so that grey prints differ; markers and lines differ
 # as well.
@@ -62,8 +65,11 @@ def canvas(path: Path, rows: int = 1, columns: int = 1, *, width: float = 3.6, h
         try:
             yield axes
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path.with_suffix(".png"))
-            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+            kinds: tuple[tuple[str, dict[str, Any]], ...] = ((".png", {}), (".svg", {"metadata": {"Date": None}}))
+            for suffix, about in kinds:
+                picture = io.BytesIO()
+                figure.savefig(picture, format=suffix[1:], **about)
+                replace_file(path.with_suffix(suffix), picture.getvalue())
         finally:
             plt.close(figure)
 

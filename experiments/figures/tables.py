@@ -16,6 +16,7 @@ from experiments.correlation.rows import Row, column, one_family, split
 from experiments.figures.curves import bar, footer, images, learned, papers_setting, robust_name
 from experiments.figures.style import COLOURS, PAPER, canvas, label
 from experiments.sweep.export import SweepResults
+from hessdiag.files import replace_file
 
 
 def mean_and_spread(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
@@ -103,10 +104,10 @@ def _write(path: Path, head: list[str], lines: list[list[str]], note: str) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([head, *lines])
-    path.with_suffix(".csv").write_text(buffer.getvalue(), encoding="utf-8")
+    replace_file(path.with_suffix(".csv"), buffer.getvalue().encode())
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *lines)]
     rows.insert(1, "|" + " --- |" * len(head))
-    path.with_suffix(".md").write_text("\n".join(rows) + f"\n\n{note}\n", encoding="utf-8")
+    replace_file(path.with_suffix(".md"), ("\n".join(rows) + f"\n\n{note}\n").encode())
 
 
 def _dots(path: Path, marks: list[tuple[str, float, float, float, float | None]], what: str, note: str) -> None:

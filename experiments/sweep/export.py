@@ -16,12 +16,14 @@ from typing import Any
 
 from experiments.fields import storable
 from experiments.sweep.keys import TIERS, RunConfig
-from experiments.sweep.reader import Reader
+from experiments.sweep.reader import DAMAGED, Reader
+from experiments.sweep.seals import SEAL, DamagedError, sealed, unsealed
 from hessdiag.errors import ConfigurationError, StoreError
-from hessdiag.files import replace_file
+from hessdiag.files import BadFileError, read_json, replace_file
 
 FORMAT = "hessdiag-sweep/1"
 DIGITS = 8
+BUDGET, MAX_VALUES = 1 << 29, 20_000_000  # thousands of runs of a deep network, each with a norm for every layer
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Result:
     variant: str
     seconds: float
     record: dict[str, Any]
+    sealed: bool = True  # False in an export made before its runs had a checksum
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ def from_store(store: Reader, name: str) -> SweepResults:
     """What a store holds of a sweep."""
     about, rows = store.about(name), store.rows(name)
     done = [row for row in rows if row.state == "done" and row.record is not None]
-    runs = tuple(Result(row.key, row.config, row.variant, row.seconds or math.nan, row.record or {}) for row in done)
+    runs = tuple(
+        Result(row.key, row.config, row.variant, row.seconds or math.nan, row.record or {}, row.sealed) for row in done
+    )
     return SweepResults(name, about["figure"], about["tier"], about["title"], len(rows) - len(runs), runs)
 
 
@@ -99,7 +104,13 @@ def publish(store: Reader, name: str, folder: Path) -> str:
             f"results {path}: cannot be written ({error.strerror or error}); nothing is lost: "
             "give the same command with --only-export and a --results that can"
         ) from error
-    return f"{path} ({len(found.runs)} runs" + (f", {found.missing} missing)" if found.missing else ")")
+    told = [f"{len(found.runs)} runs"]
+    damaged = [row for row in store.rows(name) if row.state == DAMAGED]
+    told += [f"{found.missing} missing"] if found.missing else []
+    told += [f"{len(damaged)} of them damaged: {damaged[0].key[:8]}, ..."] if damaged else []
+    old = sum(not run.sealed for run in found.runs)
+    told += [f"{old} recorded without a checksum"] if old else []
+    return f"{path} ({', '.join(told)})"
 
 
 def _point(run: Result) -> tuple[str, str, int]:
@@ -117,7 +128,7 @@ def save(results: SweepResults, folder: Path) -> Path:
     for run in results.runs:
         entry = {"key": run.key, "variant": run.variant, "seconds": rounded(run.seconds)}
         entry |= {"config": run.config.to_dict(), "record": rounded(storable(run.record))}
-        lines.append(json.dumps(entry, sort_keys=True, allow_nan=False))
+        lines.append(json.dumps(sealed(entry), sort_keys=True, allow_nan=False))
     replace_file(path, (head + ', "runs": [\n' + ",\n".join(lines) + "\n]}\n").encode())
     return path
 
@@ -125,25 +136,16 @@ def save(results: SweepResults, folder: Path) -> Path:
 def read(path: Path) -> SweepResults:
     """Read what `save` wrote, and check every key against its configuration."""
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, budget=BUDGET, values=MAX_VALUES)
         if content.get("format") != FORMAT:
             raise ConfigurationError(f"results {path}: not of format {FORMAT}; write it with sweep --export")
         if content["tier"] not in TIERS:
             raise ConfigurationError(f"results {path}: no tier {content['tier']!r}; export the sweep again")
-        runs = tuple(
-            Result(
-                entry["key"],
-                RunConfig.from_dict(entry["config"]),
-                entry.get("variant", ""),
-                float(entry["seconds"] or math.nan),
-                entry["record"],
-            )
-            for entry in content["runs"]
-        )
+        runs = tuple(_result(entry) for entry in content["runs"])
         results = SweepResults(
             content["name"], content["figure"], content["tier"], content["title"], int(content["missing"]), runs
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (BadFileError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigurationError):
             raise
         raise ConfigurationError(f"results {path}: cannot be read ({error}); export the sweep again") from error
@@ -151,6 +153,18 @@ def read(path: Path) -> SweepResults:
         if run.config.key != run.key:
             raise ConfigurationError(f"results {path}: run {run.key} is not the configuration it names; export again")
     return results
+
+
+def _result(line: Any) -> Result:
+    """One run of an export; DamagedError names it if its line is not what was written."""
+    try:
+        entry, whole = unsealed(line)
+        record, _ = unsealed({key: value for key, value in entry["record"].items() if key != SEAL})
+    except DamagedError as reason:
+        name = line.get("key") if isinstance(line, dict) else None
+        raise DamagedError(f"run {str(name)[:8]} is {reason}") from None
+    seconds = float(entry["seconds"] or math.nan)
+    return Result(entry["key"], RunConfig.from_dict(entry["config"]), entry.get("variant", ""), seconds, record, whole)
 
 
 def read_all(folder: Path) -> list[SweepResults]:

@@ -15,7 +15,8 @@ from typing import Any
 
 from experiments.fields import storable
 from experiments.sweep.keys import RunConfig
-from hessdiag.files import replace_file
+from experiments.sweep.seals import DamagedError, sealed, unsealed
+from hessdiag.files import BadFileError, clear_stale, read_json, replace_file
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_ADVICE = "the disk is full; free space and start the same command again: nothing that was finished is lost"
@@ -37,25 +38,24 @@ def disk_full(error: BaseException | None) -> bool:
 def write_config(folder: Path, config: RunConfig) -> None:
     """Say in the run's directory what the run is, before it begins."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".*.json.*.tmp"):  # left by a writer that was killed
-        stale.unlink(missing_ok=True)
+    clear_stale(folder, seconds=0.0)  # nobody else holds this run
     replace_file(folder / "config.json", (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode())
 
 
 def write_result(folder: Path, config: RunConfig, record: Mapping[str, Any], seconds: float) -> None:
     """Put a finished run's record on disk, in one step, with the key and configuration it belongs to."""
     content = {"key": config.key, "config": config.to_dict(), "seconds": seconds, "record": storable(record)}
-    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    text = json.dumps(sealed(content), sort_keys=True, allow_nan=False)
     replace_file(folder / "result.json", text.encode())
 
 
 def read_result(folder: Path, config: RunConfig) -> tuple[dict[str, Any], float] | None:
     """The record that `folder` holds for this very configuration, with its seconds; None if there is none."""
     try:
-        content = json.loads((folder / "result.json").read_bytes())
-    except (OSError, ValueError):
+        content, _ = unsealed(read_json(folder / "result.json"))
+    except (BadFileError, DamagedError):  # to be done again
         return None
-    if not isinstance(content, dict) or content.get("key") != config.key or not isinstance(content.get("record"), dict):
+    if content.get("key") != config.key or not isinstance(content.get("record"), dict):
         return None
     seconds = content.get("seconds")
     if json.dumps(content.get("config"), sort_keys=True) != json.dumps(config.to_dict(), sort_keys=True):

@@ -24,6 +24,7 @@ What a grid fixes (`train = { ... }`) goes over the sections, an override over b
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
 TOP = ("figure", "tier", "title", "note", "train", "attack", "measure", "grid", "override")
 SECTIONS = ("train", "attack", "measure")
 SHAPE = ("beta", "curvature", "alpha", "activation")
+MAX_RUNS, MAX_TABLES = 10_000, 200
 Point = tuple[dict[str, Any], dict[str, Any]]  # what the grid varies, and what it fixes
 
 
@@ -90,6 +92,8 @@ def load(
         raise ConfigurationError(f"{place}: no [[grid]]: name at least one, with lists of what to vary")
     if not isinstance(overrides, list):
         raise ConfigurationError(f"{place}: override: write [[override]], one for each change")
+    if max(len(grids), len(overrides)) > MAX_TABLES:
+        raise ConfigurationError(f"{place}: more than {MAX_TABLES} grids or overrides; split it into several files")
     points: list[Point] = []
     for number, grid in enumerate(grids, start=1):
         points += _points(grid, seeds, f"{place}: grid {number}")
@@ -172,6 +176,9 @@ def _points(grid: Any, seeds: list[int] | None, where: str) -> list[Point]:
             f"{where}: say which activations by `activation`, or by `beta` with `curvature` or `alpha`"
             + (f"; found {', '.join(sorted(shaped))}" if shaped else "")
         )
+    count = math.prod(len(values) for values in axes.values())
+    if count > MAX_RUNS:
+        raise ConfigurationError(f"{where}: {count} combinations; the limit is {MAX_RUNS}: split it into several files")
     names = list(axes)
     return [(dict(zip(names, values, strict=True)), extra) for values in itertools.product(*axes.values())]
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from experiments.sweep import schema
 from experiments.sweep.keys import RunConfig
+from experiments.sweep.seals import DamagedError, unsealed
 from hessdiag.errors import StoreError, nearest
 
 COLUMNS = (
@@ -17,6 +18,8 @@ COLUMNS = (
     "error",
 )  # fmt: skip
 S = TypeVar("S", bound="Reader")
+DAMAGED = "damaged"
+"""The state of a row that is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Row:
     error: str | None
     record: dict[str, Any] | None
     variant: str = ""
+    sealed: bool = True  # False for a record written before records had a checksum
 
 
 class Reader:
@@ -138,16 +142,37 @@ def scope(sweep: str | None, seeds: Collection[int] | None, first: int | None = 
         early = "" if first is None else " AND m.position < :first"
         text += f" AND EXISTS (SELECT 1 FROM members m WHERE m.key = r.key AND m.sweep = :sweep{early})"
     if seeds is not None:
-        text += f" AND json_extract(r.config, '$.train.seed') IN ({', '.join(str(int(seed)) for seed in seeds)})"
+        numbers = ", ".join(str(int(seed)) for seed in seeds)
+        text += f" AND json_valid(r.config) AND json_extract(r.config, '$.train.seed') IN ({numbers})"
     return text
 
 
+def config_of(key: str, text: str) -> RunConfig:
+    """The configuration kept for a key; DamagedError if it is not the one that the key names."""
+    try:
+        config = RunConfig.from_dict(json.loads(text))
+        if config.key == key:
+            return config
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise DamagedError("damaged: its configuration is not the one that its key names")
+
+
 def _row(row: Any) -> Row:
+    """One row of the store; one that is damaged has the state "damaged" and says why, and the others go on."""
+    config, record, whole, state, error = RunConfig({}), None, True, row["state"], row["error"]
+    try:
+        config = config_of(row["key"], row["config"])
+        if row["record"] is not None:
+            record, whole = unsealed(json.loads(row["record"]))
+    except (DamagedError, ValueError, RecursionError) as reason:
+        told = isinstance(reason, DamagedError)
+        state, record, error = DAMAGED, None, str(reason) if told else "damaged: its record is no JSON"
     return Row(
         key=row["key"],
-        config=RunConfig.from_dict(json.loads(row["config"])),
+        config=config,
         label=row["label"],
-        state=row["state"],
+        state=state,
         failures=row["failures"],
         interruptions=row["interruptions"],
         attempt=row["attempt"],
@@ -155,7 +180,8 @@ def _row(row: Any) -> Row:
         lease=row["lease"],
         started=row["started"],
         seconds=row["seconds"],
-        error=row["error"],
-        record=None if row["record"] is None else json.loads(row["record"]),
+        error=error,
+        record=record,
         variant=row["variant"],
+        sealed=whole,
     )

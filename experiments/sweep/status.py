@@ -11,13 +11,13 @@ from rich.text import Text
 
 from experiments.sweep.cost import duration
 from experiments.sweep.owner import Owner
-from experiments.sweep.reader import Reader, Row
+from experiments.sweep.reader import DAMAGED, Reader, Row
 
 SHOWN = 12
 
 
-def render(store: Reader, sweep: str | None = None) -> RenderableType:
-    """One picture of the store, or of one of its sweeps."""
+def render(store: Reader, sweep: str | None = None, *, records: bool = False) -> RenderableType:
+    """One picture of the store, or of one of its sweeps; with `records` those are checked, too."""
     now = time.time()
     overview = Table(title=Text(f"store {store.root}"), title_justify="left", expand=False)
     for name in ("sweep", "done", "running", "queued", "failed", "a run", "left"):
@@ -27,9 +27,9 @@ def render(store: Reader, sweep: str | None = None) -> RenderableType:
     for about in store.sweeps():
         if sweep not in (None, about["name"]):
             continue
-        rows = store.rows(about["name"], records=False)
+        rows = store.rows(about["name"], records=records)
         running.update({row.key: row for row in rows if row.state == "running"})
-        failed.update({row.key: row for row in rows if row.state == "failed"})
+        failed.update({row.key: row for row in rows if row.state in ("failed", DAMAGED)})
         overview.add_row(*_line(about["name"], rows))
     parts: list[RenderableType] = [overview]
     if running:
@@ -41,6 +41,7 @@ def render(store: Reader, sweep: str | None = None) -> RenderableType:
 
 def _line(name: str, rows: Sequence[Row]) -> list[str]:
     counts = {state: sum(row.state == state for row in rows) for state in ("done", "running", "queued", "failed")}
+    counts["failed"] += sum(row.state == DAMAGED for row in rows)
     seconds = [row.seconds for row in rows if row.state == "done" and row.seconds is not None]
     each = sum(seconds) / len(seconds) if seconds else None
     left = counts["running"] + counts["queued"]

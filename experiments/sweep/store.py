@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.fields import storable
 from experiments.sweep import schema
 from experiments.sweep.keys import RunConfig, dumps
 from experiments.sweep.owner import Owner
-from experiments.sweep.reader import Reader, scope
+from experiments.sweep.reader import DAMAGED, Reader, Row, config_of, scope
+from experiments.sweep.seals import DamagedError, sealed
 
 LEASE_SECONDS = 60.0
 MAX_INTERRUPTIONS = 10
@@ -73,7 +73,10 @@ class Store(Reader):
             )
             members = "SELECT r.key, r.config FROM members m JOIN runs r USING (key) WHERE m.sweep = ?"
             for key, config in execute(members, (name,)).fetchall():
-                member = RunConfig.from_dict(json.loads(config))
+                try:
+                    member = config_of(key, config)
+                except DamagedError:
+                    continue  # named by whoever reads it
                 other = member.family in families and member.train.get("seed") not in seeds
                 named = key in keys or key in later or other
                 if not named:
@@ -87,6 +90,16 @@ class Store(Reader):
                     (name, position, run.key, (variants or {}).get(run.key, "")),
                 )
         return new
+
+    def requeue_damaged(self, sweep: str) -> list[Row]:
+        """Put the runs of a sweep back whose record is not what was written: their own files are adopted if those are
+        whole. Returns them as they were.
+        """
+        damaged = [row for row in self.rows(sweep) if row.state == DAMAGED and row.config.train]
+        with schema.transaction(self._connection, self.path):
+            change = f"UPDATE runs SET state = 'queued', {FREE}, record = NULL WHERE key = ? AND state = 'done'"
+            self._connection.executemany(change, [(row.key,) for row in damaged])
+        return damaged
 
     def claim(
         self,
@@ -111,9 +124,16 @@ class Store(Reader):
         with schema.transaction(self._connection, self.path):
             self._reclaim(interruptions)
             values = {"retries": retries, "sweep": sweep, "first": first}
-            row = self._connection.execute(query, values).fetchone()
-            if row is None:
-                return None
+            while True:
+                row = self._connection.execute(query, values).fetchone()
+                if row is None:
+                    return None
+                try:
+                    config = config_of(row["key"], row["config"])
+                    break
+                except DamagedError as reason:  # never to be claimed again; the others go on
+                    change = "UPDATE runs SET state = 'failed', failures = ?, error = ? WHERE key = ?"
+                    self._connection.execute(change, (1 << 30, str(reason), row["key"]))
             now, attempt = time.time(), int(row["attempt"]) + 1
             self._connection.execute(
                 "UPDATE runs SET state = 'running', owner = ?, lease = ?, started = ?, attempt = ? WHERE key = ?",
@@ -123,7 +143,7 @@ class Store(Reader):
                 "INSERT INTO attempts (key, number, owner, started) VALUES (?, ?, ?, ?)",
                 (row["key"], attempt, owner, now),
             )
-        return Claim(row["key"], RunConfig.from_dict(json.loads(row["config"])), attempt, owner)
+        return Claim(row["key"], config, attempt, owner)
 
     def _reclaim(self, limit: int) -> None:
         """Put the runs of dead owners back; one whose workers die again and again has failed."""
@@ -171,7 +191,7 @@ class Store(Reader):
             return self._held(
                 claim,
                 f"state = 'done', {FREE}, finished = ?, seconds = ?, error = NULL, record = ?",
-                (time.time(), seconds, json.dumps(storable(record), sort_keys=True)),
+                (time.time(), seconds, json.dumps(sealed(record), sort_keys=True)),
             )
 
     def fail(self, claim: Claim, error: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from experiments.config import TrainConfig
 from experiments.trainer.rig import Rig
 from hessdiag.errors import CheckpointError, ResumeError
-from hessdiag.files import BadFileError, write_bytes
+from hessdiag.files import BadFileError, read_json
+from hessdiag.store import states
 
-FORMAT = "experiments/state/1"
+FORMAT = "experiments/state/2"
 
 
 @dataclass
@@ -44,10 +44,8 @@ def write_state(path: Path, rig: Rig, standing: Standing) -> None:
         "average": rig.average.state,
         "means": None if rig.means is None else rig.means.rows,
     }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
     try:
-        write_bytes(path, buffer.getvalue())
+        states.write_state(path, FORMAT, content)
     except BadFileError as reason:
         raise CheckpointError(f"{path}: {reason}") from None
 
@@ -58,30 +56,33 @@ def read_state(path: Path, rig: Rig) -> Standing | None:
         return None
     device = next(rig.model.parameters()).device
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
+        content = states.read_state(path, FORMAT, device=device)
+        key = content["key"]
+    except (BadFileError, KeyError, TypeError) as error:
+        raise ResumeError(f"{path}: cannot be read ({error}); delete it to start again") from None
+    if key != rig.config.key():
+        raise ResumeError(f"{path}: of another configuration ({key}); use another directory")
+    try:
+        epoch, seconds, history = content["epoch"], content["seconds"], content["history"]
+        if type(epoch) is not int or not 0 <= epoch <= rig.config.epochs or len(history) > epoch or not seconds >= 0:
+            raise ValueError(f"epoch {epoch} of {rig.config.epochs} after {seconds} s")
+        rig.model.load_state_dict(content["model"])
+        rig.optimiser.load_state_dict(content["optimiser"])
+        rig.average.load(content["average"])
+        if rig.means is not None:
+            rig.means.rows = content["means"]
+        return Standing(epoch, history, seconds, content["best"], content["reason"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ResumeError(f"{path}: cannot be read ({reason}); delete it to start again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ResumeError(f"{path}: not a training state of this program; delete it to start again")
-    if content["key"] != rig.config.key():
-        raise ResumeError(f"{path}: of another configuration ({content['key']}); use another directory")
-    rig.model.load_state_dict(content["model"])
-    rig.optimiser.load_state_dict(content["optimiser"])
-    rig.average.load(content["average"])
-    if rig.means is not None:
-        rig.means.rows = content["means"]
-    return Standing(content["epoch"], content["history"], content["seconds"], content["best"], content["reason"])
+        raise ResumeError(f"{path}: not the state of such a run ({reason}); delete it to start again") from None
 
 
 def read_config(folder: Path) -> TrainConfig | None:
     """The configuration that a directory was made for."""
-    import json
-
     path = folder / "config.json"
     if not path.exists():
         return None
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return TrainConfig.from_dict(read_json(path)["config"])
+    except (BadFileError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{path}: cannot be read ({error}); use another directory") from None

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from hessdiag import tensorfiles
 from hessdiag.checkpoint import torchfile
-from hessdiag.files import BadFileError, PathLike, read_bytes, shown, size_text
-from hessdiag.picklerules import check_nesting
+from hessdiag.files import BadFileError, PathLike, parse_json, read_bytes, shown, size_text
+from hessdiag.store.pickled import Left, Stored
 from hessdiag.tensorfiles import MAX_TENSORS, TensorFacts, check_key
 
 FORMAT = "hessdiag/1"
@@ -25,6 +24,7 @@ METADATA_KEY = "hessdiag"
 MODEL_KEYS = ("state_dict", "model", "net", "model_state_dict", "network", "model_state", "weights")
 EMA_KEYS = ("ema_state_dict", "ema", "model_ema", "state_dict_ema", "ema_model_state_dict")
 MAX_PLAIN = 20_000
+MAX_DEPTH = 40
 Places = dict[str, tuple[str, ...]]
 
 
@@ -43,7 +43,6 @@ class Document:
     extra: Mapping[str, Any]
     others: tuple[str, ...]  # what else lies in the file and is not used
     source: torchfile.Parsed | bytes
-    places: Mapping[str, tuple[str, ...]]  # where in the file the weights lie
 
     @property
     def self_describing(self) -> bool:
@@ -51,24 +50,16 @@ class Document:
         return self.layout == FORMAT
 
     def tensors(self, which: str) -> dict[str, Tensor]:
-        """The weights themselves, made by torch.load(weights_only=True) or safetensors."""
-        if isinstance(self.source, bytes):
-            found = tensorfiles.read_tensors(self.source)
-            prefix = EMA_PREFIX if which == "ema" else ""
-            table: Any = {key: found[prefix + key] for key in self.weights[which]}
-        else:
-            table = torchfile.materialise(self.source)
-            for step in self.places[which]:
-                table = dict.__getitem__(table, step)
-            table = {key: dict.__getitem__(table, key) for key in self.weights[which]}
-        for key, facts in self.weights[which].items():
-            if not isinstance(table[key], Tensor) or tuple(table[key].shape) != facts.shape:
-                raise BadFileError(f"tensor {shown(key)} came out other than the file describes it")
-        return {key: value.detach() for key, value in table.items()}
+        """The weights themselves, made of the bytes that were checked."""
+        if not isinstance(self.source, bytes):
+            return torchfile.tensors(self.source, cast(Mapping[str, Stored], self.weights[which]))
+        found = tensorfiles.read_tensors(self.source)
+        prefix = EMA_PREFIX if which == "ema" else ""
+        return {key: found[prefix + key] for key in self.weights[which]}
 
 
 def open_document(path: PathLike, *, budget: int = FILE_BUDGET) -> Document:
-    """Read and understand a file; refuses (BadFileError) whatever is not just tensors and plain values."""
+    """Read and understand a file: tensors and plain values; what else lies beside them is named and left out."""
     data = read_bytes(path, budget=budget, judge=_judge)
     if torchfile.is_zip(data) or torchfile.is_legacy(data):
         parsed = torchfile.parse(data)
@@ -95,12 +86,11 @@ def _tree(facts: Mapping[str, TensorFacts], metadata: Mapping[str, str]) -> dict
     if METADATA_KEY not in metadata:
         return dict(facts)
     try:
-        about = json.loads(metadata[METADATA_KEY])
-    except (ValueError, RecursionError):
+        about = parse_json(metadata[METADATA_KEY].encode(), finite=False)
+    except (BadFileError, UnicodeEncodeError):
         raise BadFileError("the safetensors metadata is damaged") from None
     if not isinstance(about, dict):
         raise BadFileError("the safetensors metadata is damaged")
-    check_nesting(about)
     model = {key: value for key, value in facts.items() if not key.startswith(EMA_PREFIX)}
     ema = {key.removeprefix(EMA_PREFIX): value for key, value in facts.items() if key.startswith(EMA_PREFIX)}
     return {**about, "state_dict": model, "ema_state_dict": ema or None}
@@ -108,7 +98,7 @@ def _tree(facts: Mapping[str, TensorFacts], metadata: Mapping[str, str]) -> dict
 
 def _understand(kind: str, tree: Any, data: bytes, source: torchfile.Parsed | bytes) -> Document:
     if not isinstance(tree, dict):
-        raise BadFileError(f"holds a {type(tree).__name__}, not a dict with weights")
+        raise BadFileError(f"holds a {_kind(tree)}, not a dict with weights: save model.state_dict() instead")
     told = tree.get("format")
     ours = isinstance(told, str) and told.startswith("hessdiag/")
     if ours and told != FORMAT:
@@ -136,8 +126,9 @@ def _understand(kind: str, tree: Any, data: bytes, source: torchfile.Parsed | by
         about = {"config": {}, "metrics": numbers, "extra": {}}
     if ours:
         used.add("ema_state_dict")  # None where there is no average
-    bare = places["model"] == ()
-    others = () if bare else tuple(shown(k) for k in list(tree)[:50] if k not in used and k not in about["metrics"])
+    used |= set(weights["model"]) if places["model"] == () else set()
+    unread = [key for key in tree if key not in used and key not in about["metrics"]]
+    others = tuple(shown(key) + _left_name(tree[key]) for key in unread[:50])
     return Document(
         kind=kind,
         layout=layout,
@@ -147,15 +138,12 @@ def _understand(kind: str, tree: Any, data: bytes, source: torchfile.Parsed | by
         epoch=epoch if type(epoch) is int else None,
         others=others,
         source=source,
-        places=places,
         **about,
     )
 
 
 def _public(tree: dict[Any, Any]) -> tuple[Places, str]:
     """Where the weights lie in a file of other code, and what to call that layout."""
-    if tree and all(isinstance(value, TensorFacts) for value in tree.values()):
-        return {"model": ()}, "bare state dict"
     found = [key for key in MODEL_KEYS if _is_weights(tree.get(key))]
     averaged = [key for key in EMA_KEYS if _is_weights(tree.get(key))]
     if len(found) > 1 or len(averaged) > 1:
@@ -163,8 +151,10 @@ def _public(tree: dict[Any, Any]) -> tuple[Places, str]:
         raise BadFileError(f"holds weights under {names}: save the wanted ones alone")
     if not found and averaged:
         found = averaged  # the only weights there are
+    if not found and any(isinstance(value, TensorFacts) for value in tree.values()):
+        return {"model": ()}, "bare state dict"
     if not found:
-        held = ", ".join(shown(key) for key in list(tree)[:8]) or "nothing"
+        held = ", ".join(shown(key) + _left_name(tree[key]) for key in list(tree)[:8]) or "nothing"
         known = ", ".join(MODEL_KEYS)
         raise BadFileError(f"no state dict of tensors in it (holds {held}; weights are sought under {known})")
     places: Places = {"model": (found[0],)}
@@ -185,11 +175,28 @@ def _weights(tree: dict[str, Any], place: tuple[str, ...]) -> dict[str, TensorFa
         raise BadFileError(f"no weights under {place[-1]!r}")
     if len(table) > MAX_TENSORS:
         raise BadFileError(f"{len(table)} tensors; the limit is {MAX_TENSORS}")
+    if not place:  # whatever lies beside the tensors of a bare state dict is named among the others
+        table = {key: value for key, value in table.items() if isinstance(value, TensorFacts)}
     for key, value in table.items():
         check_key(key)
         if not isinstance(value, TensorFacts):
-            raise BadFileError(f"{shown(key)} among the weights is no tensor but a {type(value).__name__}")
-    return table
+            raise BadFileError(f"{shown(key)} among the weights is no tensor but a {_kind(value)}")
+    found: dict[str, TensorFacts] = table
+    return found
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, TensorFacts):
+        return "tensor"
+    return value.name if isinstance(value, Left) else type(value).__name__
+
+
+def _left_name(value: Any) -> str:
+    """What a message adds to a key whose value could only be named."""
+    inner = [item for item in value.values() if isinstance(item, Left)] if isinstance(value, dict) else []
+    if isinstance(value, Left) or inner:
+        return f" ({(value if isinstance(value, Left) else inner[0]).name}, left out)"
+    return ""
 
 
 def _plain_dict(value: Any, what: str) -> dict[str, Any]:
@@ -197,17 +204,19 @@ def _plain_dict(value: Any, what: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise BadFileError(f"its {what} is a {type(value).__name__}, not a dict")
-    todo, count = [value], 0
+        raise BadFileError(f"its {what} is a {_kind(value)}, not a dict")
+    todo, count = [(value, 0)], 0
     while todo:
-        item = todo.pop()
+        item, depth = todo.pop()
         count += 1
+        if depth > MAX_DEPTH:
+            raise BadFileError(f"its {what} is nested more than {MAX_DEPTH} deep")
         if isinstance(item, dict):
             if not all(isinstance(key, str) and len(key) <= 200 for key in item):
                 raise BadFileError(f"its {what} has keys that are no short texts")
-            todo.extend(item.values())
+            todo.extend((entry, depth + 1) for entry in item.values())
         elif isinstance(item, (list, tuple)):
-            todo.extend(item)
+            todo.extend((entry, depth + 1) for entry in item)
         elif isinstance(item, str):
             if len(item) > 10_000:
                 raise BadFileError(f"its {what} holds a text of {size_text(len(item))}")
@@ -215,7 +224,7 @@ def _plain_dict(value: Any, what: str) -> dict[str, Any]:
             if abs(item) >= 2**63:
                 raise BadFileError(f"its {what} holds an absurdly large number")
         elif type(item) is not bool and type(item) is not float and item is not None:
-            raise BadFileError(f"its {what} holds a {type(item).__name__}: only plain values belong there")
+            raise BadFileError(f"its {what} holds a {_kind(item)}: only plain values belong there")
         if count > MAX_PLAIN:
             raise BadFileError(f"its {what} holds more than {MAX_PLAIN} values")
     return {str(key): entry for key, entry in value.items()}

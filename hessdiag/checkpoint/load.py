@@ -55,8 +55,9 @@ def load_checkpoint(
 
     `weights` chooses "model" or averaged ("ema") weights; None takes the averaged ones where the file has
     them, since they are what such methods report, and the notes say so. `options` are further options of the
-    network. `factory` builds a model of your own instead. The file is read by torch.load(weights_only=True)
-    or safetensors, after a check of its own, and never otherwise.
+    network. `factory` builds a model of your own instead. Nothing in the file
+    is executed: the pickle of a torch file is described by another process (`hessdiag.store.pickled`), and what is
+    neither tensor nor plain value is left out and named in the notes.
     """
     if weights not in (None, "model", "ema"):
         raise ConfigurationError(f"weights {weights!r}: it is 'model', 'ema' or None")

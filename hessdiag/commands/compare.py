@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hessdiag.commands.exits import OK, guarded
+from hessdiag.commands.exits import Outputs, guarded
 
 NAME = "compare"
 EXAMPLES = """[bold]Examples[/bold]
@@ -47,6 +47,9 @@ def command(
     if len(files) < 2:
         raise ConfigurationError("compare needs at least two JSON files")
     if plot is not None:
+        from hessdiag import plot as pictures
+
+        pictures.check_name(plot)
         check_writable(plot, "--plot")
     if json not in (None, "-"):
         check_writable(Path(str(json)), "--json")
@@ -55,24 +58,24 @@ def command(
     rows = compare(
         [(label, read_document(file)) for label, file in zip(labels, files)], confidence=confidence
     )
+    outputs = Outputs()
+    content = {"schema": "hessdiag-comparison/1", "confidence": confidence, "rows": [r.to_dict() for r in rows]}
+    with outputs.attempt("stdout"):
+        if json == "-":
+            write_json(json, strict(content))
+        else:
+            print_comparison(terminal(), rows, confidence=confidence)
+    if json not in (None, "-"):
+        with outputs.attempt("--json"):
+            write_json(str(json), strict(content))
     if plot is not None:
         from math import isfinite
 
-        from hessdiag import plot as pictures
-
         points = [(r.name, r.max_curvature, r.estimate.rms, r.estimate.low, r.estimate.high) for r in rows]
         shown = [p for p in points if isfinite(p[1]) and p[2] > 0]
-        pictures.save(pictures.over_curvature(shown), plot)
+        with outputs.attempt("--plot"):
+            pictures.save(pictures.over_curvature(shown), plot)
         left_out = [p[0] for p in points if p not in shown]
         if left_out:
             typer.echo(f"not in the plot, for want of a finite max|sigma''|: {', '.join(left_out)}", err=True)
-    if json is not None:
-        content = {
-            "schema": "hessdiag-comparison/1",
-            "confidence": confidence,
-            "rows": [r.to_dict() for r in rows],
-        }
-        write_json(json, strict(content))
-    if json != "-":
-        print_comparison(terminal(), rows, confidence=confidence)
-    return OK
+    return outputs.close()

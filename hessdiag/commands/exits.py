@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import typer
 
 from hessdiag import errors
 
-OK, WIDE, USAGE, BAD_FILE, UNMEASURABLE, RESOURCES, LOST, INTERNAL, INTERRUPTED, PIPE = (
+OK, WIDE, USAGE, BAD_FILE, UNMEASURABLE, RESOURCES, LOST, UNWRITTEN, INTERNAL, INTERRUPTED, PIPE = (
     *range(7),
+    8,
     70,
     130,
     141,
@@ -27,6 +29,8 @@ CODES = {
     UNMEASURABLE: "the model cannot be measured in this way; the message names the layer and another method",
     RESOURCES: "too little memory, or no such device",
     LOST: "another process of the same measurement was lost",
+    UNWRITTEN: "the result is there, but an output was not written: 8, and 1 more for the JSON, 2 for the page or "
+    "plot, 4 for the diagonal, 16 for the resume file, 32 for stdout",
     INTERNAL: "a fault of this program; run again with --debug and report it",
     INTERRUPTED: "interrupted before there was a result",
     PIPE: "whoever read the output went away",
@@ -36,7 +40,8 @@ EPILOG = (
     "hessdiag measure digits-example      [dim]# a shipped network, on scikit-learn's digits[/dim]\n\n"
     "hessdiag measure --help              [dim]# every option, with examples[/dim]\n\n"
     "Exit codes: 0 fine; 1 a result, but wider than asked for; 2 wrong usage; 3 bad file or data; "
-    "4 not measurable so; 5 memory or device; 6 a process was lost; 70 internal; 130 interrupted."
+    "4 not measurable so; 5 memory or device; 6 a process was lost; 8 and more: an output was not written; "
+    "70 internal; 130 interrupted."
 )
 
 _KINDS: tuple[tuple[int, tuple[type[errors.HessdiagError], ...]], ...] = (
@@ -89,6 +94,44 @@ def complain(text: str) -> None:
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     where = f" (process {rank} of {size})" if size != "1" else ""
     print(f"hessdiag{where}: {text}", file=sys.stderr, flush=True)
+
+
+OUTPUTS = {"--json": 1, "--html": 2, "--plot": 2, "--save-diagonal": 4, "--resume": 16, "stdout": 32}
+
+
+class Outputs:
+    """The outputs of a result that is there: every one is tried, whichever failed before it."""
+
+    def __init__(self) -> None:
+        self.code = OK
+        self._pipe: BrokenPipeError | None = None
+
+    @contextlib.contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Write the output `name` (a key of OUTPUTS) in this block; a failure is a line on stderr and a bit of the
+        exit code.
+        """
+        try:
+            yield
+            if name == "stdout":
+                sys.stdout.flush()
+        except BrokenPipeError as error:
+            self._pipe = error
+        except (errors.HessdiagError, OSError, MemoryError) as error:
+            self.failed(name, one_line(error))
+            if name == "stdout":  # what is left in its buffer would fail once more when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def failed(self, name: str, reason: str) -> None:
+        """Count an output as not written."""
+        complain(f"{name}: {reason}")
+        self.code |= UNWRITTEN | OUTPUTS[name]
+
+    def close(self) -> int:
+        """The exit code so far; a reader of stdout that went away is told of now, when all else is written."""
+        if self._pipe is not None:
+            raise self._pipe
+        return self.code
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])

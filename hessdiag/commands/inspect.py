@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hessdiag.commands.exits import OK, guarded
+from hessdiag.commands.exits import Outputs, guarded
 
 NAME = "inspect"
 EXAMPLES = """[bold]Examples[/bold]
@@ -37,8 +37,10 @@ def command(
 
     path = Path(checkpoint)
     found = inspect_checkpoint(path if path.exists() else example_path(checkpoint) or path)
-    if json is not None:
-        write_json(json, strict({"schema": "hessdiag-inspect/1", **found.to_dict()}))
     if json != "-":
         print_summary(terminal(), found, tensors=tensors)
-    return OK
+    outputs = Outputs()
+    if json is not None:
+        with outputs.attempt("stdout" if json == "-" else "--json"):
+            write_json(json, strict({"schema": "hessdiag-inspect/1", **found.to_dict()}))
+    return outputs.close()

@@ -29,7 +29,7 @@ hessdiag measure model.pt --resume model.resume      [dim]# killed? the same lin
 
 torchrun --nproc-per-node 4 -m hessdiag measure model.pt --samples 2000
 
-Exit codes: 0 fine; 1 a result, but wider than --rtol; 2 usage; 3 bad file or data; 4 not measurable so; 5 memory or device; 6 a process was lost; 130 interrupted."""  # noqa: E501
+Exit codes: 0 fine; 1 a result, but wider than --rtol; 2 usage; 3 bad file or data; 4 not measurable so; 5 memory or device; 6 a process was lost; 8 and more: an output was not written; 130 interrupted."""  # noqa: E501
 
 MODEL, DATA, WHAT, HOW, OUT = "The model", "The data", "What is measured", "How", "Output"
 

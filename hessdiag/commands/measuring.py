@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hessdiag.commands.exits import OK, WIDE
+from hessdiag.commands.exits import OK, WIDE, Outputs
 from hessdiag.commands.processes import joined
 from hessdiag.commands.progress import watch
 from hessdiag.commands.request import Request
@@ -15,6 +15,7 @@ from hessdiag.commands.setup import Prepared, prepare
 from hessdiag.errors import ConfigurationError
 from hessdiag.measure import measure
 from hessdiag.measurement import Measurement, Plan
+from hessdiag.measurement.resume import UNSAVED
 from hessdiag.report.document import document, read_document, strict, write_json
 from hessdiag.report.table import print_measurement, terminal
 from hessdiag.report.text import plain
@@ -52,9 +53,8 @@ def run(request: Request) -> int:
                 progress=callback,
                 resume=request.resume,
             )
-        if world.rank == 0:
-            hand_over(request, prepared, found)
-    return OK if found.norm.total.half_width <= request.rtol else WIDE
+        code = hand_over(request, prepared, found) if world.rank == 0 else OK
+    return code or (OK if found.norm.total.half_width <= request.rtol else WIDE)
 
 
 def dry_run(request: Request, prepared: Prepared) -> None:
@@ -86,21 +86,29 @@ def plan_of(path: Path, method: str) -> Plan:
     return plan
 
 
-def hand_over(request: Request, prepared: Prepared, found: Measurement) -> None:
-    """The result: files first, since stdout may be a pipe that closes early."""
-    content = document(found, prepared.facts)
-    if request.save_diagonal is not None and found.diagonal is not None:
-        found.diagonal.save(request.save_diagonal)
+def hand_over(request: Request, prepared: Prepared, found: Measurement) -> int:
+    """The result: the number first, then every file, so that none is lost for another's sake; the exit code."""
+    content, outputs = document(found, prepared.facts), Outputs()
+    with outputs.attempt("stdout"):
+        if request.json == "-":
+            write_json(request.json, content)
+        elif request.quiet:
+            low, high = found.interval
+            print(f"{found.rms!r} {low!r} {high!r}")
+        else:
+            print_measurement(content)
     if request.json not in (None, "-"):
-        write_json(str(request.json), content)
+        with outputs.attempt("--json"):
+            write_json(str(request.json), content)
     if request.html is not None:
         from hessdiag.report.html import write_page
 
-        write_page(request.html, content, found.diagonal)
-    if request.json == "-":
-        write_json(request.json, content)
-    elif request.quiet:
-        low, high = found.interval
-        print(f"{found.rms!r} {low!r} {high!r}")
-    else:
-        print_measurement(content)
+        with outputs.attempt("--html"):
+            write_page(request.html, content, found.diagonal)
+    if request.save_diagonal is not None and found.diagonal is not None:
+        with outputs.attempt("--save-diagonal"):
+            found.diagonal.save(request.save_diagonal)
+    for note in found.notes:
+        if note.startswith(UNSAVED):
+            outputs.failed("--resume", note)
+    return outputs.close()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from hessdiag import files
 from hessdiag.errors import ConfigurationError
 
 
@@ -69,10 +69,7 @@ class Request:
 
 def check_writable(path: Path, option: str) -> None:
     """Refuse an output path now rather than after hours of work."""
-    folder = path.parent
-    if path.is_dir():
-        raise ConfigurationError(f"{option} {path}: that is a folder; name a file")
-    if not folder.is_dir():
-        raise ConfigurationError(f"{option} {path}: there is no folder {folder}; make it first")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ConfigurationError(f"{option} {path}: no permission to write there")
+    try:
+        files.check_writable(path)
+    except files.BadFileError as reason:
+        raise ConfigurationError(f"{option} {path}: {reason}") from None

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessdiag import archives, tensorfiles
+from hessdiag import tensorfiles
 from hessdiag.data.dataset import DataSet, make
 from hessdiag.errors import DataError
 from hessdiag.files import BadFileError, read_bytes, shown, size_text
+from hessdiag.store import zips
 
 FILE_BUDGET = 8 * 2**30
+MAX_NPY_HEADER = 1 << 16
 PAIRS = (("inputs", "targets"), ("images", "labels"))
 
 
@@ -40,19 +42,19 @@ def read_npz(path: Path, wanted: set[str]) -> dict[str, Tensor]:
     """Those of the `wanted` arrays that an .npz holds; sizes are checked before anything is unpacked."""
     try:
         data = read_bytes(path, budget=FILE_BUDGET)
-        table = archives.entries(data, budget=FILE_BUDGET, compressed=True)
+        table = zips.entries(data)
         found = {}
         for key in sorted(wanted):
             if f"{key}.npy" in table:
-                found[key] = torch.from_numpy(parse_npy(archives.content(data, table[f"{key}.npy"]), key))
+                found[key] = torch.from_numpy(parse_npy(zips.content(data, table[f"{key}.npy"], deflated=True), key))
         return found
     except BadFileError as reason:
         raise DataError(f"{path}: {reason}") from None
 
 
-def parse_npy(data: bytes, key: str) -> np.ndarray:
+def parse_npy(data: bytes | memoryview, key: str) -> np.ndarray:
     """The array in the bytes of an .npy file (numpy.lib.format, versions 1 to 3), objects refused."""
-    stream = io.BytesIO(data)
+    stream = io.BytesIO(data[:MAX_NPY_HEADER])
     try:
         version = np.lib.format.read_magic(stream)
         reader = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}.get(version[0])

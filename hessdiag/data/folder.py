@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from PIL import Image, UnidentifiedImageError
 
 from hessdiag.data.dataset import DataSet, make
 from hessdiag.errors import DataError
+from hessdiag.files import BadFileError, read_bytes
 
 # Formats that Pillow decodes itself; no EPS, which starts Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp"}
 MAX_PIXELS = 4096 * 4096
 MAX_BYTES = 8 * 2**30
+MAX_FILE = 64 * 2**20
 
 
 def load_folder(path: Path, split: str, name: str) -> DataSet:
@@ -63,7 +66,7 @@ def _read(file: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own bomb warning; the limit below is stricter
-            with Image.open(file, formats=FORMATS) as picture:
+            with Image.open(io.BytesIO(read_bytes(file, budget=MAX_FILE)), formats=FORMATS) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise DataError(f"{file}: {picture.width}x{picture.height} pixels, more than {MAX_PIXELS}: a bomb?")
                 if picture.mode not in ("L", "RGB", "P", "1"):
@@ -74,6 +77,8 @@ def _read(file: Path) -> np.ndarray:
                 pixels = np.asarray(picture.convert(mode), dtype=np.uint8)
     except DataError:
         raise
+    except BadFileError as reason:
+        raise DataError(f"{file}: {reason}") from None
     except Image.DecompressionBombError:
         raise DataError(f"{file}: a decompression bomb (more than {MAX_PIXELS} pixels)") from None
     except UnidentifiedImageError:

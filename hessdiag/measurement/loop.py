@@ -75,6 +75,8 @@ class Loop(Sums):
         self.begun = self._saved = time.monotonic()
         self._resume, self._identity = resume, identity
         self._torn = False
+        self.unsaved: str | None = None
+        """Why the resume file is older than what was done, if it is."""
         self._pause = SAVE_EVERY
         if resume is not None and resume.exists():
             self._restore()
@@ -198,7 +200,13 @@ class Loop(Sums):
         begun = time.monotonic()
         # Of several processes, each holds a share of its own of what is under way: that is not saved.
         place, tensors = self.place(partial=not several), self.tensors(partial=not several)
-        files.store(self._resume, identity=self._identity, progress=place, tensors=tensors)
+        try:
+            files.store(self._resume, identity=self._identity, progress=place, tensors=tensors)
+            self.unsaved = None
+        except ResumeError as error:
+            if not self._resume.exists():  # nothing is lost yet, and nothing could be kept
+                raise
+            self.unsaved = f"{files.UNSAVED}: {error}"
         self._saved = time.monotonic()
         self._pause = max(SAVE_EVERY, SAVE_SHARE * (self._saved - begun))
 

@@ -116,8 +116,8 @@ def choose_rank(
 
     Each costs `DIRECTION_COST` replicates, once. They may take `DIRECTION_SHARE` of the time of the replicates that
     `rtol` could need without them, as far as pilot replicates tell (or make a diagonal of so many `replicates` take
-    that much longer). None where they cannot be found (no double backward), or what they give would be lost in rounding.
-    `outer` adds the exact Gauss-Newton part to what the noise is held against.
+    that much longer). None where they cannot be found (no double backward), or what they give would be lost in
+    rounding. `outer` adds the exact Gauss-Newton part to what the noise is held against.
     """
     rank = affordable_rank(batch, samples)
     if not rank:

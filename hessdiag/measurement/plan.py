@@ -52,8 +52,10 @@ class Plan:
             raise ConfigurationError("groups, at_once, deflate and sample_groups of a plan are whole numbers")
         if not all(lam and abs(lam) < float("inf") for lam in self.balance.values()):
             raise ConfigurationError("the balance of a plan holds finite numbers other than 0")
-        if self.groups < 4 or self.at_once < 1 or self.deflate < 0:
-            raise ConfigurationError("a plan needs groups >= 4, at_once >= 1 and deflate >= 0")
+        if self.groups < 4 or not 1 <= self.at_once <= 4096 or self.deflate < 0:
+            raise ConfigurationError("a plan needs groups >= 4, at_once in 1 to 4096 and deflate >= 0")
+        if any(group < 1 for group in self.sample_groups.values()):
+            raise ConfigurationError("the sample_groups of a plan are at least 1")
 
     @property
     def deterministic(self) -> bool:

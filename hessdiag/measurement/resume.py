@@ -1,40 +1,34 @@
-"""Interrupted work: the state of a measurement in one safetensors file, replaced as a whole or not at all."""
+"""Interrupted work: the state of a measurement in one file, replaced as a whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import ResumeError
-from ..files import BadFileError, read_bytes, write_bytes
+from ..files import BadFileError
 from ..objective import Objective
+from ..store.states import digest, read_state, write_state
 from ..stream import Survey
-from ..tensorfiles import looks_like, read_header, read_tensors
 from .plan import Plan
 
-FORMAT = "hessdiag-resume/1"
-BUDGET = 1 << 36
+FORMAT = "hessdiag-resume/2"
+UNSAVED = "the resume file could not be written"
+"""How the note of a measurement begins that went on without its resume file."""
+MOST_REPLICATES = 1 << 40
 
 
 def store(
     path: Path, *, identity: Mapping[str, Any], progress: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
     """Write identity (what is measured), progress (how far) and the accumulators."""
-    meta = {
-        "format": FORMAT,
-        "identity": json.dumps(identity, sort_keys=True),
-        "progress": json.dumps(progress),
-    }
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=meta)
     try:
-        write_bytes(path, content)
+        write_state(path, FORMAT, {"identity": identity, "progress": progress, "tensors": tensors})
     except BadFileError as error:
         raise ResumeError(f"{path}: {error}; free space or choose another file to resume from") from None
 
@@ -44,16 +38,14 @@ def restore(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """(identity, progress, tensors) of a file, which must be of the same measurement where `identity` is given."""
     try:
-        data = read_bytes(path, budget=BUDGET, accepts=looks_like)
-        _, meta = read_header(data)
-        if meta.get("format") != FORMAT:
-            raise BadFileError("no resume file of this program")
-        found, progress = json.loads(meta["identity"]), json.loads(meta["progress"])
-        tensors = read_tensors(data)
-    except (BadFileError, KeyError, ValueError) as error:
+        content = read_state(path, FORMAT)
+        found, progress, tensors = content["identity"], content["progress"], content["tensors"]
+        _check_ranges(found, progress, tensors)
+    except (BadFileError, KeyError, TypeError, AttributeError) as error:
         raise ResumeError(f"{path}: {error}; remove it or give another file to resume from") from None
     if identity is not None:
         wanted = json.loads(json.dumps(identity, sort_keys=True))
+        found = json.loads(json.dumps(found, sort_keys=True))
         for key in sorted(set(found) | set(wanted)):
             if found.get(key) != wanted.get(key):
                 raise ResumeError(
@@ -63,6 +55,23 @@ def restore(
     return found, progress, tensors
 
 
+def _check_ranges(found: Mapping[str, Any], progress: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what no measurement writes, whatever its checksum says."""
+    whole = {"done": MOST_REPLICATES, "position": found["batches"]}
+    for key, most in whole.items():
+        if type(progress[key]) is not int or not 0 <= progress[key] <= most:
+            raise BadFileError(f"damaged: {key} is {_short(progress[key])}, not in 0 to {most}")
+    if type(progress["known_done"]) is not bool or not isinstance(progress["partial"], list):
+        raise BadFileError("damaged: it does not say what is done")
+    for row in progress["history"]:
+        done, *norms = row
+        if type(done) is not int or len(norms) != 3 or not all(math.isnan(x) or x >= 0 for x in norms):
+            raise BadFileError("damaged: its history holds a norm below zero")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise BadFileError(f"damaged: {name} holds NaN or infinite values")
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -70,10 +79,7 @@ def _short(value: Any) -> str:
 
 def identity_of(objective: Objective, facts: Survey, plan: Plan, seed: int) -> dict[str, Any]:
     """What must agree for a resume file to be taken up."""
-    digest = hashlib.sha256()
-    for name, tensor in objective.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    state = objective.model.state_dict()
     return {
         "seed": seed,
         "samples": facts.samples,
@@ -83,7 +89,7 @@ def identity_of(objective: Objective, facts: Survey, plan: Plan, seed: int) -> d
         "loss name": objective.loss.name,
         "l2": objective.l2,
         "parameters": list(objective.parameters),
-        "weights": digest.hexdigest(),
+        "weights": digest(*state.values(), text=" ".join(state)),
         "method": plan.method,
         "groups": plan.groups,
         "deflate": plan.deflate,

@@ -117,13 +117,13 @@ def curvature_of(content: Mapping[str, Any]) -> tuple[str | None, float]:
     """The activation of the model and its max|sigma''|; NaN where the document does not tell."""
     from hessdiag import activations
 
-    spec = (content.get("cli", {}).get("checkpoint", {}).get("config") or {}).get("activation")
+    spec = (((content.get("cli") or {}).get("checkpoint") or {}).get("config") or {}).get("activation")
     if isinstance(spec, str):
         try:
             return spec, activations.max_curvature(spec)
         except HessdiagError:
             return spec, math.nan
-    found = {(p["activation"], p["max_curvature"]) for p in content.get("effective_curvature", ())}
+    found = {(p["activation"], p["max_curvature"]) for p in content["effective_curvature"]}
     if len(found) == 1:
         label, top = found.pop()
         return str(label), float(top) if isinstance(top, (int, float)) else math.nan
@@ -189,7 +189,7 @@ def _estimates(content: Mapping[str, Any]) -> tuple[NormEstimate, NormEstimate |
 
 def _data(content: Mapping[str, Any]) -> Any:
     """What tells data apart: the hash of the clean data and the perturbation, else the fingerprint of the batches."""
-    cli = content.get("cli", {})
+    cli = content.get("cli") or {}
     data, perturbation = cli.get("data"), cli.get("perturbation")
     if data:
         return data["sha256"], perturbation and perturbation["spec"]

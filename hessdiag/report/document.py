@@ -7,30 +7,19 @@ file, which data, which perturbation. docs/json.md explains every field.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hessdiag.errors import DataError
-from hessdiag.files import BadFileError, path_text, read_bytes, write_bytes
+from hessdiag.files import BadFileError, path_text, read_json, write_bytes
 from hessdiag.measurement.result import SCHEMA, Measurement, number
 from hessdiag.norm import NormEstimate
+from hessdiag.report.schema import BOUNDS, MEASUREMENT
 
 CLI_SCHEMA = "hessdiag-cli/1"
-BUDGET = 1 << 28
-_NUMBERS = (
-    "square",
-    "square_error",
-    "norm",
-    "rms",
-    "mean_scaled",
-    "low",
-    "high",
-    "noise_share",
-    "participation",
-)
+NUMBERS = {name for name, kind in NormEstimate.__annotations__.items() if kind in (float, "float")}
 
 
 def document(measurement: Measurement, cli: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,49 +49,28 @@ def to_json(content: Mapping[str, Any]) -> str:
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
-    """A document written by `hessdiag measure --json`, its version and the fields needed later checked."""
+    """A document written by `hessdiag measure --json`: its version, and every field that is read later, checked."""
     try:
-        content = json.loads(read_bytes(path, budget=BUDGET).decode())
-    except BadFileError as error:
-        raise DataError(f"{path_text(path)}: {error}") from None
-    except (ValueError, RecursionError):
-        raise DataError(
-            f"{path_text(path)}: is no JSON; give files written by hessdiag measure --json"
-        ) from None
-    if not isinstance(content, dict) or not isinstance(content.get("schema"), str):
-        raise DataError(
-            f"{path_text(path)}: is no measurement; give files written by hessdiag measure --json"
-        )
-    if content["schema"] != SCHEMA:
-        raise DataError(
-            f"{path_text(path)}: is of schema {content['schema'][:60]!r}; this program reads {SCHEMA}"
-        )
-    try:
-        norm_of(content["norm"]["total"])
-        for part in ("plan", "provenance", "layers", "groups"):
-            if not isinstance(content[part], dict):
-                raise TypeError(part)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{path_text(path)}: a damaged measurement ({type(error).__name__}: {error})"
-        ) from None
+        content = read_json(path)
+        if not isinstance(content, dict) or not isinstance(content.get("schema"), str):
+            raise BadFileError("is no measurement; give files written by hessdiag measure --json")
+        if content["schema"] != SCHEMA:
+            raise BadFileError(f"is of schema {content['schema'][:60]!r}; this program reads {SCHEMA}")
+        try:
+            MEASUREMENT(content, "the measurement")
+        except BadFileError as reason:
+            raise BadFileError(f"is damaged: {reason}; measure again") from None
+    except BadFileError as reason:
+        raise DataError(f"{path_text(path)}: {reason}") from None
     return content
 
 
 def norm_of(values: Mapping[str, Any]) -> NormEstimate:
-    """A NormEstimate from its JSON."""
-    plain = dict(values)
-    for key in _NUMBERS:
-        plain[key] = _float(plain[key])
-    for key in ("entries", "replicates", "dof"):
-        if type(plain[key]) is not int:
-            raise TypeError(f"{key} is no whole number")
-    plain["confidence"] = _float(plain["confidence"])
-    plain["deleted"] = tuple(_float(x) for x in plain["deleted"])
-    plain["sizes"] = tuple(int(x) for x in plain["sizes"])
-    plain["flags"] = tuple(str(x) for x in plain["flags"])
-    plain["status"] = str(plain["status"])
-    return NormEstimate(**plain)
+    """A NormEstimate from its JSON, which `read_document` has checked."""
+    plain: dict[str, Any] = {key: _float(value) if key in NUMBERS else value for key, value in values.items()}
+    for key in ("deleted", "sizes", "flags"):
+        plain[key] = tuple(_float(x) if key == "deleted" else x for x in plain[key])
+    return NormEstimate(**{key: plain[key] for key in NormEstimate.__dataclass_fields__})
 
 
 def strict(value: Any) -> Any:
@@ -116,12 +84,4 @@ def strict(value: Any) -> Any:
 
 def _float(value: Any) -> float:
     """The inverse of `measurement.result.number`."""
-    if value is None:
-        return math.nan
-    if isinstance(value, str):
-        if value not in ("inf", "-inf"):
-            raise ValueError(f"{value[:30]!r} is no number")
-        return math.inf if value == "inf" else -math.inf
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{type(value).__name__} where a number belongs")
-    return float(value)
+    return float(BOUNDS[value] if value is None or isinstance(value, str) else value)

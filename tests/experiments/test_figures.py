@@ -240,7 +240,11 @@ def test_exports_round_trip_and_notice_what_was_edited(tmp_path):
     again = export.read(path)
     assert [run.config for run in again.runs] == [run.config for run in results.runs]
     assert export.save(again, tmp_path / "twice").read_bytes() == path.read_bytes()
-    path.write_text(path.read_text().replace('"epochs": 30', '"epochs": 31', 1))
+    edited = path.read_text().replace('"epochs": 30', '"epochs": 31', 1)
+    path.write_text(edited)
+    with pytest.raises(ConfigurationError, match="is damaged: not what was written"):
+        export.read(path)
+    path.write_text(re.sub(r'"sha256": "\w+", ', "", edited))  # as in exports made before there were checksums
     with pytest.raises(ConfigurationError, match="is not the configuration it names"):
         export.read(path)
     path.write_text("{}")

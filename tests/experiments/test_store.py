@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sqlite3
@@ -436,3 +437,97 @@ def test_a_thousand_runs_are_listed(tmp_path):
             assert claim is not None
             assert store.finish(claim, {"x": 1}, 1.0)
         assert len(store.rows("sweep")) == 1000
+
+
+def shares(value: float = 0.5) -> dict[str, object]:
+    return {"clean_accuracy": {"value": value, "low": 0.25, "high": 0.75, "samples": 4}}
+
+
+def edited(root: Path, key: str, column: str, change) -> None:
+    connection = sqlite3.connect(root / schema.NAME)
+    (old,) = connection.execute(f"SELECT {column} FROM runs WHERE key = ?", (key,)).fetchone()
+    connection.execute(f"UPDATE runs SET {column} = ? WHERE key = ?", (change(old), key))
+    connection.commit()
+    connection.close()
+
+
+def test_a_damaged_row_is_named_and_the_others_go_on(tmp_path, capsys):
+    """An accuracy of 750%, with its seal and without, a record that is no JSON, a configuration of another key."""
+    from rich.console import Console
+
+    from experiments.sweep import export, status
+
+    runs, root = configs(8), tmp_path / "s"
+    with Store(root) as store:
+        store.add("smoke/figure3", runs, tier="smoke", figure="figure3")
+    assert work(root, lambda config, out: shares()) == {"done": 8}
+
+    def without_seal(text: str) -> str:
+        record = json.loads(text)
+        del record["sha256"]
+        return json.dumps(record)
+
+    edited(root, runs[1].key, "record", lambda text: text.replace("0.5", "7.5"))
+    edited(root, runs[2].key, "record", lambda text: without_seal(text).replace("0.5", "7.5"))
+    edited(root, runs[3].key, "record", lambda text: text[:-5])
+    edited(root, runs[4].key, "config", lambda text: text.replace("rct:4", "rct:5"))
+    edited(root, runs[5].key, "record", without_seal)  # as records were before they had one: read, and marked
+    bad = {run.key for run in runs[1:5]}
+    with Reader(root) as reader:
+        rows = reader.rows("smoke/figure3")
+        assert {row.key for row in rows if row.state == "damaged"} == bad
+        assert [row.sealed for row in rows].count(False) == 1
+        reasons = [row.error for row in rows if row.state == "damaged"]
+        for word, reason in zip(("sha256", "value is 7.5", "no JSON", "its key"), reasons, strict=True):
+            assert word in reason
+        told = Console(width=200, file=io.StringIO(), record=True)
+        told.print(status.render(reader, records=True))
+        told.print(status.listing(rows))
+        assert "damaged" in told.export_text()
+        line = export.publish(reader, "smoke/figure3", tmp_path / "r")
+        assert "4 runs, 4 missing, 4 of them damaged" in line
+        assert "1 recorded without a checksum" in line
+    assert len(export.read(tmp_path / "r" / "smoke" / "figure3.json").runs) == 4
+    calls: list[str] = []
+    with Store(root) as store:
+        assert {row.key for row in store.requeue_damaged("smoke/figure3")} == bad - {runs[4].key}
+    # Their own files are whole, and are taken up; the run whose configuration is lost stays named.
+    assert work(root, lambda config, out: calls.append(config.key) or shares()) == {"adopted": 3}
+    assert calls == []
+    with Reader(root) as reader:
+        assert [row.state for row in reader.rows("smoke/figure3")].count("done") == 7
+
+
+def test_a_result_file_that_was_edited_is_not_adopted(tmp_path):
+    (run,) = configs(1)
+    write_result(tmp_path, run, shares(), 1.0)
+    assert read_result(tmp_path, run) == (shares(), 1.0)
+    path = tmp_path / "result.json"
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    assert read_result(tmp_path, run) is None
+
+
+def test_an_export_says_which_line_was_edited_and_reads_older_ones(tmp_path):
+    from experiments.sweep import export
+
+    runs, root = configs(2), tmp_path / "s"
+    with Store(root) as store:
+        store.add("smoke/figure3", runs, tier="smoke", figure="figure3")
+    work(root, lambda config, out: shares())
+    with Reader(root) as reader:
+        export.publish(reader, "smoke/figure3", tmp_path)
+    path = tmp_path / "smoke" / "figure3.json"
+    text = path.read_text()
+    assert [run.sealed for run in export.read(path).runs] == [True, True]
+    path.write_text(text.replace('"value": 0.5', '"value": 0.6', 1))
+    with pytest.raises(ConfigurationError, match=f"run {runs[0].key[:8]} is damaged: not what was written"):
+        export.read(path)
+    content = json.loads(text)
+    for entry in content["runs"]:
+        del entry["sha256"]
+    path.write_text(json.dumps(content))
+    assert [run.sealed for run in export.read(path).runs] == [False, False]
+    content["runs"][1]["record"]["clean_accuracy"]["value"] = 7.5
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigurationError, match=r"value is 7\.5"):
+        export.read(path)

@@ -306,3 +306,18 @@ def test_a_stage_is_done_alone_and_the_sweep_keeps_what_it_had(tmp_path):
     with Store(tmp_path / "t") as store:  # a stage alone brings no more than itself
         store.add(first.name, first.runs, tier=first.tier, later=first.later)
         assert len(store.rows(first.name)) == 4
+
+
+def test_a_grid_has_a_limit(tmp_path: Path) -> None:
+    """Three lists of thousands are refused before any combination is made; so is TOML without bottom."""
+    path = tmp_path / "figure3.toml"
+    many = list(range(3000))
+    path.write_text(f'tier = "smoke"\n[[grid]]\nbeta = [0, 1, 2]\ncurvature = {many}\nseed = {many}\n')
+    with pytest.raises(ConfigurationError, match="27000000 combinations"):
+        load(path)
+    path.write_text("a = " + "[" * 50_000)
+    with pytest.raises(ConfigurationError, match="nested too deeply"):
+        load(path)
+    path.write_text("#" * (1 << 20) + "\n")
+    with pytest.raises(ConfigurationError, match="exceed the limit"):
+        load(path)

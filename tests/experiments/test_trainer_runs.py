@@ -524,3 +524,33 @@ def test_compiled_training_agrees_with_eager(method: str, monkeypatch: pytest.Mo
     compiled = train(configuration(**more, compile=True), sets=(pool, pool))
     for a, b in zip(eager.model.parameters(), compiled.model.parameters()):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_a_damaged_state_is_refused_never_finished_with(tmp_path: Path) -> None:
+    """A flipped bit by the checksum; an epoch out of range, or another network's weights, even with the right one."""
+    from experiments.trainer.state import FORMAT
+    from hessdiag.store.states import read_state, write_state
+
+    whole = train(configuration(epochs=1), tmp_path, save_seconds=0)
+    path = tmp_path / "state.pt"
+    data = path.read_bytes()
+    for place in range(8, len(data), len(data) // 20):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        with pytest.raises(ResumeError, match=r"state\.pt: cannot be read"):
+            train(configuration(epochs=1), tmp_path)
+    changes: tuple[dict[str, Any], ...] = ({"epoch": 7}, {"epoch": -1}, {"seconds": -1.0}, {"model": {}}, {"optimiser": 3})
+    for change in changes:
+        path.write_bytes(data)
+        write_state(path, FORMAT, read_state(path, FORMAT) | change)
+        with pytest.raises(ResumeError, match="not the state of such a run"):
+            train(configuration(epochs=1), tmp_path)
+    path.write_bytes(data)
+    assert bits(train(configuration(epochs=1), tmp_path)) == bits(whole)
+
+
+def test_two_runs_in_one_folder_leave_each_other_s_files(tmp_path: Path) -> None:
+    """What another process writes at this moment is not swept away by the one that starts."""
+    at_work = tmp_path / ".last.pt.0123456789ab.tmp"
+    at_work.write_bytes(b"half of a network")
+    train(configuration(epochs=1), tmp_path)
+    assert at_work.read_bytes() == b"half of a network"

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
 import pickle
+import resource
 import stat
 import struct
+import subprocess
+import sys
 import tarfile
 import time
 import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hessdiag import networks
 from hessdiag.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
 from hessdiag.errors import CheckpointError, HessdiagError, NonFiniteError
+from hessdiag.store import pickled
 
 LIMIT_SECONDS = 2.0  # of the processor, where the sum below takes it WORK_SECONDS
 WORK_SECONDS = 0.03
@@ -117,6 +124,30 @@ def laughs() -> bytes:
     return b"\x80\x02" + body + b"."
 
 
+def repeated() -> bytes:
+    """One list of 60,000 pairs, kept once and handed to OrderedDict a thousand times: each call would copy it."""
+    pairs = b"]q\x00(" + b"K\x01K\x02\x86" * 60_000 + b"e0"
+    return b"\x80\x02" + pairs + b"](" + b"ccollections\nOrderedDict\nh\x00\x85R" * 1000 + b"e."
+
+
+def stand_ins() -> bytes:
+    """The same with a class that is left out, and 60,000 arguments."""
+    arguments = b"(" + b"K\x01" * 60_000 + b"tq\x00" + b"0"
+    return b"\x80\x02" + arguments + b"](" + b"cargparse\nNamespace\nh\x00R" * 1000 + b"e."
+
+
+def nested_config(depth: int) -> str:
+    """Lists in lists in the config of a file of ours."""
+    return '{"format": "hessdiag/1", "config": {"widths": ' + "[" * depth + "]" * depth + "}}"
+
+
+def colliding() -> bytes:
+    """40,000 whole numbers as keys, all of one hash: each insertion meets all before it."""
+    prime = 2**61 - 1
+    keys = b"".join(b"\x8a\x0a" + (prime * n).to_bytes(10, "little") + b"N" for n in range(1, 40_000))
+    return b"\x80\x02}(" + keys + b"u."
+
+
 def tar_bytes() -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
@@ -164,7 +195,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         "posix.system",
     ),
     "eval": (lambda: torch_bytes({"x": Evil(eval, "open('executed', 'w')")}), "eval"),
-    "modern pickle": (lambda: pickle.dumps(Evil(os.system, "echo executed > executed"), 4), "FRAME"),
+    "modern pickle": (lambda: pickle.dumps(Evil(os.system, "echo executed > executed"), 4), "posix.system"),
     "getattr chain": (
         lambda: with_pickle(b"\x80\x02cbuiltins\ngetattr\n(ctorch\nload\n" + text("x") + b"tR."),
         "getattr",
@@ -182,7 +213,6 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         "torch.FloatStorage",
     ),
     "whole module": (lambda: torch_bytes(torch.nn.Linear(2, 2)), "torch.nn.modules.linear.Linear"),
-    "numpy scalar": (lambda: torch_bytes({"w": W, "acc": W.numpy().mean()}), "numpy"),
     "shadowed dict": (shadowed, "no state dict"),
     "zip bomb": (lambda: zip_bytes({"a/data.pkl": bytes(2**28)}, zipfile.ZIP_DEFLATED), "compressed"),
     "overlapping zip": (overlapping, "overlaps another"),
@@ -235,17 +265,24 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: safetensors_bytes({"__metadata__": {"hessdiag": "[" * 10**5}, "w": entry()}, bytes(4)),
         "metadata is damaged",
     ),
+    "safetensors config nested": (
+        lambda: safetensors_bytes({"__metadata__": {"hessdiag": nested_config(900)}, "w": entry()}, bytes(4)),
+        "nested more than 40 deep",
+    ),
     "path key": (lambda: torch_bytes({"../../etc/passwd": W}), "attribute path"),
     "NUL key": (lambda: torch_bytes({"a\0b": W}), "attribute path"),
     "line break key": (lambda: torch_bytes({"a\nb": W}), "attribute path"),
     "megabyte key": (lambda: torch_bytes({"a" * 2**20: W}), "characters"),
-    "million keys": (lambda: torch_bytes({str(i): i for i in range(200_000)}), "opcodes"),
+    "million keys": (lambda: torch_bytes({str(i): i for i in range(200_000)}), "no state dict"),
     "integer keys": (lambda: torch_bytes(dict.fromkeys(range(3), W)), "names belong"),
-    "tuple key": (lambda: with_pickle(b"\x80\x02}" + b")" + b"\x85" * 10**5 + b"K\x01s."), "dict key"),
+    "tuple key": (lambda: with_pickle(b"\x80\x02}" + b")" + b"\x85" * 10**5 + b"K\x01s."), "the pickle inside"),
     "nested lists": (lambda: with_pickle(b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."), "nested"),
     "list in itself": (lambda: with_pickle(b"\x80\x02]q\x00h\x00a."), "nested"),
+    "memo times REDUCE": (lambda: with_pickle(repeated()), "repeat one another"),
+    "stand-ins without end": (lambda: with_pickle(stand_ins()), "repeat one another"),
+    "memo of 64 GB": (lambda: with_pickle(b"\x80\x02Nr\xff\xff\xff\xff."), "memory"),
     "billion laughs": (lambda: with_pickle(laughs()), "repeat one another"),
-    "endless pickle": (lambda: with_pickle(b"\x80\x02" + b"N" * 2_000_000 + b"."), "opcodes"),
+    "endless pickle": (lambda: with_pickle(b"\x80\x02" + b"N" * 2_000_000 + b"."), "NoneType"),
     "empty dict": (lambda: torch_bytes({}), "no state dict"),
     "a list": (lambda: torch_bytes([1, 2]), "a list"),
     "a tensor": (lambda: torch_bytes(W), "not a dict"),
@@ -292,21 +329,125 @@ def test_hostile_file_is_refused_in_one_quick_line(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hostile.pt"]
 
 
+def spent() -> float:
+    """Processor seconds of this process and of those that it started and that ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 def refusal(action: Callable[[], Any], kind: type[HessdiagError] = CheckpointError) -> str:
     """The message of the error that `action` must raise, checked for form and time."""
     begun = time.process_time()  # processor time: other work on the machine is no fault of the loader
     sum(i * i for i in range(400_000))
     limit = LIMIT_SECONDS * max(1.0, (time.process_time() - begun) / WORK_SECONDS)  # nor is a slow processor
-    begun = time.process_time()
+    begun = spent()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(kind) as caught:
             action()
-    assert time.process_time() - begun < limit
+    assert spent() - begun < limit
+    # The largest child there ever was; Linux counts in KiB.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10 < pickled.MEMORY + 4 * pickled.MAX_PICKLE
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 600
     return message
+
+
+def test_keys_that_collide_end_with_the_processor_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickled, "SECONDS", 1)
+    path = tmp_path / "hostile.pt"
+    path.write_bytes(with_pickle(colliding()))
+    assert path.stat().st_size < 640_000
+    begun = spent()
+    with pytest.raises(CheckpointError, match="more than 1 s of processor time"):
+        load_checkpoint(path, network="mlp")
+    assert spent() - begun < 1 + LIMIT_SECONDS
+
+
+def test_where_no_process_can_be_started_nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No quiet fallback to reading the pickle in this process."""
+    path = tmp_path / "a.pt"
+    path.write_bytes(bare())
+    monkeypatch.setattr("sys.executable", str(tmp_path / "absent"))
+    assert "safetensors" in refusal(lambda: load_checkpoint(path, network="mlp", activation="relu"))
+    monkeypatch.setattr("sys.executable", "")
+    assert "safetensors" in refusal(lambda: load_checkpoint(path, network="mlp", activation="relu"))
+
+
+def test_a_child_that_lies_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes back is checked once more: shapes beyond the data, no JSON, an answer without end, a crash."""
+    path, child = tmp_path / "a.pt", tmp_path / "child.py"
+    path.write_bytes(with_pickle(b"\x80\x02}.", _0=bytes(16)))
+    monkeypatch.setattr(pickled, "CHILD", child)
+    monkeypatch.setattr(pickled, "MAX_REPLY", 1 << 20)
+    say = "import sys; sys.stdin.buffer.read(); out = sys.stdout.buffer\n"
+    said = 'out.write(len(text).to_bytes(8, "little") + text)'
+    for code, reason in (
+        (f'text = b\'{{"trees": [["dict", "w", ["tensor", "float32", "0", 4, 0, [9], [1]]]], "end": 3}}\'; {said}', "reaches"),
+        (f'text = b\'{{"trees": [["dict", "w", ["tensor", "float32", "0", 4, -1, [1], [1]]]], "end": 3}}\'; {said}', "shape"),
+        (f'text = b\'{{"trees": [["dict", "w", ["tensor", "load", "0", 4, 0, [1], [1]]]], "end": 3}}\'; {said}', "no answer"),
+        ("out.write(b'x' * 100)", "no answer"),
+        ("out.write(bytes(2 << 20))", "without end"),
+        ("import os; os.kill(os.getpid(), 11)", "brings its reader down"),
+        ("import os; os._exit(9)", "brings its reader down"),
+    ):
+        child.write_text(say + code)
+        assert reason in refusal(lambda: load_checkpoint(path, network="mlp", activation="relu"))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_is_not_data_is_left_out_by_name(
+    legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Common in public training code: arguments and numpy's numbers beside the tensors. Nothing of them is made."""
+    monkeypatch.chdir(tmp_path)
+    model = networks.build("mlp", in_features=3, widths=(2,), num_classes=2, seed=0)
+
+    class Meter:
+        def __setstate__(self, state: Any) -> None:
+            raise AssertionError("made")
+
+    Meter.__module__, Meter.__qualname__ = "training_utils", "Meter"
+    monkeypatch.setitem(sys.modules, "training_utils", SimpleNamespace(Meter=Meter))
+    beside = {
+        "args": argparse.Namespace(lr=0.1, device=torch.device("cpu")),
+        "best": np.float64(0.5),
+        "history": np.zeros(3),
+        "meter": Meter(),
+        "dtype": torch.float32,
+        "optimizer": {"state": {0: {"step": 1}}, "lr": np.float32(0.1)},
+    }
+    for weights in ({"state_dict": model.state_dict()}, dict(model.state_dict())):
+        path = tmp_path / "public.pt"
+        path.write_bytes(torch_bytes({**weights, **beside, "epoch": 7}, legacy=legacy))
+        monkeypatch.delitem(sys.modules, "training_utils")
+        found = load_checkpoint(path, network="mlp", activation="relu")
+        monkeypatch.setitem(sys.modules, "training_utils", SimpleNamespace(Meter=Meter))
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(found.model.state_dict()[name], tensor)
+        assert found.epoch == 7
+        notes = " ".join(found.notes)
+        for word in ("'args' (argparse.Namespace, left out)", "'best' (numpy", "'meter' (training_utils.Meter, left out)"):
+            assert word in notes
+        assert "'args' (argparse.Namespace, left out)" in " ".join(inspect_checkpoint(path).notes)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_child_acts_on_nothing(tmp_path: Path) -> None:
+    """Its audit hook, tried: a reader whose names do something is ended before it is done."""
+    source = Path(pickled.CHILD).read_text()
+    mark = "        full = f"
+    assert source.count(mark) == 1
+    child = tmp_path / "child.py"
+    for action in ("open('executed', 'w')", "__import__('colorsys')", "os.system('echo x > executed')"):
+        child.write_text(source.replace(mark, f"        {action}\n{mark}"))
+        told = [*pickled.command("zip", 100)]
+        told[told.index(str(pickled.CHILD))] = str(child)
+        ended = subprocess.run(told, input=b"\x80\x02cargparse\nNamespace\n.", capture_output=True, cwd=tmp_path)
+        assert ended.returncode == 9
+        assert ended.stdout == b""
+        assert not (tmp_path / "executed").exists()
 
 
 def test_the_executed_marker_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +465,8 @@ def test_truncation_anywhere_is_refused(name: str, tmp_path: Path) -> None:
     if name == "legacy":
         path.write_bytes(torch_bytes(model.state_dict(), legacy=True))
     data = path.read_bytes()
-    for length in range(1, len(data), max(1, len(data) // 150)):
+    places = 30 if name == "legacy" else 150  # of an old file each one starts a process
+    for length in range(1, len(data), max(1, len(data) // places)):
         path.write_bytes(data[:length])
         refusal(lambda: load_checkpoint(path, network="mlp", activation="relu"))
 

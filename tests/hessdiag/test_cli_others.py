@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typer.testing import CliRunner, Result
 import hessdiag as hd
 from hessdiag.cli import app
 from hessdiag.data import load
+from hessdiag.errors import DataError
 from hessdiag.examples import example_path
 from hessdiag.examples.build_digits import accuracy, train
 from hessdiag.norm import ratio
@@ -68,6 +70,76 @@ def test_paired_ratio_is_that_of_the_library_and_narrower(files: dict[str, Path]
     assert b.ratio.high / b.ratio.low < 1 + 0.2 * (c.ratio.high / c.ratio.low - 1)
 
 
+BAD = (None, True, -1, 0, 2, 1e300, 10**400, -5, "x", "inf", "", [], {}, [None], {"a": 1}, "a" * 20_000)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a document, tables and lists included."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in inner for place in leaves(item, (*path, key)))]
+
+
+def test_any_malformed_document_is_compared_or_refused_in_one_line(files: dict[str, Path], tmp_path: Path) -> None:
+    """Each place of a document with each bad value, and without it: exit 0 or 3, never an internal error."""
+    text, odd = files["a"].read_text(), tmp_path / "odd.json"
+    whole = json.loads(text)
+    few = dict(list(whole["layers"].items())[:1])
+    whole |= {"layers": few, "groups": few, "invariant_groups": {}, "history": whole["history"][:1]}
+    rng, refused = random.Random(0), 0
+    places = [place for place in leaves(whole) if place]
+    for place in rng.sample(places, 150):
+        content = json.loads(json.dumps(whole))
+        target = content
+        for step in place[:-1]:
+            target = target[step]
+        target[place[-1]] = rng.choice(BAD)
+        if rng.random() < 0.2:
+            del target[place[-1]]
+        odd.write_text(json.dumps(content))
+        told = ""
+        try:
+            compare([("a", read_document(files["a"])), ("odd", read_document(odd))])
+            compare([("odd", read_document(odd)), ("a", read_document(files["a"]))])
+        except DataError as error:
+            told, refused = str(error), refused + 1
+        assert "\n" not in told
+        assert len(told) < 500
+    assert refused > 75
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        (("plan",), {}, "lacks method"),
+        (("norm", "total", "rms"), 10**400, "rms"),
+        (("cli",), "x", "cli is no table"),
+        (("norm", "total", "confidence"), 2, "confidence"),
+        (("norm", "total", "entries"), -5, "entries"),
+        (("replicates",), -3, "replicates"),
+        (("plan", "at_once"), 10**9, "at_once"),
+        (("plan", "sample_groups"), {"0": -3}, "sample_groups"),
+        (("norm", "total", "low"), 1e9, "interval"),
+        (("norm", "total", "sizes"), [1], "groups of"),
+    ],
+    ids=lambda item: item[-1] if isinstance(item, tuple) else "",
+)
+def test_a_document_out_of_range_is_one_line(
+    where: tuple[str, ...], value: Any, words: str, files: dict[str, Path], tmp_path: Path
+) -> None:
+    content = json.loads(files["a"].read_text())
+    target = content
+    for step in where[:-1]:
+        target = target[step]
+    target[where[-1]] = value
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps(content))
+    for arguments in (("compare", str(files["a"]), str(odd)), ("measure", "digits-example", "--plan", str(odd))):
+        found = run(*arguments)
+        assert found.exit_code == 3, found.output
+        assert words in found.stderr
+        assert found.stderr.count("\n") == 1
+
+
 def test_compare_prints_plots_and_writes(files: dict[str, Path], tmp_path: Path) -> None:
     plot, out = tmp_path / "p.svg", tmp_path / "c.json"
     names = [str(path) for path in files.values()]
@@ -112,7 +184,7 @@ def test_compare_refuses(files: dict[str, Path], tmp_path: Path) -> None:
         ("[1]", "no measurement"),
         (files["a"].read_text().replace("measurement/1", "measurement/9"), "schema"),
         (files["a"].read_text().replace('"square":', '"squares":'), "damaged"),
-        ("[" * 100000, "no JSON"),
+        ("[" * 100000, "nested"),
     ):
         odd.write_text(content)
         found = run("compare", a, str(odd))

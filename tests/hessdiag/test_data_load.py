@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -246,7 +247,7 @@ def test_zip_bomb_of_arrays(tmp_path: Path) -> None:
     struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 24, 2**32 - 2)
     path = tmp_path / "a.npz"
     path.write_bytes(data)
-    with pytest.raises(DataError, match="holds 1048576 bytes and declares 4294967294"):
+    with pytest.raises(DataError, match=r"claims 4\.0 GiB once unpacked: a zip bomb"):
         load(f"npz:{path}")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -259,7 +260,7 @@ def test_zip_bomb_of_arrays(tmp_path: Path) -> None:
         struct.pack_into("<H", data, at + 10, 8)  # deflated
         struct.pack_into("<I", data, at + 24, 3 * 2**30)
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"claim more than 8\.0 GiB once unpacked: a zip bomb"):
+    with pytest.raises(DataError, match=r"claims 3\.0 GiB once unpacked: a zip bomb"):
         load(f"npz:{path}")
 
 
@@ -362,3 +363,10 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(kind, match=reason):
             load(f"their_data_a:{name}")
+
+
+def test_a_pipe_in_a_folder_of_images_is_refused_without_waiting(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    with pytest.raises(DataError, match="not a regular file"):
+        load(f"folder:{tmp_path}")

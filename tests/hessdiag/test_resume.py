@@ -210,3 +210,60 @@ def test_sigkill_at_many_times(tmp_path: Path, seed: int) -> None:
     kill_and_resume(tmp_path, kills=5, seed=seed)
 
 
+
+def test_a_damaged_resume_file_is_refused_not_measured_with(tmp_path: Path) -> None:
+    """Flipped bits by the checksum; numbers out of range even where the checksum is right."""
+    from hessdiag.measurement.resume import FORMAT
+    from hessdiag.store.states import read_state, write_state
+
+    path = tmp_path / "r.st"
+    measured(method="hutchinson", resume=path)
+    data = path.read_bytes()
+    for place in range(8, len(data), len(data) // 40):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(ResumeError, match="remove it"):
+            measured(method="hutchinson", resume=path)
+    path.write_bytes(data)
+    for where, key, value in (
+        ("progress", "position", 10**9),
+        ("progress", "done", -1),
+        ("progress", "known_done", "yes"),
+        ("progress", "history", [[10, -0.5, 0.1, 0.2]]),
+        ("tensors", "stream|total|total", None),
+    ):
+        path.write_bytes(data)
+        content = read_state(path, FORMAT)
+        if where == "tensors":
+            name = next(name for name, tensor in content["tensors"].items() if tensor.is_floating_point())
+            content["tensors"][name].view(-1)[0] = float("nan")
+        else:
+            content[where][key] = value
+        write_state(path, FORMAT, content)
+        with pytest.raises(ResumeError, match="damaged"):
+            measured(method="hutchinson", resume=path)
+
+
+def test_a_resume_file_that_cannot_be_written_any_more_does_not_cost_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hessdiag.measurement import resume as files
+
+    path, honest, calls = tmp_path / "r.st", files.write_state, [0]
+
+    def full_later(*args: Any) -> None:
+        calls[0] += 1
+        if calls[0] > 1:
+            raise files.BadFileError("cannot be written (No space left on device)")
+        honest(*args)
+
+    monkeypatch.setattr(files, "write_state", full_later)
+    found = measured(method="hutchinson", resume=path)
+    assert calls[0] > 1
+    assert any(note.startswith(files.UNSAVED) for note in found.notes)
+    monkeypatch.setattr(files, "write_state", honest)
+    assert found.rms == measured(method="hutchinson", resume=path).rms
+    path.unlink()
+    calls[0] = 1
+    monkeypatch.setattr(files, "write_state", full_later)
+    with pytest.raises(ResumeError, match="No space left"):  # at the first write: nothing is lost yet
+        measured(method="hutchinson", resume=path)

@@ -8,11 +8,11 @@ hypotheses of this project. Nothing else makes such a claim hold or fail.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from hessdiag.errors import DataError
+from hessdiag.files import BadFileError, read_json
 from theory.claims import CLAIMS
 from validation.evidence import Evidence, Figure, Report
 from validation.register import Function, Run, check, slug
@@ -31,8 +31,8 @@ def read(run: Run) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = read_json(path)
+    except BadFileError as error:
         raise DataError(f"{path}: no JSON ({error}); write it anew with {COMMAND}") from None
     if not isinstance(found, dict) or not all(isinstance(row, dict) and "verdict" in row for row in found.values()):
         raise DataError(f"{path}: not a mapping from claims to verdicts; write it anew with {COMMAND}")

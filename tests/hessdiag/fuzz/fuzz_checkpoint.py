@@ -4,9 +4,11 @@
 
 Half of the mutations strike the file as it lies on disk; the other half strike what checksums and lengths
 would protect (the pickle inside a zip, the JSON inside safetensors), with those set right afterwards, so that
-the deeper checks are reached too. An offender is a foreign exception, a load longer than the limit, or an
-audit event that loading data never needs (a process, a socket, a file written or removed, a class looked up
-by the pickle module).
+the deeper checks are reached too. Some mutations put in opcodes that ask for much (a list copied a thousand
+times, keys that collide, a memo of gigabytes). An offender is a foreign exception, a load that takes more
+processor time or memory than the limits, here or in the process that reads pickles, or an audit event that
+loading data never needs (any other process, a socket, a file written or removed, a class looked up by the
+pickle module).
 """
 
 from __future__ import annotations
@@ -33,9 +35,13 @@ import torch
 from hessdiag import networks
 from hessdiag.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
 from hessdiag.errors import HessdiagError
+from hessdiag.store import pickled
 
-LIMIT_SECONDS = 2.0  # of the processor, on a machine that does `work` in `WORK_SECONDS`; a slower one has more
+# Of the processor, here and in the process that reads pickles, on a machine that does `work` in `WORK_SECONDS`; a slower
+# one has more.
+LIMIT_SECONDS = pickled.SECONDS + 2.0
 WORK_SECONDS = 0.03
+LIMIT_BYTES = pickled.MEMORY + 4 * pickled.MAX_PICKLE
 FORBIDDEN = (
     "os.system",
     "os.exec",
@@ -158,7 +164,29 @@ def length_field(data: bytes, rng: random.Random, other: bytes) -> bytes:
     return data[:at] + struct.pack(layout, value % (1 << 8 * width)) + data[at + width :]
 
 
+PRIME = 2**61 - 1  # whole numbers that differ by it have one hash
+FRAGMENTS = (
+    b"](" + b"K\x01K\x02\x86" * 3000 + b"eq\xf0](" + b"ccollections\nOrderedDict\nh\xf0\x85R" * 500 + b"e0",
+    b"(" + b"K\x01" * 3000 + b"tq\xf0](" + b"cargparse\nNamespace\nh\xf0R" * 500 + b"e0",
+    b"}(" + b"".join(b"\x8a\x0a" + (PRIME * n).to_bytes(10, "little") + b"N" for n in range(1, 20_000)) + b"u0",
+    b"Nr\xff\xff\xff\xff",
+    b"]q\xf0h\xf0a",
+    b"]q\xf0" + b"](h\xf0h\xf0eq\xf0" * 40,
+    b")" + b"\x85" * 1000,
+    b"cos\nsystem\nX\x01\x00\x00\x00x\x85R0",
+    b"cargparse\nNamespace\n)\x81}X\x01\x00\x00\x00xK\x01sb0",
+    b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R0",
+)
+"""Opcodes that leave the stack as it was, or nearly, and ask for time, memory, or something to be run."""
+
+
+def fragment(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    at = rng.randrange(3) if rng.random() < 0.5 else rng.randrange(len(data) + 1)
+    return data[:at] + rng.choice(FRAGMENTS) + data[at:]
+
+
 MUTATIONS: tuple[Mutation, ...] = (
+    fragment,
     flip,
     flip,
     overwrite,
@@ -218,16 +246,25 @@ _watching = False
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     if not _watching:
         return
-    writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+    if event == "subprocess.Popen" and arguments[1][:4] == pickled.command("", 0)[:4]:
+        return  # the process that reads pickles; what it does, its own audit hook watches
+    named = event == "open" and not isinstance(arguments[0], int)  # a number: the pipe to that process
+    writes = named and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
     if writes or event.startswith(FORBIDDEN):
         _events.append(event)
+
+
+def spent() -> float:
+    """Processor seconds of this process and of those that it started and that ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def attempt(path: Path, options: dict[str, Any], look: bool, report: Report, label: str) -> None:
     """Load (or inspect) one file and record what came of it."""
     global _watching
     _events.clear()
-    begun = time.process_time()
+    begun = spent()
     _watching = True
     try:
         with warnings.catch_warnings():
@@ -242,12 +279,15 @@ def attempt(path: Path, options: dict[str, Any], look: bool, report: Report, lab
         outcome = f"OFFENDER {type(error).__name__}: {str(error)[:200]}"
     finally:
         _watching = False
-    seconds = time.process_time() - begun
+    seconds = spent() - begun
+    held = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10  # of the largest child so far
     report.slowest = max(report.slowest, seconds)
     if _events:
         outcome = f"OFFENDER did {sorted(set(_events))}"
     elif seconds > report.limit:
         outcome = f"OFFENDER took {seconds:.1f} s"
+    elif held > LIMIT_BYTES:
+        outcome = f"OFFENDER took {held >> 20} MiB"
     if outcome.startswith("OFFENDER"):
         report.offenders.append(f"{label}: {outcome[9:]}")
     elif outcome:
