@@ -106,7 +106,7 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("method", ["trades", "mart"])
 def test_trades_and_mart(method: str) -> None:
     data = images()
-    config = configuration(method, attack={"steps": 3, "step": "0.03"})
+    config = configuration(method, attack={"steps": 3, "step": "0.04"})
     ref = Reference(config, data)
     net, parameters = ref.net, list(ref.net.parameters())
     for epoch in range(1, EPOCHS + 1):
@@ -115,7 +115,7 @@ def test_trades_and_mart(method: str) -> None:
             with torch.no_grad():
                 clean = net(x)
             loss = kl_to(clean) if method == "trades" else lambda z, y=y: F.cross_entropy(z, y, reduction="sum")
-            adversarial = ascend(net, x, gauss(x, g), loss, eps=0.1, step=0.03, steps=3)
+            adversarial = ascend(net, x, gauss(x, g), loss, eps=0.1, step=0.04, steps=3)
             net.train()
             if method == "trades":  # three passes, the third as the divergence's target
                 first, other, again = net(x), net(adversarial), net(x)
@@ -211,7 +211,7 @@ def test_dajat_with_two_sets_of_batchnorm() -> None:
         "dajat",
         epochs=4,
         awp={"gamma": 0.01, "start": 2},
-        averaging={"tau": 0.9, "after": 0.5},
+        averaging={"tau": 0.9, "after": 0.5, "per": "iteration"},
         schedule={"name": "cosine"},
         attack={"budget": "as_published"},
     )

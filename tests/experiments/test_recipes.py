@@ -191,7 +191,7 @@ def test_toml_and_words(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("method = ")
     with pytest.raises(ConfigurationError, match="not valid TOML"):
         load_toml(tmp_path / "a.toml")
-    with pytest.raises(ConfigurationError, match="No such file"):
+    with pytest.raises(ConfigurationError, match="no such file"):
         load_recipe(str(tmp_path / "b.toml"))
     with pytest.raises(UnknownNameError, match="did you mean 'trades_rn18'"):
         load_recipe("trades_rn81")
