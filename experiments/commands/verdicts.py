@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
+from rich.table import Column, Table
 
 from hessdiag.errors import UnknownNameError, nearest
 
@@ -24,6 +25,11 @@ COLOURS = {
 }
 
 
+def coloured(word: str, mark: str = "") -> str:
+    """A verdict's word with its mark, as rich writes it."""
+    return f"[{COLOURS[word]}]{word}{mark}[/]"
+
+
 def command(
     results: Annotated[Path, typer.Option(help="Directory of exported results.")] = Path("results"),
     claim: Annotated[str | None, typer.Option(help="One claim in full, such as F7a.u-shape.")] = None,
@@ -33,7 +39,7 @@ def command(
 
     Example: python -m experiments verdicts --claim S4.5.same-range
     """
-    from experiments.correlation.verdicts import EXPLORATORY, NOT_TESTED, sentence, verdicts
+    from experiments.correlation.verdicts import EXPLORATORY, NOT_TESTED, Cell, sentence, verdicts
     from experiments.sweep.export import read_all
 
     found = verdicts(read_all(results))
@@ -53,16 +59,27 @@ def command(
         return 0
     shown = {name: v for name, v in found.items() if tables or name[:3] not in ("T1.", "T2.")}
     settings = list(dict.fromkeys(c.setting for v in shown.values() for c in v.cells if c.word != NOT_TESTED))
-    table = Table("claim", "verdict", *settings, header_style="bold")
+
+    def star(cell: Cell) -> str:
+        return "*" if cell.status == EXPLORATORY else ""
+
+    table = Table(*(Column(name, no_wrap=True) for name in ("claim", "verdict", *settings)), header_style="bold")
     for name, verdict in shown.items():
-        cells = {cell.setting: cell for cell in verdict.cells if cell.word != NOT_TESTED}
-        words = [
-            f"[{COLOURS[cell.word]}]{cell.word}{'*' * (cell.status == EXPLORATORY)}[/]" if cell else ""
-            for cell in (cells.get(setting) for setting in settings)
-        ]
-        table.add_row(escape(name), f"[{COLOURS[verdict.verdict]}]{verdict.verdict}[/]", *words)
-    console.print(table)
-    console.print("* exploratory: the results were there before the rule. Empty: not tested. --claim NAME tells why.")
+        words = {c.setting: coloured(c.word, star(c)) for c in verdict.cells if c.word != NOT_TESTED}
+        table.add_row(escape(name), coloured(verdict.verdict), *(words.get(place, "") for place in settings))
+    if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+        console.print(table)
+    else:  # whole words in a narrow terminal: for each claim its settings by what they say
+        for name, verdict in shown.items():
+            console.print(f"[bold]{escape(name)}[/]: {coloured(verdict.verdict)}", highlight=False)
+            said: dict[str, list[str]] = {}
+            for told in verdict.cells:
+                if told.word != NOT_TESTED:
+                    said.setdefault(told.word, []).append(told.setting + star(told))
+            for word, places in said.items():
+                console.print(Padding(f"{coloured(word)}: {escape(', '.join(places))}", (0, 0, 0, 4)), highlight=False)
+    console.print("* exploratory: the results were there before the rule. Where nothing stands, nothing was run.")
+    console.print("--claim NAME tells why.")
     return 0
 
 
