@@ -48,7 +48,8 @@ def test_every_sweep_has_the_same_setting() -> None:
     (text,) = settings
     train, attack, measure = json.loads(text)
     assert train["network_options"] == {"width": 16, "stem_stride": 2}
-    assert (train["epochs"], train["batch_size"], train["autocast"], train["channels_last"]) == (12, 128, "bfloat16", True)
+    assert (train["epochs"], train["batch_size"], train["lr"]) == (12, 128, 0.1)
+    assert (train["autocast"], train["channels_last"]) == ("none", True)
     assert train["train_samples"] is None
     assert (attack["aa2_samples"], attack["samples_seed"], attack["eps"]) == (1000, 0, "8/255")
     assert (measure["splits"], measure["losses"]) == (["train"], ["clean", "adversarial"])
