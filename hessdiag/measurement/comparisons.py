@@ -26,9 +26,9 @@ from ..diagonal import exact
 from ..diagonal.hutchinson import Products
 from ..diagonal.parts import Tensors
 from ..diagonal.propagation import Propagator
+from ..graph import Layer, Linearisation
 from ..objective import Objective
 from ..signs import Signs, cpu_generator
-from ..sites import Layer, Linearisation
 from ..stream import Numbered
 from .derivatives import Moved
 from .rounding import ROUNDINGS, unit

@@ -25,10 +25,10 @@ from hessdiag.activations import RCTAF
 from hessdiag.diagonal.parts import accumulate, zeros
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import ConfigurationError, NotDeterministicError, ResumeError, UncoveredModelError
+from hessdiag.graph import Linearisation
 from hessdiag.measurement.pilot import choose_rank
 from hessdiag.measurement.plan import Plan
 from hessdiag.signs import Signs
-from hessdiag.sites import Linearisation
 
 torch.set_num_threads(1)
 
