@@ -1,9 +1,9 @@
 """Second derivatives along one layer's own parameters: sums over the sites above, for directions of its output.
 
 For a layer a = W x + b the functional part of H_kk is sum_j c_j (dz_j/da . da/dtheta_k)^2. Which directions of a say
-all of it is the layer kind's knowledge (`LayerKind.ways`); what they say is summed here. Directions of all samples share a
-pass: samples do not mix (checked by whoever calls). A sample that owns several rows of the batch axis has their outputs
-moved together.
+all of it is the layer kind's knowledge (`LayerKind.ways`); what they say is summed here. Directions of all samples
+share a pass: samples do not mix (checked by whoever calls). A sample that owns several rows of the batch axis has their
+outputs moved together.
 """
 
 from __future__ import annotations
