@@ -24,6 +24,14 @@ class Curve:
     label: Callable[[Any], str]
     largest: Callable[[Any], float]
     """sup |sigma''|."""
+    serves: Callable[[Any], bool] = lambda node: True
+    """False for nodes of the Function that are something else, such as a derivative of it."""
+
+
+def curve_of(node: Any) -> Curve | None:
+    """The function behind a node of a custom Function, if it is known."""
+    curve = CURVES.get(getattr(node, "_forward_cls", None))
+    return curve if curve is not None and curve.serves(node) else None
 
 
 def _rct(node: Any) -> tuple[Tensor, Tensor]:
@@ -31,10 +39,11 @@ def _rct(node: Any) -> tuple[Tensor, Tensor]:
     return rct_d1(x, node.alpha, node.beta), rct_d2(x, node.alpha, node.beta)
 
 
-CURVES: dict[type, Curve] = {
+CURVES: dict[type | None, Curve] = {
     RCTFunction: Curve(
         _rct,
         lambda node: f"rct:beta={node.beta},alpha={node.alpha:g}",
         lambda node: RCTAF(alpha=node.alpha, beta=node.beta).max_curvature,
+        lambda node: node.order == 0,
     )
 }

@@ -41,7 +41,7 @@ class Directions:
         return block
 
     def _at_site(self, site: Site, tangent: Tangent) -> tuple[Tensor, Tensor]:
-        """Dz as [K, N, j] and c as [N, j], a pending factor counted with c."""
+        """dz as [K, N, j] and c as [N, j], a pending factor counted with c."""
         value = tangent.value
         factor = tangent.factor
         c = site.c

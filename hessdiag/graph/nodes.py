@@ -79,9 +79,3 @@ def short_name(node: Any) -> str:
 def sizes(node: Any, output: int = 0) -> Any:
     """Shape, dtype and device of one output of a node."""
     return node._input_metadata[output]
-
-
-def forward_class(node: Any) -> type | None:
-    """The custom autograd Function behind a node, or None for torch's own."""
-    found: type | None = getattr(node, "_forward_cls", None)
-    return found

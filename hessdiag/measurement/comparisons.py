@@ -113,7 +113,7 @@ class Forward:
             self._pulled = linear.backward(self._seeds, self._output, wrt, create_graph=True)
 
     def along(self, u: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
-        """Dz along a direction, for every site, and df; None where a parameter stays."""
+        """dz along a direction, for every site, and df; None where a parameter stays."""
         ends = [*self._seeds, self._output]
         pairs = [(p, d) for p, d in zip(self._pulled, u) if p is not None and p.requires_grad and d is not None]
         if not pairs:
@@ -125,7 +125,7 @@ class Forward:
 
 
 def push(linear: Linearisation, wrt: Sequence[Any], along: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Dz along one direction, for every site, and df."""
+    """dz along one direction, for every site, and df."""
     return Forward(linear, wrt).along(along)
 
 

@@ -10,4 +10,10 @@ from .shift import Shift
 
 KINDS: Table[LayerKind] = Table("layer kind", LayerKind, Norm, Conv, Linear, Scale, Shift)
 
-__all__ = ["KINDS", "Layer", "LayerKind", "Way"]
+
+def register_layer(kind: type[LayerKind]) -> type[LayerKind]:
+    """Add a kind of layer, a class derived from `LayerKind` (serves as a decorator); audits compare all its layers."""
+    return KINDS.add(kind)
+
+
+__all__ = ["KINDS", "Layer", "LayerKind", "Way", "register_layer"]

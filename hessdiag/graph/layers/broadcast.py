@@ -44,7 +44,7 @@ class Broadcast(LayerKind):
         yield self._name, iter([self._summed(delta, group)])
 
     def weighted(self, c: Tensor) -> dict[str, Tensor]:
-        """Sum c (da/dtheta)^2."""
+        """sum c (da/dtheta)^2."""
         return {self._name: self._summed(c.reshape(self.out), 1, power=2).sum(0)}
 
     def gram(self, delta: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Conv(PositionWise):
             yield self.layer.bias, iter([grouped(over_pixels(delta), group * self.fold)])
 
     def weighted(self, c: Tensor) -> dict[str, Tensor]:
-        """Sum c x^2 and sum c, over samples and pixels."""
+        """sum c x^2 and sum c, over samples and pixels."""
         out = {}
         c = c.reshape(self.out)
         if self.layer.weight:

@@ -212,7 +212,7 @@ class LayerKind(NodeKind, ABC):
         return [Way(sum(parameters[name].numel() for name in self.layer.own), run)]
 
     def directions(self, parameters: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, slice, Tangent]]:
-        """Da along single entries of a parameter, `count` at a time: (its name, which entries, [K, *shape])."""
+        """da along single entries of a parameter, `count` at a time: (its name, which entries, [K, *shape])."""
         from ..tangents import Tangent
 
         blank, pulled = self._pulled()
@@ -221,6 +221,6 @@ class LayerKind(NodeKind, ABC):
             for low in range(0, flat.shape[1], count):
                 high = min(low + count, flat.shape[1])
                 with torch.enable_grad():
-                    summed = flat[:, low:high].sum(0)
-                rows = [torch.autograd.grad(one, blank, retain_graph=True)[0] for one in summed]
+                    sums = flat[:, low:high].sum(0).unbind()
+                rows = [torch.autograd.grad(one, blank, retain_graph=True)[0] for one in sums]
                 yield name, slice(low, high), Tangent(torch.stack(rows))

@@ -108,7 +108,7 @@ class Linear(PositionWise):
 
     @classmethod
     def move(cls, node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent | None:
-        """Dx W^T."""
+        """dx W^T."""
         if len(given) != 1 or given[0][0] != _SLOTS[node.name()][0]:
             return None
         _, edge, tangent = given[0]
@@ -127,7 +127,7 @@ class Linear(PositionWise):
         return saved.integers(node, "mat2_sym_sizes")[0]
 
     def read(self) -> None:
-        """X."""
+        """x."""
         if self.layer.weight:
             self._x = given(self.layer.node)
 
@@ -147,7 +147,7 @@ class Linear(PositionWise):
             yield layer.bias, iter([grouped(d.sum(1), group)])
 
     def weighted(self, c: Tensor) -> dict[str, Tensor]:
-        """Sum c x^2 and sum c, over samples and positions."""
+        """sum c x^2 and sum c, over samples and positions."""
         layer, out = self.layer, {}
         flat = c.reshape(-1, self.out[-1])
         if layer.weight:
@@ -186,7 +186,7 @@ class Linear(PositionWise):
         return self._x.shape[-1] if self.layer.weight else 0
 
     def seen(self) -> Tensor:
-        """X as [N, 1, fan, positions]."""
+        """x as [N, 1, fan, positions]."""
         return self._x.reshape(self.samples, 1, self.positions, -1).transpose(2, 3)
 
     def ones(self) -> Tensor:

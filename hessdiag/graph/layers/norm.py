@@ -57,7 +57,7 @@ class Norm(LayerKind):
         return True, scale.reshape(1, -1, *(1,) * (saved.tensor(node, "input").ndim - 2))
 
     def read(self) -> None:
-        """X and the statistics."""
+        """x and the statistics."""
         node = self.layer.node
         self._kept: Tensor | None = None
         if self.layer.weight:
@@ -72,7 +72,7 @@ class Norm(LayerKind):
             yield self.layer.bias, iter([grouped(over_pixels(delta), group * self.fold)])
 
     def weighted(self, c: Tensor) -> dict[str, Tensor]:
-        """Sum c xhat^2 and sum c, over samples and pixels."""
+        """sum c xhat^2 and sum c, over samples and pixels."""
         out = {}
         c = c.reshape(self.out)
         if self.layer.weight:

@@ -33,7 +33,7 @@ class Scale(Broadcast):
         return Layer(cls, name, node, name, None)
 
     def read(self) -> None:
-        """X."""
+        """x."""
         super().read()
         self._x = saved.constant(self.layer.node, self.slot)
 

@@ -7,4 +7,10 @@ from .site import Pairs, Pointwise, Site, SiteKind
 
 KINDS: Table[SiteKind] = Table("site kind", SiteKind, Elementwise, Product)
 
-__all__ = ["KINDS", "Pairs", "Pointwise", "Site", "SiteKind"]
+
+def register_site(kind: type[SiteKind]) -> type[SiteKind]:
+    """Add a kind of site (a class derived from `SiteKind` or `Pointwise`; serves as a decorator)."""
+    return KINDS.add(kind)
+
+
+__all__ = ["KINDS", "Pairs", "Pointwise", "Site", "SiteKind", "register_site"]

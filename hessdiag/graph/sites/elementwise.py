@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...activations import max_curvature
-from ...activations.functions import CURVES, Curve
+from ...activations.functions import curve_of
 from ...errors import UncoveredModelError
 from .. import saved
-from ..nodes import forward_class, short_name
+from ..nodes import short_name
 from .formulas import CURVED, PIECEWISE_LINEAR, Derivatives
 from .site import Pairs, Pointwise
 
@@ -24,7 +24,7 @@ from .site import Pairs, Pointwise
 def derivatives(node: Any) -> Derivatives:
     """(sigma'(z), sigma''(z) or None) of an elementwise node."""
     with torch.no_grad():
-        curve = _curve(node)
+        curve = curve_of(node)
         try:
             if curve is not None:
                 first, second = curve.derivatives(node)
@@ -51,7 +51,7 @@ class Elementwise(Pointwise):
     @classmethod
     def takes(cls, node: Any) -> bool:
         """One of torch's own by its name, or a custom Function whose derivatives are known."""
-        return node.name() in cls.nodes or _curve(node) is not None
+        return node.name() in cls.nodes or curve_of(node) is not None
 
     @classmethod
     def bends(cls, node: Any) -> bool:
@@ -76,11 +76,6 @@ def is_elementwise(node: Any) -> bool:
     return Elementwise.takes(node)
 
 
-def _curve(node: Any) -> Curve | None:
-    function = forward_class(node)
-    return None if function is None else CURVES.get(function)
-
-
 _REGISTERED = {
     "SiluBackward0": "silu", "TanhBackward0": "tanh", "SigmoidBackward0": "sigmoid", "MishBackward0": "mish",
     "ReluBackward0": "relu", "LeakyReluBackward0": "leaky_relu", "LeakyReluBackward1": "leaky_relu",
@@ -90,7 +85,7 @@ _REGISTERED = {
 def curvature_of(node: Any) -> tuple[str, float]:
     """(name, max|sigma''|) of the function behind an elementwise node; NaN where no closed bound is known."""
     name, label, number = node.name(), short_name(node).lower(), saved.number
-    curve = _curve(node)
+    curve = curve_of(node)
     if curve is not None:
         return curve.label(node), curve.largest(node)
     if name in PIECEWISE_LINEAR:
