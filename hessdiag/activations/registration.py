@@ -100,6 +100,9 @@ def _by_autograd(formula: Formula) -> Formula:
     """D formula / dx, entry by entry."""
 
     def derivative(x: Tensor, **options: Option) -> Tensor:
+        if torch._C._are_functorch_transforms_active():
+            inner: Tensor = torch.func.grad(lambda z: formula(z, **options).sum())(x)
+            return inner
         with torch.enable_grad():
             z = x if x.requires_grad else x.detach().requires_grad_()
             y = formula(z, **options)
@@ -203,7 +206,9 @@ def _check_backward(
 ) -> None:
     try:
         (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        (bend,) = torch.autograd.grad(slope.sum(), x, materialize_grads=True)
+        bend = torch.zeros_like(x)
+        if slope.requires_grad:
+            (bend,) = torch.autograd.grad(slope.sum(), x, materialize_grads=True)
     except RuntimeError as error:
         raise ConfigurationError(
             f"activation {activation.name!r}: {function.__name__} cannot be differentiated twice "

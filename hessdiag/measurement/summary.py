@@ -177,8 +177,8 @@ def _part(loop: Loop, part: str, groups: dict[str, str], confidence: float) -> N
     )
 
 
-def _of(report: NormReport | None, kind: str, name: str) -> NormEstimate | None:
-    return None if report is None else (report.tensors if kind == "tensors" else report.groups)[name]
+def _of(report: NormReport | None, split: str, name: str) -> NormEstimate | None:
+    return None if report is None else (report.tensors if split == "tensors" else report.groups)[name]
 
 
 def _summary(

@@ -217,10 +217,8 @@ class LayerKind(NodeKind, ABC):
 
         blank, pulled = self._pulled()
         for name in self.layer.own:
-            flat = pulled[name].flatten(1)
-            for low in range(0, flat.shape[1], count):
-                high = min(low + count, flat.shape[1])
-                with torch.enable_grad():
-                    sums = flat[:, low:high].sum(0).unbind()
-                rows = [torch.autograd.grad(one, blank, retain_graph=True)[0] for one in sums]
-                yield name, slice(low, high), Tangent(torch.stack(rows))
+            with torch.enable_grad():
+                entries = pulled[name].sum(0).flatten().unbind()
+            for low in range(0, len(entries), count):
+                rows = [torch.autograd.grad(one, blank, retain_graph=True)[0] for one in entries[low : low + count]]
+                yield name, slice(low, low + len(rows)), Tangent(torch.stack(rows))

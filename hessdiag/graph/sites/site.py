@@ -89,6 +89,10 @@ def apart(form: Mapping[tuple[int, int], Tensor], node: Any, name: str) -> list[
         a, b = slots.index(i), slots.index(j)
         matrix[..., a, b] = matrix[..., b, a] = value.double()
     values, vectors = torch.linalg.eigh(matrix)
+    order = values.abs().argsort(-1, descending=True)  # a form of rank one is one site, whatever the signs
+    values, vectors = values.gather(-1, order), vectors.gather(-1, order[..., None, :].expand_as(vectors))
+    rounding = 8 * torch.finfo(like.dtype).eps * values.abs().amax(-1, keepdim=True)
+    values = torch.where(values.abs() <= rounding, 0.0, values)
     return [
         Site(
             f"{name} ({number + 1})",
