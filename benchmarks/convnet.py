@@ -21,9 +21,9 @@ from hessdiag.diagonal import exact
 from hessdiag.diagonal.hutchinson import Products, probe
 from hessdiag.diagonal.parts import Tensors, accumulate, zeros
 from hessdiag.diagonal.propagation import Propagator
+from hessdiag.graph import Linearisation
 from hessdiag.measurement.pilot import affordable_rank
 from hessdiag.signs import Signs
-from hessdiag.sites import Linearisation
 
 from .common import digits, median, ratio_of_means, small_resnet, store
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import hessdiag as hd
 from hessdiag import networks
 from hessdiag.diagonal import exact
+from hessdiag.graph import Linearisation
 from hessdiag.measurement.loop import Loop
 from hessdiag.measurement.plan import Plan
 from hessdiag.measurement.population import measure_population
@@ -31,7 +32,6 @@ from hessdiag.measurement.until import run as run_until
 from hessdiag.measurement.world import World
 from hessdiag.norm import NormEstimate, Replicates, estimate
 from hessdiag.signs import Signs
-from hessdiag.sites import Linearisation
 from hessdiag.stream import survey
 
 from .common import binomial_interval, digits, store, train

@@ -28,7 +28,7 @@ from benchmarks.common import Median, digits, median, small_resnet, store
 from benchmarks.exact_sides import CURVES, WIDTHS, backpack, deviation, mlp, ours, problem, products
 from hessdiag import Objective
 from hessdiag.diagonal import exact
-from hessdiag.sites import Linearisation
+from hessdiag.graph import Linearisation
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hessdiag import Objective
 from hessdiag.diagonal import exact, reference
 from hessdiag.diagonal.hutchinson import Products
-from hessdiag.sites import Linearisation
+from hessdiag.graph import Linearisation
 
 WIDTHS = {
     "784-128-128-10": (784, 128, 128, 10),

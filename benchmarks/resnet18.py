@@ -32,9 +32,9 @@ from hessdiag.diagonal.hutchinson import Products, probe
 from hessdiag.diagonal.parts import Tensors, accumulate
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import DataError
+from hessdiag.graph import Linearisation
 from hessdiag.measurement.pilot import affordable_rank, product_moments
 from hessdiag.signs import Signs
-from hessdiag.sites import Linearisation
 
 from .common import RESULTS, median, store, train
 

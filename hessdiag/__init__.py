@@ -15,9 +15,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import activations, networks
+    from .activations import register_activation
     from .checkpoint import load_checkpoint, save_checkpoint
     from .diagonal import Diagonal
     from .errors import HessdiagError
+    from .graph import register_layer, register_site
     from .measure import diagonal, measure
     from .measurement import Measurement, Plan
     from .objective import Objective
@@ -33,6 +35,9 @@ __all__ = [
     "load_checkpoint",
     "measure",
     "networks",
+    "register_activation",
+    "register_layer",
+    "register_site",
     "save_checkpoint",
 ]
 
@@ -43,6 +48,9 @@ _HOMES = {
     "Objective": "objective",
     "Plan": "measurement.plan",
     "load_checkpoint": "checkpoint",
+    "register_activation": "activations",
+    "register_layer": "graph",
+    "register_site": "graph",
     "save_checkpoint": "checkpoint",
 }
 

@@ -17,6 +17,7 @@ from .errors import (
     UnknownNameError,
     nearest,
 )
+from .graph import Linearisation
 from .guard import as_it_was, memory_errors
 from .measurement.audit import Audit
 from .measurement.choose import EXACT_BUDGET, check_budget, check_given, decide, stored_plan
@@ -31,7 +32,6 @@ from .measurement.until import run
 from .measurement.world import World
 from .norm.estimates import check_confidence
 from .objective import Objective
-from .sites import Linearisation
 from .stream import Batches, Numbered, Survey, check_apart, check_deterministic, numbered, survey
 
 ADVICE = "lower the batch size, choose fewer parameters (parameters=...), or a method that needs less (propagation)"

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from .errors import ConfigurationError, EmptyDataError, NotDeterministicError, UncoveredModelError
 from .forward import leaves, mapped
+from .graph.reading import Graph, detach_guard
 from .objective import Objective
 from .persample import CallableLoss
 from .signs import cpu_generator
-from .sites.graph import Graph, detach_guard
 
 Batches = Iterable[Any]
 

@@ -3,6 +3,7 @@
 from hessdiag.activations.curvature import curvature, max_curvature
 from hessdiag.activations.module import RCTAF, alpha_for
 from hessdiag.activations.rct import MAX_BETA, RCTFunction, rct, rct_d1, rct_d2
+from hessdiag.activations.registration import register_activation
 from hessdiag.activations.registry import ALIASES, REGISTRY, Entry, Spec, build, describe, factory, spec_of
 from hessdiag.activations.supremum import Curvature
 
@@ -24,5 +25,6 @@ __all__ = [
     "rct",
     "rct_d1",
     "rct_d2",
+    "register_activation",
     "spec_of",
 ]

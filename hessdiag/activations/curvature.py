@@ -9,6 +9,7 @@ from functools import lru_cache
 from torch import Tensor, nn
 
 from hessdiag.activations.module import RCTAF
+from hessdiag.activations.pointwise import RegisteredActivation
 from hessdiag.activations.registry import build
 from hessdiag.activations.supremum import Curvature, supremum
 from hessdiag.errors import ConfigurationError
@@ -21,6 +22,8 @@ def curvature(activation: Function) -> Curvature:
 
     RCT-AF of beta <= 2 is known in closed form (E[2], E[4], E[6] of arXiv 2603.23860: alpha/4, alpha/2,
     alpha, at 0); for everything else see `supremum` for the numerical method and its limits.
+
+    Where a registered activation declares its supremum it is that, and no place is told.
 
     >>> curvature("rct:beta=2,alpha=5")
     Curvature(value=5.0, at=(0.0,))
@@ -60,4 +63,6 @@ def _of_module(module: nn.Module) -> Curvature:
     if isinstance(module, RCTAF):
         unit = supremum(RCTAF(1.0, module.beta))
         return Curvature(unit.value * module.alpha, tuple(x / module.alpha for x in unit.at))
+    if isinstance(module, RegisteredActivation) and module.activation.max_curvature is not None:
+        return Curvature(float(module.activation.max_curvature(**module.options)), ())
     return supremum(module.double().cpu().eval().requires_grad_(False))

@@ -18,7 +18,7 @@ class Derivatives:
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self._function = function
-        self._check_elementwise()
+        check_elementwise(function)
         self.exact = self._autograd_agrees()
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,22 +31,9 @@ class Derivatives:
         """|sigma''| at the points x."""
         return self(x)[2].abs()
 
-    def _call(self, x: Tensor) -> Tensor:
-        try:
-            with torch.enable_grad():
-                y = self._function(x)
-        except Exception as error:
-            raise ConfigurationError(f"the function failed on a float64 vector: {error}") from error
-        if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
-            shown = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise ConfigurationError(
-                f"the function must map a tensor elementwise: float64 {tuple(x.shape)} gave {shown}"
-            )
-        return y
-
     def _autograd(self, x: Tensor, *, twice: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         x = x.detach().clone().requires_grad_()
-        y = self._call(x)
+        y = evaluate(self._function, x)
         if not y.requires_grad:  # constant, or built of steps
             return y.detach(), torch.zeros_like(x), torch.zeros_like(x) if twice else None
         (slope,) = torch.autograd.grad(y.sum(), x, create_graph=twice, materialize_grads=True)
@@ -62,13 +49,6 @@ class Derivatives:
         h = step * x.abs().clamp(min=width)
         up, down = x + h, x - h
         return (self._autograd(up, twice=False)[1] - self._autograd(down, twice=False)[1]) / (up - down)
-
-    def _check_elementwise(self) -> None:
-        """One result per point whatever the others are, and the same one again."""
-        x = torch.linspace(-3, 3, 13, dtype=torch.float64)
-        whole, part = self._call(x).detach(), self._call(x[::3].clone()).detach()
-        if not torch.allclose(whole[::3], part, rtol=1e-10, atol=1e-12, equal_nan=True):
-            raise ConfigurationError("the function is random or not elementwise: it has no curvature")
 
     def _autograd_agrees(self) -> bool:
         """False if sigma'' by autograd is missing or contradicts the differences of sigma' at most points."""
@@ -88,3 +68,24 @@ class Derivatives:
         tells &= rough.abs() > 1e-3 * rough[tells].abs().max()
         off = (rough - second).abs() > 1e-1 * torch.maximum(rough.abs(), second.abs())
         return int((tells & off).sum()) * 2 <= int(tells.sum())
+
+
+def evaluate(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The function at float64 points, with its graph; refused if it fails or gives another shape."""
+    try:
+        with torch.enable_grad():
+            y = function(x)
+    except Exception as error:
+        raise ConfigurationError(f"the function failed on a float64 vector: {error}") from error
+    if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+        shown = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ConfigurationError(f"the function must map a tensor elementwise: float64 {tuple(x.shape)} gave {shown}")
+    return y
+
+
+def check_elementwise(function: Callable[[Tensor], Tensor]) -> None:
+    """One result per point whatever the others are, and the same one again."""
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    whole, part = evaluate(function, x).detach(), evaluate(function, x[::3].clone()).detach()
+    if not torch.allclose(whole[::3], part, rtol=1e-10, atol=1e-12, equal_nan=True):
+        raise ConfigurationError("the function is random or not elementwise: it has no curvature")

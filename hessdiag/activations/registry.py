@@ -32,23 +32,30 @@ def _entry(kind: type[nn.Module], **options: Option) -> Entry:
     return Entry(kind, MappingProxyType(options))
 
 
-REGISTRY: Mapping[str, Entry] = MappingProxyType(
-    {
-        "relu": _entry(nn.ReLU),
-        "leaky_relu": _entry(nn.LeakyReLU, negative_slope=0.01),
-        "elu": _entry(nn.ELU, alpha=1.0),
-        "selu": _entry(nn.SELU),
-        "gelu": _entry(nn.GELU, approximate="none"),
-        "silu": _entry(nn.SiLU),
-        "mish": _entry(nn.Mish),
-        "softplus": _entry(nn.Softplus, beta=1.0, threshold=20.0),
-        "tanh": _entry(nn.Tanh),
-        "sigmoid": _entry(nn.Sigmoid),
-        "rct": _entry(RCTAF, beta=1, alpha=14.0),
-    }
-)
+_ENTRIES = {
+    "relu": _entry(nn.ReLU),
+    "leaky_relu": _entry(nn.LeakyReLU, negative_slope=0.01),
+    "elu": _entry(nn.ELU, alpha=1.0),
+    "selu": _entry(nn.SELU),
+    "gelu": _entry(nn.GELU, approximate="none"),
+    "silu": _entry(nn.SiLU),
+    "mish": _entry(nn.Mish),
+    "softplus": _entry(nn.Softplus, beta=1.0, threshold=20.0),
+    "tanh": _entry(nn.Tanh),
+    "sigmoid": _entry(nn.Sigmoid),
+    "rct": _entry(RCTAF, beta=1, alpha=14.0),
+}
+REGISTRY: Mapping[str, Entry] = MappingProxyType(_ENTRIES)
+"""Those of this project and those added by `hessdiag.register_activation`."""
 
 ALIASES: Mapping[str, str] = MappingProxyType({"swish": "silu"})
+
+
+def enter(name: str, kind: type[nn.Module], options: Mapping[str, Option]) -> None:
+    """One more name; one that is taken is refused."""
+    if name in _ENTRIES or name in ALIASES:
+        raise ConfigurationError(f"an activation {name!r} is registered already")
+    _ENTRIES[name] = _entry(kind, **options)
 
 
 def build(spec: Spec) -> nn.Module:

@@ -22,10 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..sites import Layer, Linearisation, Site, edge_shape
-from ..sites.elementwise import derivatives, is_elementwise
-from ..sites.graph import Edge
-from ..sites.nodes import BATCH_NORM, MATRIX
+from ..graph import Layer, Linearisation, Site, edge_shape
+from ..graph.kinds import NodeKind
+from ..graph.layers import LayerKind
+from ..graph.layers.linear import Linear, input_edge, is_plain, matrix
+from ..graph.moves import kinds_of
+from ..graph.nodes import Edge, is_leaf, sizes
+from ..graph.sites import Pointwise
+from ..graph.sites.elementwise import derivatives, is_elementwise
 
 _NAMES = ("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Alias", "Clone", "View", "UnsafeView", "ReshapeAlias")
 _POINTWISE = frozenset(f"{name}Backward{number}" for name in _NAMES for number in (0, 1))
@@ -54,22 +58,22 @@ def find_chain(batch: Linearisation) -> list[Level] | None:
     graph, segment = batch.graph, dict[int, int]()
     maps: list[Any] = []
     for node in graph.nodes:
-        if not graph.is_live(node) or hasattr(node, "variable"):
+        if not graph.is_live(node) or is_leaf(node):
             continue
-        sources = [edge for edge in node.next_functions if graph.is_live(edge[0]) and not hasattr(edge[0], "variable")]
+        sources = [edge for edge in node.next_functions if graph.is_live(edge[0]) and not is_leaf(edge[0])]
         if not sources and node.name() == "TBackward0":
             continue  # a weight on its way to its layer
         below = {segment[id(edge[0])] for edge in sources if id(edge[0]) in segment}
         shape = edge_shape((node, 0))
         if len(shape) != 2 or shape[0] != batch.samples:
             return None
-        if node.name() in MATRIX:
-            if below != ({len(maps) - 1} if maps else set()) or getattr(node, "_saved_alpha", 1) != 1:
+        if Linear.takes(node):
+            if below != ({len(maps) - 1} if maps else set()) or not is_plain(node):
                 return None
             segment[id(node)] = len(maps)
             maps.append(node)
             continue
-        known = is_elementwise(node) or node.name() in _POINTWISE or node.name() in BATCH_NORM
+        known = node.name() in _POINTWISE or any(_is_pointwise(kind) for kind in kinds_of(node))
         if not known or len(below) != 1 or any(tuple(edge_shape(edge)) != tuple(shape) for edge in sources):
             return None
         segment[id(node)] = below.pop()
@@ -91,7 +95,7 @@ def _levels(
             curved.setdefault(places.pop(), []).append(site)
     levels = []
     for place, node in enumerate(maps):
-        top: Edge = _live_input(batch, maps[place + 1]) if place + 1 < len(maps) else (batch.outputs.grad_fn, 0)
+        top: Edge = input_edge(maps[place + 1]) if place + 1 < len(maps) else (batch.outputs.grad_fn, 0)
         c: Tensor | None = None
         for site in curved.get(place, []):
             slopes = [(_slope(edge, node), factor) for edge, factor in site.legs]
@@ -100,30 +104,28 @@ def _levels(
             else:
                 part = site.c * sum(factor if slope is None else slope * factor for slope, factor in slopes) ** 2
             c = part if c is None else c + part
-        matrix = node._saved_weight.detach() if node.name() == "LinearBackward0" else _matrix(batch, node, layers)
-        if matrix is None:
-            return None
-        levels.append(Level(node, layers.get(id(node)), matrix, _slope(top, node), c))
+        levels.append(Level(node, layers.get(id(node)), _matrix(batch, node, layers), _slope(top, node), c))
     return levels
 
 
-def _matrix(batch: Linearisation, node: Any, layers: dict[int, Layer]) -> Tensor | None:
+def _matrix(batch: Linearisation, node: Any, layers: dict[int, Layer]) -> Tensor:
     """W as [out, in]; the node of a first layer has saved none, its parameter is asked instead."""
-    saved = node._saved_mat2
-    if saved is not None:
-        return saved.detach().T  # type: ignore[no-any-return]
+    known = matrix(node)
+    if known is not None:
+        return known
     layer = layers.get(id(node))
     if layer is None or layer.weight is None:
-        meta = node._input_metadata[0]
+        meta = sizes(node)
         return torch.empty(meta.shape[1], 0, dtype=meta.dtype, device=meta.device)
     weight = batch.objective.parameters[layer.weight].detach()
     return weight.T if layer.transposed else weight
 
 
-def _live_input(batch: Linearisation, node: Any) -> Edge:
-    slot = {"AddmmBackward0": 1, "MmBackward0": 0, "LinearBackward0": 0}[node.name()]
-    edge: Edge = node.next_functions[slot]
-    return edge
+def _is_pointwise(kind: type[NodeKind]) -> bool:
+    """Whether the nodes of a kind are functions of one input, entry by entry."""
+    if issubclass(kind, LayerKind):
+        return kind.pointwise is not None
+    return issubclass(kind, Pointwise) and kind.live_inputs == 1
 
 
 def _slope(edge: Edge, node: Any) -> Tensor | None:
@@ -132,7 +134,7 @@ def _slope(edge: Edge, node: Any) -> Tensor | None:
         return None
     if is_elementwise(edge[0]) and edge[0].next_functions[0][0] is node:
         return derivatives(edge[0])[0]
-    shape, meta = edge_shape(edge), edge[0]._input_metadata[edge[1]]
+    shape, meta = edge_shape(edge), sizes(*edge)
     ones = torch.ones(shape, dtype=meta.dtype, device=meta.device)
     (found,) = torch.autograd.grad([GradientEdge(*edge)], [GradientEdge(node, 0)], [ones], retain_graph=True)
     return found.detach()

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UncoveredModelError
+from ..graph import LayerKind, Linearisation
 from ..signs import Signs
-from ..sites import Linearisation
-from ..squares import LayerSquares
 
 BASIS = 2  # stream of signs
 
@@ -52,7 +51,7 @@ class Deflation:
 
 
 def deflation(
-    batch: Linearisation, squares: Sequence[LayerSquares], signs: Signs, *, start: int, rank: int
+    batch: Linearisation, squares: Sequence[LayerKind], signs: Signs, *, start: int, rank: int
 ) -> Deflation:
     """A basis of `rank` directions for one linearised batch; `start` is its first sample in the whole data.
 
@@ -136,7 +135,7 @@ def _double() -> Iterator[None]:
 
 def _answers(
     batch: Linearisation,
-    squares: Sequence[LayerSquares],
+    squares: Sequence[LayerKind],
     seeds: Sequence[Tensor],
     deltas: Sequence[Tensor | None],
 ) -> list[Tensor | None]:

@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError, UncoveredModelError
+from ..graph import Layer, Linearisation
+from ..graph.layers import Way
+from ..graph.layers.linear import given
+from ..graph.moves import Cache
+from ..graph.nodes import Edge
+from ..graph.route import Route
 from ..signs import cpu_generator
-from ..sites import Layer, Linearisation
-from ..sites.graph import Edge
-from ..unfold import matrix_input
 from .chain import CACHED, Level, best_switch, find_chain, gauss_newton
 from .chain import functional as diagonal_along
 from .collector import Collector
 from .directions import Directions
-from .noderules import Cache
 from .parts import Tensors
 from .propagation import Propagator
-from .pushforward import Route
 
 Progress = Callable[[int, int], None]
 MEMORY = 1 << 28
@@ -49,8 +50,7 @@ class Step:
     """One layer's share: how its directions are chosen and how many go in one pass."""
 
     directions: Directions
-    mode: str
-    passes: int
+    way: Way
     flops: float
     bytes_each: int
     count: int
@@ -91,8 +91,8 @@ def batch_diagonal(
         check_separate(batch)
         done, total = 0, price.passes
         for step in steps:
-            step.directions.run(step.mode, functional, step.count)
-            done += step.passes
+            step.way.run(step.directions, functional, step.count)
+            done += step.way.passes
             if progress:
                 progress(done, total)
         gauss_newton = _gauss_newton(batch, per_sample)
@@ -158,24 +158,14 @@ def _step(directions: Directions, memory: int) -> Step:
     on_processor = directions.batch.outputs.device.type == "cpu"
     count = max((min(memory, CLOSE) if on_processor else memory) // each, 1)
     sites = sum(site.c.numel() for _, site in directions.route.sites)
-    best: tuple[float, str, int] | None = None
-    for mode, passes in directions.modes().items():
-        flops = work * passes
-        if mode == "positions":
-            shape = directions.shape
-            if shape.positions > count:
-                continue
-            flops += passes * (sites + directions.samples * shape.fan * shape.positions) * 1.0 * shape.positions / 8
-        if best is None or flops < best[0]:
-            best = flops, mode, passes
-    assert best is not None
-    flops, mode, passes = best
-    return Step(directions, mode, passes, flops, each, count)
+    open_ = [way for way in directions.ways if way.together <= count]
+    flops, best = min(((work * way.passes + way.extra(sites), way) for way in open_), key=lambda pair: pair[0])
+    return Step(directions, best, flops, each, count)
 
 
 def _price(batch: Linearisation, steps: list[Step], memory: int) -> Cost:
-    passes = sum(step.passes for step in steps)
-    needed = max((min(memory, step.bytes_each * step.passes) for step in steps), default=0)
+    passes = sum(step.way.passes for step in steps)
+    needed = max((min(memory, step.bytes_each * step.way.passes) for step in steps), default=0)
     out = 16 * batch.objective.size
     return Cost(passes, sum(step.flops for step in steps), needed + out)
 
@@ -194,7 +184,7 @@ def _along_chain(
 ) -> None:
     """Both parts of a chain: q level by level, then H_ab = sum_n q_na x_nb^2."""
     squares = {
-        place: matrix_input(level.node).square()
+        place: given(level.node).square()
         for place, level in enumerate(levels)
         if level.layer is not None and level.layer.weight
     }
@@ -239,4 +229,4 @@ def _gauss_newton(batch: Linearisation, per_sample: bool) -> Tensors:
 
 
 def _turned(layers: list[Layer]) -> set[str]:
-    return {layer.weight for layer in layers if layer.kind == "linear" and layer.transposed and layer.weight}
+    return {layer.weight for layer in layers if layer.transposed and layer.weight}

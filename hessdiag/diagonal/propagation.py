@@ -23,9 +23,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..graph import Linearisation, edge_shape, visit
 from ..signs import Signs
-from ..sites import Linearisation, edge_shape, visit
-from ..squares import LayerSquares
 from .deflation import Deflation, deflation
 from .parts import Tensors, accumulate, zeros
 
@@ -53,7 +52,7 @@ class Propagator:
         self.batch = batch
         self.deflation = deflation
         self.start = start
-        self.squares = [LayerSquares(layer, batch.samples, keep=keep) for layer in batch.layers]
+        self.squares = [layer.on(batch.samples, keep=keep) for layer in batch.layers]
         self._groups = [(groups or {}).get(layer.name, 1) for layer in batch.layers]
         self._edges = [layer.edge for layer in batch.layers]
         size = sum(site.c.numel() * site.c.element_size() for site in batch.sites)

@@ -18,11 +18,11 @@ from ..diagonal import exact
 from ..diagonal.hutchinson import Products
 from ..errors import AuditError, HessdiagError
 from ..forward import InDouble
+from ..graph import Layer, Linearisation
+from ..graph.nodes import forward_order, is_leaf
 from ..objective import Objective
 from ..persample import CallableLoss
 from ..signs import Signs, cpu_generator
-from ..sites import Layer, Linearisation
-from ..sites.nodes import forward_order, is_leaf
 from ..stream import Numbered
 from . import comparisons
 from .comparisons import AuditEntry
@@ -181,7 +181,7 @@ def choose_layers(linear: Linearisation, signs: Signs) -> list[Layer]:
     if len(layers) <= LAYERS:
         return layers
     first = [layer for layer in layers if linear.graph.is_first(layer)]
-    odd = [layer for layer in layers if layer.kind in ("shift", "scale")]
+    odd = [layer for layer in layers if layer.kind.always_audited]
     chosen = {id(layer): layer for layer in [*first, *odd, layers[-1]]}
     order = torch.randperm(len(layers), generator=cpu_generator(signs.seed), device="cpu").tolist()
     for number in order:

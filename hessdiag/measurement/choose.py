@@ -8,9 +8,9 @@ from ..diagonal import exact
 from ..diagonal.parts import accumulate
 from ..diagonal.propagation import Propagator
 from ..errors import AuditError, BudgetError, ConfigurationError, ResumeError, UncoveredModelError
+from ..graph import Linearisation
 from ..objective import Objective
 from ..signs import Signs
-from ..sites import Linearisation
 from ..stream import Numbered, Survey
 from .audit import Audit, audit
 from .pilot import DEFLATE_BYTES, DEFLATE_LEAST, PILOT_SAMPLES, ROUNDED, direction_bytes, rounding

@@ -26,9 +26,9 @@ from ..diagonal import exact
 from ..diagonal.hutchinson import Products
 from ..diagonal.parts import Tensors
 from ..diagonal.propagation import Propagator
+from ..graph import Layer, Linearisation
 from ..objective import Objective
 from ..signs import Signs, cpu_generator
-from ..sites import Layer, Linearisation
 from ..stream import Numbered
 from .derivatives import Moved
 from .rounding import ROUNDINGS, unit
@@ -113,7 +113,7 @@ class Forward:
             self._pulled = linear.backward(self._seeds, self._output, wrt, create_graph=True)
 
     def along(self, u: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
-        """Dz along a direction, for every site, and df; None where a parameter stays."""
+        """dz along a direction, for every site, and df; None where a parameter stays."""
         ends = [*self._seeds, self._output]
         pairs = [(p, d) for p, d in zip(self._pulled, u) if p is not None and p.requires_grad and d is not None]
         if not pairs:
@@ -125,7 +125,7 @@ class Forward:
 
 
 def push(linear: Linearisation, wrt: Sequence[Any], along: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Dz along one direction, for every site, and df."""
+    """dz along one direction, for every site, and df."""
     return Forward(linear, wrt).along(along)
 
 

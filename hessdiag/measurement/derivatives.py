@@ -24,10 +24,11 @@ from torch import Tensor
 
 from ..diagonal.hutchinson import Products
 from ..errors import HessdiagError
+from ..graph import saved
+from ..graph.nodes import forward_order, is_leaf
 from ..objective import Objective
 from ..persample import CallableLoss, Curvature, Loss, as_rows
 from ..signs import Signs
-from ..sites.nodes import forward_order, is_leaf
 from .rounding import ROUNDINGS
 
 STEPS = (1e-7, 1e-8, 1e-6)
@@ -166,7 +167,7 @@ def _padding(outputs: Tensor) -> list[tuple[Any, int]]:
     """(parameter, row) that a lookup keeps from having a gradient."""
     found = []
     for node in forward_order(outputs.grad_fn):
-        row = getattr(node, "_saved_padding_idx", -1) if "Embedding" in node.name() else -1
+        row = saved.integer(node, "padding_idx", -1) if "Embedding" in node.name() else -1
         leaf: Any = node.next_functions[0][0] if node.next_functions else None
         if is_leaf(leaf) and 0 <= row < len(leaf.variable):
             found.append((leaf.variable, row))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..diagonal import exact
 from ..errors import HessdiagError, UncoveredModelError
 from ..forward import forward
+from ..graph import Linearisation
 from ..objective import Objective
-from ..sites import Linearisation
 from ..stream import Batches, Numbered, numbered
 from .pilot import affordable_rank, direction_bytes
 from .plan import EXACT_COLUMNS, METHODS, replicate_groups

@@ -13,9 +13,9 @@ from ..diagonal.deflation import Deflation
 from ..diagonal.parts import Tensors, accumulate
 from ..diagonal.propagation import Propagator
 from ..errors import NotDeterministicError
+from ..graph import Linearisation
 from ..objective import Objective
 from ..signs import Signs
-from ..sites import Linearisation, edge_shape
 from ..stream import Numbered, fingerprint
 from .plan import KEEP_BYTES, Plan
 
@@ -122,11 +122,5 @@ class Passes:
 
 
 def _patch_bytes(batch: Linearisation) -> int:
-    """Bytes that the unfolded inputs of all convolutions take."""
-    total = 0
-    for layer in batch.layers:
-        if layer.kind == "conv" and layer.weight:
-            out = edge_shape((layer.node, 0))
-            kernel = layer.node._saved_weight[0].numel() * layer.node._saved_groups
-            total += kernel * out[0] * out[2:].numel() * batch.outputs.element_size()
-    return total
+    """Bytes that layers hold between passes, if told to keep them."""
+    return sum(layer.kind.kept_bytes(layer) for layer in batch.layers)

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..diagonal.parts import Tensors, accumulate
 from ..diagonal.propagation import Propagator
 from ..errors import UncoveredModelError
+from ..graph import Linearisation, edge_shape
 from ..signs import BLOCK, Signs
-from ..sites import Linearisation, edge_shape
 
 PILOT_SAMPLES = 2 * BLOCK
 """Samples of the first batch that a pilot looks at: enough to tell groups from single samples."""
@@ -40,8 +40,8 @@ def choose_groups(batch: Linearisation, seed: int, *, candidates: tuple[int, ...
 
     Summing is chosen only where it wins by a factor of two, so that the noise of a clock does not decide.
     """
-    convolutions = [layer.name for layer in batch.layers if layer.kind == "conv"]
-    if not convolutions or not batch.sites or batch.samples < BLOCK:
+    summable = [layer.name for layer in batch.layers if layer.kind.sums_samples]
+    if not summable or not batch.sites or batch.samples < BLOCK:
         return {}
     signs = Signs(seed, batch.outputs.device)
     cost: dict[int, float] = {}

@@ -14,8 +14,8 @@ import torch
 
 from ..errors import ConfigurationError, UncoveredModelError, UnknownNameError, nearest
 from ..forward import mapped
+from ..graph import Linearisation
 from ..objective import Objective
-from ..sites import Linearisation
 from ..stream import Numbered
 from .pilot import PILOT_SAMPLES, balance_products, choose_groups, choose_rank
 

@@ -19,10 +19,10 @@ from ..diagonal.hutchinson import Products, probe
 from ..diagonal.parts import Tensors, accumulate, zeros
 from ..diagonal.propagation import Propagator
 from ..errors import ConfigurationError
+from ..graph import Linearisation
 from ..norm import Replicates, estimate, trace
 from ..objective import Objective
 from ..signs import Signs, cpu_generator
-from ..sites import Linearisation
 from ..stream import Batches, Numbered, Survey, numbered
 from .audit import Audit
 from .plan import Plan

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..graph import Linearisation
 from ..objective import Objective
 from ..persample import Curvature, Loss
-from ..sites import Linearisation
 
 ROUNDINGS = 256.0
 

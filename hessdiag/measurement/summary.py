@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UncoveredModelError
+from ..graph import Linearisation
+from ..graph.sites.elementwise import curvature_of
 from ..norm import NormEstimate, NormReport, TraceEstimate, cosine, estimate, exact_norm, share, trace
 from ..objective import Objective
-from ..sites import Linearisation
-from ..sites.elementwise import curvature_of
 from ..stream import Numbered
 from .audit import Audit
 from .loop import Loop
@@ -177,8 +177,8 @@ def _part(loop: Loop, part: str, groups: dict[str, str], confidence: float) -> N
     )
 
 
-def _of(report: NormReport | None, kind: str, name: str) -> NormEstimate | None:
-    return None if report is None else (report.tensors if kind == "tensors" else report.groups)[name]
+def _of(report: NormReport | None, split: str, name: str) -> NormEstimate | None:
+    return None if report is None else (report.tensors if split == "tensors" else report.groups)[name]
 
 
 def _summary(
@@ -196,9 +196,9 @@ def _effective(objective: Objective, first: Numbered) -> tuple[tuple[EffectiveCu
         linear = Linearisation(objective, one.inputs, one.targets, index=one.index)
     except UncoveredModelError:
         return (), ()
-    norms = {id(layer.node): layer for layer in linear.layers if layer.kind == "norm" and layer.weight}
+    norms = {id(layer.node): layer for layer in linear.layers if layer.kind.normalises and layer.weight}
     found = []
-    for node in linear.graph.elementwise:
+    for node in linear.graph.of_kind("elementwise"):
         layer = norms.get(id(node.next_functions[0][0]))
         if layer is None or layer.weight is None:
             continue

@@ -28,8 +28,8 @@ from hessdiag.errors import (
     TargetError,
     UncoveredModelError,
 )
+from hessdiag.graph import Linearisation
 from hessdiag.measurement.plan import Plan
-from hessdiag.sites import Linearisation
 
 torch.set_num_threads(1)
 N = 4

@@ -21,10 +21,10 @@ import hessdiag as hd
 from hessdiag.diagonal.parts import accumulate
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import BudgetError, NotDeterministicError, ResumeError
+from hessdiag.graph import Linearisation
 from hessdiag.measurement.pilot import DEFLATE, DEFLATE_LEAST, choose_rank, product_moments, replicates_needed
 from hessdiag.measurement.plan import Plan
 from hessdiag.signs import Signs
-from hessdiag.sites import Linearisation
 
 torch.set_num_threads(1)
 BUILDERS = {

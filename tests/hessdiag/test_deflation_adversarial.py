@@ -20,15 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import Function, Tokens, dense_diagonal, seeded
 
 import hessdiag as hd
-from hessdiag import unfold
 from hessdiag.activations import RCTAF
 from hessdiag.diagonal.parts import accumulate, zeros
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import ConfigurationError, NotDeterministicError, ResumeError, UncoveredModelError
+from hessdiag.graph import Linearisation, chunks
 from hessdiag.measurement.pilot import choose_rank
 from hessdiag.measurement.plan import Plan
 from hessdiag.signs import Signs
-from hessdiag.sites import Linearisation
 
 torch.set_num_threads(1)
 
@@ -305,8 +304,8 @@ def test_gram_products_in_chunks_and_in_either_order(monkeypatch: pytest.MonkeyP
         d = torch.randn(7, positions, out, generator=g, dtype=torch.float64)
         wanted = torch.einsum("npf,nqf,nqo->npo", x, x, d)
         for size in (1 << 26, 100):
-            monkeypatch.setattr(unfold, "CHUNK", size)
-            assert torch.allclose(unfold.gram_product(x, d), wanted, rtol=1e-12)
+            monkeypatch.setattr(chunks, "CHUNK", size)
+            assert torch.allclose(chunks.gram_product(x, d), wanted, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from models import Function, Residual, Tokens, dense_diagonal, seeded
 import hessdiag as hd
 from hessdiag.diagonal.hutchinson import Products, probe
 from hessdiag.diagonal.propagation import Propagator
+from hessdiag.graph import Linearisation
 from hessdiag.measurement.pilot import balance_products
 from hessdiag.signs import BLOCK, Signs, key
-from hessdiag.sites import Linearisation
 
 torch.set_num_threads(1)
 BUILDERS = {"chain": lambda: Function(F.silu), "residual": Residual, "tokens": Tokens}

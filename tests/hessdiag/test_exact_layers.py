@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hessdiag.diagonal import exact, pushforward, reference
+from hessdiag.diagonal import exact, reference
 from hessdiag.errors import BudgetError, UncoveredModelError
+from hessdiag.graph import Linearisation, route
 from hessdiag.objective import Objective
-from hessdiag.sites import Linearisation
 
 
 def check(model: nn.Module, x: Tensor, *, outputs: int = 3, loss: object = "cross_entropy", **options: object) -> None:
@@ -278,10 +278,10 @@ def test_rules_against_double_backward(name: str, monkeypatch: pytest.MonkeyPatc
         moved.append(node.name())  # type: ignore[attr-defined]
         return by_double_backward(node, *rest)  # type: ignore[arg-type]
 
-    by_double_backward = pushforward.double_backward
-    monkeypatch.setattr(pushforward, "double_backward", counted)
-    monkeypatch.setattr(pushforward, "move", lambda *_: None)
-    monkeypatch.setattr(pushforward, "factor_of", lambda *_: (False, None))
+    by_double_backward = route.double_backward
+    monkeypatch.setattr(route, "double_backward", counted)
+    monkeypatch.setattr(route, "move", lambda *_: None)
+    monkeypatch.setattr(route, "factor_of", lambda *_: (False, None))
     found = exact.batch_diagonal(batch)[1]
     assert "TanhBackward0" in moved
     for key, value in wanted.items():

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hessdiag.diagonal import chain, exact, reference
+from hessdiag.graph import Linearisation
 from hessdiag.objective import Objective
-from hessdiag.sites import Linearisation
 
 CURVES = {
     "gelu": F.gelu,

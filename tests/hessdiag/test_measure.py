@@ -17,10 +17,11 @@ from models import Function, Residual, dense_diagonal, seeded
 
 import hessdiag as hd
 from hessdiag.errors import AuditError, BudgetError, ResumeError, UnknownNameError
+from hessdiag.graph import LayerKind
+from hessdiag.graph.sites.elementwise import Elementwise
 from hessdiag.measurement import audit as audit_module
 from hessdiag.measurement.loop import Event, Loop
 from hessdiag.measurement.population import deal
-from hessdiag.squares import LayerSquares
 
 torch.set_num_threads(1)
 G = torch.Generator().manual_seed(1)
@@ -270,12 +271,12 @@ def test_audit_passes_and_says_what_it_compared(model: nn.Module) -> None:
 
 
 def test_audit_catches_a_wrong_layer_formula(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = LayerSquares.each
+    original = LayerKind.each
 
-    def wrong(self: LayerSquares, delta: Tensor) -> dict[str, Tensor]:
+    def wrong(self: LayerKind, delta: Tensor) -> dict[str, Tensor]:
         return {n: g * 1.01 if n == "c2.weight" else g for n, g in original(self, delta).items()}
 
-    monkeypatch.setattr(LayerSquares, "each", wrong)
+    monkeypatch.setattr(LayerKind, "each", wrong)
     with pytest.raises(AuditError, match=r"squares of layer 'c2\.weight'"):
         hd.measure(hd.Objective(model), BATCHES, method="propagation")
     m = hd.measure(hd.Objective(model), BATCHES, method="auto", max_replicates=10)
@@ -284,15 +285,13 @@ def test_audit_catches_a_wrong_layer_formula(model: nn.Module, monkeypatch: pyte
 
 
 def test_audit_catches_a_wrong_second_derivative(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hessdiag.sites.linearise as linearise
+    original = Elementwise.second
 
-    original = linearise.derivatives
+    def wrong(node: Any) -> Any:
+        factor = 1.001 if node.name() == "GeluBackward0" else 1.0
+        return {pair: second * factor for pair, second in original(node).items()}
 
-    def wrong(node: Any) -> tuple[Tensor, Tensor | None]:
-        first, second = original(node)
-        return first, second * 1.001 if second is not None and node.name() == "GeluBackward0" else second
-
-    monkeypatch.setattr(linearise, "derivatives", wrong)
+    monkeypatch.setattr(Elementwise, "second", wrong)
     with pytest.raises(AuditError, match="identity of layer"):
         hd.measure(hd.Objective(model), BATCHES, method="propagation")
 

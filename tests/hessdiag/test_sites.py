@@ -18,8 +18,8 @@ from models import ELEMENTWISE, Function, Residual, Tokens, dense_diagonal, seed
 import hessdiag as hd
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import StochasticModeError, UncoveredModelError
+from hessdiag.graph import Linearisation, visit
 from hessdiag.measurement.comparisons import push
-from hessdiag.sites import Linearisation, visit
 
 torch.set_num_threads(1)
 

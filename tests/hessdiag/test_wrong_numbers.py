@@ -21,11 +21,11 @@ import hessdiag as hd
 from hessdiag.diagonal import reference
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import AuditError, ConfigurationError, HessdiagError, UncoveredModelError
+from hessdiag.graph import Linearisation
+from hessdiag.graph.layers.conv import Conv
 from hessdiag.measurement.plan import Plan
 from hessdiag.objective import Objective
 from hessdiag.signs import Signs
-from hessdiag.sites import Linearisation
-from hessdiag.squares import LayerSquares
 
 torch.set_num_threads(1)
 L, N = nn.Linear, 8
@@ -702,8 +702,8 @@ def test_the_audit_of_propagation_sees_its_closed_shares(wrong: str, monkeypatch
     batch = data(2, 5, 5)
     assert hd.measure(hd.Objective(model), [batch], method="propagation", max_replicates=10).audit is not None
     if wrong == "weighted":
-        weighted = LayerSquares.weighted
-        monkeypatch.setattr(LayerSquares, "weighted", lambda s, c: {n: 1.01 * t for n, t in weighted(s, c).items()})
+        weighted = Conv.weighted
+        monkeypatch.setattr(Conv, "weighted", lambda s, c: {n: 1.01 * t for n, t in weighted(s, c).items()})
     else:
         monkeypatch.setattr(Linearisation, "remote", lambda _self, _place, cotangent, _seeds: cotangent)
     with pytest.raises(AuditError, match="closed of layer"):

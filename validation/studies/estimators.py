@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import hessdiag as hd
 from hessdiag.diagonal.hutchinson import Products, probe
 from hessdiag.diagonal.propagation import Propagator
+from hessdiag.graph import Linearisation
 from hessdiag.norm import Replicates, estimate
 from hessdiag.norm.report import plug_in_square
 from hessdiag.objective import Objective
 from hessdiag.signs import Signs
-from hessdiag.sites import Linearisation
 from theory.estimators import (
     coverage_of_normal_quantile,
     hutchinson_variance,

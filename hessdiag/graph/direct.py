@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .graph import Edge, Graph
-from .nodes import BATCH_NORM, Key, edge_key, edge_shape
+from .layers import KINDS
+from .nodes import Edge, Key, edge_key, edge_shape
+from .reading import Graph
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ def find_direct(graph: Graph, owners: Mapping[Key, int]) -> dict[int, Direct]:
     """
     found: dict[int, Direct] = {}
     for place, layer in enumerate(graph.layers):
+        if not layer.kind.has_closed_share():
+            continue
         edge: Edge = (layer.node, 0)
         while edge_key(edge) not in owners:
             users = graph.consumers(edge[0])
@@ -62,8 +65,9 @@ def _passes(graph: Graph, node: Any, slot: int, edge: Edge) -> bool:
         return True
     if tuple(edge_shape((node, 0))) != tuple(edge_shape(edge)):
         return False
-    if name in BATCH_NORM:
-        return slot == 0
+    for kind in KINDS.of(node):
+        if kind.pointwise is not None:
+            return slot == kind.pointwise
     if name in ("AddBackward0", "SubBackward0"):
         return True
     if name == "MulBackward0":

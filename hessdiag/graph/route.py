@@ -1,67 +1,24 @@
 """Forward-mode products through the nodes of a recorded autograd graph, many directions at a time.
 
-Tangents carry the directions as a first axis, [K, *shape of the forward value]; one pass moves K directions
-of every sample of the batch. A node that acts elementwise (an activation, BatchNorm in eval mode, a constant
-factor) only changes a pending factor common to all directions; a tangent that lives in a band of channels
-stays in it until something mixes the channels. Node kinds without a rule here are moved by double backward of
-that one node: v -> J^T v is linear, so the gradient of <J^T v, u> with respect to v is J u.
+One pass moves K directions of every sample of the batch from a layer's output to all sites above. Nodes without a rule
+(see `moves`) are moved by double backward of that one node: v -> J^T v is linear, so the gradient of <J^T v, u> with
+respect to v is J u.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..sites import Graph, Site, edge_shape
-from ..sites.graph import Edge
-from .noderules import Cache, double_backward, factor_of, fan_of, move
-
-Key = tuple[int, int]
-Band = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Tangent:
-    """`factor * value`, [K, N, ...]; with a band, `value` holds only channels low..high-1.
-
-    `factor` is shaped to broadcast against the whole forward value (without the axis of directions).
-    """
-
-    value: Tensor
-    factor: Tensor | None = None
-    band: Band | None = None
-    owned: bool = False  # value is this pass's own and may be overwritten by whoever uses it last
-
-    def narrowed(self, whole: Tensor) -> Tensor:
-        """The part of a tensor shaped like the forward value that belongs to the band."""
-        if self.band is None or whole.ndim < 2 or whole.shape[1] == 1:
-            return whole
-        return whole[:, self.band[0] : self.band[1]]
-
-    def scaled(self, factor: Tensor) -> Tangent:
-        """Multiply by a factor that all directions share."""
-        return Tangent(self.value, factor if self.factor is None else self.factor * factor, self.band, self.owned)
-
-    def settled(self, *, last: bool = False) -> Tangent:
-        """The same tangent without a pending factor; computed in place where nobody else needs the value (`last`)."""
-        if self.factor is None:
-            return self
-        factor = self.narrowed(self.factor)
-        value = self.value.mul_(factor) if last and self.owned else self.value * factor
-        return Tangent(value, None, self.band, True)
-
-    def dense(self, shape: Sequence[int]) -> Tensor:
-        """[K, *shape]: every channel, no pending factor."""
-        value = self.settled().value
-        if self.band is None:
-            return value
-        whole = value.new_zeros(len(value), *shape)
-        whole[:, :, self.band[0] : self.band[1]] = value
-        return whole
+from .affine import sign_of
+from .moves import Cache, double_backward, factor_of, fan_of, move
+from .nodes import Edge, Key, edge_key, edge_shape
+from .reading import Graph
+from .sites import Site
+from .tangents import Tangent
 
 
 class Route:
@@ -122,7 +79,7 @@ class Route:
 
     def cost(self) -> tuple[float, int]:
         """(multiplications, largest number of tangent entries alive) for one direction of every sample."""
-        work, alive, peak = 0.0, {_key(self.start): edge_shape(self.start).numel()}, 0
+        work, alive, peak = 0.0, {edge_key(self.start): edge_shape(self.start).numel()}, 0
         for position, (node, _) in enumerate(self.nodes):
             for output in self._wanted.get(id(node), ()):
                 alive[id(node), output] = edge_shape((node, output)).numel()
@@ -151,7 +108,7 @@ class Route:
 
     def _free(self, position: int, tangents: dict[Key, Tangent]) -> set[int]:
         """Storages that nothing needs once the node at `position` has been passed."""
-        due = {_key(edge) for _, site in self._due.get(position, ()) for edge, _ in site.legs}
+        due = {edge_key(edge) for _, site in self._due.get(position, ()) for edge, _ in site.legs}
         ending = [key for key in self._ends.get(position, ()) if key in tangents and key not in due]
         kept = {_storage(tangent) for key, tangent in tangents.items() if key not in ending}
         freed = [_storage(tangents[key]) for key in ending]
@@ -206,10 +163,7 @@ class Route:
         return found
 
     def _sum(self, node: Any, given: list[tuple[int, Edge, Tangent]], shape: torch.Size) -> Tangent:
-        signs = []
-        for slot, _, _ in given:
-            alpha = float(getattr(node, "_saved_alpha", 1) or 1) if slot == 1 else 1.0
-            signs.append(-alpha if slot == 1 and node.name() == "SubBackward0" else alpha)
+        signs = [sign_of(node, slot) for slot, _, _ in given]
         tangents = [tangent for _, _, tangent in given]
         if len({t.band for t in tangents}) == 1:
             values, band = [t.settled().value for t in tangents], tangents[0].band
@@ -226,11 +180,7 @@ T = TypeVar("T")
 
 def _known(legs: Iterable[tuple[Edge, T]], tangents: dict[Key, Tangent]) -> list[tuple[T, Edge, Tangent]]:
     """Those edges that a tangent has reached, with it."""
-    return [(tag, edge, tangents[_key(edge)]) for edge, tag in legs if _key(edge) in tangents]
-
-
-def _key(edge: Edge) -> Key:
-    return id(edge[0]), edge[1]
+    return [(tag, edge, tangents[edge_key(edge)]) for edge, tag in legs if edge_key(edge) in tangents]
 
 
 def _storage(tangent: Tangent) -> int:

@@ -15,30 +15,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..saved import number, number_or_none, tensor, text
+
 Derivatives = tuple[Tensor, Tensor | None]
 
 
 def _sigmoid(node: Any) -> Derivatives:
-    s = node._saved_result
+    s = tensor(node, "result")
     slope = s * (1 - s)
     return slope, slope * (1 - 2 * s)
 
 
 def _tanh(node: Any) -> Derivatives:
-    t = node._saved_result
+    t = tensor(node, "result")
     slope = 1 - t * t
     return slope, -2 * t * slope
 
 
 def _silu(node: Any) -> Derivatives:
-    x = node._saved_self
+    x = tensor(node, "self")
     s, c = torch.sigmoid(x), torch.sigmoid(-x)
     return s * (1 + x * c), s * c * (2 + x * (c - s))
 
 
 def _gelu(node: Any) -> Derivatives:
-    x = node._saved_self
-    if node._saved_approximate == "none":
+    x = tensor(node, "self")
+    if text(node, "approximate") == "none":
         density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
         return 0.5 * torch.erfc(-x / math.sqrt(2)) + x * density, density * (2 - x * x)
     a, k = 0.044715, math.sqrt(2 / math.pi)
@@ -50,14 +52,14 @@ def _gelu(node: Any) -> Derivatives:
 
 
 def _softplus(node: Any) -> Derivatives:
-    x, beta, threshold = node._saved_self, float(node._saved_beta), float(node._saved_threshold)
+    x, beta, threshold = tensor(node, "self"), number(node, "beta"), number(node, "threshold")
     s, c = torch.sigmoid(beta * x), torch.sigmoid(-beta * x)
     linear = beta * x > threshold
     return torch.where(linear, 1.0, s), torch.where(linear, 0.0, beta * s * c)
 
 
 def _mish(node: Any) -> Derivatives:
-    x = node._saved_self
+    x = tensor(node, "self")
     s, c = torch.sigmoid(x), torch.sigmoid(-x)
     t = torch.tanh(F.softplus(x))
     r = 1 - t * t
@@ -69,20 +71,20 @@ def _elu_parts(node: Any, curved: Tensor, z: Tensor) -> Derivatives:
     """`curved` is alpha exp(rate z) below 0, z anything of its sign. At 0 torch takes sigma' from the left and
     sigma'' from the right.
     """
-    scale, rate = float(node._saved_scale), float(node._saved_input_scale)
+    scale, rate = number(node, "scale"), number(node, "input_scale")
     return torch.where(z <= 0, curved * rate, scale), torch.where(z < 0, curved * rate * rate, 0.0)
 
 
 def _elu(node: Any) -> Derivatives:
-    x = node._saved_self
-    rate = float(node._saved_input_scale)
-    curved = float(node._saved_scale) * float(node._saved_alpha) * torch.exp(rate * x.clamp(max=0))
+    x = tensor(node, "self")
+    rate = number(node, "input_scale")
+    curved = number(node, "scale") * number(node, "alpha") * torch.exp(rate * x.clamp(max=0))
     return _elu_parts(node, curved, x)
 
 
 def _elu_result(node: Any) -> Derivatives:
-    r = node._saved_result
-    return _elu_parts(node, r + float(node._saved_scale) * float(node._saved_alpha), r)
+    r = tensor(node, "result")
+    return _elu_parts(node, r + number(node, "scale") * number(node, "alpha"), r)
 
 
 def _celu_parts(alpha: float, slope: Tensor, z: Tensor) -> Derivatives:
@@ -90,72 +92,72 @@ def _celu_parts(alpha: float, slope: Tensor, z: Tensor) -> Derivatives:
 
 
 def _celu(node: Any) -> Derivatives:
-    x, alpha = node._saved_self, float(node._saved_alpha)
+    x, alpha = tensor(node, "self"), number(node, "alpha")
     return _celu_parts(alpha, torch.exp(x.clamp(max=0) / alpha), x)
 
 
 def _celu_result(node: Any) -> Derivatives:
-    r, alpha = node._saved_result, float(node._saved_alpha)
+    r, alpha = tensor(node, "result"), number(node, "alpha")
     return _celu_parts(alpha, r / alpha + 1, r)
 
 
 def _log_sigmoid(node: Any) -> Derivatives:
-    x = node._saved_self
+    x = tensor(node, "self")
     c = torch.sigmoid(-x)
     return c, -c * torch.sigmoid(x)
 
 
 def _hardswish(node: Any) -> Derivatives:
-    x = node._saved_self
+    x = tensor(node, "self")
     inside = x.abs() < 3
     return torch.where(inside, (2 * x + 3) / 6, (x > 0).to(x)), inside.to(x) / 3
 
 
 def _pow(node: Any) -> Derivatives:
-    x, n = node._saved_self, float(node._saved_exponent)
+    x, n = tensor(node, "self"), number(node, "exponent")
     first = n * x.pow(n - 1) if n != 0 else torch.zeros_like(x)
     second = n * (n - 1) * x.pow(n - 2) if n not in (0.0, 1.0) else torch.zeros_like(x)
     return first, second
 
 
 def _of_self(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Callable[[Any], Derivatives]:
-    return lambda node: (first(node._saved_self), second(node._saved_self))
+    return lambda node: (first(tensor(node, "self")), second(tensor(node, "self")))
 
 
 def _of_result(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Callable[[Any], Derivatives]:
-    return lambda node: (first(node._saved_result), second(node._saved_result))
+    return lambda node: (first(tensor(node, "result")), second(tensor(node, "result")))
 
 
 def _relu(node: Any) -> Derivatives:
-    r = node._saved_result
+    r = tensor(node, "result")
     return (r > 0).to(r), None
 
 
-def _leaky(saved: str) -> Callable[[Any], Derivatives]:
+def _leaky(kept: str) -> Callable[[Any], Derivatives]:
     def derivatives(node: Any) -> Derivatives:
-        x = getattr(node, saved)
-        return torch.where(x > 0, torch.ones_like(x), float(node._saved_negative_slope)), None
+        x = tensor(node, kept)
+        return torch.where(x > 0, torch.ones_like(x), number(node, "negative_slope")), None
 
     return derivatives
 
 
-def _inside(low: str, high: str, *, ends: bool = True, saved: str = "_saved_self") -> Callable[[Any], Derivatives]:
+def _inside(low: str, high: str, *, ends: bool = True, kept: str = "self") -> Callable[[Any], Derivatives]:
     """1 between two bounds, and on them if `ends`: torch's slope is 1 there for clamp, 0 for Hardtanh and ReLU6."""
 
     def derivatives(node: Any) -> Derivatives:
-        x = getattr(node, saved)
+        x = tensor(node, kept)
         keep = torch.ones_like(x, dtype=torch.bool)
         for name, compare in ((low, torch.ge if ends else torch.gt), (high, torch.le if ends else torch.lt)):
-            bound = getattr(node, name, None) if name else None
+            bound = number_or_none(node, name) if name else None
             if bound is not None:
-                keep &= compare(x, float(bound))
+                keep &= compare(x, bound)
         return keep.to(x), None
 
     return derivatives
 
 
 def _abs(node: Any) -> Derivatives:
-    return torch.sign(node._saved_self), None
+    return torch.sign(tensor(node, "self")), None
 
 
 _ROOT_PI = math.sqrt(math.pi)
@@ -191,13 +193,13 @@ CURVED: dict[str, Callable[[Any], Derivatives]] = {
 
 PIECEWISE_LINEAR: dict[str, Callable[[Any], Derivatives]] = {
     "ReluBackward0": _relu,
-    "LeakyReluBackward0": _leaky("_saved_self"),
-    "LeakyReluBackward1": _leaky("_saved_result"),
-    "HardtanhBackward0": _inside("_saved_min_val", "_saved_max_val", ends=False),
-    "HardtanhBackward1": _inside("_saved_min_val", "_saved_max_val", ends=False, saved="_saved_result"),
-    "ClampBackward1": _inside("_saved_min", "_saved_max"),
-    "ClampMinBackward0": _inside("_saved_min", ""),
-    "ClampMaxBackward0": _inside("", "_saved_max"),
+    "LeakyReluBackward0": _leaky("self"),
+    "LeakyReluBackward1": _leaky("result"),
+    "HardtanhBackward0": _inside("min_val", "max_val", ends=False),
+    "HardtanhBackward1": _inside("min_val", "max_val", ends=False, kept="result"),
+    "ClampBackward1": _inside("min", "max"),
+    "ClampMinBackward0": _inside("min", ""),
+    "ClampMaxBackward0": _inside("", "max"),
     "AbsBackward0": _abs,
-    "HardsigmoidBackward0": lambda node: ((node._saved_self.abs() < 3).to(node._saved_self) / 6, None),
+    "HardsigmoidBackward0": lambda node: ((tensor(node, "self").abs() < 3).to(tensor(node, "self")) / 6, None),
 }

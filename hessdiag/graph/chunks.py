@@ -1,57 +1,14 @@
-"""Unfolding: what each output position of a convolution sees, and sums over positions in chunks of samples."""
+"""Sums over positions and over groups of samples, in chunks that bound the memory they take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import UncoveredModelError
-
 CHUNK = 1 << 26
 """Bytes of per-sample gradients or patches that exist at one time."""
-
-
-def matrix_input(node: Any) -> Tensor:
-    """What a linear layer was given, from what its node saved."""
-    for attribute in ("_saved_mat1", "_saved_self", "_saved_input"):
-        saved = getattr(node, attribute, None)
-        if isinstance(saved, Tensor):
-            return saved.detach()
-    raise UncoveredModelError(f"{node.name()} did not save its input; is the weight's gradient needed?")
-
-
-def patches(x: Tensor, node: Any, kernel: torch.Size, groups: int) -> Tensor:
-    """[n, groups, C/groups * kernel, positions]: what each output position of a convolution sees, for any dimension."""
-    kernel = kernel[2:]
-    dims = len(kernel)
-    stride, padding, dilation = (
-        _per_axis(getattr(node, f"_saved_{k}"), dims) for k in ("stride", "padding", "dilation")
-    )
-    if any(padding):
-        x = torch.nn.functional.pad(x, [p for axis in reversed(range(dims)) for p in (padding[axis],) * 2])
-    x = x.contiguous()
-    out = [(x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(dims)]
-    base = x.stride()
-    view = x.as_strided(
-        (*x.shape[:2], *kernel, *out),
-        (
-            *base[:2],
-            *(base[2 + i] * dilation[i] for i in range(dims)),
-            *(base[2 + i] * stride[i] for i in range(dims)),
-        ),
-    )
-    positions = 1
-    for size in out:
-        positions *= size
-    return view.reshape(len(x), groups, -1, positions)
-
-
-def _per_axis(value: Any, dims: int) -> tuple[int, ...]:
-    values = tuple(int(v) for v in value)
-    return values if len(values) == dims else values * dims
 
 
 def outer(left: Tensor, right: Tensor, group: int) -> Iterator[Tensor]:
@@ -99,3 +56,15 @@ def grouped(x: Tensor, group: int) -> Tensor:
 def chunk_samples(bytes_per_sample: int, group: int) -> int:
     """Samples, in whole groups, that fit into `CHUNK` bytes; one group at least."""
     return max(CHUNK // max(bytes_per_sample, 1) // group, 1) * group
+
+
+def over_pixels(x: Tensor) -> Tensor:
+    """[n, channels]: sums over all axes beyond the channels."""
+    return x.flatten(2).sum(2) if x.ndim > 2 else x
+
+
+def spread(per_row: Tensor, fold: int, like: Tensor) -> Tensor:
+    """Sums over each sample's `fold` rows, given back to all of them and shaped to meet `like`."""
+    if fold > 1:
+        per_row = grouped(per_row, fold).repeat_interleave(fold, 0)
+    return per_row if per_row.ndim == like.ndim else per_row.reshape(*per_row.shape, *(1,) * (like.ndim - 2))

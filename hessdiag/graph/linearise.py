@@ -14,7 +14,6 @@ costs no more than SiLU.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,19 +24,27 @@ from ..errors import NonFiniteError
 from ..objective import Objective
 from ..persample import Curvature
 from .direct import Direct, find_direct
-from .elementwise import derivatives, is_elementwise
-from .graph import Edge, Graph, Layer, detach_guard
-from .nodes import Key, constant, edge_key, edge_shape
+from .layers import Layer
+from .nodes import Edge, Key, edge_key, edge_shape, is_leaf, short_name
+from .reading import Graph, detach_guard
+from .saved import constant
+from .sites import Pointwise, Site, SiteKind
+from .sites.elementwise import Elementwise, derivatives
+from .sites.product import Product
 
 
-@dataclass(frozen=True)
-class Site:
-    """A tensor of scalar sites: weights `c` and the direction dz = sum over legs of factor * d(edge)."""
+class _Bend:
+    """A node that bends, on one batch: its adjoint, and its form in its live inputs where it acts entry by entry."""
 
-    name: str
-    c: Tensor
-    legs: tuple[tuple[Edge, float | Tensor], ...]
-    product: int | None = None  # index of the product this half of a polarisation belongs to
+    def __init__(self, kind: type[SiteKind], node: Any, adjoint: Tensor, name: str) -> None:
+        self.kind, self.node, self.adjoint, self.name = kind, node, adjoint, name
+        self.form: dict[tuple[int, int], Tensor] = {}
+        if issubclass(kind, Pointwise):
+            for pair, second in kind.second(node).items():
+                plain = isinstance(second, float) and second == 1.0
+                self.form[pair] = adjoint if plain else second * adjoint
+        self.slots = sorted({slot for pair in self.form for slot in pair})
+        self.edges: list[Edge] = [node.next_functions[slot] for slot in self.slots]
 
 
 class Linearisation:
@@ -77,11 +84,6 @@ class Linearisation:
     def loss(self) -> float:
         """Loss summed over the batch."""
         return float(self.curvature.loss.sum())
-
-    @property
-    def bends(self) -> list[Any]:
-        """The curved elementwise nodes, for reports that pair them with the layers that feed them."""
-        return self.graph.curves
 
     def backward(
         self,
@@ -140,65 +142,55 @@ class Linearisation:
     # -- construction
 
     def _find_sites(self, index: int) -> list[Site]:
-        curves, products = self.graph.curves, self.graph.products
-        adjoints = self.adjoints([*curves, *products])
-        raw: list[tuple[str, Any, Tensor, list[Edge]]] = []
+        adjoints = self.adjoints([node for _, node in self.graph.bends])
         with torch.no_grad():
-            for node, adjoint in zip(curves, adjoints):
-                second = derivatives(node)[1]
-                assert second is not None
-                c = second * adjoint
-                if not bool(torch.isfinite(c).all()):
+            raw = [_Bend(kind, node, g, self._name(node)) for (kind, node), g in zip(self.graph.bends, adjoints)]
+            for bend in raw:
+                if not all(bool(torch.isfinite(c).all()) for c in bend.form.values()):
                     raise NonFiniteError(
-                        f"batch {index}: {node.name()} {self.graph.place(node)} has NaN or Inf curvature"
+                        f"batch {index}: {bend.node.name()} {self.graph.place(bend.node)} has NaN or Inf curvature"
                     )
-                raw.append((self._name(node), node, c, [node.next_functions[0]]))
-            for node, adjoint in zip(products, adjoints[len(curves) :]):
-                raw.append((self._name(node), node, adjoint, list(node.next_functions)))
-            return self._merge(raw, len(curves))
+            return self._merge(raw)
 
-    def _merge(self, raw: list[tuple[str, Any, Tensor, list[Edge]]], curves: int) -> list[Site]:
-        bases = [[self._base(edge) for edge in edges] for _, _, _, edges in raw]
+    def _merge(self, raw: list[_Bend]) -> list[Site]:
+        """Sites of all nodes; those whose inputs are functions of one tensor, entry by entry, become sites of it."""
+        bases = [[self._base(edge) for edge in bend.edges] for bend in raw]
         count: dict[Key, int] = {}
         for found in bases:
             for key in {edge_key(edge) for edge, _ in found}:
                 count[key] = count.get(key, 0) + 1
         merged: dict[Key, tuple[str, Edge, Tensor]] = {}
         sites: list[Site] = []
-        for position, ((name, _, c, edges), found) in enumerate(zip(raw, bases)):
-            one_base = len({edge_key(edge) for edge, _ in found}) == 1
-            if position >= curves and not one_base:
-                sites += self._polarise(name, c, edges, position - curves)
+        products = 0
+        for bend, found in zip(raw, bases):
+            product, products = products, products + issubclass(bend.kind, Product)
+            edge = found[0][0] if found else None
+            alone = edge is None or (len(found) == 1 and count[edge_key(edge)] == 1)
+            if alone or len({edge_key(edge) for edge, _ in found}) > 1:
+                sites += self._sites(bend, product)
                 continue
-            if position < curves and count[edge_key(found[0][0])] == 1:
-                sites.append(Site(name, c, ((edges[0], 1.0),)))
-                continue
-            edge = found[0][0]
-            slopes = [slope for _, slope in found]
-            weight = c * slopes[0] * (slopes[0] if position < curves else 2 * slopes[1])
-            if tuple(weight.shape) != tuple(edge_shape(edge)):
-                sites += (
-                    self._polarise(name, c, edges, position - curves)
-                    if position >= curves
-                    else [Site(name, c, ((edges[0], 1.0),))]
-                )
+            assert edge is not None
+            slopes = {slot: slope for slot, (_, slope) in zip(bend.slots, found)}
+            weight: Tensor | None = None
+            for (i, j), c in bend.form.items():
+                part = c * slopes[i] * (slopes[i] if i == j else 2 * slopes[j])
+                weight = part if weight is None else weight + part
+            if weight is None or tuple(weight.shape) != tuple(edge_shape(edge)):
+                sites += self._sites(bend, product)
                 continue
             old = merged.get(edge_key(edge))
-            merged[edge_key(edge)] = (
-                name if old is None else old[0],
-                edge,
-                weight if old is None else old[2] + weight,
-            )
+            name, weight = (bend.name, weight) if old is None else (old[0], old[2] + weight)
+            merged[edge_key(edge)] = (name, edge, weight)
         sites += [Site(name, c, ((edge, 1.0),)) for name, edge, c in merged.values()]
         return sites
 
-    def _polarise(self, name: str, g: Tensor, edges: list[Edge], product: int) -> list[Site]:
-        lam = self.balance.get(product, 1.0)
-        a, b = edges
-        return [
-            Site(f"{name} (sum)", 0.5 * g, ((a, lam), (b, 1.0 / lam)), product),
-            Site(f"{name} (difference)", -0.5 * g, ((a, lam), (b, -1.0 / lam)), product),
-        ]
+    def _sites(self, bend: _Bend, product: int) -> list[Site]:
+        if issubclass(bend.kind, Product):
+            lam = self.balance.get(product, 1.0)
+            return bend.kind.halves(bend.node, bend.adjoint, bend.name, product, lam)
+        if issubclass(bend.kind, Pointwise) and len(bend.slots) == 1:
+            return [Site(bend.name, bend.form[bend.slots[0], bend.slots[0]], ((bend.edges[0], 1.0),))]
+        return bend.kind.sites(bend.node, bend.adjoint, bend.name)
 
     def _base(self, edge: Edge) -> tuple[Edge, Tensor]:
         """Follow elementwise nodes and constant factors down from `edge`: the tensor u below and d(edge)/du."""
@@ -216,12 +208,12 @@ class Linearisation:
 
     def _slope(self, node: Any) -> tuple[Tensor | float, int] | None:
         """(derivative, which input) of a node that is an elementwise function of one live tensor."""
-        if is_elementwise(node):
+        if Elementwise.takes(node):
             return derivatives(node)[0], 0
         live = [slot for slot, (source, _) in enumerate(node.next_functions) if self.graph.is_live(source)]
-        if len(live) != 1 or hasattr(node.next_functions[live[0]][0], "variable"):
+        if len(live) != 1 or is_leaf(node.next_functions[live[0]][0]):
             return None
-        if any(layer.node is node for layer in self.layers):
+        if self.graph.is_layer(node):
             return None
         name = node.name()
         if name == "MulBackward0" or (name == "DivBackward0" and live[0] == 0):
@@ -233,5 +225,4 @@ class Linearisation:
         return None
 
     def _name(self, node: Any) -> str:
-        short = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
-        return f"{short} {self.graph.place(node)}"
+        return f"{short_name(node)} {self.graph.place(node)}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from ..errors import UncoveredModelError
-from .nodes import forward_order, is_leaf
+from .nodes import forward_order, is_leaf, short_name
 
 
 class Live:
@@ -53,7 +53,8 @@ class Live:
                         live.add(id(node))
         return live
 
-    def _through(self, node: Any) -> str:
+    def through(self, node: Any) -> str:
+        """Name of a chosen parameter that a node is computed from; empty if there is none."""
         stack, seen = [node], set()
         while stack:
             current = stack.pop()
@@ -65,8 +66,9 @@ class Live:
             stack += [source for source, _ in current.next_functions]
         return ""
 
-    def _refuse(self, node: Any, what: str) -> None:
-        name = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward") or node.name()
+    def refuse(self, node: Any, what: str) -> NoReturn:
+        """Raise UncoveredModelError: what stands where, and what to do."""
         raise UncoveredModelError(
-            f"{name} {self.place(node)}: {what}; use method='hutchinson' (or 'auto'), or choose other parameters"
+            f"{short_name(node)} {self.place(node)}: {what}; use method='hutchinson' (or 'auto'), "
+            "or choose other parameters"
         )

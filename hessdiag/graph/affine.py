@@ -1,4 +1,4 @@
-"""Closed rules for affine nodes: how a tangent [K, *shape] of the input becomes one of the output."""
+"""Closed rules for affine nodes without parameters: a tangent [K, *shape] of the input becomes one of the output."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import saved
+from .nodes import edge_shape, sizes
+from .tangents import aligned, broadcast
+
 _RESHAPES = tuple(
     f"{name}Backward{number}"
     for name, number in (
@@ -16,11 +20,6 @@ _RESHAPES = tuple(
         ("Unsqueeze", 0), ("Unsqueeze", 1), ("Alias", 0), ("Clone", 0),
     )
 )  # fmt: skip
-
-
-def broadcast(value: Tensor, shape: torch.Size) -> Tensor:
-    """[K, *small] -> [K, *1s, *small], which broadcasts against [K, *shape]."""
-    return value.reshape(len(value), *(1,) * (len(shape) + 1 - value.ndim), *value.shape[1:])
 
 
 def _reshape(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
@@ -31,31 +30,22 @@ def _expand(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
     return broadcast(value, shape).expand(len(value), *shape)
 
 
+def sign_of(node: Any, slot: int) -> float:
+    """What a sum or a difference multiplies its input `slot` by: 1, -1 or alpha."""
+    name = node.name()
+    if name == "RsubBackward0":
+        return 1.0 if slot == 1 else -saved.number(node, "alpha", 1.0)
+    alpha = saved.number(node, "alpha", 1.0) if slot == 1 else 1.0
+    return -alpha if name == "SubBackward0" and slot == 1 else alpha
+
+
 def _sum(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    sign = 1.0
-    if slot == 1 or node.name() == "RsubBackward0":
-        sign = float(getattr(node, "_saved_alpha", 1))
-    negative = (node.name() == "SubBackward0" and slot == 1) or (node.name() == "RsubBackward0" and slot == 0)
-    if node.name() == "RsubBackward0" and slot == 1:
-        sign = 1.0
-    moved = _expand(node, slot, value, shape)
-    return moved if sign == 1.0 and not negative else moved * (-sign if negative else sign)
-
-
-def _linear(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor | None:
-    if slot != {"AddmmBackward0": 1, "MmBackward0": 0, "LinearBackward0": 0}[node.name()]:
-        return None
-    matrix = node._saved_weight.detach().T if node.name() == "LinearBackward0" else node._saved_mat2.detach()
-    moved: Tensor = value @ matrix
-    alpha = float(getattr(node, "_saved_alpha", 1))
-    return moved if alpha == 1.0 else moved * alpha
+    sign, moved = sign_of(node, slot), _expand(node, slot, value, shape)
+    return moved if sign == 1.0 else moved * sign
 
 
 def _dims(node: Any, ndim: int) -> list[int]:
-    dims = node._saved_dim
-    dims = [dims] if isinstance(dims, int) else list(dims or range(ndim))
-    wrapped = [d - (1 << 64) if d >= 1 << 63 else d for d in dims]
-    return [(d + ndim if d < 0 else d) + 1 for d in wrapped]
+    return [dim % ndim + 1 for dim in saved.integers(node, "dim") or range(ndim)]
 
 
 def _mean(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
@@ -67,10 +57,16 @@ def _total(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _avg_pool(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
+    divisor = saved.number_or_none(node, "divisor_override")
     moved = F.avg_pool2d(
-        value.flatten(0, -4), node._saved_kernel_size, node._saved_stride or None, node._saved_padding,
-        node._saved_ceil_mode, node._saved_count_include_pad, node._saved_divisor_override,
-    )  # fmt: skip
+        value.flatten(0, -4),
+        saved.integers(node, "kernel_size"),
+        saved.integers(node, "stride") or None,
+        saved.integers(node, "padding"),
+        saved.flag(node, "ceil_mode"),
+        saved.flag(node, "count_include_pad"),
+        None if divisor is None else int(divisor),
+    )
     return moved.reshape(len(value), *shape)
 
 
@@ -79,26 +75,24 @@ def _adaptive_pool(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Te
 
 
 def _max_pool(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
-    where = node._saved_result1.flatten(-2)
+    where = saved.tensor(node, "result1").flatten(-2)
     flat = value.flatten(-2)
     return flat.gather(-1, where.expand(len(value), *where.shape)).reshape(len(value), *shape)
 
 
 def _permute(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
     ndim = value.ndim - 1
-    dims = [d - (1 << 64) if d >= 1 << 63 else d for d in node._saved_dims]
-    return value.permute(0, *(d % ndim + 1 for d in dims))
+    return value.permute(0, *(d % ndim + 1 for d in saved.integers(node, "dims")))
 
 
 def _transpose(node: Any, slot: int, value: Tensor, shape: torch.Size) -> Tensor:
     ndim = value.ndim - 1
-    first, second = (d - (1 << 64) if d >= 1 << 63 else d for d in (node._saved_dim0, node._saved_dim1))
+    first, second = saved.integer(node, "dim0"), saved.integer(node, "dim1")
     return value.transpose(first % ndim + 1, second % ndim + 1)
 
 
-DENSE: dict[str, Callable[[Any, int, Tensor, torch.Size], Tensor | None]] = {
+DENSE: dict[str, Callable[[Any, int, Tensor, torch.Size], Tensor]] = {
     **dict.fromkeys(_RESHAPES, _reshape),
-    **dict.fromkeys(("AddmmBackward0", "MmBackward0", "LinearBackward0"), _linear),
     **dict.fromkeys(("AddBackward0", "SubBackward0", "RsubBackward0"), _sum),
     "ExpandBackward0": _expand,
     "MeanBackward1": _mean,
@@ -109,3 +103,25 @@ DENSE: dict[str, Callable[[Any, int, Tensor, torch.Size], Tensor | None]] = {
     "PermuteBackward0": _permute,
     "TransposeBackward0": _transpose,
 }
+
+_SAME = frozenset({"AliasBackward0", "CloneBackward0", "AddBackward1", "SubBackward1"})
+
+
+def factor(node: Any, slot: int) -> tuple[bool, Tensor | None]:
+    """(True, d out/d in) where an affine node acts entry by entry on the input in `slot`; None stands for 1."""
+    name = node.name()
+    if name in _SAME or (name in ("AddBackward0", "SubBackward0") and slot == 0):
+        return True, None
+    if name in ("AddBackward0", "SubBackward0"):
+        sign = sign_of(node, slot)
+        return True, None if sign == 1 else _scalar(sign, node)
+    if name in ("NegBackward0", "RsubBackward1"):
+        return True, _scalar(-1.0, node)
+    if name == "DivBackward0" and slot == 0:
+        return True, aligned(saved.constant(node, slot), edge_shape((node, 0)))
+    return False, None
+
+
+def _scalar(value: float, node: Any) -> Tensor:
+    meta = sizes(node)
+    return torch.full((), value, dtype=meta.dtype, device=meta.device)

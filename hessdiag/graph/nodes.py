@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..errors import UncoveredModelError
-
+Edge = tuple[Any, int]
+"""An output of a node: what autograd knows a tensor of the forward pass by."""
 Key = tuple[int, int]
 
 _AFFINE = """
 View UnsafeView ReshapeAlias Alias Clone ToCopy Permute Transpose T Mt Squeeze Unsqueeze Expand Repeat Flip Roll
-Add Sub Rsub Neg Mean Sum Cumsum Where MaskedFill Index IndexSelect Gather Select Slice Narrow
+Add Sub Rsub Neg Mul Mean Sum Cumsum Where MaskedFill Index IndexSelect Gather Select Slice Narrow
 Cat Stack Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind
 AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D
 MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D Max Amax Maximum Minimum
@@ -30,11 +29,7 @@ AFFINE = (
     | frozenset(name + "Backward1" for name in _OVERLOADS.split())
     | {"SqueezeBackward2"}
 )
-BATCH_NORM = frozenset({"NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"})
-MATRIX = frozenset({"AddmmBackward0", "MmBackward0", "LinearBackward0"})
-PRODUCTS = frozenset({"MulBackward0"})
 RANDOM = frozenset({"NativeDropoutBackward0", "FusedDropoutBackward0"})
-TURNED = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
 
 
 def is_leaf(node: Any) -> bool:
@@ -62,7 +57,7 @@ def forward_order(root: Any) -> list[Any]:
     return order
 
 
-def edge_shape(edge: tuple[Any, int]) -> torch.Size:
+def edge_shape(edge: Edge) -> torch.Size:
     """Shape of the forward value that an edge of the graph stands for."""
     node, number = edge
     if hasattr(node, "variable"):
@@ -70,20 +65,17 @@ def edge_shape(edge: tuple[Any, int]) -> torch.Size:
     return torch.Size(node._input_metadata[number].shape)
 
 
-def constant(node: Any, slot: int) -> Tensor:
-    """What a product or a quotient multiplies its input `slot` by, in the dtype of its output.
-
-    A Python number is saved as a float64 tensor that torch still takes for a number: what is computed from it falls to
-    the default dtype, and what it meets as a tensor of no axes is lifted to float64. Neither is left of it here.
-    """
-    quotient = node.name().startswith("Div")
-    saved = node._saved_self if slot == 1 else node._saved_other
-    if saved is None:
-        raise UncoveredModelError(f"{node.name()} did not save its other factor; is a gradient of it needed?")
-    value: Tensor = torch.empty_like(saved, dtype=node._input_metadata[0].dtype).copy_(saved.detach())
-    return value.reciprocal_() if quotient else value
-
-
-def edge_key(edge: tuple[Any, int]) -> Key:
+def edge_key(edge: Edge) -> Key:
     """The edge as a key of dictionaries."""
     return id(edge[0]), edge[1]
+
+
+def short_name(node: Any) -> str:
+    """The node's operation, without the suffix that autograd gives it."""
+    name: str = node.name()
+    return name.rstrip("0123456789").removesuffix("Backward") or name
+
+
+def sizes(node: Any, output: int = 0) -> Any:
+    """Shape, dtype and device of one output of a node."""
+    return node._input_metadata[output]

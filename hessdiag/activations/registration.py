@@ -1,0 +1,250 @@
+"""Activations from outside: a name, a function, its derivatives - admitted by test, never by trust.
+
+A registered activation is one node of a model's graph, and its derivatives are those given here. So before it is
+admitted they are held against difference quotients of the values, which know nothing of autograd; a custom autograd
+Function must besides agree with its own formulas. What such a test at the default options cannot see, the audit of
+every measurement can: it compares autograd's derivatives of the whole model with difference quotients.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessdiag.activations.derivatives import check_elementwise
+from hessdiag.activations.functions import CURVES, Curve
+from hessdiag.activations.pointwise import Activation, Formula, PointwiseFunction, RegisteredActivation
+from hessdiag.activations.registry import Option, enter
+from hessdiag.activations.supremum import supremum
+from hessdiag.errors import ConfigurationError
+
+AGREE = 1e-5
+"""Of a derivative with the difference quotient, relative to the larger of the derivative there and `FLOOR` of the
+largest on the grid."""
+FLOOR = 1e-3
+DECLARED = 1e-3
+"""Of a declared supremum with the one searched for."""
+
+
+def register_activation(
+    name: str,
+    value: Formula,
+    *,
+    first: Formula | None = None,
+    second: Formula | None = None,
+    options: Mapping[str, Option] | None = None,
+    max_curvature: float | Callable[..., float] | None = None,
+    function: type[torch.autograd.Function] | None = None,
+) -> type[nn.Module]:
+    """Add an activation that can be built by `name` and measured by every method; returns its module class.
+
+    `value`, `first` and `second` are sigma, sigma' and sigma'' of a tensor, entry by entry; a derivative that is not
+    given is taken from autograd. `options` are keyword arguments of all three with their defaults: "name:alpha=3" sets
+    one. `max_curvature` is sup |sigma''|, as a number or a function of the options; searched for where it is not given.
+
+    `function` is a custom autograd Function that `value` applies, for models which use it themselves: its node, which
+    must save its input and carry the options as attributes of the same names, is then known wherever the graph shows
+    it. Without it the activation is made one node here.
+
+    >>> import torch
+    >>> module = register_activation(
+    ...     "arsinh", torch.asinh, first=lambda x: (1 + x * x) ** -0.5, second=lambda x: -x * (1 + x * x) ** -1.5
+    ... )
+    >>> module()
+    arsinh()
+    """
+    options = dict(options or {})
+    _check_names(name, options)
+    if first is None:
+        first = _by_autograd(value)
+    if second is None:
+        second = _by_autograd(first)
+    declared = max_curvature if max_curvature is None or callable(max_curvature) else _constant(float(max_curvature))
+    activation = Activation(name, value, first, second, declared, function)
+    _check_derivatives(activation, options)
+    curve = None if function is None else _of_function(activation, function, options)
+    kind: type[RegisteredActivation] = type(
+        name, (RegisteredActivation,), {"activation": activation, "defaults": options, "__doc__": f"Activation {name}."}
+    )
+    if declared is not None:
+        found, told = supremum(kind()).value, declared(**options)
+        if not (found == told or abs(found - told) <= DECLARED * abs(told)):
+            raise ConfigurationError(
+                f"activation {name!r}: max_curvature is {told:.6g}, but |sigma''| reaches {found:.6g}"
+            )
+    enter(name, kind, options)
+    if function is not None and curve is not None:
+        CURVES[function] = curve
+    return kind
+
+
+def _check_names(name: str, options: Mapping[str, Option]) -> None:
+    if not (isinstance(name, str) and re.fullmatch("[a-z][a-z0-9_]*", name)):
+        raise ConfigurationError(f"the name of an activation is lower-case letters, digits and _, not {name!r}")
+    for key, default in options.items():
+        if not (isinstance(key, str) and key.isidentifier() and not hasattr(nn.Module, key)):
+            raise ConfigurationError(f"activation {name!r}: an option cannot be called {key!r}")
+        if not isinstance(default, (bool, int, float, str)):
+            raise ConfigurationError(f"activation {name!r}: option {key!r} must be a number or a string")
+
+
+def _constant(value: float) -> Callable[..., float]:
+    return lambda **options: value
+
+
+def _by_autograd(formula: Formula) -> Formula:
+    """D formula / dx, entry by entry."""
+
+    def derivative(x: Tensor, **options: Option) -> Tensor:
+        if torch._C._are_functorch_transforms_active():
+            inner: Tensor = torch.func.grad(lambda z: formula(z, **options).sum())(x)
+            return inner
+        with torch.enable_grad():
+            z = x if x.requires_grad else x.detach().requires_grad_()
+            y = formula(z, **options)
+            if not y.requires_grad:
+                return torch.zeros_like(x)
+            (slope,) = torch.autograd.grad(y.sum(), z, create_graph=True, materialize_grads=True)
+        return slope if torch.is_grad_enabled() else slope.detach()
+
+    return derivative
+
+
+def _grid() -> Tensor:
+    """Points of both signs, away from round numbers, on which kinks sit."""
+    side = torch.logspace(-3, 1.6, 160, dtype=torch.float64) * 1.0123
+    middle = torch.linspace(-6.0123, 6.0345, 300, dtype=torch.float64)
+    return torch.cat([-side, side, middle]).sort().values
+
+
+def _check_derivatives(activation: Activation, options: Mapping[str, Option]) -> None:
+    """sigma' against quotients of sigma, sigma'' against quotients of sigma'; elementwise, finite, one value each."""
+    check_elementwise(lambda x: activation.value(x, **options))
+    x = _grid()
+    with torch.no_grad():
+        for what, formula, of in (
+            ("first", activation.first, activation.value),
+            ("second", activation.second, activation.first),
+        ):
+            told = _called(activation.name, what, formula, x, options)
+            off = _off(told, lambda at, of=of: of(at, **options), x)  # type: ignore[misc]
+            if bool((off > AGREE).any()):
+                at = int(off.argmax())
+                raise ConfigurationError(
+                    f"activation {activation.name!r}: the {what} derivative is not that of "
+                    f"{'the function' if what == 'first' else 'the first'}: at x = {float(x[at]):.4g} "
+                    f"it gives {float(told[at]):.6g}"
+                )
+
+
+def _called(name: str, what: str, formula: Formula, x: Tensor, options: Mapping[str, Option]) -> Tensor:
+    found = formula(x, **options)
+    if not isinstance(found, Tensor) or found.shape != x.shape or found.dtype != x.dtype:
+        raise ConfigurationError(f"activation {name!r}: the {what} derivative of a tensor is not one of the same shape")
+    if not bool(torch.isfinite(found).all()):
+        at = x[~torch.isfinite(found)][0]
+        raise ConfigurationError(f"activation {name!r}: the {what} derivative is not finite at x = {float(at):.4g}")
+    return found
+
+
+def _off(told: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Deviation from central differences at the better of two steps; 0 where the two disagree with one another."""
+    quotients = []
+    for step in (1e-5, 3e-5):
+        h = step * x.abs().clamp(min=1e-1)
+        up, down = x + h, x - h
+        quotients.append((function(up) - function(down)) / (up - down))
+    scale = torch.maximum(told.abs(), quotients[0].abs()).clamp(min=max(FLOOR * float(told.abs().max()), 1e-9))
+    off = torch.minimum(*[(told - q).abs() / scale for q in quotients])
+    rough = (quotients[0] - quotients[1]).abs() / scale > AGREE
+    return torch.where(rough, torch.zeros_like(off), off)
+
+
+def _of_function(
+    activation: Activation, function: type[torch.autograd.Function], options: Mapping[str, Option]
+) -> Curve:
+    """What the node of a custom Function says, having looked at one."""
+    name = activation.name
+    if not (isinstance(function, type) and issubclass(function, torch.autograd.Function)):
+        raise ConfigurationError(f"activation {name!r}: `function` is a class derived from torch.autograd.Function")
+    if function in CURVES:
+        raise ConfigurationError(f"activation {name!r}: {function.__name__} is registered already")
+    x = _grid().requires_grad_()
+    y = activation.value(x, **options)
+    node: Any = y.grad_fn
+    if getattr(node, "_forward_cls", None) is not function:
+        raise ConfigurationError(f"activation {name!r}: what the function returns is no node of {function.__name__}")
+    place = next((i for i, kept in enumerate(node.saved_tensors) if torch.equal(kept, x)), None)
+    if place is None:
+        raise ConfigurationError(
+            f"activation {name!r}: {function.__name__} does not save its input, without which no derivative is known; "
+            "save it, or leave `function` out"
+        )
+    for key, default in options.items():
+        if getattr(node, key, None) != default:
+            raise ConfigurationError(
+                f"activation {name!r}: the node of {function.__name__} does not carry {key!r}; set ctx.{key}"
+            )
+    _check_backward(activation, function, x, y, options)
+
+    def told(node: Any) -> dict[str, Option]:
+        return {key: getattr(node, key) for key in options}
+
+    def derivatives(node: Any) -> tuple[Tensor, Tensor]:
+        z = node.saved_tensors[place]
+        return activation.first(z, **told(node)), activation.second(z, **told(node))
+
+    return Curve(derivatives, lambda node: label(name, told(node)), lambda node: largest(activation, told(node)))
+
+
+def _check_backward(
+    activation: Activation, function: type, x: Tensor, y: Tensor, options: Mapping[str, Option]
+) -> None:
+    try:
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        bend = torch.zeros_like(x)
+        if slope.requires_grad:
+            (bend,) = torch.autograd.grad(slope.sum(), x, materialize_grads=True)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"activation {activation.name!r}: {function.__name__} cannot be differentiated twice "
+            f"({str(error).splitlines()[0]}); leave `function` out"
+        ) from error
+    for what, formula, mine in (("first", activation.first, slope), ("second", activation.second, bend)):
+        with torch.no_grad():
+            wanted = formula(x.detach(), **options)
+        scale = wanted.abs().clamp(min=max(FLOOR * float(wanted.abs().max()), 1e-9))
+        if bool(((mine.detach() - wanted).abs() > 1e-6 * scale).any()):
+            raise ConfigurationError(
+                f"activation {activation.name!r}: the {what} derivative by {function.__name__}'s backward is another "
+                "than the one given"
+            )
+
+
+def label(name: str, options: Mapping[str, Option]) -> str:
+    """A spec string."""
+    return name + (":" if options else "") + ",".join(f"{key}={value}" for key, value in options.items())
+
+
+def largest(activation: Activation, options: Mapping[str, Option]) -> float:
+    """sup |sigma''|: as declared, or searched for."""
+    if activation.max_curvature is not None:
+        return float(activation.max_curvature(**options))
+    return supremum(lambda x: activation.value(x, **options)).value
+
+
+def _of_pointwise(node: Any) -> tuple[Tensor, Tensor]:
+    (x,) = node.saved_tensors
+    return node.activation.first(x, **node.options), node.activation.second(x, **node.options)
+
+
+CURVES[PointwiseFunction] = Curve(
+    _of_pointwise,
+    lambda node: label(node.activation.name, node.options),
+    lambda node: largest(node.activation, node.options),
+    lambda node: node.order == 0,
+)

@@ -1,0 +1,248 @@
+"""A convolution of any dimension: a_os = sum_k W_ok x_ks + b_o, x_s the patch that output pixel s sees.
+
+G_n = sum_s delta_ns x_ns^T, in chunks of samples whose patches and gradients fit into memory; the bias as the sum over
+pixels. Exact second derivatives as in `positions`; channels that mix nothing yet travel alone, in a band.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import saved
+from ..chunks import chunk_samples, grouped, outer, over_pixels, spread
+from ..kinds import Given
+from ..nodes import edge_shape, sizes
+from ..tangents import Tangent
+from .layer import Layer, Parts
+from .positions import PositionWise
+
+if TYPE_CHECKING:
+    from ..reading import Graph
+
+BANDED = 12
+"""Fewer directions per channel than this are worth no pass of their own."""
+
+
+def patches(x: Tensor, node: Any, kernel: torch.Size, groups: int) -> Tensor:
+    """[n, groups, C/groups * kernel, positions]: what each output position of a convolution sees."""
+    kernel = kernel[2:]
+    dims = len(kernel)
+    stride, padding, dilation = (_per_axis(saved.integers(node, k), dims) for k in ("stride", "padding", "dilation"))
+    if any(padding):
+        x = torch.nn.functional.pad(x, [p for axis in reversed(range(dims)) for p in (padding[axis],) * 2])
+    x = x.contiguous()
+    out = [(x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(dims)]
+    base = x.stride()
+    view = x.as_strided(
+        (*x.shape[:2], *kernel, *out),
+        (
+            *base[:2],
+            *(base[2 + i] * dilation[i] for i in range(dims)),
+            *(base[2 + i] * stride[i] for i in range(dims)),
+        ),
+    )
+    return view.reshape(len(x), groups, -1, prod(out))
+
+
+def _per_axis(values: tuple[int, ...], dims: int) -> tuple[int, ...]:
+    return values if len(values) == dims else values * dims
+
+
+class Conv(PositionWise):
+    """Convolutions in any number of groups; transposed ones only with weights that are constants."""
+
+    name = "conv"
+    nodes = frozenset({"ConvolutionBackward0"})
+    always_audited = False
+    sums_samples = True
+
+    @classmethod
+    def match(cls, node: Any, graph: Graph) -> Layer | None:
+        """Weight and bias must be the parameters themselves."""
+        weight, bias = graph.direct(node, 1), graph.direct(node, 2)
+        if weight and saved.flag(node, "transposed"):
+            graph.refuse(node, f"a transposed convolution ({weight!r})")
+        return Layer(cls, graph.layer_name(weight, bias), node, weight, bias) if weight or bias else None
+
+    @classmethod
+    def move(cls, node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent | None:
+        """The convolution of the tangent; of its band alone while it has one."""
+        if len(given) != 1 or given[0][0] != 0:
+            return None
+        _, edge, tangent = given[0]
+        weight, groups = saved.tensor(node, "weight"), saved.integer(node, "groups")
+        stride, padding = saved.integers(node, "stride"), saved.integers(node, "padding")
+        transposed = saved.flag(node, "transposed")
+        settled = tangent.settled()
+        if settled.band is not None and groups == 1 and not transposed:
+            value, weight = settled.value, weight[:, settled.band[0] : settled.band[1]]
+        else:
+            value = settled.dense(edge_shape(edge))
+        images = value.flatten(0, 1)
+        if not transposed and weight[0, 0].numel() == 1 and not any(padding):
+            # a strided convolution of one pixel picks pixels; the libraries' own kernels for it can be ten times slower
+            images = images[(slice(None), slice(None), *(slice(None, None, step) for step in stride))].contiguous()
+            stride = (1,) * len(stride)
+        moved = torch.convolution(
+            images,
+            weight,
+            None,
+            stride,
+            padding,
+            saved.integers(node, "dilation"),
+            transposed,
+            saved.integers(node, "output_padding"),
+            groups,
+        )
+        return Tangent(moved.reshape(len(value), *shape), owned=True)
+
+    @classmethod
+    def fan(cls, node: Any) -> int:
+        """Weights of one output channel."""
+        return int(saved.tensor(node, "weight")[0].numel())
+
+    def read(self) -> None:
+        """x, and the shape of W."""
+        node = self.layer.node
+        self._kernel = saved.tensor(node, "weight").shape
+        self._groups = saved.integer(node, "groups")
+        self._kept: Tensor | None = None
+        if self.layer.weight:
+            self._x = saved.tensor(node, "input")
+
+    def per_group(self, delta: Tensor, group: int, *, squares: bool) -> Parts:
+        """Of G_n = sum_s delta_ns x_ns^T and sum_s delta_ns."""
+        if self.layer.weight:
+            yield self.layer.weight, self._weights(delta, group)
+        if self.layer.bias:
+            yield self.layer.bias, iter([grouped(over_pixels(delta), group * self.fold)])
+
+    def weighted(self, c: Tensor) -> dict[str, Tensor]:
+        """sum c x^2 and sum c, over samples and pixels."""
+        out = {}
+        c = c.reshape(self.out)
+        if self.layer.weight:
+            groups, kernel = self._groups, self._kernel
+            d = c.reshape(self.rows, groups, kernel[0] // groups, -1)
+            step = chunk_samples(groups * kernel[1:].numel() * d.shape[3] * d.element_size(), 1)
+            total = torch.zeros(kernel.numel(), dtype=torch.float64, device=c.device)
+            for low in range(0, self.rows, step):
+                seen = (
+                    self._kept[low : low + step]
+                    if self._kept is not None
+                    else patches(self._x[low : low + step], self.layer.node, kernel, groups)
+                )
+                total += torch.einsum("ngas,ngbs->gab", d[low : low + step], seen.square()).reshape(-1)
+            out[self.layer.weight] = total.reshape(kernel)
+        if self.layer.bias:
+            out[self.layer.bias] = c.flatten(2).sum((0, 2))
+        return out
+
+    def gram(self, delta: Tensor) -> Tensor:
+        """(G_n of delta) X, chunk by chunk, and the sum over pixels for the bias."""
+        out = torch.zeros_like(delta)
+        if self.layer.weight:
+            out = torch.cat([self._answer(delta, low, high) for low, high in self._chunks(delta, 1)])
+        if self.layer.bias:
+            out += spread(over_pixels(delta), self.fold, delta)
+        return out
+
+    @classmethod
+    def kept_bytes(cls, layer: Layer) -> int:
+        """Of the patches of all samples."""
+        if not layer.weight:
+            return 0
+        node, out = layer.node, edge_shape((layer.node, 0))
+        kernel = saved.tensor(node, "weight")[0].numel() * saved.integer(node, "groups")
+        return kernel * out[0] * out[2:].numel() * int(sizes(node).dtype.itemsize)
+
+    def _weights(self, delta: Tensor, group: int) -> Iterator[Tensor]:
+        for low, high in self._chunks(delta, group):
+            d, seen = self._parts(delta, low, high)
+            for part in outer(d, seen, group * self.fold):
+                yield part.reshape(-1, *self._kernel)
+
+    def _answer(self, delta: Tensor, low: int, high: int) -> Tensor:
+        d, seen = self._parts(delta, low, high)
+        gradient = d @ seen.transpose(-1, -2)
+        if self.fold > 1:
+            gradient = grouped(gradient, self.fold).repeat_interleave(self.fold, 0)
+        return (gradient @ seen).reshape(high - low, *delta.shape[1:])
+
+    def _parts(self, delta: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """(cotangent, patches) of some samples, [n, groups, channels of a group, positions] each."""
+        d = delta[low:high].reshape(high - low, self._groups, self._kernel[0] // self._groups, -1)
+        if self._kept is not None:
+            return d, self._kept[low:high]
+        seen = patches(self._x[low:high], self.layer.node, self._kernel, self._groups)
+        if self.keep and low == 0 and high == self.rows:
+            self._kept = seen
+        return d, seen
+
+    def _chunks(self, delta: Tensor, group: int) -> Iterator[tuple[int, int]]:
+        """Ranges of rows whose patches and gradients fit into `CHUNK` bytes, samples left whole."""
+        positions = delta[0, 0].numel()
+        width = self._kernel[0] // self._groups + positions
+        each = 2 * self._groups * self._kernel[1:].numel() * width * delta.element_size()
+        step = chunk_samples(each, group * self.fold)
+        for low in range(0, self.rows, step):
+            yield low, min(low + step, self.rows)
+
+    # -- second derivatives along single parameters
+
+    @property
+    def blocks(self) -> bool:  # type: ignore[override]
+        """Unless rows of one sample may meet above."""
+        return self.fold == 1
+
+    @property
+    def channels(self) -> int:
+        """Output channels."""
+        return self._kernel[0]
+
+    @property
+    def positions(self) -> int:
+        """Output pixels."""
+        return self.out[2:].numel()
+
+    @property
+    def fan_in(self) -> int:
+        """Weights of one output channel."""
+        return self._kernel[1:].numel()
+
+    def seen(self) -> Tensor:
+        """The patches."""
+        return patches(self._x, self.layer.node, self._kernel, self._groups)
+
+    def ones(self) -> Tensor:
+        """What the bias sees."""
+        meta = sizes(self.layer.node)
+        return torch.ones(self.rows, 1, 1, self.positions, dtype=meta.dtype, device=meta.device)
+
+    def placed(self, seed: Tensor) -> Tensor:
+        """As they are."""
+        return seed
+
+    def eye(self, channel: int) -> Tangent:
+        """One direction per pixel, in the band of one channel."""
+        meta, places = sizes(self.layer.node), self.positions
+        eye = torch.eye(places, dtype=meta.dtype, device=meta.device)
+        value = eye[:, None, None].expand(-1, self.samples, -1, -1).reshape(places, self.samples, 1, *self.out[2:])
+        return Tangent(value, None, (channel, channel + 1))
+
+    def _products(self, name: str, inputs: Tensor, count: int) -> Iterator[tuple[str, slice, Tangent]]:
+        groups, fan = inputs.shape[1], inputs.shape[2]
+        if fan < BANDED:
+            yield from super()._products(name, inputs, count)
+            return
+        for channel in range(self.channels):
+            rows = inputs[:, channel * groups // self.channels].transpose(0, 1)
+            for low in range(0, fan, count):
+                value = rows[low : low + count].reshape(-1, self.out[0], 1, *self.out[2:])
+                first = channel * fan + low
+                yield name, slice(first, first + len(value)), Tangent(value, None, (channel, channel + 1))

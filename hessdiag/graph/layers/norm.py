@@ -1,0 +1,119 @@
+"""BatchNorm on running statistics: a = gain * xhat + bias, channel by channel, xhat = (x - mean) / sqrt(var + eps).
+
+G_n = sum_s delta_ns xhat_ns for the gain, sum_s delta_ns for the bias. In its input it is a factor, entry by entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...errors import StochasticModeError
+from .. import saved
+from ..chunks import grouped, over_pixels, spread
+from ..tangents import Tangent
+from .layer import Layer, LayerKind, Parts
+
+if TYPE_CHECKING:
+    from ..reading import Graph
+
+
+def _scale(node: Any) -> Tensor:
+    """1 / sqrt(var + eps)."""
+    return torch.rsqrt(saved.tensor(node, "running_var") + saved.number(node, "eps"))
+
+
+class Norm(LayerKind):
+    """BatchNorm in evaluation mode."""
+
+    name = "norm"
+    nodes = frozenset({"NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"})
+    pointwise = 0
+    always_audited = False
+    normalises = True
+
+    @classmethod
+    def match(cls, node: Any, graph: Graph) -> Layer | None:
+        """Statistics of the batch at hand are refused: they mix its samples."""
+        if saved.flag(node, "training"):
+            if saved.tensor(node, "input").shape[0] == 1 != graph.outputs.shape[0]:
+                graph.refuse(node, "an instance normalisation")
+            raise StochasticModeError(f"BatchNorm on batch statistics {graph.place(node)}; call model.eval()")
+        weight, bias = (graph.direct(node, slot) for slot in (1, 2))
+        return Layer(cls, graph.layer_name(weight, bias), node, weight, bias) if weight or bias else None
+
+    @classmethod
+    def factor(cls, node: Any, slot: int) -> tuple[bool, Tensor | None]:
+        """Gain / sqrt(var + eps)."""
+        if slot != cls.pointwise:
+            return False, None
+        scale = _scale(node)
+        gain = saved.tensor_or_none(node, "weight")
+        if gain is not None:
+            scale = scale * gain
+        return True, scale.reshape(1, -1, *(1,) * (saved.tensor(node, "input").ndim - 2))
+
+    def read(self) -> None:
+        """x and the statistics."""
+        node = self.layer.node
+        self._kept: Tensor | None = None
+        if self.layer.weight:
+            self._x = saved.tensor(node, "input")
+            self._mean, self._rate = saved.tensor(node, "running_mean"), _scale(node)
+
+    def per_group(self, delta: Tensor, group: int, *, squares: bool) -> Parts:
+        """Of sum_s delta_ns xhat_ns and sum_s delta_ns."""
+        if self.layer.weight:
+            yield self.layer.weight, iter([grouped(over_pixels(delta * self._normalised()), group * self.fold)])
+        if self.layer.bias:
+            yield self.layer.bias, iter([grouped(over_pixels(delta), group * self.fold)])
+
+    def weighted(self, c: Tensor) -> dict[str, Tensor]:
+        """sum c xhat^2 and sum c, over samples and pixels."""
+        out = {}
+        c = c.reshape(self.out)
+        if self.layer.weight:
+            out[self.layer.weight] = over_pixels(c * self._normalised().square()).sum(0)
+        if self.layer.bias:
+            out[self.layer.bias] = over_pixels(c).sum(0)
+        return out
+
+    def gram(self, delta: Tensor) -> Tensor:
+        """Xhat sum_s (delta xhat) + sum_s delta."""
+        out = torch.zeros_like(delta)
+        if self.layer.weight:
+            x = self._normalised()
+            out += x * spread(over_pixels(delta * x), self.fold, delta)
+        if self.layer.bias:
+            out += spread(over_pixels(delta), self.fold, delta)
+        return out
+
+    def directions(self, parameters: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, slice, Tangent]]:
+        """One direction per channel."""
+        if self.layer.weight:
+            yield from _channels(self.layer.weight, self._normalised(), count)
+        if self.layer.bias:
+            ones = torch.ones_like(saved.tensor(self.layer.node, "input"))
+            yield from _channels(self.layer.bias, ones, count)
+
+    def _normalised(self) -> Tensor:
+        if self._kept is not None:
+            return self._kept
+        shape = (1, -1) + (1,) * (self._x.ndim - 2)
+        normalised = (self._x - self._mean.reshape(shape)) * self._rate.reshape(shape)
+        if self.keep:
+            self._kept = normalised
+        return normalised
+
+
+def _channels(name: str, values: Tensor, count: int) -> Iterator[tuple[str, slice, Tangent]]:
+    channels = values.shape[1]
+    for low in range(0, channels, count):
+        high = min(low + count, channels)
+        seed = values.new_zeros(high - low, *values.shape)
+        picked = torch.arange(low, high, device=values.device)
+        seed[picked - low, :, picked] = values[:, low:high].transpose(0, 1)
+        yield name, slice(low, high), Tangent(seed)

@@ -1,0 +1,150 @@
+"""Reading a model's autograd graph: which nodes are affine, where it bends, and which node applies each parameter.
+
+Coverage is an allow-list. Between the chosen parameters and the outputs every node must be known: as that of a layer
+kind (`layers.KINDS`), of a site kind (`sites.KINDS`), or as affine. Anything else - a normalisation over features,
+softmax, a product of matrices, scripted or custom code, a parameter used twice or behind a parametrisation - raises
+UncoveredModelError with its name and place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import StochasticModeError, UncoveredModelError
+from . import layers, sites
+from .layers import Layer
+from .live import Live
+from .nodes import AFFINE, RANDOM, is_leaf
+from .sites import SiteKind
+
+
+class Graph(Live):
+    """The part of an autograd graph between chosen parameters and outputs, classified, in forward order.
+
+    After construction: `layers`; `bends`, the nodes whose second derivative need not vanish, with their kinds, in the
+    order of the table; and `unused`, the names of parameters that do not reach the outputs.
+    """
+
+    def __init__(self, outputs: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(outputs, parameters)
+        self.layers: list[Layer] = []
+        self._layer_nodes: set[int] = set()
+        self._found: dict[str, list[Any]] = {}
+        for node in self.nodes:
+            if self.is_live(node) and not is_leaf(node):
+                self._classify(node)
+        self.bends: list[tuple[type[SiteKind], Any]] = [
+            (kind, node) for kind in sites.KINDS for node in self._found.get(kind.name, []) if kind.bends(node)
+        ]
+        reached = {name for layer in self.layers for name in layer.own}
+        self.unused = tuple(name for name in parameters if name not in reached)
+        self._check_all_uses(reached)
+
+    def of_kind(self, name: str) -> list[Any]:
+        """The nodes of one kind of site, curved or not."""
+        return self._found.get(name, [])
+
+    def is_layer(self, node: Any) -> bool:
+        """True for the node of a layer."""
+        return id(node) in self._layer_nodes
+
+    def is_first(self, layer: Layer) -> bool:
+        """True if no other layer stands below this one."""
+        return not any(self._below.get(id(source)) for source, _ in layer.node.next_functions if source is not None)
+
+    # -- for kinds of layers and sites
+
+    def direct(self, node: Any, slot: int) -> str | None:
+        """The chosen parameter that feeds `slot` of `node`; refused if something stands between, or used twice."""
+        if slot >= len(node.next_functions):
+            return None
+        source = node.next_functions[slot][0]
+        if not self.is_live(source):
+            return None
+        if not is_leaf(source):
+            self.refuse(node, f"a weight computed from {self.through(source)!r} (a parametrisation)")
+        name = self.parameter_of(source)
+        if len(self._uses[id(source)]) > 1:
+            self.refuse(node, f"parameter {name!r} used {len(self._uses[id(source)])} times")
+        return name
+
+    def layer_name(self, *parameters: str | None) -> str:
+        """What a layer of these parameters is called: by its module."""
+        first = next(name for name in parameters if name)
+        return first.rpartition(".")[0] or first
+
+    # -- construction
+
+    def _classify(self, node: Any) -> None:
+        name, sources = node.name(), [source for source, _ in node.next_functions]
+        self._below[id(node)] = next((self._below[id(s)] for s in sources if id(s) in self._below), "")
+        if name in RANDOM:
+            raise StochasticModeError(f"active dropout {self.place(node)}; call model.eval()")
+        if self._is_layer(node) or self._is_site(node) or self._is_affine(node):
+            return
+        taken = [self.parameter_of(s) for s in sources if is_leaf(s) and self.is_live(s)]
+        of = f" (it takes parameter {taken[0]!r} itself: a parametrisation?)" if taken else ""
+        self.refuse(node, f"an operation that the site identity does not cover{of}")
+
+    def _is_layer(self, node: Any) -> bool:
+        for kind in layers.KINDS:
+            if kind.carries(node, self):
+                return True
+            if not kind.takes(node):
+                continue
+            layer = kind.match(node, self)
+            if layer is not None:
+                self.layers.append(layer)
+                self._layer_nodes.add(id(node))
+                self._below[id(node)] = layer.name
+                return True
+            if kind.sole:
+                return True
+        return False
+
+    def _is_site(self, node: Any) -> bool:
+        for kind in sites.KINDS.of(node):
+            if kind.match(node, self):
+                self._refuse_parameters(node)
+                self._found.setdefault(kind.name, []).append(node)
+                return True
+        return False
+
+    def _is_affine(self, node: Any) -> bool:
+        name, live = node.name(), [self.is_live(source) for source, _ in node.next_functions]
+        known = name in AFFINE or name == "DivBackward0" or (name == "BmmBackward0" and sum(live) == 1)
+        if not known or (name == "MulBackward0" and sum(live) > 1):
+            return False
+        self._refuse_parameters(node)
+        if name == "DivBackward0" and len(live) > 1 and live[1]:
+            self.refuse(node, "a quotient whose denominator depends on the parameters")
+        return True
+
+    def _refuse_parameters(self, node: Any) -> None:
+        for source, _ in node.next_functions:
+            if is_leaf(source) and self.is_live(source):
+                self.refuse(
+                    node,
+                    f"parameter {self.parameter_of(source)!r} is not the weight or bias of a known layer",
+                )
+
+    def _check_all_uses(self, reached: set[str]) -> None:
+        for node in self.nodes:
+            if self.is_live(node) and is_leaf(node):
+                name = self.parameter_of(node)
+                if name not in reached:
+                    self.refuse(
+                        self._uses[id(node)][0][0],
+                        f"parameter {name!r} is not the weight or bias of a known layer",
+                    )
+
+
+def detach_guard(outputs: Tensor) -> None:
+    """Refuse outputs that do not depend on any parameter."""
+    if outputs.grad_fn is None:
+        raise UncoveredModelError(
+            "the outputs do not depend on the chosen parameters (no autograd graph): does the model run under no_grad?"
+        )
