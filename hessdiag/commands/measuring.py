@@ -9,7 +9,6 @@ import torch
 
 from hessdiag.commands.exits import OK, WIDE, Outputs
 from hessdiag.commands.processes import joined
-from hessdiag.commands.progress import watch
 from hessdiag.commands.request import Request
 from hessdiag.commands.setup import Prepared, prepare
 from hessdiag.errors import ConfigurationError
@@ -36,23 +35,22 @@ def run(request: Request) -> int:
             if world.rank == 0:
                 dry_run(request, prepared)
             return OK
-        with watch(show=not request.quiet and world.rank == 0) as callback:
-            found = measure(
-                prepared.objective,
-                prepared.batches,
-                method=request.method,
-                rtol=request.rtol,
-                confidence=request.confidence,
-                seed=request.seed,
-                min_replicates=request.min_replicates,
-                max_replicates=request.max_replicates,
-                max_seconds=request.max_seconds,
-                target=request.target,
-                plan=plan,
-                keep_diagonal=request.save_diagonal is not None or request.html is not None,
-                progress=callback,
-                resume=request.resume,
-            )
+        found = measure(
+            prepared.objective,
+            prepared.batches,
+            method=request.method,
+            rtol=request.rtol,
+            confidence=request.confidence,
+            seed=request.seed,
+            min_replicates=request.min_replicates,
+            max_replicates=request.max_replicates,
+            max_seconds=request.max_seconds,
+            target=request.target,
+            plan=plan,
+            keep_diagonal=request.save_diagonal is not None or request.html is not None,
+            progress=not request.quiet and world.rank == 0,
+            resume=request.resume,
+        )
         code = hand_over(request, prepared, found) if world.rank == 0 else OK
     return code or (OK if found.norm.total.half_width <= request.rtol else WIDE)
 

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from hessdiag.errors import HessdiagError
 from hessdiag.norm import NormEstimate, Ratio, ratio
-from hessdiag.report.document import norm_of
 from hessdiag.report.columns import Column, print_table
+from hessdiag.report.document import norm_of
 from hessdiag.report.text import digits, interval, percent, plain, value
 
 

@@ -17,7 +17,8 @@ def print_costs(out: Console, found: tuple[Forecast, ...], *, title: str, replic
     out.print(Text("Nothing was measured: only the first batch went forward, to be timed and counted."))
     out.print()
     columns = [Column("method", text=True)]
-    columns += [Column("passes"), Column("+ each", 1), Column("memory", 2), Column("time"), Column(f"at {replicates}", 3)]
+    columns += [Column("passes"), Column("+ each", 1), Column("memory", 2), Column("time")]
+    columns.append(Column(f"at {replicates}", 3))
     rows = []
     for one in found:
         if one.refusal is not None:

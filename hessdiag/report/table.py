@@ -13,6 +13,7 @@ from hessdiag.report import facts
 from hessdiag.report.columns import Column, print_pairs, print_table
 from hessdiag.report.text import ABOVE, digits, interval, is_above, percent, percent_interval, plain, spread, value
 
+
 class Terminal(Console):
     """A console that leaves a closed pipe to its caller, which knows the exit code."""
 
