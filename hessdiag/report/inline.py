@@ -34,6 +34,7 @@ def lines(m: Measurement) -> str:
     ]
     told = m.provenance
     model = plain(told.get("model", "a model"), 60)
+    how = f"method {told.get('method', '?')}, loss {told.get('loss', '?')} {value(m.loss)}"
     other = [f"mean-scaled {value(m.mean_scaled)}", f"trace {value(m.trace.value)}"]
     if m.invariant is not None:
         other.append(f"invariant rms {value(m.invariant.rms)}")
@@ -43,7 +44,7 @@ def lines(m: Measurement) -> str:
             f"  rms norm  {value(m.rms, digits(low, high))}, {sure}",
             f"  parts     {', '.join(parts)} of the sum of squares",
             f"  others    {', '.join(other)}",
-            f"  status    {plain(m.status, 90)}; method {told.get('method', '?')}, loss {told.get('loss', '?')} {value(m.loss)}",
+            f"  status    {plain(m.status, 90)}; {how}",
             "  more in   .rows() .plot() .norm .layers .groups .notes .provenance .save_html(path) .save_json(path)",
         ]
     )
