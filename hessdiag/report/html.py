@@ -32,6 +32,7 @@ def page(content: dict[str, Any], diagonal: Diagonal | None) -> str:
         f"<h1>{escape(title)}</h1>",
         tiles(content),
         f'<p class="status">{escape(facts.status(content))}</p>',
+        _rows(facts.accuracy_rows(content)),
         *_pictures(content, diagonal),
         "<h2>By group</h2>",
         norms_table(content["groups"], content["invariant_groups"]),
@@ -63,7 +64,13 @@ def tiles(content: dict[str, Any]) -> str:
     low, high = (x / root if isinstance(x, float) else x for x in (total["low"], total["high"]))
     sure = f" at {100 * content['confidence']:g}%"
     shown = [
-        ("rms norm", value(content["rms"]), _bounds(total["low"], total["high"], sure), "√(Σh²/p)"),
+        (
+            "rms norm",
+            value(content["rms"]),
+            facts.exact_for(content) if total["low"] == total["high"] else _bounds(total["low"], total["high"], sure),
+            "√(Σh²/p)",
+        ),
+        *facts.spread_lines(content),
         ("mean-scaled norm", value(content["mean_scaled"]), _bounds(low, high, sure), "√(Σh²)/p"),
         (
             "Gauss-Newton",
@@ -184,6 +191,8 @@ def _table(heads: list[str], lines: list[str]) -> str:
 
 
 def _rows(rows: list[tuple[str, str]]) -> str:
+    if not rows:
+        return ""
     return "<dl>" + "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in rows) + "</dl>"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from hessdiag.measurement.result import Measurement, NormSummary
 from hessdiag.report import facts
 from hessdiag.report.html import norms_table, tiles
-from hessdiag.report.text import digits, interval, percent, plain, value
+from hessdiag.report.text import counted, digits, interval, percent, plain, value
 
 STYLE = """<style>
 .hessdiag{font:13px/1.45 system-ui,sans-serif}.hessdiag .tiles{display:flex;flex-wrap:wrap;gap:8px;margin:6px 0}
@@ -24,9 +24,9 @@ def lines(m: Measurement) -> str:
     """What `repr` shows: the norm, its parts, on what and how, and where the rest is."""
     low, high = m.interval
     if m.norm.total.status == "exact":
-        sure = f"exact for these {m.samples:,} samples"
+        sure = facts.exact_for({"samples": m.samples})
     else:
-        sure = f"{interval(low, high)} at {100 * m.confidence:g}%, {m.replicates} replicates"
+        sure = f"{interval(low, high)} at {100 * m.confidence:g}%, {counted(m.replicates, 'replicate')}"
     doc = m.to_dict()["norm"]
     parts = [
         f"{name} {percent(doc[key])}"
@@ -40,7 +40,7 @@ def lines(m: Measurement) -> str:
         other.append(f"invariant rms {value(m.invariant.rms)}")
     return "\n".join(
         [
-            f"Measurement of {model}: {m.parameters:,} parameters, {m.samples:,} samples",
+            f"Measurement of {model}: {counted(m.parameters, 'parameter')}, {counted(m.samples, 'sample')}",
             f"  rms norm  {value(m.rms, digits(low, high))}, {sure}",
             f"  parts     {', '.join(parts)} of the sum of squares",
             f"  others    {', '.join(other)}",
@@ -53,14 +53,14 @@ def lines(m: Measurement) -> str:
 def fragment(m: Measurement) -> str:
     """What a notebook shows: tiles, the status, norms by group, and by parameter when unfolded."""
     content = m.to_dict()
-    head = f"{content['parameters']:,} parameters, {content['samples']:,} samples, {m.provenance.get('method', '?')}"
+    head = f"{counted(m.parameters, 'parameter')}, {counted(m.samples, 'sample')}, {m.provenance.get('method', '?')}"
     notes = "".join(f"<li>{escape(note)}</li>" for note in facts.notes(content))
     layers = norms_table(content["layers"], None)
     return (
         f'{STYLE}<div class="hessdiag"><b>{escape(plain(m.provenance.get("model", "Measurement")))}</b> '
         f"<small>{escape(head)}</small>{tiles(content)}<small>{escape(facts.status(content))}</small>"
         f"{norms_table(content['groups'], content['invariant_groups'])}"
-        f"<details><summary>{len(content['layers'])} parameters</summary>{layers}</details>"
+        f"<details><summary>{counted(len(content['layers']), 'parameter')}</summary>{layers}</details>"
         + (f"<details><summary>notes</summary><ul>{notes}</ul></details>" if notes else "")
         + "</div>"
     )

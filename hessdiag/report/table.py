@@ -33,7 +33,7 @@ def print_measurement(content: dict[str, Any], console: Console | None = None) -
     out.print(Text(facts.title(content), style="bold"))
     out.print()
     _headline(out, content)
-    print_pairs(out, [("status", facts.status(content))])
+    print_pairs(out, [("status", facts.status(content)), *facts.accuracy_rows(content)])
     if len(content["groups"]) > 1 or len(content["layers"]) > 1:
         invariant = content["invariant_groups"]
         _norms(out, "By group", "group", content["groups"], invariant)
@@ -79,8 +79,10 @@ def _headline(out: Console, content: dict[str, Any]) -> None:
         ends = bounds[1:-1].split(", ")
         told = "" if len(ends) == 2 and ends[0] == ends[1] else bounds
         if number == 0:
-            told = f"{told} at {sure}" if told else "exact"
+            told = f"{told} at {sure}" if told else facts.exact_for(content)
         rows.append((label, amount, told, meaning))
+        if number == 0:
+            rows += facts.spread_lines(content)
     columns = (Column("", text=True), Column(""), Column("", left=True), Column("", 1, text=True))
     print_table(out, columns, rows)
     out.print()

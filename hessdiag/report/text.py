@@ -76,6 +76,11 @@ def plain(text: Any, limit: int = 400) -> str:
     return kept if len(kept) <= limit else kept[: limit - 1] + "…"
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """1 sample, 2 samples, 1,000 samples."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def seconds(x: float) -> str:
     """A duration in the unit that fits."""
     if x < 1:
