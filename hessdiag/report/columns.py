@@ -101,7 +101,7 @@ def fold(name: str, width: int) -> str:
         cut = max(rest.rfind(mark, 0, width) + 1 for mark in ".,_:/ ")
         cut = cut if cut > width // 3 else width
         lines.append(rest[:cut].rstrip())
-        rest = rest[cut:]
+        rest = rest[cut:].lstrip(" ")
     return "\n".join([*lines, rest])
 
 

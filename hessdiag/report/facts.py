@@ -124,7 +124,7 @@ def spread_lines(content: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             "other samples",
             value(found["rms"], 3),
             interval(found["low"], found["high"], 3) + sure,
-            f"expected of as many as you like, by {found['groups']} groups of {found['group_size']}",
+            "expected of many more samples",
         )
     ]
     if whole := found.get("whole"):
