@@ -33,7 +33,7 @@ def check_box(inputs: Tensor, where: str = "the inputs") -> None:
     if not (low >= 0.0 and high <= 1.0):
         raise DataError(
             f"{where} must lie in [0, 1], found [{low:.4g}, {high:.4g}]; "
-            "normalise inside the model (normalize=...)"
+            "normalise inside the model (normalize=..., --normalize)"
         )
 
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from matplotlib import rc_context
-from matplotlib.figure import Figure
 
-from hessdiag.plot import FAINT, INNER, STYLE, TOTAL
+from hessdiag.plot import FAINT, INNER, STYLE, TOTAL, Figure
 
 BINS = 40
 

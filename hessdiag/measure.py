@@ -32,6 +32,7 @@ from .measurement.until import run
 from .measurement.world import World
 from .norm.estimates import check_confidence
 from .objective import Objective
+from .progress import reporting
 from .stream import Batches, Numbered, Survey, check_apart, check_deterministic, numbered, survey
 
 ADVICE = "lower the batch size, choose fewer parameters (parameters=...), or a method that needs less (propagation)"
@@ -54,7 +55,7 @@ def measure(
     deterministic_check: bool = True,
     audit_model: bool = True,
     keep_diagonal: bool = False,
-    progress: Callback | None = None,
+    progress: Callback | bool | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> Measurement:
     """Measure ||diag H|| of the objective over the data, until the interval of `rms` is within `rtol` of it.
@@ -63,13 +64,14 @@ def measure(
     where the site identity covers the model, Hutchinson where it does not; the status says which and why.
     `target`: "data" for the Hessian of the mean loss of these samples; "population" for that of the distribution they
     come from, replicates then being independent in data as well.
+    `progress`: True for a bar on a terminal or a line in a notebook, or a function of an `Event`.
     Interrupted (Ctrl-C, `max_seconds`, `max_replicates`), the result is what is there, and its status says so.
     """
     begun = time.monotonic()
     _check_basics(objective, method, seed)
     _check_arguments(rtol, confidence, min_replicates, max_replicates, max_seconds, target)
     world = World.current()
-    with as_it_was(objective.model), memory_errors(ADVICE):
+    with as_it_was(objective.model), memory_errors(ADVICE), reporting(progress) as callback:
         objective.check_modes()
         facts, first = _look(objective, batches, plan.method if plan else method, deterministic_check)
         checked: Audit | None = None
@@ -98,7 +100,7 @@ def measure(
                 seed=seed,
                 confidence=confidence,
                 begun=begun,
-                progress=progress,
+                progress=callback,
                 replicates=max(min_replicates, 10),
                 world=world,
             )
@@ -111,7 +113,7 @@ def measure(
             seed=seed,
             world=world,
             invariant=True,
-            progress=progress,
+            progress=callback,
             resume=path,
             identity=identity,
         )
@@ -146,7 +148,7 @@ def diagonal(
     budget: float | None = EXACT_BUDGET,
     deterministic_check: bool = True,
     audit_model: bool = True,
-    progress: Callback | None = None,
+    progress: Callback | bool | None = None,
 ) -> Diagonal:
     """The diagonal itself: total, Gauss-Newton and functional part, by parameter name.
 
@@ -157,7 +159,7 @@ def diagonal(
     if not isinstance(replicates, int) or replicates < 2:
         raise ConfigurationError(f"replicates={replicates!r}: at least 2 are needed for an error")
     world = World.current()
-    with as_it_was(objective.model), memory_errors(ADVICE):
+    with as_it_was(objective.model), memory_errors(ADVICE), reporting(progress) as callback:
         objective.check_modes()
         facts, first = _look(objective, batches, plan.method if plan else method, deterministic_check)
         if plan is None:
@@ -175,7 +177,7 @@ def diagonal(
             seed=seed,
             world=world,
             invariant=False,
-            progress=progress,
+            progress=callback,
             resume=None,
             identity={},
         )

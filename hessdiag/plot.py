@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as _Figure
 
 from hessdiag.errors import ConfigurationError, DataError
 from hessdiag.files import BadFileError, path_text, write_bytes
@@ -33,29 +33,36 @@ STYLE = {
     "figure.constrained_layout.use": True,
 }
 FORMATS = (".svg", ".png", ".pdf")
-MOST_BARS = 60
+MOST_ROWS = 60
 
 
-def bars(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """The rms norm of each parameter with its interval, on a logarithmic axis."""
-    names = list(rows)[:MOST_BARS]
+class Figure(_Figure):
+    """matplotlib's, and shown by a notebook that has not imported pyplot."""
+
+    def _repr_svg_(self) -> str:
+        return svg(self)
+
+
+def norms(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """The rms norm of each parameter as a dot on its interval, on a logarithmic axis.
+
+    No bars: on a logarithmic axis a bar starts where the axis happens to, and its length says nothing.
+    """
+    names = list(rows)[:MOST_ROWS]
     with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 0.8 + 0.19 * len(names)))
         axis = figure.subplots()
-        for place, name in enumerate(names):
-            total = rows[name]["total"]
-            rms, low, high = (_number(total[key]) for key in ("rms", "low", "high"))
-            if rms > 0:
-                axis.barh(place, rms, color=TOTAL, height=0.72)
+        ends = [tuple(_number(rows[name]["total"][key]) for key in ("rms", "low", "high")) for name in names]
+        least = min((x for row in ends for x in row if x > 0), default=1.0)
+        for place, (rms, low, high) in enumerate(ends):
             if high > 0 and high > low:
-                start = low if low > 0 else high * 1e-3
-                axis.plot(
-                    [start, high], [place, place], color="#111827", linewidth=1.4, solid_capstyle="butt"
-                )
+                start = low if low > 0 else min(least, high * 1e-3)
+                axis.plot([start, high], [place, place], color=TOTAL, linewidth=1.6, alpha=0.55)
+            if rms > 0:
+                axis.plot(rms, place, "o", color=TOTAL, markersize=4.2)
         axis.set_xscale("log")
         axis.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7.5)
-        axis.invert_yaxis()
-        axis.grid(False, axis="y")
+        axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_xlabel("rms norm, with its interval")
         if len(rows) > len(names):
             axis.set_title(f"the first {len(names)} of {len(rows)} parameters", fontsize=9)
@@ -148,7 +155,7 @@ def over_curvature(points: Sequence[tuple[str, float, float, float, float]]) -> 
         return figure
 
 
-def svg(figure: Figure) -> str:
+def svg(figure: _Figure) -> str:
     """The figure as SVG text, without a date; letters as outlines, so that no font is needed."""
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "hessdiag", "svg.fonttype": "path"}):
@@ -163,7 +170,7 @@ def check_name(path: Path) -> None:
         raise ConfigurationError(f"{path}: end the name in {', '.join(FORMATS)}")
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: _Figure, path: Path) -> None:
     """The figure in a file, whose suffix says how: .svg, .png or .pdf."""
     check_name(path)
     buffer = io.BytesIO()

@@ -70,6 +70,14 @@ def command(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    normalize: Annotated[
+        str | None,
+        typer.Option(
+            help="Normalise inputs in [0, 1] before the model: cifar10, cifar100, imagenet, or MEANS:DEVIATIONS, "
+            "one number a channel, e.g. 0.13:0.31.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -149,6 +157,14 @@ def command(
     dtype: Annotated[
         str | None, typer.Option(help="float32 or float64; by default the weights' own.", rich_help_panel=HOW)
     ] = None,
+    spread: Annotated[
+        bool,
+        typer.Option(
+            help="Also tell how far the norm would be with other samples; about the work of measuring up to 512 "
+            "of them once more.",
+            rich_help_panel=HOW,
+        ),
+    ] = True,
     resume: Annotated[
         Path | None,
         typer.Option(help="Keep the state here; if the file exists, go on from it.", rich_help_panel=HOW),

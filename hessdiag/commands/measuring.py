@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 
-from hessdiag.commands.exits import OK, WIDE, Outputs
+from hessdiag.commands.exits import OK, WIDE, Outputs, complain, one_line
 from hessdiag.commands.processes import joined
-from hessdiag.commands.progress import watch
 from hessdiag.commands.request import Request
 from hessdiag.commands.setup import Prepared, prepare
-from hessdiag.errors import ConfigurationError
+from hessdiag.errors import ConfigurationError, HessdiagError
 from hessdiag.measure import measure
 from hessdiag.measurement import Measurement, Plan
 from hessdiag.measurement.resume import UNSAVED
 from hessdiag.report.document import document, read_document, strict, write_json
+from hessdiag.report.facts import warnings
 from hessdiag.report.table import print_measurement, terminal
-from hessdiag.report.text import plain
+from hessdiag.report.text import counted, plain
+from hessdiag.spread import LEAST, spread
 
 ONE_THREAD_BELOW = 100_000
 """Parameters below which several threads wait for each other longer than they work, above all on a busy machine."""
@@ -36,25 +37,53 @@ def run(request: Request) -> int:
             if world.rank == 0:
                 dry_run(request, prepared)
             return OK
-        with watch(show=not request.quiet and world.rank == 0) as callback:
-            found = measure(
-                prepared.objective,
-                prepared.batches,
-                method=request.method,
-                rtol=request.rtol,
-                confidence=request.confidence,
-                seed=request.seed,
-                min_replicates=request.min_replicates,
-                max_replicates=request.max_replicates,
-                max_seconds=request.max_seconds,
-                target=request.target,
-                plan=plan,
-                keep_diagonal=request.save_diagonal is not None or request.html is not None,
-                progress=callback,
-                resume=request.resume,
-            )
+        found = measure(
+            prepared.objective,
+            prepared.batches,
+            method=request.method,
+            rtol=request.rtol,
+            confidence=request.confidence,
+            seed=request.seed,
+            min_replicates=request.min_replicates,
+            max_replicates=request.max_replicates,
+            max_seconds=request.max_seconds,
+            target=request.target,
+            plan=plan,
+            keep_diagonal=request.save_diagonal is not None or request.html is not None,
+            progress=not request.quiet and world.rank == 0,
+            resume=request.resume,
+        )
+        if wanted(request, found):
+            prepared.facts["spread"] = around(prepared, found)
         code = hand_over(request, prepared, found) if world.rank == 0 else OK
     return code or (OK if found.norm.total.half_width <= request.rtol else WIDE)
+
+
+def wanted(request: Request, found: Measurement) -> bool:
+    """Whether the spread over samples is to be told, and there is time for it."""
+    if not request.spread or request.target != "data" or (request.quiet and not (request.json or request.html)):
+        return False
+    if found.status.partition(";")[0].startswith(("interrupted", "stopped")) or found.samples < LEAST:
+        return False
+    # It takes about as long as the measurement, for which the user has set an end.
+    return request.max_seconds is None or 2.0 * found.seconds < request.max_seconds
+
+
+def around(prepared: Prepared, found: Measurement) -> dict[str, Any]:
+    """The spread over samples, or why there is none: whatever happens here, the measurement is kept."""
+    try:
+        told = spread(found, prepared.objective, prepared.batches)
+    except (HessdiagError, MemoryError) as error:
+        return {"missing": one_line(error)}
+    except KeyboardInterrupt:
+        return {"missing": "interrupted"}
+    whole = int(prepared.facts["data"]["of"])
+    content = told.to_dict()
+    if whole > found.samples:
+        rms, low, high = told.expected(whole)
+        seconds = found.seconds * whole / found.samples
+        content["whole"] = {"samples": whole, "rms": rms, "low": low, "high": high, "seconds": seconds}
+    return content
 
 
 def dry_run(request: Request, prepared: Prepared) -> None:
@@ -68,7 +97,8 @@ def dry_run(request: Request, prepared: Prepared) -> None:
         write_json(request.json, strict(content))
         if request.json == "-":
             return
-    name = f"{request.checkpoint}: {prepared.objective.size:,} parameters, {found[0].batches} batches"
+    name = f"{request.checkpoint}: {counted(prepared.objective.size, 'parameter')}, "
+    name += counted(found[0].batches, "batch", "batches")
     print_costs(terminal(), found, title=plain(name), replicates=request.min_replicates)
 
 
@@ -97,6 +127,9 @@ def hand_over(request: Request, prepared: Prepared, found: Measurement) -> int:
             print(f"{found.rms!r} {low!r} {high!r}")
         else:
             print_measurement(content)
+    if request.quiet or request.json == "-":
+        for line in warnings(content):
+            complain(f"warning: {line}")
     if request.json not in (None, "-"):
         with outputs.attempt("--json"):
             write_json(str(request.json), content)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from hessdiag import networks
 from hessdiag.checkpoint import Checkpoint
+from hessdiag.checkpoint.build import Normalize
 from hessdiag.errors import ConfigurationError, DeviceError, UnknownNameError, nearest
 from hessdiag.measurement.world import World
 from hessdiag.perturbation import PGDSpec, parse_pgd
@@ -90,6 +92,32 @@ def pattern_of(text: str | None) -> str | None:
                 f"--layers {text!r} is no regular expression ({error}); write e.g. 'layer3.*' or '.*bias'"
             ) from None
     return text
+
+
+STATISTICS: dict[str, Normalize] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""Means and deviations by channel, as public training code has them."""
+
+
+def normalize_of(text: str | None) -> Normalize | None:
+    """(means, deviations), by the name of a data set or as numbers."""
+    if text is None:
+        return None
+    if text in STATISTICS:
+        return STATISTICS[text]
+    parts = text.split(":")
+    try:
+        means, deviations = (tuple(float(x) for x in part.split(",")) for part in parts)
+    except ValueError:
+        close = nearest(text, list(STATISTICS))
+        raise ConfigurationError(
+            f"--normalize {text!r}: {close}; or numbers, MEAN,MEAN,MEAN:STD,STD,STD"
+        ) from None
+    networks.Normalize(means, deviations)  # refuses unequal counts and what is not positive
+    return means, deviations
 
 
 def spec_of(text: str, seed: int) -> PGDSpec:

@@ -19,6 +19,7 @@ class Request:
     num_classes: int | None
     model: str | None
     weights: str | None
+    normalize: str | None
     data: str | None
     split: str
     samples: int | None
@@ -41,6 +42,7 @@ class Request:
     plan: Path | None
     device: str
     dtype: str | None
+    spread: bool
     resume: Path | None
     save_diagonal: Path | None
     json: str | None

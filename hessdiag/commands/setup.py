@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessdiag.checkpoint import Checkpoint, load_checkpoint
-from hessdiag.commands.options import data_named_by, device_of, dtype_of, loss_of, pattern_of, spec_of
+from hessdiag.commands.accuracy import judged
+from hessdiag.commands.options import (
+    data_named_by,
+    device_of,
+    dtype_of,
+    loss_of,
+    normalize_of,
+    pattern_of,
+    spec_of,
+)
 from hessdiag.commands.request import Request
 from hessdiag.data import DataSet, load
 from hessdiag.errors import (
@@ -22,6 +32,7 @@ from hessdiag.errors import (
 from hessdiag.examples import EXAMPLES, example_path
 from hessdiag.forward import forward
 from hessdiag.measurement.world import World
+from hessdiag.networks import Normalize
 from hessdiag.objective import Objective
 from hessdiag.perturbation import PGDSpec, keyed_pgd
 
@@ -41,13 +52,15 @@ def prepare(request: Request, world: World) -> Prepared:
     checkpoint = open_checkpoint(request)
     dtype = dtype_of(request.dtype, checkpoint)
     model = checkpoint.model.to(device=device, dtype=dtype).eval()
-    data = load(
+    if request.model is not None and request.normalize is not None:
+        normalised(model, request.normalize)
+    whole = load(
         request.data or data_named_by(checkpoint),
         split=request.split,
-        samples=request.samples,
         seed=request.data_seed,
         root=request.data_root,
     )
+    data = whole.sample(request.samples, seed=request.data_seed)
     objective = Objective(
         model,
         loss_of(request.loss),
@@ -57,18 +70,30 @@ def prepare(request: Request, world: World) -> Prepared:
     )
     batches: Iterable[tuple[Tensor, Tensor]] = data.batches(request.batch_size, device=device, dtype=dtype)
     try_out(objective, batches, data)
+    loss, accuracy = (math.nan, None) if request.dry_run else mean_loss(objective, batches)
     perturbation = None
     spec = None if request.attack is None else spec_of(request.attack, request.seed)
     if spec is not None and not request.dry_run:  # perturbed inputs cost the same to measure at
-        clean = mean_loss(objective, batches)
         batches = perturb(objective, batches, spec, world)
         perturbation = {
             "spec": str(spec),
-            "clean_loss": clean[0],
-            "clean_accuracy": clean[1],
+            "clean_loss": loss,
+            "clean_accuracy": accuracy,
             "accuracy": mean_loss(objective, batches)[1],
         }
-    return Prepared(objective, batches, facts_of(request, checkpoint, data, perturbation))
+    facts = facts_of(request, checkpoint, data, perturbation)
+    facts["data"]["of"] = len(whole)
+    facts["accuracy"] = None if accuracy is None else judged(accuracy, data, facts["checkpoint"]["metrics"])
+    return Prepared(objective, batches, facts)
+
+
+def normalised(model: nn.Module, text: str) -> None:
+    """The user's own model, its inputs normalised first; its parameters keep their names."""
+    statistics = normalize_of(text)
+    assert statistics is not None
+    first = next(model.parameters())
+    layer = Normalize(*statistics).to(device=first.device, dtype=first.dtype)
+    model.register_forward_pre_hook(lambda _module, inputs: (layer(inputs[0]), *inputs[1:]))
 
 
 def open_checkpoint(request: Request) -> Checkpoint:
@@ -84,6 +109,7 @@ def open_checkpoint(request: Request) -> Checkpoint:
         network=request.network,
         activation=request.activation,
         num_classes=request.num_classes,
+        normalize=None if request.model else normalize_of(request.normalize),
         weights=request.weights,
         factory=request.model,
     )
@@ -172,6 +198,7 @@ def facts_of(
             "notes": list(data.notes),
         },
         "perturbation": perturbation,
+        "normalize": request.normalize,
         "layers": request.layers,
         "rtol": request.rtol,
     }

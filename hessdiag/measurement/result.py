@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..diagonal.result import Diagonal
+from ..errors import UnknownNameError, nearest
 from ..norm import NormEstimate, Ratio, TraceEstimate
 from .audit import Audit
 from .plan import Plan
+
+if TYPE_CHECKING:
+    from ..plot import Figure
 
 SCHEMA = "hessdiag-measurement/1"
 
@@ -62,7 +68,7 @@ class EffectiveCurvature:
     largest: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measurement:
     """The norm of a loss's Hessian diagonal on given data, with all that is needed to trust it."""
 
@@ -114,6 +120,46 @@ class Measurement:
     def shares(self) -> dict[str, Ratio | None]:
         """Squared norms of the two parts relative to the whole; they add up to 1 only where the parts do not cancel."""
         return {"gauss_newton": self.norm.share_gauss_newton, "functional": self.norm.share_functional}
+
+    def __repr__(self) -> str:
+        from ..report.inline import lines
+
+        return lines(self)
+
+    def _repr_html_(self) -> str:
+        from ..report.inline import fragment
+
+        return fragment(self)
+
+    def rows(self, of: str = "layers") -> list[dict[str, Any]]:
+        """One dictionary of plain numbers for each parameter (`of="layers"`) or group (`of="groups"`).
+
+        `pandas.DataFrame(m.rows())` is a table.
+        """
+        from ..report.inline import rows
+
+        if of not in ("layers", "groups"):
+            raise UnknownNameError(f"rows of {of!r}; {nearest(str(of), ['layers', 'groups'])}")
+        return rows(self, of)
+
+    def plot(self, what: str = "norms") -> Figure:
+        """A matplotlib figure: "norms" of each parameter, "groups", "convergence", "parts" or "diagonal"."""
+        from ..report.pictures import picture
+
+        return picture(self, what)
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write everything but the diagonal as JSON, which `hessdiag compare` reads."""
+        from ..report.document import document, write_document
+
+        write_document(os.fspath(path), document(self, {}))
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one page with numbers and pictures, which needs no network."""
+        from ..report.document import document
+        from ..report.html import write_page
+
+        write_page(Path(path), document(self, {}), self.diagonal)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the diagonal itself, as plain JSON values (NaN and infinities as null and strings)."""

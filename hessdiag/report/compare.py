@@ -13,13 +13,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from hessdiag.errors import HessdiagError
 from hessdiag.norm import NormEstimate, Ratio, ratio
+from hessdiag.report.columns import Column, print_table
 from hessdiag.report.document import norm_of
-from hessdiag.report.table import NARROW, WIDE
 from hessdiag.report.text import digits, interval, percent, plain, value
 
 
@@ -132,28 +131,30 @@ def curvature_of(content: Mapping[str, Any]) -> tuple[str | None, float]:
 
 def print_comparison(out: Console, rows: Sequence[Row], *, confidence: float) -> None:
     """The table, and below it what a reader must know of each ratio."""
-    narrow, wide = out.width < NARROW, out.width >= WIDE
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
-    table.add_column("measurement", overflow="fold", min_width=12)
-    heads = ["max|σ''|", "rms"] + ([] if narrow else ["interval"]) + (["functional"] if wide else [])
-    heads += ["ratio", f"{100 * confidence:g}%"] + (["paired"] if wide else [])
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
+    columns = (
+        Column("measurement", text=True),
+        Column("max|σ''|", 3),
+        Column("rms", 1),
+        Column("interval", 4),
+        Column("functional", 6),
+        Column("ratio"),
+        Column(f"{100 * confidence:g}%"),
+        Column("paired", 5),
+    )
+    lines = []
     for row in rows:
         e, r = row.estimate, row.ratio
         cells = [plain(row.name), value(row.max_curvature), value(e.rms, digits(e.low, e.high))]
-        if not narrow:
-            cells.append("exact" if e.status == "exact" else interval(e.low, e.high, 3))
-        if wide:
-            cells.append(percent(_plain(row.share_functional)))
+        cells.append("exact" if e.status == "exact" else interval(e.low, e.high, 3))
+        cells.append(percent(_plain(row.share_functional)))
         if r is None:
-            cells += ["1", ""] + ([""] if wide else [])
+            cells += ["1", "", ""]
         else:
             cells += [value(r.value), interval(r.low, r.high, 3) if r.low < r.high else "exact"]
-            cells += ["yes" if row.unpaired is None else "no"] if wide else []
-        table.add_row(*(Text(cell) for cell in cells))
+            cells.append("yes" if row.unpaired is None else "no")
+        lines.append(cells)
     out.print(Text(f"Norms relative to {plain(rows[0].name)}", style="bold"))
-    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+    print_table(out, columns, lines)
     invariant = [
         f"{plain(r.name)} {_bounds(r.invariant_ratio)}" for r in rows if r.invariant_ratio is not None
     ]

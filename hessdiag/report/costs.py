@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from hessdiag.measurement.forecast import Forecast
+from hessdiag.report.columns import Column, print_table
 from hessdiag.report.text import bytes_, plain, seconds, value
 
 
@@ -16,21 +16,21 @@ def print_costs(out: Console, found: tuple[Forecast, ...], *, title: str, replic
     out.print(Text(title, style="bold"))
     out.print(Text("Nothing was measured: only the first batch went forward, to be timed and counted."))
     out.print()
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
-    table.add_column("method", no_wrap=True)
-    for header in ("passes", "+ each", "memory", "time", f"at {replicates}"):
-        table.add_column(header, justify="right", no_wrap=True)
+    columns = [Column("method", text=True)]
+    columns += [Column("passes"), Column("+ each", 1), Column("memory", 2), Column("time")]
+    columns.append(Column(f"at {replicates}", 3))
+    rows = []
     for one in found:
         if one.refusal is not None:
-            table.add_row(*(Text(x) for x in (one.method, "does not serve", "", "", "", "")))
+            rows.append([f"{one.method}: does not serve", "", "", "", "", ""])
             continue
         random = one.passes_each > 0
         once = one.passes_once * one.batches
         each = f"{one.passes_each * one.batches:,}" if random else "-"
         cells = [one.method, f"{once:,}", each, bytes_(one.bytes)]
         cells += [seconds(one.seconds_once), seconds(one.seconds(replicates)) if random else "-"]
-        table.add_row(*(Text(x) for x in cells))
-    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+        rows.append(cells)
+    print_table(out, columns, rows)
     out.print()
     for one in found:
         if one.refusal is not None:

@@ -31,6 +31,8 @@ def print_curvature(
     reach = half_width or _reach(found)
     bars, top = _sampled(function, reach, width)
     if top > 0:
+        if math.isfinite(found.value):  # the scale is that of the number above, not of the points that fit
+            top = max(top, found.value)
         for line in _picture(bars, top, unicode=out.encoding.lower().startswith("utf")):
             out.print(Text(line))
         out.print(Padding(Text(_axis(reach, width)), (0, 0, 0, 11), expand=False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hessdiag.norm import STATUS
-from hessdiag.report.text import plain, seconds, value
+from hessdiag.report.text import bytes_, counted, interval, plain, seconds, value
 
 Row = tuple[str, str]
 
@@ -17,7 +17,7 @@ def title(content: dict[str, Any]) -> str:
     parts = [checkpoint.get("name", content["provenance"].get("model", "model"))]
     if config.get("network"):
         parts.append(f"{config['network']} with {config.get('activation', '?')}")
-    parts.append(f"{content['parameters']:,} parameters")
+    parts.append(f"{counted(content['parameters'], 'parameter')}")
     return ", ".join(plain(part) for part in parts)
 
 
@@ -53,14 +53,17 @@ def data_rows(content: dict[str, Any]) -> list[Row]:
             (
                 "data",
                 plain(
-                    f"{data['name']} ({data['split']}), {data['samples']} samples{chosen}, "
+                    f"{data['name']} ({data['split']}), {_count(data)}{chosen}, "
                     f"batches of {data['batch_size']}, sha256 {data['sha256'][:12]}"
                 ),
             )
         )
     else:
-        rows.append(("data", f"{content['samples']} samples in {facts['batches']} batches"))
+        batches = counted(facts["batches"], "batch", "batches")
+        rows.append(("data", f"{counted(content['samples'], 'sample')} in {batches}"))
     l2 = f" + (l2/2)|theta|^2, l2 = {value(facts['l2'])}" if facts["l2"] else ""
+    if cli.get("normalize"):
+        rows.append(("normalised", plain(f"inputs in [0, 1], by {cli['normalize']}")))
     rows.append(("loss", plain(f"{facts['loss']} {value(content['loss'])}{l2}")))
     mode = {"eval": "eval mode (running statistics)", "none": "none in the model"}
     rows.append(("BatchNorm", mode.get(facts["batchnorm"], plain(facts["batchnorm"]))))
@@ -82,17 +85,86 @@ def data_rows(content: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def accuracy_rows(content: dict[str, Any]) -> list[Row]:
+    """The accuracy on these data, and the checkpoint's own beside it."""
+    found = content.get("cli", {}).get("accuracy")
+    if not found:
+        return []
+    told = f"{value(100 * found['value'])}% of {counted(found['samples'], 'sample')}"
+    told += f" (chance: {value(100 * found['chance'], 3)}%)"
+    if found["own"] is not None:
+        told += f"; the checkpoint's own {found['own_name']}: {value(100 * found['own'])}%"
+    rows = [("accuracy", plain(told))]
+    return rows + [("warning", line) for line in warnings(content)]
+
+
+def warnings(content: dict[str, Any]) -> list[str]:
+    """What makes a number misleading however exact it is."""
+    found = content.get("cli", {}).get("accuracy")
+    if not found:
+        return []
+    check = "check the order of the classes, the data, and how inputs are normalised (--normalize)"
+    if found["no_better_than_chance"]:
+        return [f"the accuracy is no better than chance: a network that has learned nothing? Else {check}"]
+    if found["below_own"]:
+        return [f"the accuracy is far below the checkpoint's own: {check}"]
+    return []
+
+
+def spread_lines(content: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(label, rms, interval, meaning) for other samples, and for all of the data."""
+    found = content.get("cli", {}).get("spread")
+    if not found or "missing" in found:
+        return []
+    sure = f" at {100 * found['confidence']:g}%"
+    if found["low"] is None:
+        return [("other samples", "n/a", "", "the noise of the replicates hides how far others would be")]
+    lines = [
+        (
+            "other samples",
+            value(found["rms"], 3),
+            interval(found["low"], found["high"], 3) + sure,
+            "expected of many more samples",
+        )
+    ]
+    if whole := found.get("whole"):
+        lines.append(
+            (
+                f"all {whole['samples']:,} samples",
+                value(whole["rms"], 3),
+                interval(whole["low"], whole["high"], 3) + sure,
+                "expected of the whole data",
+            )
+        )
+    return lines
+
+
+def spread_rows(content: dict[str, Any]) -> list[Row]:
+    """What the spread over samples took, or why there is none."""
+    found = content.get("cli", {}).get("spread")
+    if not found:
+        return []
+    if "missing" in found:
+        return [("other samples", plain(f"not told: {found['missing']}"))]
+    took = f"{found['groups']} groups of {counted(found['group_size'], 'sample')}, jackknifed"
+    rows = [("other samples", f"{took}; {seconds(found['seconds'])}, {bytes_(found['bytes'])}")]
+    if whole := found.get("whole"):
+        rows.append(("whole data", f"{counted(whole['samples'], 'sample')} take about {seconds(whole['seconds'])}"))
+    return rows
+
+
 def run_rows(content: dict[str, Any]) -> list[Row]:
     """How it was measured and how long it took."""
     facts = content["provenance"]
     count = content["replicates"]
-    how = facts["method"] + (f", {count} replicates" if count else "") + f", seed {facts['seed']}"
-    where = f"{facts['device']}, {facts['dtype']}, {facts['threads']} threads"
+    how = facts["method"] + (f", {counted(count, 'replicate')}" if count else "") + f", seed {facts['seed']}"
+    where = f"{facts['device']}, {facts['dtype']}, {counted(facts['threads'], 'thread')}"
     if facts["processes"] > 1:
         where += f", {facts['processes']} processes"
     return [
         ("method", plain(how)),
         ("audit", audit(content)),
+        *spread_rows(content),
         ("where", plain(where)),
         ("wall time", seconds(content["seconds"])),
     ]
@@ -108,15 +180,23 @@ def audit(content: dict[str, Any]) -> str:
     worst = max(found["entries"], key=lambda e: _size(e["deviation"]) / e["tolerance"])
     word = "passed" if found["passed"] else "FAILED"
     return plain(
-        f"{word}: {len(found['entries'])} comparisons with autograd in {found['dtype']}, worst "
+        f"{word}: {counted(len(found['entries']), 'comparison')} with autograd in {found['dtype']}, worst "
         f"{value(worst['deviation'], 2)} ({worst['check']}, {worst['layer']}; allowed {value(worst['tolerance'], 1)})"
     )
+
+
+def exact_for(content: dict[str, Any]) -> str:
+    """What stands in place of an interval; for these samples, since others would give another norm."""
+    count = content["samples"]
+    return f"exact for these {counted(count, 'sample')}" if count != 1 else "exact for this sample"
 
 
 def status(content: dict[str, Any]) -> str:
     """The status and what it means."""
     text = content["status"]
     head = text.partition(";")[0]
+    if text == "exact":
+        return f"{exact_for(content)}; other samples would give another norm"
     return plain(f"{text} ({STATUS[head]})" if head in STATUS else text)
 
 
@@ -129,6 +209,13 @@ def notes(content: dict[str, Any]) -> list[str]:
     found += cli.get("checkpoint", {}).get("notes", [])
     found += cli.get("data", {}).get("notes", [])
     return [plain(note) for note in found]
+
+
+def _count(data: dict[str, Any]) -> str:
+    whole = data.get("of")
+    if whole and whole > data["samples"]:
+        return f"{data['samples']:,} of {counted(whole, 'sample')}"
+    return counted(data["samples"], "sample")
 
 
 def _is_number(x: Any) -> bool:

@@ -30,13 +30,14 @@ def page(content: dict[str, Any], diagonal: Diagonal | None) -> str:
     title = facts.title(content)
     body = [
         f"<h1>{escape(title)}</h1>",
-        _tiles(content),
+        tiles(content),
         f'<p class="status">{escape(facts.status(content))}</p>',
+        _rows(facts.accuracy_rows(content)),
         *_pictures(content, diagonal),
         "<h2>By group</h2>",
-        _norms(content["groups"], content["invariant_groups"]),
+        norms_table(content["groups"], content["invariant_groups"]),
         "<h2>By parameter</h2>",
-        _norms(content["layers"], None),
+        norms_table(content["layers"], None),
         _curvature(content["effective_curvature"]),
         "<h2>Measured on</h2>",
         _rows(facts.model_rows(content) + facts.data_rows(content) + facts.run_rows(content)),
@@ -55,14 +56,21 @@ def page(content: dict[str, Any], diagonal: Diagonal | None) -> str:
     )
 
 
-def _tiles(content: dict[str, Any]) -> str:
+def tiles(content: dict[str, Any]) -> str:
+    """The numbers of the whole."""
     norm, trace, invariant = content["norm"], content["trace"], content["invariant"]
     total = norm["total"]
     root = total["entries"] ** 0.5
     low, high = (x / root if isinstance(x, float) else x for x in (total["low"], total["high"]))
     sure = f" at {100 * content['confidence']:g}%"
-    tiles = [
-        ("rms norm", value(content["rms"]), _bounds(total["low"], total["high"], sure), "√(Σh²/p)"),
+    shown = [
+        (
+            "rms norm",
+            value(content["rms"]),
+            facts.exact_for(content) if total["low"] == total["high"] else _bounds(total["low"], total["high"], sure),
+            "√(Σh²/p)",
+        ),
+        *facts.spread_lines(content),
         ("mean-scaled norm", value(content["mean_scaled"]), _bounds(low, high, sure), "√(Σh²)/p"),
         (
             "Gauss-Newton",
@@ -79,14 +87,14 @@ def _tiles(content: dict[str, Any]) -> str:
     ]
     if invariant is not None:
         bounds = _bounds(invariant["low"], invariant["high"], "")
-        tiles.append(
+        shown.append(
             ("invariant rms", value(invariant["rms"]), bounds, "entries θ²h, which rescaling leaves alone")
         )
-    tiles.append(("trace", value(trace["value"]), _bounds(trace["low"], trace["high"], ""), "Σh"))
+    shown.append(("trace", value(trace["value"]), _bounds(trace["low"], trace["high"], ""), "Σh"))
     cells = [
         f"<div><small>{escape(label)}</small><b>{escape(amount)}</b><span>{escape(bounds)}</span>"
         f"<i>{escape(meaning)}</i></div>"
-        for label, amount, bounds, meaning in tiles
+        for label, amount, bounds, meaning in shown
     ]
     return f'<section class="tiles">{"".join(cells)}</section>'
 
@@ -109,7 +117,7 @@ def _pictures(content: dict[str, Any], diagonal: Diagonal | None) -> list[str]:
         )
         figure = histogram(diagonal.total, diagonal.standard_errors, exact=exact)
         found.append(_figure(figure, "The diagonal", f"How many entries h have which size.{noisy}"))
-    found.append(_figure(plot.bars(content["layers"]), "Norm of each parameter", "Dark lines: intervals."))
+    found.append(_figure(plot.norms(content["layers"]), "Norm of each parameter", "Lines: intervals."))
     if len(content["history"]) > 1:
         rtol = content.get("cli", {}).get("rtol")
         figure = plot.convergence(content["history"], confidence=content["confidence"], rtol=rtol)
@@ -139,7 +147,8 @@ def _figure(figure: Any, heading: str, words: str) -> str:
     )
 
 
-def _norms(rows: dict[str, Any], invariant: dict[str, Any] | None) -> str:
+def norms_table(rows: dict[str, Any], invariant: dict[str, Any] | None) -> str:
+    """One line for each parameter or group."""
     heads = ["", "entries", "rms", "interval", "±", "mean-scaled", "Gauss-Newton", "functional"]
     heads += ["invariant rms"] if invariant is not None else []
     lines = []
@@ -182,6 +191,8 @@ def _table(heads: list[str], lines: list[str]) -> str:
 
 
 def _rows(rows: list[tuple[str, str]]) -> str:
+    if not rows:
+        return ""
     return "<dl>" + "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in rows) + "</dl>"
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
 from hessdiag.data.cifar import by_hand
 from hessdiag.data.registry import SOURCES, Source
-from hessdiag.report.table import grid
+from hessdiag.report.columns import print_pairs
 from hessdiag.report.text import plain
 
 FORMS = (
@@ -26,10 +25,10 @@ def print_shelves(out: Console, base: Path) -> None:
     out.print(Text(f"Data sets, looked for in {plain(base)}", style="bold"))
     rows = [("digits", "here: 8x8 images, 1297 train and 500 test, with scikit-learn")]
     rows += [(name, _found(source, base)) for name, source in SOURCES.items()]
-    out.print(Padding(grid(list(rows)), (0, 0, 0, 2), expand=False))
+    print_pairs(out, rows)
     out.print()
     out.print(Text("Also taken by --data", style="bold"))
-    out.print(Padding(grid(list(FORMS)), (0, 0, 0, 2), expand=False))
+    print_pairs(out, FORMS)
 
 
 def _found(source: Source, base: Path) -> str:

@@ -8,11 +8,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from hessdiag.checkpoint import CheckpointSummary
-from hessdiag.report.table import grid
+from hessdiag.report.columns import Column, print_pairs, print_table
 from hessdiag.report.text import bytes_, plain, value
 
 
@@ -33,7 +32,7 @@ def print_summary(out: Console, found: CheckpointSummary, *, tensors: bool) -> N
     curvature = _curvature(found.config.get("activation"))
     if curvature:
         rows.append(("max|σ''|", curvature))
-    out.print(Padding(grid(list(rows)), (0, 0, 0, 2), expand=False))
+    print_pairs(out, rows)
     for note in found.notes:
         out.print(Padding(Text(f"note: {plain(note)}"), (0, 0, 0, 2), expand=False))
     if tensors:
@@ -41,16 +40,19 @@ def print_summary(out: Console, found: CheckpointSummary, *, tensors: bool) -> N
 
 
 def _tensors(out: Console, found: CheckpointSummary) -> None:
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
-    table.add_column("tensor", overflow="fold")
-    for header in ("shape", "dtype", "bytes", "of"):
-        table.add_column(header, justify="right")
-    for entry in found.tensors:
-        shape = "x".join(map(str, entry.shape)) or "scalar"
-        cells = [plain(entry.name), shape, entry.dtype, f"{entry.bytes:,}", entry.weights]
-        table.add_row(*(Text(cell) for cell in cells))
+    columns = (
+        Column("tensor", text=True),
+        Column("shape"),
+        Column("dtype", 1),
+        Column("bytes", 3),
+        Column("of", 2),
+    )
+    rows = [
+        [plain(e.name), "x".join(map(str, e.shape)) or "scalar", e.dtype, f"{e.bytes:,}", e.weights]
+        for e in found.tensors
+    ]
     out.print()
-    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+    print_table(out, columns, rows)
 
 
 def _count(found: CheckpointSummary, which: str) -> int:

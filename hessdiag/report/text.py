@@ -54,6 +54,14 @@ def percent(ratio: dict[str, Any] | None) -> str:
     return f"{share:.3g}%" if share == 0 or abs(share) >= 0.01 else f"{share:.1e}%"
 
 
+ABOVE = "above 100%: a relative size, no share; the two parts cancel in the whole"
+
+
+def is_above(ratio: dict[str, Any] | None) -> bool:
+    """Whether what is called a share is larger than the whole, so that the name would mislead."""
+    return ratio is not None and isinstance(ratio["value"], (int, float)) and ratio["value"] > 1 + 1e-9
+
+
 def percent_interval(ratio: dict[str, Any] | None) -> str:
     """The interval of a share in per cent, empty where the share is exact."""
     if ratio is None or not isinstance(ratio["value"], (int, float)) or ratio["low"] == ratio["high"]:
@@ -66,6 +74,11 @@ def plain(text: Any, limit: int = 400) -> str:
     """Text out of a file, with whatever could steer a terminal replaced."""
     kept = "".join(c if c.isprintable() else "?" for c in str(text)[: limit + 1])
     return kept if len(kept) <= limit else kept[: limit - 1] + "…"
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """1 sample, 2 samples, 1,000 samples."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def seconds(x: float) -> str:

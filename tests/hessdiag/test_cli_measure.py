@@ -79,7 +79,7 @@ def test_everything_is_printed() -> None:
     for word in (
         "rms norm", "mean-scaled norm", "Gauss-Newton", "functional", "invariant rms", "trace", "status", "By group",
         "norm gain", "By parameter", "blocks.1.shortcut.1.weight", "Effective curvature", "rct:beta=1,alpha=14",
-        "digits (test), 16 samples", "chosen with seed 0", "batches of 128", "cross_entropy", "eval mode",
+        "digits (test), 16 of 500 samples", "accuracy", "other samples", "chosen with seed 0", "batches of 128", "cross_entropy", "eval mode",
         "none (clean inputs)", "audit", "passed", "wall time", "at 95%", "SGD on clean images", "epoch 12",
     ):  # fmt: skip
         assert word in found.stdout, word

@@ -302,7 +302,7 @@ def test_json_page_names_every_key(files: dict[str, Path]) -> None:
     cli = content["cli"]
     tables = [content, content["norm"], content["norm"]["total"], content["norm"]["share_functional"], content["plan"]]
     tables += [content["provenance"], content["trace"], content["audit"], content["audit"]["entries"][0]]
-    tables += [cli, cli["checkpoint"], cli["data"]]
+    tables += [cli, cli["checkpoint"], cli["data"], cli["accuracy"], cli["spread"]]
     missing = {key for table in tables for key in table if key not in words}
     assert not missing
     assert content["schema"] in words
@@ -329,10 +329,17 @@ def test_every_option_has_a_word_in_the_pages() -> None:
         assert f"# `hessdiag {command}`" in (DOCS / f"{command}.md").read_text()
 
 
-def test_quickstart_python(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_python(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "quickstart.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "quickstart.md", "exec"), {})
-    assert math.isfinite(float(capsys.readouterr().out.split()[0]))
+    *six, last = capsys.readouterr().out.splitlines()
+    assert len(six) == 6
+    assert math.isfinite(float(last.split()[0]))
+    assert read_document(tmp_path / "m.json")["samples"] == 64
+    assert (tmp_path / "m.html").exists()
 
 
 def test_quickstart_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

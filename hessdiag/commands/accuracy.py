@@ -1,0 +1,62 @@
+"""Whether a network still does, on these data, what its checkpoint says it does.
+
+A norm can be exact and of nothing: labels shifted by one, channels in another order, inputs not normalised. The
+accuracy shows it. It is compared with chance and with the checkpoint's own, within what so few samples can tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hessdiag.data import DataSet
+
+SURE = 4.0
+"""Standard errors beyond which a difference is told."""
+SLACK = 0.02
+"""A difference below this is not told, however many samples show it."""
+
+
+def judged(accuracy: float, data: DataSet, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The accuracy, chance, the checkpoint's own, and whether one or the other is out of line."""
+    count = len(data)
+    classes = int(data.num_classes or int(data.targets.max()) + 1)
+    shares = torch.bincount(data.targets.reshape(-1)).double() / count
+    chance = max(1.0 / classes, float(shares.max()))  # always answering with the commonest class
+    name, own = _own(metrics, data.split)
+    return {
+        "value": accuracy,
+        "samples": count,
+        "classes": classes,
+        "chance": chance,
+        "no_better_than_chance": accuracy <= chance + 2.0 * _error(chance, count),
+        "own": own,
+        "own_name": name,
+        "below_own": own is not None and own - accuracy > max(SURE * _error(own, count), SLACK),
+    }
+
+
+def _error(share: float, count: int) -> float:
+    """Standard error of a share among so many samples, not zero at 0 and 1."""
+    return math.sqrt((share * (1.0 - share) + 0.25 / count) / count)
+
+
+def _own(metrics: Mapping[str, Any], split: str) -> tuple[str | None, float | None]:
+    """The accuracy that the checkpoint reports for this split, in [0, 1]."""
+    names = [name for name in metrics if "acc" in name.lower() and _clean(name)]
+    wanted = ("train",) if split == "train" else ("test", "val")  # files without a split are seldom training sets
+    order = [name for word in wanted for name in names if word in name.lower()]
+    order += [name for name in names if not any(word in name.lower() for word in ("train", "test", "val"))]
+    for name in order:
+        value = metrics[name]
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value <= 100.0:
+            return name, float(value) / (100.0 if value > 1.0 else 1.0)
+    return None, None
+
+
+def _clean(name: str) -> bool:
+    """No accuracy under attack: that one is lower by design."""
+    return not any(word in name.lower() for word in ("robust", "adv", "pgd", "aa", "attack", "top5"))

@@ -1,0 +1,136 @@
+"""A norm of the wrong thing does not look like one of the right thing: accuracy, chance, the checkpoint's own, normalisation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import hessdiag as hd
+from hessdiag.cli import app
+from hessdiag.commands.accuracy import judged
+from hessdiag.commands.options import STATISTICS, normalize_of
+from hessdiag.data import load
+from hessdiag.data.dataset import make
+from hessdiag.errors import ConfigurationError
+
+
+def _measure(*args: str) -> Any:
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, ["measure", *args, "--no-spread"])
+
+
+def test_labels_shifted_by_one_are_seen(tmp_path: Path) -> None:
+    data = load("digits", samples=40)
+    good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
+    np.savez(good, inputs=data.inputs.numpy(), targets=data.targets.numpy())
+    np.savez(bad, inputs=data.inputs.numpy(), targets=(data.targets.numpy() + 1) % 10)
+    right = _measure("digits-example", "--data", f"npz:{good}")
+    assert "accuracy" in right.stdout
+    assert "97.2%" in right.stdout  # the checkpoint's own, beside it
+    assert "warning" not in right.stdout
+    wrong = _measure("digits-example", "--data", f"npz:{bad}")
+    assert wrong.exit_code == 0
+    assert "no better than chance" in " ".join(wrong.stdout.split())
+    quiet = _measure("digits-example", "--data", f"npz:{bad}", "-q")
+    assert "warning: the accuracy is no better than chance" in quiet.stderr
+    assert quiet.stdout.count("\n") == 1
+    told = json.loads(_measure("digits-example", "--data", f"npz:{bad}", "--json", "-").stdout)["cli"]["accuracy"]
+    assert told["no_better_than_chance"] is True
+    assert told["below_own"] is True
+    assert told["own"] == pytest.approx(0.972)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "metrics", "chance", "below"),
+    [
+        (0.97, {"test_accuracy": 0.972}, False, False),
+        (0.10, {}, True, False),
+        (0.17, {}, False, False),
+        (0.80, {"test_accuracy": 0.972}, False, True),
+        (0.80, {"test_acc": 97.2}, False, True),
+        (0.80, {"train_accuracy": 0.999}, False, False),  # of another split
+        (0.80, {"robust_accuracy": 0.999}, False, False),
+        (0.80, {"test_pgd_accuracy": 0.999}, False, False),
+        (0.96, {"test_accuracy": 0.972}, False, False),  # as far as 500 samples tell
+    ],
+)
+def test_what_is_out_of_line(accuracy: float, metrics: dict[str, Any], chance: bool, below: bool) -> None:
+    found = judged(accuracy, load("digits"), metrics)
+    assert found["no_better_than_chance"] is chance
+    assert found["below_own"] is below
+
+
+def test_chance_is_the_commonest_class() -> None:
+    data = make(torch.rand(100, 3), torch.tensor([0] * 90 + [1] * 10), name="odd", split="test", num_classes=2)
+    assert judged(0.9, data, {})["chance"] == pytest.approx(0.9)
+    assert judged(0.9, data, {})["no_better_than_chance"]
+
+
+def test_normalize_names_and_numbers() -> None:
+    assert normalize_of(None) is None
+    assert normalize_of("cifar10") == STATISTICS["cifar10"]
+    assert normalize_of("0.1,0.2:0.3,0.4") == ((0.1, 0.2), (0.3, 0.4))
+    for text, words in (
+        ("cifar", "did you mean 'cifar10'"),
+        ("0.5", "MEAN"),
+        ("0.1:0.2,0.3", "one of each"),
+        ("0.1:0", "positive"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            normalize_of(text)
+
+
+FACTORY = """
+from torch import nn
+from hessdiag import networks
+
+def plain():
+    return networks.build("mlp", in_features=64, widths=(5,), activation="silu", seed=0)
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 10)
+    def forward(self, x):
+        return self.inner(x.flatten(1))
+"""
+
+
+def test_normalize_is_that_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For bare weights of a known network, and for a model of one's own, whose parameters keep their names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ownnets.py").write_text(FACTORY)
+    from hessdiag.factories import import_object
+
+    model = import_object("ownnets:Own")().double()
+    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    args = ["--model", "ownnets:Own", "--data", "digits", "--samples", "20", "--json", "-", "--dtype", "float64"]
+    content = json.loads(_measure("own.safetensors", *args, "--normalize", "0.3:0.4").stdout)
+    assert set(content["layers"]) == {"inner.weight", "inner.bias"}
+    assert content["cli"]["normalize"] == "0.3:0.4"
+    data = load("digits", samples=20)
+    shifted = [((x - 0.3) / 0.4, y) for x, y in data.batches(128, dtype=torch.float64)]
+    assert content["rms"] == pytest.approx(hd.measure(hd.Objective(model.eval()), shifted).rms, rel=1e-6)
+    plain = json.loads(_measure("own.safetensors", *args).stdout)
+    assert plain["rms"] != pytest.approx(content["rms"], rel=1e-3)
+    # Its attack works on the raw inputs.
+    attacked = _measure("own.safetensors", *args, "--normalize", "0.3:0.4", "--attack", "pgd:eps=0.1,steps=2")
+    assert attacked.exit_code == 0, attacked.output
+
+
+def test_normalize_for_bare_weights_and_against_a_file_that_knows_better(tmp_path: Path) -> None:
+    model = hd.networks.build("small_resnet", activation="silu", num_classes=10, in_channels=1, seed=0)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    args = ["--network", "small_resnet", "--activation", "silu", "--data", "digits", "--samples", "8"]
+    shown = _measure(str(tmp_path / "bare.pt"), *args, "--normalize", "0.3:0.4")
+    assert shown.exit_code == 0, shown.output
+    assert "by 0.3:0.4" in shown.stdout
+    refused = _measure("digits-example", "--normalize", "cifar10")
+    assert refused.exit_code == 3
+    assert "normalize" in refused.stderr

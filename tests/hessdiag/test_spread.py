@@ -1,0 +1,199 @@
+"""The spread over samples: its arithmetic on drawn diagonals, its diagonals on networks, and what it promises of more data."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import hessdiag as hd
+from hessdiag.cli import app
+from hessdiag.data import load
+from hessdiag.errors import ConfigurationError, EmptyDataError
+from hessdiag.spread import WIDTH, _shards, _sketch, of_groups, spread
+
+
+def _network(widths: tuple[int, ...] = (6, 5)) -> nn.Module:
+    model = hd.networks.build("mlp", in_features=64, widths=widths, activation="silu", seed=0)
+    for p in model.parameters():
+        p.data.mul_(2.0)  # a network that is sure of itself: samples then differ much
+    return model.eval()
+
+
+def test_moments_are_unbiased_with_and_without_noise() -> None:
+    """Groups drawn around a known d with known covariance: square, bias and variance on average what they should be."""
+    rng = np.random.default_rng(0)
+    groups, entries, draws = 16, 12, 4000
+    d = rng.normal(size=entries)
+    scale = rng.uniform(0.3, 1.0, size=entries)
+    for noise in (0.0, 0.8):
+        found = []
+        for _ in range(draws):
+            rows = d + scale * rng.normal(size=(groups, entries))
+            if noise:
+                first, second = (rows + noise * rng.normal(size=rows.shape) for _ in range(2))
+            else:
+                first = second = rows
+            m = of_groups(first, second)
+            found.append((m.square, m.bias, m.variance))
+        square, bias, variance = np.array(found).T
+        error = square.std() / math.sqrt(draws)
+        assert abs(square.mean() - d @ d) < 4 * error
+        assert abs(bias.mean() - (scale**2).sum() / groups) < 4 * bias.std() / math.sqrt(draws)
+        # The variance of T by the groups alone, noise or not: 4 d'Sd / G + 2 tr(S^2) / (G (G - 1)).
+        linear = 4 * (d**2 @ scale**2) / groups
+        pairs = 2 * (scale**4).sum() / (groups * (groups - 1))
+        slack = 4 * variance.std() / math.sqrt(draws)
+        # Where there are signs the pairs are counted twice at most (Efron & Stein), never too little.
+        most = linear + (3 if noise else 1) * pairs
+        assert linear + pairs - slack < variance.mean() < most + slack
+
+
+def test_exact_groups_are_the_diagonals_of_their_samples() -> None:
+    model = _network().double()
+    objective, data = hd.Objective(model), load("digits", samples=40)
+    m = hd.measure(objective, data.batches(16, dtype=torch.float64))
+    found = spread(m, objective, data.batches(16, dtype=torch.float64), groups=8)
+    assert (found.groups, found.group_size, found.samples) == (8, 5, 40)
+    # All samples are in some group: the norm less what few samples make it too large by is T itself, to rounding.
+    rows = []
+    for shard in _shards(objective, data.batches(16, dtype=torch.float64), 40, 8, 5, 16):
+        parts = hd.diagonal(objective, list(shard)).total
+        rows.append(torch.cat([t.reshape(-1) for t in parts.values()]).double().numpy())
+    gram = np.stack(rows) @ np.stack(rows).T
+    t = (gram.sum() - np.trace(gram)) / (8 * 7)
+    assert found.square == pytest.approx(t, rel=1e-10)
+    assert found.square + found.bias == pytest.approx(m.norm.total.square, rel=1e-10)
+    whole = found.expected(40)
+    assert whole[0] == pytest.approx(m.rms, rel=1e-10)
+    assert whole[1] == pytest.approx(whole[2], rel=1e-10)  # nothing is left to draw
+
+
+def test_one_by_one_equals_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _network().double()
+    objective, batches = hd.Objective(model), load("digits", samples=40).batches(16, dtype=torch.float64)
+    m = hd.measure(objective, batches)
+    a = spread(m, objective, batches)
+    monkeypatch.setattr("hessdiag.spread.PER_SAMPLE_BYTES", 0.0)
+    b = spread(m, objective, batches)
+    assert a.passes == b.passes == 16
+    assert a.square == pytest.approx(b.square, rel=1e-10)
+    assert a.square_error == pytest.approx(b.square_error, rel=1e-8)
+
+
+@pytest.mark.slow
+def test_signs_do_not_count_as_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured by Hutchinson in the groups too: the spread agrees with the exact one, far below the noise of the signs."""
+    model = _network()
+    objective, batches = hd.Objective(model), load("digits", samples=200).batches(50)
+    m = hd.measure(objective, batches, method="hutchinson", rtol=1e-6, max_replicates=256)
+    exact = spread(m, objective, batches)
+    assert exact.passes == 16
+    monkeypatch.setattr("hessdiag.spread.AUTO_EXACT_FLOPS", 0.0)
+    noisy = spread(m, objective, batches)
+    assert noisy.passes == 32
+    assert noisy.square_error == pytest.approx(exact.square_error, rel=0.5)
+    assert noisy.bias == pytest.approx(exact.bias, rel=0.5)
+
+
+def test_the_interval_for_the_whole_data_covers_it() -> None:
+    model = _network().double()
+    objective, whole = hd.Objective(model), load("digits")
+    truth = hd.measure(objective, whole.batches(250, dtype=torch.float64)).rms
+    kept, inside, points = 40, 0, []
+    for seed in range(kept):
+        batches = whole.sample(64, seed=seed).batches(64, dtype=torch.float64)
+        m = hd.measure(objective, batches, audit_model=False, deterministic_check=False)
+        rms, low, high = spread(m, objective, batches).expected(500)
+        inside += low <= truth <= high
+        points.append((m.rms, rms))
+    assert inside >= 33  # of 40 at 95%: below it by chance once in five thousand
+    plain, expected = (float(np.mean([p[k] ** 2 for p in points])) for k in (0, 1))
+    error = float(np.std([p[1] ** 2 for p in points])) / math.sqrt(kept)
+    assert abs(expected - truth**2) < 4 * error
+    assert plain > expected  # the norm of few samples is too large
+
+
+def test_a_sketch_keeps_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = ({"w": torch.randn(WIDTH + 5, generator=generator), "v": torch.ones(1000)} for _ in range(2))
+    x, y = _sketch(a), _sketch(b)
+    assert len(x) == len(y) == WIDTH
+    norms = [math.sqrt(sum(float(t.double().square().sum()) for t in side.values())) for side in (a, b)]
+    truth = sum(float((a[name].double() * b[name].double()).sum()) for name in a)
+    bound = 5 * math.sqrt(2 / WIDTH) * norms[0] * norms[1]
+    assert abs(float(x @ y) - truth) < bound
+    assert abs(float(x @ x) - norms[0] ** 2) < 5 * math.sqrt(2 / WIDTH) * norms[0] ** 2
+    small = {"w": torch.arange(6.0).reshape(2, 3)}
+    assert _sketch(small).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_structured_batches_and_part_of_the_samples() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.layer(torch.tanh(inputs["a"] + inputs["b"]))
+
+    torch.manual_seed(0)
+    batches = [({"a": torch.rand(10, 4), "b": torch.rand(10, 4)}, torch.randint(0, 3, (10,))) for _ in range(9)]
+    objective = hd.Objective(Pair().eval())
+    m = hd.measure(objective, batches)
+    all_, some = spread(m, objective, batches), spread(m, objective, batches, samples=48)
+    assert (all_.group_size, some.group_size) == (5, 3)
+    assert some.square_error == pytest.approx(all_.square_error, rel=0.7)  # scaled to all 90
+
+
+def test_refusals() -> None:
+    objective, batches = hd.Objective(_network()), load("digits", samples=20).batches(10)
+    m = hd.measure(objective, batches)
+    with pytest.raises(ConfigurationError, match="8 to 16"):
+        spread(m, objective, batches, groups=3)
+    with pytest.raises(ConfigurationError, match="these batches have 10"):
+        spread(m, objective, list(batches)[:1])
+    with pytest.raises(ConfigurationError, match="give its own"):
+        spread(m, hd.Objective(_network((3,))), batches)
+    few = load("digits", samples=7).batches(10)
+    with pytest.raises(EmptyDataError, match="at least 8"):
+        spread(hd.measure(objective, few), objective, few)
+    with pytest.raises(ConfigurationError, match="more are needed"):
+        spread(m, objective, batches).expected(19)
+
+
+def _command(*args: str) -> Any:
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, ["measure", *args])
+
+
+def test_the_command_tells_it() -> None:
+    found = _command("digits-example", "--samples", "24")
+    assert found.exit_code == 0, found.output
+    for words in ("exact for these 24 samples", "other samples", "all 500 samples", "16 groups of 1 sample", "take about"):
+        assert words in found.stdout, words
+    content = json.loads(_command("digits-example", "--samples", "24", "--json", "-").stdout)
+    told = content["cli"]["spread"]
+    assert told["low"] < told["rms"] < told["high"]
+    assert told["whole"]["samples"] == 500
+    assert told["bytes"] == 16 * 2626 * 8
+    without = _command("digits-example", "--samples", "24", "--no-spread")
+    assert "other samples would" in without.stdout
+    assert "groups of" not in without.stdout
+
+
+def test_a_failing_spread_keeps_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (MemoryError(), KeyboardInterrupt(), EmptyDataError("gone")):
+
+        def broken(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("hessdiag.commands.measuring.spread", broken)
+        found = _command("digits-example", "--samples", "8")
+        assert found.exit_code == 0, found.output
+        assert "not told" in found.stdout
