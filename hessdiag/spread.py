@@ -43,7 +43,7 @@ from .norm.estimates import check_confidence
 from .norm.jackknife import interval, jackknife_covariance, student_quantile, u_statistic
 from .objective import Objective
 from .signs import cpu_generator, key
-from .sites import Linearisation
+from .graph import Linearisation
 from .stream import Batches, numbered
 
 LEAST, MOST = 8, 16
