@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag import Objective
-from hessdiag.diagonal import exact, reference
-from hessdiag.diagonal.hutchinson import Products
+from hessdiag.diagonal import exact
+from hessdiag.diagonal.products import Products
 from hessdiag.graph import Linearisation
+from hessdiag.methods import reference
 
 WIDTHS = {
     "784-128-128-10": (784, 128, 128, 10),
