@@ -76,8 +76,8 @@ def measure(
     looks at the data twice and refuses what differs, `audit_model` holds method, model and derivatives against each
     other on two samples: switch them off only where both are known to be right. `keep_diagonal` keeps the diagonal in
     the result. `progress` is True for a bar on a terminal or a line in a notebook, or a function of an `Event`.
-    `resume` names a file that the state is written to as it goes; started again with the same file, the measurement goes
-    on from there to the same bits.
+    `resume` names a file that the state is written to as it goes; started again with the same file, the measurement
+    goes on from there to the same bits.
     """
     begun = time.monotonic()
     _check_basics(objective, method, seed)
