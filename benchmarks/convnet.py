@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 import hessdiag as hd
 from hessdiag.diagonal import exact
-from hessdiag.diagonal.hutchinson import Products, probe
 from hessdiag.diagonal.parts import Tensors, accumulate, zeros
+from hessdiag.diagonal.products import Products
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.graph import Linearisation
-from hessdiag.measurement.pilot import affordable_rank
+from hessdiag.methods.hutchinson import probe
+from hessdiag.methods.pilot import affordable_rank
 from hessdiag.signs import Signs
 
 from .common import digits, median, ratio_of_means, small_resnet, store

@@ -5,7 +5,7 @@ linearisation, the exact part) is shared between the measurements of a setting. 
 of its own, so measurements are independent. The true norm is that of the exact diagonal, in float64.
 
 For the population target the population is known: digits drawn with replacement, so that its Hessian is the mean over
-all of them. A measurement there is one call of the engine's `measure_population` on its own draw.
+all of them. A measurement there is one deal of the engine's into shards (`shards_of`) of its own draw.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from hessdiag import networks
 from hessdiag.diagonal import exact
 from hessdiag.graph import Linearisation
 from hessdiag.measurement.loop import Loop
-from hessdiag.measurement.plan import Plan
-from hessdiag.measurement.population import measure_population
+from hessdiag.measurement.population import shards_of
 from hessdiag.measurement.until import run as run_until
 from hessdiag.measurement.world import World
+from hessdiag.methods import Case, Plan
 from hessdiag.norm import NormEstimate, Replicates, estimate
-from hessdiag.signs import Signs
-from hessdiag.stream import survey
+from hessdiag.stream import numbered, survey
 
 from .common import binomial_interval, digits, store, train
 
@@ -121,14 +120,12 @@ def over_signs(setting: Setting, settings: Settings) -> Iterator[tuple[float, No
     objective = hd.Objective(model, parameters=setting.parameters)
     truth = true_rms(objective, x, y)
     plan = Plan(setting.method, parts=False, deflate=setting.deflate)
-    facts = survey(objective, [(x, y)])
-    loop = Loop(
-        objective, [(x, y)], plan, facts, seed=0, world=World(), invariant=False, progress=None, resume=None,
-        identity={},
-    )  # fmt: skip
+    case = case_of(objective, [(x, y)], plan)
+    loop = Loop(case, invariant=False)
     loop.run_known()
     for number in range(settings.measurements):
-        loop.passes.signs, loop.done, loop.history = Signs(1000 * settings.seed + number + 1), 0, []
+        case.seed = 1000 * settings.seed + number + 1
+        loop.work.signs, loop.done, loop.history = case.signs, 0, []
         loop.streams = {name: Replicates(objective.parameters, groups=plan.groups) for name in loop.streams}
         if setting.rtol is None:
             for _ in range(setting.replicates):
@@ -153,12 +150,16 @@ def over_data(setting: Setting, settings: Settings) -> Iterator[tuple[float, Nor
     for number in range(settings.measurements):
         chosen = torch.randint(len(y), (setting.samples,), generator=generator)
         batches = [(x[chosen], y[chosen])]
-        facts = survey(objective, batches)
-        measured = measure_population(
-            objective, batches, Plan(setting.method), facts, None, seed=number, confidence=settings.confidence,
-            begun=time.monotonic(), progress=None, replicates=setting.replicates, world=World(),
-        )  # fmt: skip
-        yield truth, measured.norm.total
+        case = case_of(objective, batches, Plan(setting.method))
+        case.seed = number
+        stream = shards_of(case, setting.replicates)
+        yield truth, estimate(stream, confidence=settings.confidence).total
+
+
+def case_of(objective: hd.Objective, batches: list[tuple[Tensor, Tensor]], plan: Plan) -> Case:
+    """The question of one measurement, unaudited."""
+    first = next(iter(numbered(objective, batches)))
+    return Case(objective, batches, survey(objective, batches), first, 0, World(), chosen=plan)
 
 
 def run(setting: Setting, settings: Settings) -> dict[str, Any]:

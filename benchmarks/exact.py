@@ -1,6 +1,8 @@
 """Exact diagonals against their peers: `python -m benchmarks.exact`.
 
-MLPs on 64 samples in float32 against BackPACK's DiagHessian (`pip install backpack-for-pytorch unfoldNd`), and the
+MLPs on 64 samples in float32 against BackPACK's DiagHessian (`pip install backpack-for-pytorch unfoldNd`): the call
+that a user makes, `hessdiag.diagonal(objective, batches, method="exact")`, with all its checks; beside it the call with
+its checks off, the kernel alone (a forward pass, linearisation and both parts), and what each check costs. And the
 residual conv net on 64 digits, which BackPACK refuses, against batched Hessian-vector products with unit vectors (the
 gradient's graph built once, 16 vectors at a time by one vectorised double backward). The two sides take turns in one
 run; ratios are medians over the turns with an interval of order statistics, of wall time and of processor time (which
@@ -15,8 +17,9 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import Median, digits, median, small_resnet, store
-from benchmarks.exact_sides import CURVES, WIDTHS, backpack, deviation, mlp, ours, problem, products
+from benchmarks.exact_sides import CURVES, WIDTHS, backpack, deviation, mlp, ours, problem, products, public
 from hessdiag import Objective
 from hessdiag.diagonal import exact
 from hessdiag.graph import Linearisation
@@ -73,7 +76,7 @@ def peak_megabytes(method: str, net: str, curve: str, settings: Settings) -> flo
 
 
 def _measure_memory(method: str, net: str, curve: str, samples: int) -> None:
-    make = {"ours": ours, "backpack": backpack}[method]
+    make = {"public": public, "backpack": backpack}[method]
     tiny = (WIDTHS[net][0], 16, 16, 10)
     make(mlp(tiny, curve), *problem(tiny, 2))()
     run = make(mlp(WIDTHS[net], curve), *problem(WIDTHS[net], samples))
@@ -131,6 +134,46 @@ def forward_seconds(model: nn.Module, x: Tensor, count: int = 20) -> float:
     return median(times).value
 
 
+CHECKS = {
+    "second pass": ("hessdiag.stream", "_in_two"),
+    "twin": ("hessdiag.measurement.audit", "_twin"),
+    "identity": ("hessdiag.measurement.comparisons", "identity"),
+    "squares": ("hessdiag.measurement.comparisons", "squares"),
+    "entries": ("hessdiag.measurement.comparisons", "entries"),
+    "derivatives": ("hessdiag.measurement.comparisons", "quotients"),
+}
+"""What the checks of a public call do, by the functions that do it."""
+
+
+def check_seconds(run: Callable[[], Any], rounds: int) -> dict[str, float]:
+    """Processor time that each check takes of a call: medians over rounds."""
+    spent: dict[str, list[float]] = {name: [] for name in CHECKS}
+    homes = {name: (import_module(module), function) for name, (module, function) in CHECKS.items()}
+    honest = {name: getattr(*home) for name, home in homes.items()}
+
+    def timed(name: str) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            start = time.process_time()
+            found = honest[name](*given, **options)
+            found = list(found) if isinstance(found, Iterator) else found
+            spent[name][-1] += time.process_time() - start
+            return found
+
+        return call
+
+    try:
+        for name, (module, function) in homes.items():
+            setattr(module, function, timed(name))
+        for _ in range(rounds):
+            for row in spent.values():
+                row.append(0.0)
+            run()
+    finally:
+        for name, (module, function) in homes.items():
+            setattr(module, function, honest[name])
+    return {name: median(row).value for name, row in spent.items()}
+
+
 def run_mlps(settings: Settings) -> dict[str, Any]:
     """Every MLP against BackPACK."""
     results: dict[str, Any] = {}
@@ -142,14 +185,25 @@ def run_mlps(settings: Settings) -> dict[str, Any]:
             twin = mlp(widths, curve)
             twin.load_state_dict(model.state_dict())
             x, y = problem(widths, settings.samples)
-            mine, theirs = ours(model, x, y), backpack(twin, x, y)
-            error = deviation(mine(), theirs())
+            mine, theirs = public(model, x, y), backpack(twin, x, y)
+            error = deviation({name: value * len(y) for name, value in mine().items()}, theirs())
             turns = take_turns(mine, theirs, settings.rounds)
-            memory = [peak_megabytes(method, net, curve, settings) for method in ("ours", "backpack")]
-            results[f"{net} {curve}"] = {"turns": turns, "megabytes": memory, "deviation": error}
+            bare = take_turns(ours(model, x, y), public(model, x, y, checked=False), settings.rounds)
+            checks = check_seconds(mine, settings.rounds)
+            memory = [peak_megabytes(method, net, curve, settings) for method in ("public", "backpack")]
+            results[f"{net} {curve}"] = {
+                "turns": turns,
+                "kernel": bare.first,
+                "unchecked": bare,
+                "checks": checks,
+                "megabytes": memory,
+                "deviation": error,
+            }
             print(
                 f"{net:16} {curve:8} {1e3 * turns.first.value:8.1f} {1e3 * turns.second.value:8.1f}   {turns.wall!s}, "
-                f"{turns.processor!s} {memory[0]:6.1f} /{memory[1]:6.1f} {error:10.1e}",
+                f"{turns.processor!s} {memory[0]:6.1f} /{memory[1]:6.1f} {error:10.1e}\n"
+                f"  kernel {1e3 * bare.first.value:.1f} ms, checks off {bare.processor!s} times that; checks, ms: "
+                + ", ".join(f"{name} {1e3 * value:.1f}" for name, value in checks.items()),
                 flush=True,
             )
     return results

@@ -28,12 +28,13 @@ from torch import Tensor
 import hessdiag as hd
 from hessdiag import networks
 from hessdiag.data import load
-from hessdiag.diagonal.hutchinson import Products, probe
 from hessdiag.diagonal.parts import Tensors, accumulate
+from hessdiag.diagonal.products import Products
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import DataError
 from hessdiag.graph import Linearisation
-from hessdiag.measurement.pilot import affordable_rank, product_moments
+from hessdiag.methods.hutchinson import probe
+from hessdiag.methods.pilot import affordable_rank, product_moments
 from hessdiag.signs import Signs
 
 from .common import RESULTS, median, store, train

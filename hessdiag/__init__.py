@@ -21,15 +21,18 @@ if TYPE_CHECKING:
     from .errors import HessdiagError
     from .graph import register_layer, register_site
     from .measure import diagonal, measure
-    from .measurement import Measurement, Plan
+    from .measurement import Measurement
+    from .methods import Method, Plan, Work, register_method
     from .objective import Objective
 
 __all__ = [
     "Diagonal",
     "HessdiagError",
     "Measurement",
+    "Method",
     "Objective",
     "Plan",
+    "Work",
     "activations",
     "diagonal",
     "load_checkpoint",
@@ -37,6 +40,7 @@ __all__ = [
     "networks",
     "register_activation",
     "register_layer",
+    "register_method",
     "register_site",
     "save_checkpoint",
 ]
@@ -45,11 +49,14 @@ _HOMES = {
     "Diagonal": "diagonal.result",
     "HessdiagError": "errors",
     "Measurement": "measurement.result",
+    "Method": "methods",
     "Objective": "objective",
-    "Plan": "measurement.plan",
+    "Plan": "methods",
+    "Work": "methods",
     "load_checkpoint": "checkpoint",
     "register_activation": "activations",
     "register_layer": "graph",
+    "register_method": "methods",
     "register_site": "graph",
     "save_checkpoint": "checkpoint",
 }

@@ -35,9 +35,11 @@ _DROPOUT = nn.modules.dropout._DropoutNd
 
 
 class Objective:
-    """A model and a loss, ready to be differentiated on batches.
+    """A `model` and a `loss`, ready to be differentiated on batches.
 
-    `parameters` chooses some of the model's: names, or one regular expression matched against whole names.
+    `loss` is "cross_entropy" (with `label_smoothing` and `class_weights` as torch has them), another name, or any
+    callable that gives one value per sample. `parameters` chooses some of the model's: names, a regular expression
+    matched against whole names, or a function of the name.
     `l2` adds (l2/2)|theta|^2 over the chosen parameters: +l2 on every diagonal entry (counted with the
     Gauss-Newton part, being positive and free of sigma''). Off by default.
     """
@@ -92,7 +94,7 @@ class Objective:
                 raise StochasticModeError(f"dropout of {name or 'model'!r} is in training mode; call model.eval()")
 
     def check_batch(self, batch: Any, index: int) -> tuple[Any, Tensor]:
-        """`(inputs, targets)` of one batch, or the exception that says what is wrong with it."""
+        """`(inputs, targets)` of `batch` number `index`, or the exception that says what is wrong with it."""
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ConfigurationError(f"batch {index} is no pair (inputs, targets) but {_describe(batch)}")
         inputs, targets = batch
@@ -116,7 +118,7 @@ class Objective:
         return inputs, targets
 
     def outputs(self, inputs: Any, targets: Tensor, *, index: int) -> Tensor:
-        """The model's outputs on one checked batch, themselves checked against the targets."""
+        """The model's outputs for checked `inputs`, themselves checked against the `targets` of batch `index`."""
         try:
             outputs = forward(self.model, inputs)
         except (HessdiagError, MemoryError):
@@ -142,11 +144,11 @@ class Objective:
         return outputs
 
     def summed_loss(self, inputs: Any, targets: Tensor, *, index: int = 0) -> tuple[Tensor, Tensor]:
-        """`(sum_n w_n l_n, W)` of one batch: differentiable, without the weight-decay term."""
+        """`(sum_n w_n l_n, W)` of `inputs` and `targets`, batch `index`: differentiable, without weight decay."""
         return self.summed_losses(self.outputs(inputs, targets, index=index), targets, index=index)
 
     def summed_losses(self, outputs: Tensor, targets: Tensor, *, index: int = 0) -> tuple[Tensor, Tensor]:
-        """The same from the outputs."""
+        """The same from the `outputs` for `targets`, batch `index`."""
         losses = self.loss.values(outputs, targets)
         if not bool(torch.isfinite(losses.detach()).all()):
             raise NonFiniteError(f"batch {index}: the loss {self.loss.name!r} is not finite; check the targets")

@@ -35,15 +35,15 @@ from torch.utils import _pytree
 from .diagonal.exact import cost
 from .errors import ConfigurationError, EmptyDataError, UncoveredModelError
 from .forward import mapped
+from .graph import Linearisation
 from .measure import diagonal
 from .measurement.choose import AUTO_EXACT_FLOPS
-from .measurement.plan import Plan
 from .measurement.result import Measurement
+from .methods import Plan, find
 from .norm.estimates import check_confidence
 from .norm.jackknife import interval, jackknife_covariance, student_quantile, u_statistic
 from .objective import Objective
 from .signs import cpu_generator, key
-from .graph import Linearisation
 from .stream import Batches, numbered
 
 LEAST, MOST = 8, 16
@@ -256,7 +256,7 @@ def _sketches(
     size = sum(len(targets) for _, targets in shards[0])
     total = len(shards) * size
     plan = _plan(measured, objective, shards, total)
-    exact = plan.method == "exact"
+    exact = find(plan.method).singles
     if exact and 16.0 * total * objective.size <= PER_SAMPLE_BYTES:
         whole = [batch for shard in shards for batch in shard]
         single = diagonal(objective, whole, plan=plan, per_sample=True, **_OPTIONS).total
@@ -285,7 +285,7 @@ def _sketches(
 def _plan(measured: Measurement, objective: Objective, shards: list[_Group], total: int) -> Plan:
     """Exact where that is cheap, whatever the measurement used: no noise is then in the way. Else its own method."""
     plan = replace(measured.plan, deflate=0)
-    if plan.method == "exact":
+    if find(plan.method).singles:
         return plan
     inputs, targets = shards[0].batches[0]
     try:
@@ -296,7 +296,7 @@ def _plan(measured: Measurement, objective: Objective, shards: list[_Group], tot
     failed = plan.reason.startswith("the site identity does not serve")  # its audit, though it covers the graph
     if cheap and not failed:
         return replace(plan, method="exact")
-    return replace(plan, method="hutchinson") if plan.method == "reference" else plan
+    return replace(plan, method="hutchinson") if find(plan.method).deterministic else plan
 
 
 _OPTIONS: dict[str, Any] = {"budget": None, "deterministic_check": False, "audit_model": False}

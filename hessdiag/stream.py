@@ -2,21 +2,29 @@
 
 Every average in this project is weighted by samples, so the weight of the whole data must be known; one pass counts it.
 A second pass, every batch cut in two at random, is compared with the first: it catches what is not deterministic, says
-whether data or model changed, and catches a model that lets the samples of any batch meet. Losses are compared with
-those of each sample alone in the first batch, and of parts of the others. Where the sites must cover the model, every
-batch's graph is read on the way, so that a batch they do not cover is known before the work.
+whether data or model changed, and catches a model that lets the samples of any batch meet. Parts of neighbouring
+batches go through the model together where they can, so that it takes no more passes than the first. Losses are
+compared with those of each sample alone in the first batch, and of parts of the others. Where the sites must cover the
+model, every batch's graph is read on the way, so that a batch they do not cover is known before the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
-from .errors import ConfigurationError, EmptyDataError, NotDeterministicError, UncoveredModelError
+from .errors import (
+    ConfigurationError,
+    EmptyDataError,
+    HessdiagError,
+    NotDeterministicError,
+    UncoveredModelError,
+)
 from .forward import leaves, mapped
 from .graph.reading import Graph, detach_guard
 from .objective import Objective
@@ -94,7 +102,7 @@ def numbered(objective: Objective, batches: Batches, *, align: int = 1) -> Itera
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """Of one batch of the first pass: fingerprints of its samples, of their outputs, and the outputs' largest entry."""
 
     marks: Tensor
@@ -107,28 +115,28 @@ def survey(
     batches: Batches,
     *,
     coverage: bool = False,
-    keep: list[_Seen] | None = None,
-    against: Sequence[_Seen] | None = None,
+    keep: list[Seen] | None = None,
+    against: Sequence[Seen] | None = None,
+    read: Callable[[Numbered], Tensor | None] | None = None,
 ) -> Survey:
     """One pass: samples, weight, loss and fingerprints of the data.
 
-    `coverage` reads the graphs of all batches but the first. `keep` takes what a second pass is held `against`.
+    `coverage` reads the graphs of all batches but the first. `keep` takes what a second pass is held `against`. `read`
+    is handed the first batch, and may give its outputs.
     """
     objective.check_modes()
     samples = count = largest = 0
     weight = loss = data = size = order = 0.0
     uncovered: str | None = None
     with torch.no_grad():
-        for batch in numbered(objective, batches):
-            marks = fingerprint(batch.inputs, batch.targets)
-            look = coverage and batch.index > 0 and uncovered is None
-            if against is None:
-                outputs, refusal = _outputs(objective, batch, look)
-            else:
-                outputs, refusal = _apart_in_two(objective, batch, marks, against, look)
+        if against is None:
+            passed = _whole(objective, batches, coverage, read)
+        else:
+            passed = _in_two(objective, numbered(objective, batches), against, coverage)
+        for batch, marks, outputs, refusal in passed:
             uncovered = uncovered or refusal
             if keep is not None:
-                keep.append(_Seen(marks, fingerprint(outputs, batch.targets, targets=False), _largest(outputs)))
+                keep.append(Seen(marks, fingerprint(outputs, batch.targets, targets=False), _largest(outputs)))
             batch_loss, batch_weight = objective.summed_losses(outputs, batch.targets, index=batch.index)
             if against is None:
                 check_loss(objective, outputs, batch)
@@ -148,10 +156,16 @@ def survey(
     return Survey(samples, count, largest, weight, loss, data, size, order, uncovered=uncovered)
 
 
-def check_deterministic(objective: Objective, batches: Batches, *, coverage: bool = False) -> Survey:
+def check_deterministic(
+    objective: Objective,
+    batches: Batches,
+    *,
+    coverage: bool = False,
+    read: Callable[[Numbered], Tensor | None] | None = None,
+) -> Survey:
     """Two passes compared; the exception says whether the data or the model changed between them."""
-    seen: list[_Seen] = []
-    first = survey(objective, batches, keep=seen)
+    seen: list[Seen] = []
+    first = survey(objective, batches, keep=seen, read=read)
     second = survey(objective, batches, coverage=coverage, against=seen)
     if first.samples != second.samples:
         raise NotDeterministicError(
@@ -189,10 +203,18 @@ def watch(facts: Survey, batches: Iterable[Numbered]) -> Iterator[Numbered]:
         )
 
 
-def check_apart(objective: Objective, batch: Numbered) -> None:
-    """Refuse a model that mixes the samples of a batch: cut in two, the batch must give the same outputs."""
+def same_samples(one: Numbered, other: Numbered) -> bool:
+    """Whether two batches hold the same samples in the same order."""
+    if one.start != other.start or len(one.targets) != len(other.targets):
+        return False
+    return torch.equal(*(fingerprint(batch.inputs, batch.targets) for batch in (one, other)))
+
+
+def check_apart(objective: Objective, batch: Numbered, seen: Sequence[Seen]) -> None:
+    """Refuse a model that mixes the samples of a batch: cut in two, the batch must give the outputs that were seen."""
     with torch.no_grad():
-        _apart_in_two(objective, batch, fingerprint(batch.inputs, batch.targets), (), False)
+        for _ in _in_two(objective, [batch], seen, False):
+            pass
 
 
 def check_loss(objective: Objective, outputs: Tensor, batch: Numbered) -> None:
@@ -230,6 +252,21 @@ def check_loss(objective: Objective, outputs: Tensor, batch: Numbered) -> None:
 _APART = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
+_Passed = tuple[Numbered, Tensor, Tensor, str | None]  # a batch, its fingerprints, its outputs, why it is not covered
+
+
+def _whole(
+    objective: Objective, batches: Batches, coverage: bool, read: Callable[[Numbered], Tensor | None] | None
+) -> Iterator[_Passed]:
+    """Every batch as it is."""
+    for batch in numbered(objective, batches):
+        outputs = read(batch) if read is not None and not batch.index else None
+        refusal = None
+        if outputs is None:
+            outputs, refusal = _outputs(objective, batch, coverage and batch.index > 0)
+        yield batch, fingerprint(batch.inputs, batch.targets), outputs, refusal
+
+
 def _outputs(objective: Objective, batch: Numbered, look: bool) -> tuple[Tensor, str | None]:
     """Outputs of a batch and, if asked to look, why the site identity does not cover it."""
     with torch.set_grad_enabled(look):
@@ -244,30 +281,109 @@ def _outputs(objective: Objective, batch: Numbered, look: bool) -> tuple[Tensor,
     return outputs.detach(), None
 
 
-def _apart_in_two(
-    objective: Objective, batch: Numbered, marks: Tensor, seen: Sequence[_Seen], look: bool
-) -> tuple[Tensor, str | None]:
-    """Outputs of a batch from its two halves, held against those of the whole."""
-    halves = _halves(batch)
-    if len(halves) < 2:
-        return _outputs(objective, batch, look)
-    outputs: Tensor | None = None
+@dataclass
+class _Cut:
+    """A batch in two parts (or in one, of a single sample), and the outputs of those that went through the model."""
+
+    batch: Numbered
+    chosen: list[Tensor]
+    found: dict[int, Tensor] = field(default_factory=dict)
     refusal: str | None = None
-    for number, chosen in enumerate(halves):
-        part = batch.part(chosen.to(batch.targets.device))
-        found, why = _outputs(objective, part, look and number == 0)
-        refusal = refusal or why
-        if outputs is None:
-            outputs = found.new_zeros(len(batch.targets), *found.shape[1:])
-        outputs[chosen.to(outputs.device)] = found
-    assert outputs is not None
+    joined: bool = False
+
+    def part(self, number: int) -> Numbered:
+        """The samples of one part."""
+        return self.batch.part(self.chosen[number].to(self.batch.targets.device))
+
+    def outputs(self) -> Tensor:
+        """Those of the whole batch, put together."""
+        first = self.found[0]
+        out = first.new_zeros(len(self.batch.targets), *first.shape[1:])
+        for number, chosen in enumerate(self.chosen):
+            out[chosen.to(out.device)] = self.found[number]
+        return out
+
+
+def _in_two(
+    objective: Objective, batches: Iterable[Numbered], seen: Sequence[Seen], coverage: bool
+) -> Iterator[_Passed]:
+    """Outputs of every batch from its two parts, held against those of the whole; the first batch comes last.
+
+    The first part of each batch goes together with the second of the next, that of the last with the first batch's.
+    """
+    head: _Cut | None = None
+    last: _Cut | None = None
+    for batch in batches:
+        cut = _Cut(batch, _halves(batch))
+        if last is None:
+            head = last = cut
+            continue
+        _run(objective, last, cut, coverage)
+        if last is not head:
+            yield _compared(objective, last, seen, coverage)
+        last = cut
+    if head is None or last is None:
+        return
+    _run(objective, last, head, coverage)
+    if last is not head:
+        yield _compared(objective, last, seen, coverage)
+    yield _compared(objective, head, seen, coverage)
+
+
+def _run(objective: Objective, a: _Cut, b: _Cut, coverage: bool) -> None:
+    """The first part of `a` and the last of `b` through the model, at once where they can be joined."""
+    wanted = [(a, 0), (b, len(b.chosen) - 1)] if a is not b else [(a, n) for n in range(len(a.chosen))]
+    parts = [cut.part(number) for cut, number in wanted]
+    joined = _joined(*parts) if a is not b and len(b.chosen) == 2 else None
+    if joined is not None:
+        look = coverage and (a.batch.index > 0 or b.batch.index > 0)
+        try:
+            found, why = _outputs(objective, joined, look)
+        except (HessdiagError, RuntimeError):
+            found, why = torch.empty(0), "one of the two"
+        if why is None:  # else each by itself, so that the right one is named
+            for (cut, number), out in zip(wanted, torch.split(found, [len(part.targets) for part in parts])):
+                cut.found[number], cut.joined = out, True
+            return
+    for (cut, number), part in zip(wanted, parts):
+        if number not in cut.found:
+            cut.found[number], why = _outputs(objective, part, coverage and cut.batch.index > 0)
+            cut.refusal = cut.refusal or why
+
+
+def _joined(a: Numbered, b: Numbered) -> Numbered | None:
+    """Samples of two batches as one, where their inputs are alike."""
+    flat, other = ([*leaves(part.inputs), part.targets] for part in (a, b))
+    sizes = [len(part.targets) for part in (a, b)]
+    alike = len(flat) == len(other) and all(
+        _by_sample(x, sizes[0]) and _by_sample(y, sizes[1]) and x.shape[1:] == y.shape[1:] and x.dtype == y.dtype
+        for x, y in zip(flat, other)
+    )
+    strange = any(isinstance(x, Mapping) for part in (a, b) for x in _pytree.tree_leaves(part.inputs))  # of any order
+    if not alike or strange or _pytree.tree_structure(a.inputs) != _pytree.tree_structure(b.inputs):
+        return None
+    rest = iter(leaves(b.inputs))
+    inputs = mapped(a.inputs, lambda x: torch.cat([x, next(rest)]))
+    return Numbered(a.index, a.start, inputs, torch.cat([a.targets, b.targets]))
+
+
+def _compared(objective: Objective, cut: _Cut, seen: Sequence[Seen], coverage: bool) -> _Passed:
+    """The batch's outputs, held against those of the whole batch."""
+    batch, outputs = cut.batch, cut.outputs()
+    marks = fingerprint(batch.inputs, batch.targets)
+    if len(cut.chosen) < 2:
+        return batch, marks, outputs, cut.refusal
     before = seen[batch.index] if batch.index < len(seen) else None
     if before is None or not torch.equal(before.marks, marks):  # not looked at, or in another order
         whole = _outputs(objective, batch, False)[0]
-        before = _Seen(marks, fingerprint(whole, batch.targets, targets=False), _largest(whole))
+        before = Seen(marks, fingerprint(whole, batch.targets, targets=False), _largest(whole))
     now = fingerprint(outputs, batch.targets, targets=False)
     entries = outputs[0].numel()
     off = float((now - before.outputs).abs().max()) / (before.size * entries**0.5 or 1.0)
+    if off > _APART[objective.dtype] and cut.joined:  # with samples of another batch; by themselves they may agree
+        alone = _Cut(batch, cut.chosen)
+        _run(objective, alone, alone, coverage)
+        return _compared(objective, alone, seen, coverage)
     if off > _APART[objective.dtype]:
         again = fingerprint(_outputs(objective, batch, False)[0], batch.targets, targets=False)
         if not torch.equal(again, fingerprint(_outputs(objective, batch, False)[0], batch.targets, targets=False)):
@@ -279,7 +395,7 @@ def _apart_in_two(
             f"batch {batch.index}: the model mixes the samples of a batch: cut in two, its outputs change by {off:.1e} "
             "of their size; its loss is no mean over samples, and no method here measures it"
         )
-    return outputs, refusal
+    return batch, marks, outputs, cut.refusal
 
 
 def _halves(batch: Numbered) -> list[Tensor]:

@@ -17,7 +17,7 @@ from experiments.fields import plain, read
 from experiments.sweep.keys import RECORD_SCHEMA, RunConfig, dumps
 from experiments.trainer.rig import build_network
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
-from hessdiag.measurement.plan import METHODS
+from hessdiag.methods import METHODS
 from hessdiag.perturbation import fraction
 
 SPLITS = ("train", "test")

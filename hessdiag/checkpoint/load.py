@@ -51,8 +51,9 @@ def load_checkpoint(
     options: Mapping[str, Any] | None = None,
     max_bytes: int = FILE_BUDGET,
 ) -> Checkpoint:
-    """Load a checkpoint of ours, or the state dict of public code with `network` and `activation` given.
+    """Load the file at `path`: a checkpoint of ours, or the state dict of public code with `network` and `activation`.
 
+    `num_classes` and `normalize` say what such a file does not; files of more than `max_bytes` are refused.
     `weights` chooses "model" or averaged ("ema") weights; None takes the averaged ones where the file has
     them, since they are what such methods report, and the notes say so. `options` are further options of the
     network. `factory` builds a model of your own instead. Nothing in the file

@@ -30,8 +30,9 @@ def save_checkpoint(
     metrics: Mapping[str, Any] | None = None,
     **extra: Any,
 ) -> None:
-    """Write a self-describing checkpoint, `.pt`/`.pth` or `.safetensors` by its suffix, in one atomic step.
+    """Write `model` to `path`, self-describing, `.pt`/`.pth` or `.safetensors` by its suffix, in one atomic step.
 
+    `ema` are averaged weights beside the model's own; `epoch` and `metrics` say how far it was trained.
     `config` is what `networks.build(**config)` needs (default: `model.config`); `{}` for a model of your own,
     which is then loaded with `factory=`. `extra` is any further plain value (data set, method, ...). Equal
     contents give equal bytes.

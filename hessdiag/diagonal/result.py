@@ -38,7 +38,7 @@ class Diagonal:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with keys `PART|name`, PART total, gauss_newton, functional or standard_error."""
+        """Write a safetensors file to `path`: keys `PART|name`, total, gauss_newton, functional, standard_error."""
         tensors: dict[str, Tensor] = {}
         for label, part in (
             ("total", self.total),

@@ -51,7 +51,8 @@ class Linearisation:
     """One batch through the model: outputs, the loss's curvature at them, layers and sites, ready for passes.
 
     Holds the autograd graph; `backward` may be called any number of times. Weights are those of the loss *summed*
-    over the batch; `weight` is what the batch adds to the divisor of the mean.
+    over the batch; `weight` is what the batch adds to the divisor of the mean. `outputs` are the model's, with their
+    graph, where they are at hand.
     """
 
     def __init__(
@@ -62,9 +63,12 @@ class Linearisation:
         *,
         index: int = 0,
         balance: Mapping[int, float] | None = None,
+        outputs: Tensor | None = None,
     ) -> None:
-        with torch.enable_grad():
-            self.outputs = objective.outputs(inputs, targets, index=index)
+        if outputs is None:
+            with torch.enable_grad():
+                outputs = objective.outputs(inputs, targets, index=index)
+        self.outputs: Tensor = outputs
         detach_guard(self.outputs)
         self.objective = objective
         self.samples = len(targets)

@@ -1,8 +1,8 @@
 """How a measurement is run: plan, loop, audit, result."""
 
+from ..methods import Plan
 from .audit import Audit
 from .comparisons import AuditEntry
-from .plan import Plan
 from .result import Measurement, NormSummary
 
 __all__ = ["Audit", "AuditEntry", "Measurement", "NormSummary", "Plan"]

@@ -10,24 +10,28 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..diagonal import exact
-from ..diagonal.hutchinson import Products
-from ..errors import AuditError, HessdiagError
-from ..forward import InDouble
+from ..diagonal.parts import Tensors
+from ..diagonal.products import Products, twice_differentiable
+from ..errors import AuditError, HessdiagError, UncoveredModelError
+from ..forward import InDouble, mapped
 from ..graph import Layer, Linearisation
 from ..graph.nodes import forward_order, is_leaf
+from ..methods import Aim, Case, Method, find
 from ..objective import Objective
 from ..persample import CallableLoss
 from ..signs import Signs, cpu_generator
-from ..stream import Numbered
+from ..stream import Numbered, survey
 from . import comparisons
 from .comparisons import AuditEntry
 from .derivatives import Probe, loss_quotients
-from .plan import SITE_METHODS, as_double, double_copy
+from .world import World
 
 SAMPLES = 2
 LAYERS = 8
@@ -69,8 +73,8 @@ class Audit:
         worst = self.worst if first is None else max(
             (e for e in failed if e.check == first.check), key=lambda e: e.deviation / e.tolerance
         )
-        why = _DERIVATIVES.get(worst.check, "the model is not covered; use method='hutchinson'")
-        where = repr(worst.layer) if worst.check in _DERIVATIVES else f"layer {worst.layer!r}"
+        why = (_DERIVATIVES | _METHOD).get(worst.check, "the model is not covered; use method='hutchinson'")
+        where = f"layer {worst.layer!r}" if worst.check not in _DERIVATIVES | _METHOD else repr(worst.layer)
         raise AuditError(
             f"the audit failed: {worst.check} of {where} is off by {worst.deviation:.2g} "
             f"(tolerance {worst.tolerance:.0e}): {why}"
@@ -90,6 +94,11 @@ _DERIVATIVES = {
     "operation, or a custom function), and no method here can do without them",
 }
 """Checks of derivatives that every method rests on, those that explain the others first."""
+_METHOD = {
+    "own": "what the method gives are not the entries of the Hessian's diagonal; the method is wrong, or this model "
+    "is not one for it"
+}
+"""Of a method by its own numbers."""
 
 
 @dataclass(frozen=True)
@@ -100,42 +109,99 @@ class _Twin:
     few: Numbered
     arithmetic: Callable[[], AbstractContextManager[Any]]
     dtype: torch.dtype
-    moved: tuple[Objective, Numbered] | None
+    moved: tuple[Objective, Numbered] | None = None
     """A copy that runs in double, and samples for it: the parameters of a user's own model are not moved."""
+    outputs: Tensor | None = None
+    """Of the copy, with their graph: one forward pass serves every comparison where the parameters stand."""
+
+
+class Checks:
+    """The comparisons that a method may ask for, on one linearisation and one graph of the gradient."""
+
+    def __init__(self, twin: _Twin, seed: int) -> None:
+        self.objective, self.few, self.seed = twin.objective, twin.few, seed
+        self.signs = Signs(seed, twin.objective.device)
+        self.tolerance = TOLERANCE[twin.dtype]
+        self._given = twin.outputs
+
+    @cached_property
+    def linear(self) -> Linearisation:
+        """The few samples, linearised, each for itself."""
+        few = self.few
+        found = Linearisation(self.objective, few.inputs, few.targets, index=few.index, outputs=self._given)
+        exact.check_separate(found)
+        return found
+
+    @cached_property
+    def products(self) -> Products:
+        """Hessian-vector products of the few samples."""
+        few = self.few
+        return Products(
+            self.objective, few.inputs, few.targets, index=few.index, parts=False, outputs=self._given
+        )
+
+    @cached_property
+    def forward(self) -> comparisons.Forward:
+        """Products J u with directions of all parameters."""
+        return comparisons.Forward(self.linear, list(self.objective.parameters.values()))
+
+    @cached_property
+    def directions(self) -> Tensors:
+        """One random direction of all parameters; the comparisons of derivatives, which come last, use it up."""
+        parameters = self.objective.parameters.items()
+        return {name: self.signs.plain(p, comparisons.AUDIT, n) for n, (name, p) in enumerate(parameters)}
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The layers that are looked at."""
+        return choose_layers(self.linear, self.signs)
+
+    @property
+    def outputs(self) -> Tensor:
+        """The model's outputs for the few samples, from whichever graph there is."""
+        return self.products._outputs if self._given is None else self._given
+
+    def symmetry(self) -> AuditEntry:
+        """Of the double backward."""
+        return comparisons.symmetry(self.objective, self.products, self.signs, self.tolerance)
+
+    def identity(self) -> list[AuditEntry]:
+        """The site identity, layer by layer."""
+        given = self.linear, self.forward, self.products, self.directions, self.tolerance
+        return [comparisons.identity(layer, *given) for layer in self.layers]
+
+    def squares(self) -> list[AuditEntry]:
+        """The layers' per-sample gradients."""
+        return comparisons.squares(self.linear, self.signs, self.tolerance)
+
+    def closed(self) -> list[AuditEntry]:
+        """Closed shares of the functional part."""
+        return comparisons.closed(self.linear, self.forward, self.layers, self.signs, self.tolerance)
+
+    def entries(self, diagonal: Callable[[Linearisation], tuple[Tensors, Tensors]]) -> list[AuditEntry]:
+        """Entries of a diagonal that a linearisation gives, in its two parts."""
+        return comparisons.entries(self.linear, self.products, self.layers, self.signs, self.tolerance, diagonal)
+
+    def own_entries(self, method: Method) -> list[AuditEntry]:
+        """Entries of what `method` itself gives for the few samples, whatever it rests on."""
+        pair = [(self.few.inputs, self.few.targets)]
+        case = Case(self.objective, pair, survey(self.objective, pair), replace(self.few, start=0), self.seed, World())
+        case.chosen = method.plan(case, Aim(replicates=comparisons.OWN_REPLICATES), "audit")
+        return comparisons.own(case, method, self.products, self.signs, max(self.tolerance, method.tolerance))
 
 
 def audit(objective: Objective, first: Numbered, *, method: str, seed: int) -> Audit:
     """Check `method` on the first samples of the data."""
     twin = _twin(objective, first.few(SAMPLES))
     with twin.arithmetic():
-        entries = _entries(twin, method, Signs(seed, twin.objective.device))
+        checks = Checks(twin, seed)
+        entries = list(find(method).audit(checks))
+        if isinstance(objective.loss, CallableLoss):
+            off = loss_quotients(objective.loss, checks.outputs, twin.few.targets)
+            entries.append(AuditEntry("loss", objective.loss.name, off, comparisons.DIFFERENCE))
+        if twin.moved is not None:
+            entries += comparisons.quotients(*twin.moved, checks.directions)
     return Audit(tuple(entries), len(twin.few.targets), str(twin.dtype).removeprefix("torch."))
-
-
-def _entries(twin: _Twin, method: str, signs: Signs) -> list[AuditEntry]:
-    objective, few, tolerance = twin.objective, twin.few, TOLERANCE[twin.dtype]
-    if method not in SITE_METHODS:
-        products = Products(objective, few.inputs, few.targets, index=few.index, parts=False)
-        entries = [comparisons.symmetry(objective, products, signs, tolerance)]
-        outputs = products._outputs
-    else:
-        linear = Linearisation(objective, few.inputs, few.targets, index=few.index)
-        exact.check_separate(linear)
-        products = Products(objective, few.inputs, few.targets, index=few.index, parts=False)
-        chosen, outputs = choose_layers(linear, signs), linear.outputs
-        forward = comparisons.Forward(linear, list(objective.parameters.values()))
-        entries = [comparisons.identity(linear, forward, layer, products, signs, tolerance) for layer in chosen]
-        entries += comparisons.squares(linear, signs, tolerance)
-        if method == "exact":
-            entries += comparisons.entries(linear, products, chosen, signs, tolerance)
-        else:
-            entries += comparisons.closed(linear, forward, chosen, signs, tolerance)
-    if isinstance(objective.loss, CallableLoss):
-        off = loss_quotients(objective.loss, outputs, few.targets)
-        entries.append(AuditEntry("loss", objective.loss.name, off, comparisons.DIFFERENCE))
-    if twin.moved is not None:
-        entries += comparisons.quotients(*twin.moved, signs)
-    return entries
 
 
 def _twin(objective: Objective, few: Numbered) -> _Twin:
@@ -143,33 +209,63 @@ def _twin(objective: Objective, few: Numbered) -> _Twin:
 
     Where only the loss insists on another dtype, derivatives of the model are still compared in double.
     """
-    own = _Twin(objective, few, nullcontext, objective.dtype, None)
+    own = _Twin(objective, few, nullcontext, objective.dtype)
     try:
         copied = double_copy(objective)
-        double = replace(few, inputs=as_double(few.inputs), targets=as_double(few.targets))
+        double = replace(few, inputs=_as_double(few.inputs), targets=_as_double(few.targets))
         probe = copy.copy(copied)
         probe.loss = Probe()
-        shortest = _shortest(probe, double)
+        outputs = _run(probe, double)
     except (HessdiagError, RuntimeError, TypeError, NotImplementedError):
         return own
+    shortest = _shortest(outputs)
     arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
     if shortest != torch.float64:  # norms computed in float32, and the like
         with contextlib.suppress(HessdiagError, RuntimeError, TypeError), InDouble():  # type: ignore[no-untyped-call]
-            shortest = _shortest(probe, double)
+            outputs = _run(probe, double)
+            shortest = _shortest(outputs)
             arithmetic = InDouble
     moved = (probe, double) if shortest == torch.float64 else None
     try:
         with torch.no_grad():
-            copied.summed_loss(double.inputs, double.targets, index=double.index)
+            copied.loss.check(outputs, double.targets)
+            copied.summed_losses(outputs.detach(), double.targets, index=double.index)
     except (HessdiagError, RuntimeError, TypeError):
         return replace(own, moved=moved if arithmetic is nullcontext else None)
-    return _Twin(copied, double, arithmetic, shortest, moved)
+    return _Twin(copied, double, arithmetic, shortest, moved, outputs)
 
 
-def _shortest(objective: Objective, few: Numbered) -> torch.dtype:
+def double_copy(objective: Objective) -> Objective:
+    """The same objective on a float64 copy of the model, for checks at float64 accuracy."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in objective.model.modules()):
+        raise UncoveredModelError("a copy of scripted code is compiled anew, and shares no graph with the original")
+    twin = copy.copy(objective)
+    # Handed to deepcopy in double, so that nothing is copied twice.
+    known = {id(p): nn.Parameter(p.detach().double()) for p in objective.model.parameters() if _plain(p)}
+    twin.model = copy.deepcopy(objective.model, known).double()
+    everything = dict(twin.model.named_parameters())
+    twin.parameters = {name: everything[name] for name in objective.parameters}
+    twin.dtype = torch.float64
+    return twin
+
+
+def _plain(parameter: nn.Parameter) -> bool:
+    return type(parameter) is nn.Parameter and parameter.dtype == torch.float32 and parameter.requires_grad
+
+
+def _as_double(value: Any) -> Any:
+    """Floating-point tensors of a structure in float64."""
+    return mapped(value, lambda x: x.double() if x.is_floating_point() else x)
+
+
+def _run(objective: Objective, few: Numbered) -> Tensor:
+    """Outputs with their graph, fit for two derivatives."""
+    with torch.enable_grad(), twice_differentiable():
+        return objective.outputs(few.inputs, few.targets, index=few.index)
+
+
+def _shortest(outputs: Tensor) -> torch.dtype:
     """The shortest dtype among the nodes of a model's graph, float32 at the least."""
-    with torch.enable_grad():
-        outputs = objective.outputs(few.inputs, few.targets, index=few.index)
     inner = [node for node in forward_order(outputs.grad_fn) if not is_leaf(node)]
     found = {meta.dtype for node in inner for meta in node._input_metadata}
     return torch.float32 if found & {torch.float32, torch.float16, torch.bfloat16} else torch.float64

@@ -4,151 +4,86 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..diagonal import exact
-from ..diagonal.parts import accumulate
-from ..diagonal.propagation import Propagator
-from ..errors import AuditError, BudgetError, ConfigurationError, ResumeError, UncoveredModelError
-from ..graph import Linearisation
-from ..objective import Objective
-from ..signs import Signs
-from ..stream import Numbered, Survey
+from ..errors import AuditError, BudgetError, ResumeError, UncoveredModelError
+from ..methods import METHODS, Aim, Case, Plan, find
+from ..methods.base import AUTO
 from .audit import Audit, audit
-from .pilot import DEFLATE_BYTES, DEFLATE_LEAST, PILOT_SAMPLES, ROUNDED, direction_bytes, rounding
-from .plan import SITE_METHODS, Plan, make_plan
 from .resume import restore
 
 AUTO_EXACT_FLOPS = 3e10
 """method='auto' takes the exact diagonal up to this many multiplications (a count, so that the choice repeats)."""
 EXACT_BUDGET = 1e14
 """Multiplications beyond which an exact method is refused unless asked for by `budget=` (hours on a few cores)."""
-GIVEN_ROUNDED = 10 * ROUNDED
-GIVEN_BYTES = 8 * DEFLATE_BYTES
-"""Bytes of directions beyond which a plan that was given is refused."""
+FALLBACK = "hutchinson"
 
 
-def decide(
-    objective: Objective,
-    first: Numbered,
-    facts: Survey,
-    method: str,
-    seed: int,
-    audit_model: bool,
-    *,
-    rtol: float = 0.05,
-    replicates: int | None = None,
-) -> tuple[Plan, Audit | None]:
+def decide(case: Case, method: str, aim: Aim, *, audit_model: bool) -> tuple[Plan, Audit | None]:
     """Method and plan, audited; with method='auto' what fails falls back to Hutchinson, with the reason kept."""
-
-    def plan(method: str, reason: str) -> Plan:
-        if method == "exact":  # propagation's pilot linearises
-            Linearisation(objective, first.inputs, first.targets, index=first.index)  # coverage, also without an audit
-        return make_plan(
-            objective,
-            first,
-            method=method,
-            seed=seed,
-            samples=facts.samples,
-            batches=facts.batches,
-            ordered=facts.checked and not facts.shuffled,
-            rtol=rtol,
-            replicates=replicates,
-            reason=reason,
-        )
-
     wanted, reason = method, "asked for"
-    check_covered(facts, method)
-    if method == "auto":
+    if method in METHODS:
+        _require(case, method)
+    else:
         try:
-            if facts.uncovered:
-                raise UncoveredModelError(facts.uncovered)
-            wanted, reason = _cheapest(objective, first, facts)
-            checked = _audited(objective, first, wanted, seed) if audit_model else None
-            return plan(wanted, reason), checked
+            _require_covered(case)
+            wanted, reason = _cheapest(case)
+            checked = _audited(case, wanted) if audit_model else None
+            return METHODS[wanted].plan(case, aim, reason), checked
         except (UncoveredModelError, AuditError) as error:
-            wanted, reason = "hutchinson", f"the site identity does not serve here: {error}"
-    checked = _audited(objective, first, wanted, seed) if audit_model else None
-    return plan(wanted, reason), checked
+            wanted, reason = FALLBACK, f"the site identity does not serve here: {error}"
+    checked = _audited(case, wanted) if audit_model else None
+    return METHODS[wanted].plan(case, aim, reason), checked
 
 
-def check_covered(facts: Survey, method: str) -> None:
-    """Refuse a method of sites where some batch is known not to be covered, before any work."""
-    if facts.uncovered and method in SITE_METHODS:
-        raise UncoveredModelError(facts.uncovered)
+def _require(case: Case, method: str) -> None:
+    """Refuse a method that is known not to serve, before any work."""
+    if METHODS[method].sites:
+        _require_covered(case)
+    elif (reason := METHODS[method].refusal(case)) is not None:
+        raise UncoveredModelError(reason)
 
 
-def _audited(objective: Objective, first: Numbered, method: str, seed: int) -> Audit:
-    """The audit, passed."""
-    checked = audit(objective, first, method=method, seed=seed)
+def _require_covered(case: Case) -> None:
+    if case.survey.uncovered:
+        raise UncoveredModelError(case.survey.uncovered)
+
+
+def _audited(case: Case, method: str) -> Audit:
+    """The audit, passed; and the first batch linearised, which raises what the few samples did not show."""
+    checked = audit(case.objective, case.first, method=method, seed=case.seed)
     checked.require()
     return checked
 
 
-def _cheapest(objective: Objective, first: Numbered, facts: Survey) -> tuple[str, str]:
-    linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
-    flops = exact.cost(linear).flops * facts.samples / linear.samples
+def _cheapest(case: Case) -> tuple[str, str]:
+    flops = METHODS["exact"].multiplications(case)
+    assert flops is not None
     if flops <= AUTO_EXACT_FLOPS:
         return "exact", f"covered by the site identity, and exact takes only {flops:.1e} multiplications"
     return "propagation", f"covered by the site identity; exact would take {flops:.1e} multiplications"
 
 
-def check_budget(objective: Objective, first: Numbered, facts: Survey, plan: Plan, budget: float | None) -> None:
+def check_budget(case: Case, budget: float | None) -> None:
     """Refuse an exact method whose cost is known to be beyond the budget, before it starts."""
-    if budget is None or not plan.deterministic:
-        return
-    if plan.method == "exact":
-        linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
-        flops = exact.cost(linear).flops * facts.samples / linear.samples
-    else:  # two products a parameter, each a few passes that touch every parameter at least once per sample
-        flops = 8.0 * objective.size**2 * facts.samples
-    if flops > budget:
+    flops = None if budget is None else find(case.plan.method).multiplications(case)
+    if flops is not None and budget is not None and flops > budget:
         raise BudgetError(
-            f"method={plan.method!r} would take {flops:.1e} multiplications, more than the budget of {budget:.1e}; "
-            "use method='propagation', fewer samples or parameters, or raise budget="
+            f"method={case.plan.method!r} would take {flops:.1e} multiplications, more than the budget of "
+            f"{budget:.1e}; use method='propagation', fewer samples or parameters, or raise budget="
         )
 
 
-def check_given(
-    objective: Objective, first: Numbered, facts: Survey, plan: Plan, seed: int, audit_model: bool
-) -> Audit | None:
+def check_given(case: Case, plan: Plan, *, audit_model: bool) -> Audit | None:
     """The audit of a plan that was given, or taken up, and whether it fits model and data."""
-    check_covered(facts, plan.method)
-    checked = _audited(objective, first, plan.method, seed) if audit_model else None
-    check_directions(objective, first, facts, plan)
+    _require(case, plan.method)
+    checked = _audited(case, plan.method) if audit_model else None
+    find(plan.method).check(case, plan)
     return checked
-
-
-def check_directions(objective: Objective, first: Numbered, facts: Survey, plan: Plan) -> None:
-    """Refuse a given plan whose directions would fill the memory, or be lost in rounding: it was made for others."""
-    if plan.method != "propagation" or not plan.deflate:
-        return
-    linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
-    size = plan.deflate * direction_bytes(linear, facts.samples)
-    if size > GIVEN_BYTES:
-        raise BudgetError(
-            f"a plan with deflate={plan.deflate} would hold {size / 1e9:.1f} GB of directions for {facts.samples} "
-            "samples; give one with deflate=0, or fewer samples"
-        )
-    few = first.few(PILOT_SAMPLES)
-    propagator = Propagator(
-        Linearisation(objective, few.inputs, few.targets, index=few.index, balance=plan.balance), start=few.start
-    )
-    if not propagator.batch.sites:
-        return
-    signs, known = Signs(0, objective.device), propagator.direct()
-    outer = plan.gauss_newton == "exact"
-    accumulate(known, propagator.gauss_newton() if outer else propagator.gauss_newton_signed(signs, 0))
-    off = rounding(propagator, signs, known, min(plan.deflate, DEFLATE_LEAST))
-    if off > GIVEN_ROUNDED:
-        raise ConfigurationError(
-            f"a plan with deflate={plan.deflate} would lose up to {off:.0e} of the diagonal in {objective.dtype}: the "
-            "halves of its products cancel (balance of another model?); use float64, or give a plan with deflate=0"
-        )
 
 
 def stored_plan(path: Path, method: str) -> Plan:
     """The plan of a measurement that was begun: a pilot repeated might choose otherwise."""
     _, progress, _ = restore(path, identity=None)
     plan = Plan.from_dict(progress["plan"])
-    if method not in ("auto", plan.method):
+    if method not in (AUTO, plan.method):
         raise ResumeError(f"{path}: was begun with method {plan.method!r}, not {method!r}; remove it to start anew")
     return plan

@@ -5,9 +5,11 @@ identity   u^T H u by one Hessian-vector product against sum c (J u)^2 + the los
            parameters, relative to sum |c| (J u)^2 + the Gauss-Newton term;
 squares    the layer functions' per-sample gradients against autograd's, for two samples and random cotangents (a
            model that mixes samples, or uses a layer twice in parallel, fails here), relative to the tensor's norm;
-entries    for the exact method, a few entries against Hessian-vector products, relative to the largest entry.
+entries    for the exact method, a few entries against Hessian-vector products, relative to the largest entry;
 closed     for propagation, two entries per parameter of a layer's closed share, and of its gradients without the sites
-           that the closed share stands for, against forward products, relative to the sums of absolute contributions.
+           that the closed share stands for, against forward products, relative to the sums of absolute contributions;
+own        for a method from outside, a few entries of what it gives against Hessian-vector products, those of a
+           stochastic method beyond eight standard errors of the mean of its replicates.
 Hutchinson needs no identity; there the double backward is checked by its symmetry v^T (H u) = u^T (H v). Whatever the
 method, autograd's derivatives are held against difference quotients (see `derivatives`). No comparison asks for more
 digits than autograd has (see `rounding`).
@@ -15,18 +17,19 @@ digits than autograd has (see `rounding`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..diagonal import exact
-from ..diagonal.hutchinson import Products
 from ..diagonal.parts import Tensors
+from ..diagonal.products import Products, one_hot
 from ..diagonal.propagation import Propagator
 from ..graph import Layer, Linearisation
+from ..methods.base import Method
+from ..methods.case import Case
 from ..objective import Objective
 from ..signs import Signs, cpu_generator
 from ..stream import Numbered
@@ -37,7 +40,7 @@ DIFFERENCE = 1e-2
 """Tolerance of difference quotients of the gradient: what they are to catch is off by tens of per cent."""
 SLOPE = 1e-4
 """Tolerance of the slope, to which one tensor of many adds a hundredth."""
-_AUDIT = 1 << 41  # sign streams of the audit
+AUDIT = 1 << 41  # sign streams of the audit
 
 
 @dataclass(frozen=True)
@@ -55,30 +58,16 @@ class AuditEntry:
         return self.deviation <= self.tolerance
 
 
-def one_hot(objective: Objective, name: str, k: int) -> Tensors:
-    """The direction of one entry (in the order of the axes, however the parameter lies in memory)."""
-    unit = {n: torch.zeros(p.shape, dtype=p.dtype, device=p.device) for n, p in objective.parameters.items()}
-    unit[name].view(-1)[k] = 1
-    return unit
-
-
-def _direction(objective: Objective, names: list[str], signs: Signs) -> Tensors:
-    return {
-        name: signs.plain(parameter, _AUDIT, number) if name in names else torch.zeros_like(parameter)
-        for number, (name, parameter) in enumerate(objective.parameters.items())
-    }
-
-
 def identity(
-    linear: Linearisation, forward: Forward, layer: Layer, products: Products, signs: Signs, tolerance: float
+    layer: Layer, linear: Linearisation, forward: Forward, products: Products, directions: Tensors, tolerance: float
 ) -> AuditEntry:
     """The site identity along one random direction of one layer; `forward` is that of all parameters."""
     names = [name for name in (layer.weight, layer.bias) if name]
-    u = _direction(linear.objective, names, signs)
-    curved = products.hessian(u)
-    left = sum(float((u[name].double() * curved[name].double()).sum()) for name in names)
     everything = linear.objective.parameters
-    value, scale = _site_sums(linear, forward, [u[n] if n in names else None for n in everything])
+    u = {name: directions[name] for name in names}
+    curved = products.hessian(u)
+    left = sum(float(torch.linalg.vecdot(u[n].double().flatten(), curved[n].double().flatten())) for n in names)
+    value, scale = _site_sums(linear, forward, [u.get(n) for n in everything])
     off = abs(left - value)
     if off > tolerance * scale:
         loose = unit(linear.objective, products.inputs, products.targets, 0)
@@ -132,8 +121,8 @@ def push(linear: Linearisation, wrt: Sequence[Any], along: Sequence[Tensor]) -> 
 def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[AuditEntry]:
     """Every layer function's per-sample gradients, one entry of the audit per parameter."""
     propagator = Propagator(linear)
-    seeds = [signs.plain(site.c, _AUDIT, 1, number) for number, site in enumerate(linear.sites)]
-    output = signs.plain(linear.outputs, _AUDIT, 2)
+    seeds = [signs.plain(site.c, AUDIT, 1, number) for number, site in enumerate(linear.sites)]
+    output = signs.plain(linear.outputs, AUDIT, 2)
     each = propagator.each(seeds, output)
     names = [name for layer in linear.layers for name in (layer.weight, layer.bias) if name]
     worst = dict.fromkeys(names, 0.0)
@@ -145,7 +134,7 @@ def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[Audit
             mine = each[name][n] if name in each else torch.zeros_like(linear.objective.parameters[name])
             expected = torch.zeros_like(mine) if truth is None else truth
             size = float(expected.double().norm()) or float(mine.double().norm()) or 1.0
-            worst[name] = max(worst[name], float((mine - expected).double().norm()) / size)
+            worst[name] = max(worst[name], float(mine.sub_(expected).double().norm()) / size)
     return [AuditEntry("squares", name, deviation, tolerance) for name, deviation in worst.items()]
 
 
@@ -158,22 +147,27 @@ def _one(seed: Tensor, sample: int, samples: int) -> Tensor:
 
 
 def entries(
-    linear: Linearisation, products: Products, layers: list[Layer], signs: Signs, tolerance: float
+    linear: Linearisation,
+    products: Products,
+    layers: list[Layer],
+    signs: Signs,
+    tolerance: float,
+    diagonal: Callable[[Linearisation], tuple[Tensors, Tensors]],
 ) -> list[AuditEntry]:
-    """Two random entries of every parameter of `layers`, by the exact method."""
-    outer, inner = exact.batch_diagonal(linear)
+    """Two random entries of every parameter of `layers`, as `diagonal` gives its two parts."""
+    outer, inner = diagonal(linear)
     generator = cpu_generator(signs.seed)
     entries = []
     for layer in layers:
         for name in (n for n in (layer.weight, layer.bias) if n):
-            total = (outer[name] + inner[name]).reshape(-1)
-            scale = float((outer[name].abs() + inner[name].abs()).max()) or 1.0
+            first, second = outer[name].reshape(-1), inner[name].reshape(-1)
+            scale = max(float(torch.linalg.vector_norm(part, torch.inf)) for part in (first, second)) or 1.0
             worst = 0.0
-            for k in torch.randint(0, total.numel(), (2,), generator=generator, device="cpu").tolist():
-                truth = float(products.hessian(one_hot(linear.objective, name, k))[name].reshape(-1)[k])
-                off = abs(truth - float(total[k]))
+            places = torch.randint(0, first.numel(), (2,), generator=generator, device="cpu").tolist()
+            for k, truth in zip(places, products.entries(name, places)):
+                off = abs(truth - float(first[k] + second[k]))
                 if off > tolerance * scale:
-                    off = max(off - _entry_noise(linear, products, name), 0.0)
+                    off = max(off - _entry_noise(linear, products, name, diagonal), 0.0)
                 worst = max(worst, off / scale)
             entries.append(AuditEntry("entries", name, worst, tolerance))
     return entries
@@ -188,7 +182,7 @@ def closed(
     if not places:
         return []
     shares, generator = propagator.direct(), cpu_generator(signs.seed)
-    seeds: list[Tensor | None] = [signs.plain(s.c, _AUDIT, 6, n) for n, s in enumerate(linear.sites)]
+    seeds: list[Tensor | None] = [signs.plain(s.c, AUDIT, 6, n) for n, s in enumerate(linear.sites)]
     deltas = linear.backward(seeds, None, [layer.edge for layer in linear.layers])
     found = []
     for place in places:
@@ -197,8 +191,8 @@ def closed(
         for name in (n for n in (layer.weight, layer.bias) if n):
             parameter, worst = linear.objective.parameters[name], 0.0
             for k in torch.randint(0, parameter.numel(), (2,), generator=generator, device="cpu").tolist():
-                u = one_hot(linear.objective, name, k)
-                pushed, _ = forward.along([u[n] if n == name else None for n in linear.objective.parameters])
+                u = one_hot(parameter, name, k)
+                pushed, _ = forward.along([u.get(n) for n in linear.objective.parameters])
                 own = linear.sites[site].c.double() * pushed[site].double().square()
                 off = abs(float(shares[name].reshape(-1)[k]) - float(own.sum()))
                 worst = max(worst, off / (float(own.abs().sum()) or 1.0) if off else 0.0)
@@ -212,14 +206,61 @@ def closed(
     return found
 
 
-def _entry_noise(linear: Linearisation, products: Products, name: str) -> float:
-    outer, inner = exact.batch_diagonal(unit(linear.objective, products.inputs, products.targets, 0))
+OWN_REPLICATES = 256
+OWN_ENTRIES = 8
+OWN_ERRORS = 8.0
+"""Standard errors of a mean of replicates within which a stochastic method is right."""
+
+
+def own(case: Case, method: Method, products: Products, signs: Signs, tolerance: float) -> list[AuditEntry]:
+    """Two random entries of every parameter as the method itself gives them, or means of replicates of a few more.
+
+    Means are looked at one by one, and all together: sum_k h_k d_k against sum_k h_k^2, h by Hessian-vector products.
+    """
+    work, batch, parts, streams = method.work(case), case.first, method.known(case.plan), method.streams(case.plan)
+    known = work.known(batch, lambda done, total: None) if parts else {}
+    stream = "total" if "total" in streams else "functional"
+    drawn = [work.replicate(batch, r)[stream] for r in range(OWN_REPLICATES)] if streams else []
+    generator, found = cpu_generator(signs.seed), []
+    pooled, square = torch.zeros(max(len(drawn), 1), dtype=torch.float64), 0.0
+    for name, parameter in case.objective.parameters.items():
+        count = OWN_ENTRIES if drawn else 2
+        places = torch.randint(0, parameter.numel(), (count,), generator=generator, device="cpu")
+        truth = torch.tensor(products.entries(name, places.tolist()), dtype=torch.float64)
+        exact = sum((known[part][name].double() for part in parts), torch.zeros(parameter.shape, dtype=torch.float64))
+        rows = torch.stack([one[name].double() for one in drawn]) if drawn else torch.zeros(1, *parameter.shape)
+        rows = (rows + exact).reshape(len(rows), -1)
+        scale, chosen = float(rows.mean(0).abs().max()) or 1.0, rows[:, places]
+        off = chosen.mean(0) - truth
+        found.append(AuditEntry("own", name, _beyond(off, chosen, scale), tolerance))
+        pooled += ((chosen - truth) * truth).sum(1)
+        square += float(truth.square().sum())
+    if drawn:
+        found.append(AuditEntry("own", "the whole model", _beyond(pooled.mean(), pooled, square or 1.0), tolerance))
+    return found
+
+
+def _beyond(off: Tensor, rows: Tensor, scale: float) -> float:
+    """The largest deviation of a mean of rows, beyond what their spread allows; infinite where there is none."""
+    spread = rows.std(0) / len(rows) ** 0.5 if len(rows) > 1 else torch.zeros_like(off)
+    worst = float((off.abs() - OWN_ERRORS * spread).max() / scale)
+    return max(worst, 0.0) if worst == worst else float("inf")
+
+
+def _entry_noise(
+    linear: Linearisation,
+    products: Products,
+    name: str,
+    diagonal: Callable[[Linearisation], tuple[Tensors, Tensors]],
+) -> float:
+    outer, inner = diagonal(unit(linear.objective, products.inputs, products.targets, 0))
     return ROUNDINGS * torch.finfo(linear.outputs.dtype).eps * float((outer[name] + inner[name].abs()).max())
 
 
-def quotients(movable: Objective, few: Numbered, signs: Signs) -> list[AuditEntry]:
+def quotients(movable: Objective, few: Numbered, directions: Tensors) -> list[AuditEntry]:
     """Autograd's derivatives of the model against difference quotients (see `derivatives`)."""
-    found = Moved(movable, few.inputs, few.targets, few.index, signs, _AUDIT, 5).run(slope=SLOPE, difference=DIFFERENCE)
+    directions = {name: u.to(movable.dtype) for name, u in directions.items()}
+    found = Moved(movable, few, directions).run(slope=SLOPE, difference=DIFFERENCE)
     what, where = ("cut off", ", ".join(found.apart)) if found.apart else ("slope", "the whole model")
     entries = [AuditEntry(what, where, found.slope, SLOPE)]
     return entries + [AuditEntry("difference", name, off, DIFFERENCE) for name, off in found.difference.items()]
@@ -227,8 +268,8 @@ def quotients(movable: Objective, few: Numbered, signs: Signs) -> list[AuditEntr
 
 def symmetry(objective: Objective, products: Products, signs: Signs, tolerance: float) -> AuditEntry:
     """Of the double backward: v^T (H u) against u^T (H v)."""
-    u = {n: signs.plain(p, _AUDIT, 3, i) for i, (n, p) in enumerate(objective.parameters.items())}
-    v = {n: signs.plain(p, _AUDIT, 4, i) for i, (n, p) in enumerate(objective.parameters.items())}
+    u = {n: signs.plain(p, AUDIT, 3, i) for i, (n, p) in enumerate(objective.parameters.items())}
+    v = {n: signs.plain(p, AUDIT, 4, i) for i, (n, p) in enumerate(objective.parameters.items())}
     hu, hv = products.hessian(u), products.hessian(v)
     left = sum(float((v[n].double() * hu[n].double()).sum()) for n in u)
     right = sum(float((u[n].double() * hv[n].double()).sum()) for n in u)

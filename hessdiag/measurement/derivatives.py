@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diagonal.hutchinson import Products
+from ..diagonal.products import Products
 from ..errors import HessdiagError
 from ..graph import saved
 from ..graph.nodes import forward_order, is_leaf
 from ..objective import Objective
 from ..persample import CallableLoss, Curvature, Loss, as_rows
-from ..signs import Signs
+from ..stream import Numbered
 from .rounding import ROUNDINGS
 
 STEPS = (1e-7, 1e-8, 1e-6)
@@ -60,75 +60,70 @@ class Quotients:
 
 
 class Moved:
-    """A copy of the model in float64, moved off its kinks, with S and its gradient along one direction."""
+    """A copy of the model in float64, moved off its kinks, with S and its gradient along one direction.
 
-    def __init__(
-        self, objective: Objective, inputs: Any, targets: Tensor, index: int, signs: Signs, *parts: int
-    ) -> None:
+    `directions` are random signs, moved along and then used up. The copy's parameters are left where the last
+    comparison put them.
+    """
+
+    def __init__(self, objective: Objective, few: Numbered, directions: dict[str, Tensor]) -> None:
         self.objective = copy.copy(objective)
         self.objective.loss = Probe()
-        self.inputs, self.targets, self.index = inputs, targets, index
-        self.parameters = objective.parameters
-        self.before = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.size = {name: float(p.detach().square().mean().sqrt()) or 1e-3 for name, p in self.parameters.items()}
-        self._signs, self._parts = signs, parts
+        self.inputs, self.targets, self.index = few.inputs, few.targets, few.index
+        self.parameters, self._directions = objective.parameters, directions
+        self.size = {n: float(p.detach().norm()) / p.numel() ** 0.5 or 1e-3 for n, p in self.parameters.items()}
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.add_(directions[name], alpha=MOVED * self.size[name])
+        self._here = 0.0
 
     def run(self, *, slope: float, difference: float) -> Quotients:
-        """Everything; the parameters are put back. Beyond the tolerances `slope` and `difference` it is looked at more
-        closely: which parameters are cut off, whether other steps agree.
+        """Everything. Beyond the tolerances `slope` and `difference` it is looked at more closely: which parameters
+        are cut off, whether other steps agree.
         """
-        try:
-            with torch.no_grad():
-                for number, (name, p) in enumerate(self.parameters.items()):
-                    p.add_(self._signs.plain(p, *self._parts, 2 * number), alpha=MOVED * self.size[name])
-            return self._compare(slope, difference)
-        finally:
-            with torch.no_grad():
-                for name, p in self.parameters.items():
-                    p.copy_(self.before[name])
-
-    def _compare(self, within: float, tolerance: float) -> Quotients:
+        within, tolerance = slope, difference
         products = Products(self.objective, self.inputs, self.targets, index=self.index, parts=False)
         gradient = {n: None if g is None else g.detach() for n, g in zip(products.names, products._gradient)}
         along = self._direction(gradient, products)
         curved = products.hessian(along)
-        norm = sum(float(g.square().sum()) for g in gradient.values() if g is not None) ** 0.5
-        difference = dict.fromkeys(along, float("inf"))
-        slope, apart = float("inf"), tuple[str, ...]()
+        norm = sum(float(g.norm()) ** 2 for g in gradient.values() if g is not None) ** 0.5
+        off = dict.fromkeys(along, float("inf"))
+        apart = tuple[str, ...]()
+        found = float("inf")
         for number, step in enumerate(STEPS):
             values, gradients = zip(*(self._at(along, sign * step, gradient=True) for sign in (1.0, -1.0)))
             if not number:
-                slope = self._slope(gradient, along, values, step)
-                if slope > within:
+                found = self._slope(gradient, along, values, step)
+                if found > within:
                     apart = self._cut_off(gradient, along, within)
             noise = ROUNDINGS * _EPS * norm / step
             for name in along:
-                quotient = (gradients[0][name] - gradients[1][name]) / (2 * step)
-                size = max(float(quotient.norm()), float(curved[name].norm()))
-                off = max(float((quotient - curved[name]).norm()) - noise, 0.0)
-                difference[name] = min(difference[name], off / size if off else 0.0)
-            if max(difference.values(), default=0.0) <= tolerance:
+                quotient = torch.sub(gradients[0][name], gradients[1][name]).div_(2 * step)
+                beyond = max(float((quotient - curved[name]).norm()) - noise, 0.0)
+                size = max(float(quotient.norm()), float(curved[name].norm())) if beyond else 1.0
+                off[name] = min(off[name], beyond / size)
+            if max(off.values(), default=0.0) <= tolerance:
                 break
-        return Quotients(slope, apart, difference)
+        return Quotients(found, apart, off)
 
     def _direction(self, gradient: dict[str, Tensor | None], products: Products) -> dict[str, Tensor]:
         fixed = _padding(products._outputs)
         along = {}
-        for number, (name, p) in enumerate(self.parameters.items()):
-            u = self._signs.plain(p, *self._parts, 2 * number + 1)
-            g = gradient[name]
-            if g is not None and float(g.norm()):
-                u = u + g * (p.numel() ** 0.5 / float(g.norm()))
+        for name, p in self.parameters.items():
+            u, g = self._directions[name], gradient[name]
+            length = 0.0 if g is None else float(g.norm())
+            if g is not None and length:
+                u.add_(g, alpha=p.numel() ** 0.5 / length)
             for leaf, row in fixed:
                 if leaf is p:
                     u[row] = 0
-            along[name] = u * self.size[name]
+            along[name] = u.mul_(self.size[name])
         return along
 
     def _slope(
         self, gradient: dict[str, Tensor | None], along: dict[str, Tensor], values: Any, step: float
     ) -> float:
-        terms = [float((g * along[n]).sum()) for n, g in gradient.items() if g is not None]
+        terms = [float(g.flatten() @ along[n].flatten()) for n, g in gradient.items() if g is not None and n in along]
         quotient = (values[0] - values[1]) / (2 * step)
         scale = max(sum(abs(t) for t in terms), abs(quotient))
         off = max(abs(quotient - sum(terms)) - ROUNDINGS * _EPS * abs(values[0]) / step, 0.0)
@@ -141,26 +136,28 @@ class Moved:
         names = tuple(name for name, g in gradient.items() if g is None)
         if not names:
             return ()
-        rest = {name: torch.zeros_like(u) if name in names else u for name, u in along.items()}
+        self._move(along, 0.0)
+        rest = {name: u for name, u in along.items() if name not in names}
         values = [self._at(rest, sign * STEPS[0], gradient=False)[0] for sign in (1.0, -1.0)]
+        self._move(rest, 0.0)
         return names if self._slope(gradient, rest, values, STEPS[0]) <= tolerance else ()
 
     def _at(self, along: dict[str, Tensor], step: float, *, gradient: bool) -> tuple[float, dict[str, Tensor]]:
-        """(S, its gradient) with the parameters moved by `step * along`, and moved back."""
-        before = {name: p.detach().clone() for name, p in self.parameters.items()}
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.add_(along[name], alpha=step)
+        """(S, its gradient) with the parameters `step * along` from the middle."""
+        self._move(along, step)
         with torch.set_grad_enabled(gradient):
             value, _ = self.objective.summed_loss(self.inputs, self.targets, index=self.index)
-        found: Any = [None] * len(before)
+        found: Any = [None] * len(self.parameters)
         if gradient:
             found = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(before[name])
         pairs = zip(self.parameters.items(), found)
         return float(value.detach()), {name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in pairs}
+
+    def _move(self, along: dict[str, Tensor], step: float) -> None:
+        with torch.no_grad():
+            for name, u in along.items():
+                self.parameters[name].add_(u, alpha=step - self._here)
+        self._here = step
 
 
 def _padding(outputs: Tensor) -> list[tuple[Any, int]]:

@@ -14,20 +14,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..diagonal.parts import accumulate, zeros
 from ..errors import NonFiniteError, ResumeError
+from ..methods import Case
 from ..norm import NormEstimate
-from ..objective import Objective
-from ..signs import Signs
-from ..stream import Batches, Numbered, Survey, numbered, watch
+from ..stream import Numbered, numbered, watch
 from . import resume as files
-from .passes import Passes
-from .plan import Plan
+from .resume import identity_of
 from .sums import Sums
 from .world import World
 
@@ -57,23 +55,19 @@ class Loop(Sums):
 
     def __init__(
         self,
-        objective: Objective,
-        batches: Batches,
-        plan: Plan,
-        survey: Survey,
+        case: Case,
         *,
-        seed: int,
-        world: World,
-        invariant: bool,
-        progress: Callback | None,
-        resume: Path | None,
-        identity: dict[str, Any],
+        invariant: bool = True,
+        progress: Callback | None = None,
+        resume: Path | None = None,
     ) -> None:
-        super().__init__(objective, plan, survey, invariant=invariant)
-        self.batches, self.seed, self.world, self.progress = batches, seed, world, progress
-        self.passes = Passes(objective, plan, Signs(seed, objective.device), batches=survey.batches)
+        super().__init__(case, invariant=invariant)
+        if not self.method.sites:
+            case.read = None  # a graph that nobody will use
+        self.batches, self.world, self.progress = case.batches, case.world, progress
+        self.work = self.method.work(case)
         self.begun = self._saved = time.monotonic()
-        self._resume, self._identity = resume, identity
+        self._resume, self._identity = resume, {} if resume is None else identity_of(case)
         self._torn = False
         self.unsaved: str | None = None
         """Why the resume file is older than what was done, if it is."""
@@ -94,20 +88,24 @@ class Loop(Sums):
             return
         for position, batch in self._mine():
             with self._whole():
-                outer, inner = self.passes.known(batch, self._inner(self.plan.method))
-                for sums, part in ((self.gauss_newton, outer), (self.functional, inner)):
-                    if sums is not None and part is not None:
-                        accumulate(sums, part)
+                found = self.work.known(batch, self._inner(self.plan.method))
+                self.add_known(found, own=self.work.hands_over)
                 self._after_batch(position + 1)
             self._save_in_time()
-            phase = self.plan.method if self.plan.deterministic else "exact part"
+            phase = self.plan.method if self.method.deterministic else "exact part"
             self._tell(phase, position + 1, self.survey.batches)
         with self._whole(), undivided():
-            for tensors in (self.gauss_newton, self.functional):
-                self.world.sum_((tensors or {}).values())
-                for name, tensor in (tensors or {}).items():
-                    tensor /= self.survey.weight
-                    if not bool(torch.isfinite(tensor).all()):
+            for part in self.method.known(self.plan):
+                if part not in self.known:  # no batch was this process's
+                    self.known[part] = zeros(self.objective.parameters)
+                elif self.world.size > 1 and not self._own:
+                    self.known[part] = {name: t.clone() for name, t in self.known[part].items()}
+                self.world.sum_(self.known[part].values())
+            self._own = self._own or self.world.size > 1
+            self.divide_known()
+            for part in self.method.known(self.plan):
+                for name, tensor in self.known[part].items():
+                    if not isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
                         raise NonFiniteError(
                             f"the diagonal of {name!r} holds NaN or Inf: overflow in {self.objective.dtype}"
                         )
@@ -125,7 +123,7 @@ class Loop(Sums):
             with self._whole():
                 for r in numbers:
                     if self.world.mine(position, self.survey.batches, r):
-                        for stream, part in self.passes.replicate(batch, r).items():
+                        for stream, part in self.work.replicate(batch, r).items():
                             accumulate(self._partial[f"{r}.{stream}"], part)
                 self._after_batch(position + 1)
             self._save_in_time()
@@ -144,7 +142,7 @@ class Loop(Sums):
     def abandon_round(self) -> None:
         """Forget a round that was interrupted, and the graph that served it."""
         self._partial, self._position = {}, 0
-        self.passes.forget()
+        self.work.forget()
 
     def save(self) -> None:
         """Write the resume file now, if there is one and no batch is half counted."""
@@ -173,7 +171,7 @@ class Loop(Sums):
     def _after_batch(self, position: int) -> None:
         self._position = position
         if self.survey.batches > 1:
-            self.passes.forget()
+            self.work.forget()
         if World.asked_to_stop and not self.known_done:
             raise KeyboardInterrupt
 
@@ -220,9 +218,10 @@ class Loop(Sums):
                 f"{self._resume}: does not hold what this measurement needs ({error}); remove it"
             ) from None
         if self.world.rank:  # what one process had begun is counted once: by the first
-            unfinished = [] if self.known_done else [self.gauss_newton, self.functional]
-            for part in [*unfinished, *self._partial.values()]:
-                for tensor in (part or {}).values():
+            if not self.known_done:
+                self.known = {}
+            for part in self._partial.values():
+                for tensor in part.values():
                     tensor.zero_()
 
     def _same_everywhere(self) -> None:

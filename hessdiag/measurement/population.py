@@ -8,28 +8,17 @@ still the diagonal of the data.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from ..diagonal import exact
-from ..diagonal.hutchinson import Products, probe
 from ..diagonal.parts import Tensors, accumulate, zeros
-from ..diagonal.propagation import Propagator
 from ..errors import ConfigurationError
-from ..graph import Linearisation
-from ..norm import Replicates, estimate, trace
-from ..objective import Objective
-from ..signs import Signs, cpu_generator
-from ..stream import Batches, Numbered, Survey, numbered
-from .audit import Audit
-from .plan import Plan
-from .provenance import provenance
-from .result import Measurement, NormSummary
-from .summary import parameter_groups
-from .world import World
+from ..methods import Case, Work, find
+from ..methods.base import FUNCTIONAL, GAUSS_NEWTON, TOTAL
+from ..norm import Replicates
+from ..signs import cpu_generator
+from ..stream import Numbered, numbered
 
 SHARDS = 16
 
@@ -42,93 +31,58 @@ def deal(samples: int, shards: int, seed: int) -> torch.Tensor:
     return shard
 
 
-def measure_population(
-    objective: Objective,
-    batches: Batches,
-    plan: Plan,
-    survey: Survey,
-    audit: Audit | None,
-    *,
-    seed: int,
-    confidence: float,
-    begun: float,
-    progress: Callable[[Any], None] | None,
-    replicates: int,
-    world: World,
-) -> Measurement:
-    """One pass; a replicate per shard."""
-    if world.size > 1:
+def shards_of(case: Case, replicates: int) -> Replicates:
+    """One pass; a replicate per shard, of the total with weight decay."""
+    if case.world.size > 1:
         raise ConfigurationError("target='population' runs in one process")
+    objective, samples = case.objective, case.survey.samples
     shards = max(replicates, SHARDS)
-    if survey.samples < 2 * shards:
+    if samples < 2 * shards:
         raise ConfigurationError(
             f"target='population' needs at least {2 * shards} samples for {shards} independent replicates, "
-            f"not {survey.samples}"
+            f"not {samples}"
         )
-    parameters = objective.parameters
-    shard = deal(survey.samples, shards, seed)
-    signs = Signs(seed, objective.device)
-    sums = [zeros(parameters) for _ in range(shards)]
+    shard = deal(samples, shards, case.seed)
+    work = find(case.plan.method).work(case)
+    sums = [zeros(objective.parameters) for _ in range(shards)]
     weights, seen = [0.0] * shards, [0] * shards
-    for batch in numbered(objective, batches):
+    for batch in numbered(objective, case.batches):
         here = shard[batch.start : batch.start + len(batch.targets)].to(objective.device)
         for number in sorted(set(here.tolist())):
-            part = batch.part(here == number)
-            diagonal, weight = _shard_part(objective, part, plan, signs, number, seen[number])
+            # Signs are keyed by the shard and the place in it: every sample is in one shard only, and used once.
+            part = replace(batch.part(here == number), start=seen[number])
+            accumulate(sums[number], _whole(case, work, part, number))
             seen[number] += len(part.targets)
-            accumulate(sums[number], diagonal)
-            weights[number] += weight
-    squares = {name: p.detach().square() for name, p in parameters.items()}
+            weights[number] += _weight(case, part)
+    squares = {name: p.detach().square() for name, p in objective.parameters.items()}
     stream = Replicates(
-        parameters, groups=max(plan.groups, 4), weights=squares, target="population", device=objective.device
+        objective.parameters,
+        groups=max(case.plan.groups, 4),
+        weights=squares,
+        target="population",
+        device=objective.device,
     )
     for number, (total, weight) in enumerate(zip(sums, weights)):
         stream.add({name: t / weight + objective.l2 for name, t in total.items()}, number)
-    groups = parameter_groups(objective)
-    report = estimate(stream, groups=groups, confidence=confidence)
-    invariant = estimate(stream, weighted=True, groups=groups, confidence=confidence)
-
-    def alone(e: Any) -> NormSummary:
-        return NormSummary(e, None, None, None, None)
-
-    return Measurement(
-        norm=alone(report.total),
-        layers={n: alone(e) for n, e in report.tensors.items()},
-        groups={n: alone(e) for n, e in report.groups.items()},
-        invariant=invariant.total,
-        invariant_groups=invariant.groups,
-        trace=trace(stream, confidence=confidence),
-        effective_curvature=(),
-        audit=audit,
-        status=report.total.status,
-        notes=(f"population target: {shards} shards of the data, {plan.method}",),
-        plan=plan,
-        loss=survey.mean_loss,
-        samples=survey.samples,
-        parameters=objective.size,
-        seconds=time.monotonic() - begun,
-        history=(),
-        provenance=provenance(objective, survey, plan, seed=seed, target="population", world=world),
-    )
+    return stream
 
 
-def _shard_part(
-    objective: Objective, part: Numbered, plan: Plan, signs: Signs, shard: int, seen: int
-) -> tuple[Tensors, float]:
-    """Diagonal summed over the samples of one shard in one batch, and their weight."""
-    if plan.method in ("hutchinson", "reference"):
-        products = Products(objective, part.inputs, part.targets, index=part.index, parts=False)
-        v = probe(objective, signs, shard)
-        return {name: (v[name] * hv).double() for name, hv in products.hessian(v).items()}, products.weight
-    linear = Linearisation(objective, part.inputs, part.targets, index=part.index, balance=plan.balance)
-    if plan.method == "exact":
-        outer, inner = exact.batch_diagonal(linear)
-    else:
-        # Signs keyed by the shard and the place in it: every sample is in one shard only, and used once.
-        propagator = Propagator(linear, start=seen, groups=plan.sample_groups)
-        inner = propagator.functional(signs, shard)
-        accumulate(inner, propagator.direct())
-        outer = (
-            propagator.gauss_newton() if plan.gauss_newton == "exact" else propagator.gauss_newton_signed(signs, shard)
-        )
-    return {name: outer[name] + inner[name] for name in outer}, linear.weight
+def _whole(case: Case, work: Work, part: Numbered, shard: int) -> Tensors:
+    """One unbiased diagonal summed over the samples of one shard in one batch: what is known and what is drawn."""
+    method = find(case.plan.method)
+    work.forget()
+    found = dict(work.known(part, lambda done, total: None)) if method.known(case.plan) else {}
+    if method.streams(case.plan):
+        for stream, drawn in work.replicate(part, shard).items():
+            if stream in found:
+                drawn = {name: drawn[name] + t for name, t in found[stream].items()}
+            found[stream] = drawn
+    work.forget()
+    if GAUSS_NEWTON in found and FUNCTIONAL in found:
+        return {name: t + found[FUNCTIONAL][name] for name, t in found[GAUSS_NEWTON].items()}
+    return found[TOTAL]
+
+
+def _weight(case: Case, part: Numbered) -> float:
+    """What the samples add to the divisor of the mean."""
+    return float(case.objective.loss.weights(part.targets, part.targets).sum())  # of outputs only the device counts

@@ -9,19 +9,14 @@ from typing import Any
 import numpy
 import torch
 
-from ..objective import Objective
-from ..stream import Survey
-from .plan import Plan
-from .world import World
+from ..methods import Case
 
 
-def provenance(
-    objective: Objective, survey: Survey, plan: Plan, *, seed: int, target: str, world: World
-) -> dict[str, Any]:
+def provenance(case: Case, *, target: str) -> dict[str, Any]:
     """Plain values, all of them."""
     from .. import __version__
 
-    device = objective.device
+    objective, survey, device = case.objective, case.survey, case.objective.device
     modes = {m.training for m in objective.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
     return {
         "hessdiag": __version__,
@@ -32,10 +27,10 @@ def provenance(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "dtype": str(objective.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "processes": world.size,
-        "seed": seed,
+        "processes": case.world.size,
+        "seed": case.seed,
         "target": target,
-        "method": plan.method,
+        "method": case.plan.method,
         "model": type(objective.model).__name__,
         "loss": objective.loss.name,
         "l2": objective.l2,

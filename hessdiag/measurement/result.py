@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..diagonal.result import Diagonal
 from ..errors import UnknownNameError, nearest
+from ..methods import Plan
 from ..norm import NormEstimate, Ratio, TraceEstimate
 from .audit import Audit
-from .plan import Plan
 
 if TYPE_CHECKING:
     from ..plot import Figure

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from ..errors import ResumeError
 from ..files import BadFileError
-from ..objective import Objective
+from ..methods import Case
 from ..store.states import digest, read_state, write_state
-from ..stream import Survey
-from .plan import Plan
 
-FORMAT = "hessdiag-resume/2"
+FORMAT = "hessdiag-resume/3"
 UNSAVED = "the resume file could not be written"
 """How the note of a measurement begins that went on without its resume file."""
 MOST_REPLICATES = 1 << 40
@@ -77,11 +75,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def identity_of(objective: Objective, facts: Survey, plan: Plan, seed: int) -> dict[str, Any]:
+def identity_of(case: Case) -> dict[str, Any]:
     """What must agree for a resume file to be taken up."""
+    objective, facts, plan = case.objective, case.survey, case.plan
     state = objective.model.state_dict()
     return {
-        "seed": seed,
+        "seed": case.seed,
         "samples": facts.samples,
         "batches": facts.batches,
         "data": facts.data,
@@ -92,6 +91,7 @@ def identity_of(objective: Objective, facts: Survey, plan: Plan, seed: int) -> d
         "weights": digest(*state.values(), text=" ".join(state)),
         "method": plan.method,
         "groups": plan.groups,
+        "block": plan.block,
         "deflate": plan.deflate,
         "order": facts.order if plan.deflate else None,
         "largest batch": facts.largest,

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..diagonal.result import Diagonal
 from ..errors import UncoveredModelError
 from ..graph import Linearisation
 from ..graph.sites.elementwise import curvature_of
-from ..norm import NormEstimate, NormReport, TraceEstimate, cosine, estimate, exact_norm, share, trace
+from ..methods import Case
+from ..methods.base import FUNCTIONAL, GAUSS_NEWTON, TOTAL
+from ..norm import NormEstimate, NormReport, Replicates, TraceEstimate, cosine, estimate, exact_norm, share, trace
 from ..objective import Objective
 from ..stream import Numbered
 from .audit import Audit
-from .loop import Loop
+from .provenance import provenance
 from .result import EffectiveCurvature, Measurement, NormSummary
+from .sums import Sums
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 _CONVS = nn.modules.conv._ConvNd
@@ -41,74 +47,80 @@ def parameter_groups(objective: Objective) -> dict[str, str]:
     return groups
 
 
-def summarise(
-    loop: Loop,
-    *,
-    first: Numbered,
-    audit: Audit | None,
-    status: str,
-    notes: list[str],
-    confidence: float,
-    seconds: float,
-    keep_diagonal: bool,
-    provenance: Mapping[str, Any],
-) -> Measurement:
+@dataclass(frozen=True)
+class Reports:
+    """Norms of the total, of its parts where they were taken, of the weighted entries, and the trace."""
+
+    total: NormReport
+    outer: NormReport | None
+    inner: NormReport | None
+    invariant: NormReport | None
+    trace: TraceEstimate
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a measurement went: what is told beside its norms."""
+
+    target: str
+    audit: Audit | None
+    status: str
+    notes: list[str]
+    begun: float
+    effective: tuple[EffectiveCurvature, ...]
+    history: tuple[tuple[int, float, float, float], ...] = ()
+    diagonal: Callable[[dict[str, Any]], Diagonal] | None = None
+
+
+def summarise(case: Case, found: Reports, course: Course) -> Measurement:
     """The result of one measurement."""
-    objective = loop.objective
-    groups = parameter_groups(objective)
-    total, outer, inner, invariant, traces = _reports(loop, groups, confidence)
+    objective, confidence, total = case.objective, found.total.total.confidence, found.total
     norm = _summary(
         total.total,
-        None if outer is None else outer.total,
-        None if inner is None else inner.total,
+        None if found.outer is None else found.outer.total,
+        None if found.inner is None else found.inner.total,
         confidence=confidence,
     )
-    tensors = {
-        n: _summary(e, _of(outer, "tensors", n), _of(inner, "tensors", n), confidence=confidence)
-        for n, e in total.tensors.items()
-    }
-    by_group = {
-        n: _summary(e, _of(outer, "groups", n), _of(inner, "groups", n), confidence=confidence)
-        for n, e in total.groups.items()
-    }
-    effective, unused = _effective(objective, first)
-    if unused:
-        notes = [
-            *notes,
-            f"parameters that do not reach the outputs (their entries are zero): {', '.join(unused)}",
-        ]
+    tensors, by_group = (
+        {
+            n: _summary(e, _of(found.outer, kind, n), _of(found.inner, kind, n), confidence=confidence)
+            for n, e in estimates.items()
+        }
+        for kind, estimates in (("tensors", total.tensors), ("groups", total.groups))
+    )
+    status, notes = course.status, list(course.notes)
     eps = torch.finfo(objective.dtype).eps
     if norm.total.replicates and norm.total.high > 0.0 and norm.total.half_width <= 32.0 * eps:  # all share a rounding
-        notes = [*notes, f"the interval is of sampling alone, and narrower than rounding in {objective.dtype}"]
-    lost = _underflown(objective, first, total)
+        notes.append(f"the interval is of sampling alone, and narrower than rounding in {objective.dtype}")
+    lost = _underflown(objective, case.first, total)
     if lost:
         status = "underflow" if len(lost) == len(total.tensors) else f"{status}; underflow of some tensors"
-        notes = [
-            *notes,
+        notes.append(
             f"squares below what {objective.dtype} holds, digits or all of them lost: {', '.join(lost)}; "
-            + ("use float64 (model.double())" if objective.dtype == torch.float32 else "scale the model up"),
-        ]
-    reason = f"{loop.plan.method}: {loop.plan.reason}" if loop.plan.reason else loop.plan.method
+            + ("use float64 (model.double())" if objective.dtype == torch.float32 else "scale the model up")
+        )
+    reason = f"{case.plan.method}: {case.plan.reason}" if case.plan.reason else case.plan.method
     weight = sum(float(p.detach().double().square().sum()) for p in objective.parameters.values())
+    facts = provenance(case, target=course.target)
     return Measurement(
         norm=norm,
         layers=tensors,
         groups=by_group,
-        invariant=invariant.total if invariant else None,
-        invariant_groups=invariant.groups if invariant else {},
-        trace=traces,
-        effective_curvature=effective,
-        audit=audit,
+        invariant=found.invariant.total if found.invariant else None,
+        invariant_groups=found.invariant.groups if found.invariant else {},
+        trace=found.trace,
+        effective_curvature=course.effective,
+        audit=course.audit,
         status=status,
         notes=(reason, *notes),
-        plan=loop.plan,
-        loss=loop.survey.mean_loss + 0.5 * objective.l2 * weight,
-        samples=loop.survey.samples,
+        plan=case.plan,
+        loss=case.survey.mean_loss + 0.5 * objective.l2 * weight,
+        samples=case.survey.samples,
         parameters=objective.size,
-        seconds=seconds,
-        history=tuple(loop.history),
-        provenance=provenance,
-        diagonal=loop.diagonal(dict(provenance)) if keep_diagonal else None,
+        seconds=time.monotonic() - course.begun,
+        history=course.history,
+        provenance=facts,
+        diagonal=None if course.diagonal is None else course.diagonal(dict(facts)),
     )
 
 
@@ -138,42 +150,50 @@ def _underflown(objective: Objective, first: Numbered, report: NormReport) -> li
     return [name for name in doubtful if name in found]
 
 
-def _reports(
-    loop: Loop, groups: dict[str, str], confidence: float
-) -> tuple[NormReport, NormReport | None, NormReport | None, NormReport | None, TraceEstimate]:
-    """Norms of total, Gauss-Newton and functional part, of the weighted entries, and the trace."""
-    if loop.plan.deterministic:
-        diagonal = loop.diagonal({})
-        squares = {n: p.detach().double().square() for n, p in loop.objective.parameters.items()}
+def reports(sums: Sums, confidence: float) -> Reports:
+    """From the sums of a finished loop."""
+    groups = parameter_groups(sums.objective)
+    if sums.method.deterministic:
+        diagonal = sums.diagonal({})
+        squares = {n: p.detach().double().square() for n, p in sums.objective.parameters.items()}
         weighted = {n: squares[n] * t for n, t in diagonal.total.items()}
         value = sum(float(t.sum()) for t in diagonal.total.values())
-        parts = [
+        total, outer, inner, invariant = (
             exact_norm(x, groups=groups, confidence=confidence)
             for x in (diagonal.total, diagonal.gauss_newton, diagonal.functional, weighted)
-        ]
-        return parts[0], parts[1], parts[2], parts[3], TraceEstimate(value, 0.0, value, value, 0, confidence)
-    stream = loop.stream_of("total")
+        )
+        return Reports(total, outer, inner, invariant, TraceEstimate(value, 0.0, value, value, 0, confidence))
+    stream = sums.stream_of(TOTAL)
     assert stream is not None
-    offset = loop.offset("total")
-    total = estimate(stream, offset=offset, groups=groups, confidence=confidence, sequential=True)
-    invariant = estimate(stream, offset=offset, weighted=True, groups=groups, confidence=confidence)
-    traces = trace(stream, offset=offset, confidence=confidence)
-    return (
-        total,
-        _part(loop, "gauss_newton", groups, confidence),
-        _part(loop, "functional", groups, confidence),
-        invariant,
-        traces,
+    offset = sums.offset(TOTAL)
+    return Reports(
+        estimate(stream, offset=offset, groups=groups, confidence=confidence, sequential=True),
+        _part(sums, GAUSS_NEWTON, groups, confidence),
+        _part(sums, FUNCTIONAL, groups, confidence),
+        estimate(stream, offset=offset, weighted=True, groups=groups, confidence=confidence),
+        trace(stream, offset=offset, confidence=confidence),
     )
 
 
-def _part(loop: Loop, part: str, groups: dict[str, str], confidence: float) -> NormReport | None:
+def reports_of_shards(objective: Objective, stream: Replicates, confidence: float) -> Reports:
+    """From one replicate of the total per shard of a population."""
+    groups = parameter_groups(objective)
+    return Reports(
+        estimate(stream, groups=groups, confidence=confidence),
+        None,
+        None,
+        estimate(stream, weighted=True, groups=groups, confidence=confidence),
+        trace(stream, confidence=confidence),
+    )
+
+
+def _part(sums: Sums, part: str, groups: dict[str, str], confidence: float) -> NormReport | None:
     """Norms of one part: from its replicates, exact where nothing of it is random, None where it was not taken."""
-    stream, offset = loop.streams.get(part), loop.offset(part)
+    stream, offset = sums.streams.get(part), sums.offset(part)
     if stream is not None:
         return estimate(stream, offset=offset, groups=groups, confidence=confidence)
     return (
-        exact_norm(offset, groups=groups, confidence=confidence) if loop.gauss_newton is not None and offset else None
+        exact_norm(offset, groups=groups, confidence=confidence) if GAUSS_NEWTON in sums.known and offset else None
     )
 
 
@@ -189,22 +209,23 @@ def _summary(
     return NormSummary(total, outer, inner, first, second, angle)
 
 
-def _effective(objective: Objective, first: Numbered) -> tuple[tuple[EffectiveCurvature, ...], tuple[str, ...]]:
-    """|gain| max|sigma''| of each normalisation that feeds an activation directly; parameters that reach nothing."""
-    one = first.few(1)  # the graph's shape is that of any sample
+def effective(case: Case) -> tuple[tuple[EffectiveCurvature, ...], list[str]]:
+    """|gain| max|sigma''| of each normalisation that feeds an activation directly; a note of parameters unreached."""
     try:
-        linear = Linearisation(objective, one.inputs, one.targets, index=one.index)
+        linear = case.linear if isinstance(case.read, Linearisation) else case.few(1)  # the graph is that of any sample
     except UncoveredModelError:
-        return (), ()
+        return (), []
     norms = {id(layer.node): layer for layer in linear.layers if layer.kind.normalises and layer.weight}
     found = []
     for node in linear.graph.of_kind("elementwise"):
         layer = norms.get(id(node.next_functions[0][0]))
         if layer is None or layer.weight is None:
             continue
-        gain: Tensor = objective.parameters[layer.weight].detach().double().abs()
+        gain: Tensor = case.objective.parameters[layer.weight].detach().double().abs()
         label, largest = curvature_of(node)
         found.append(
             EffectiveCurvature(layer.name, label, largest, float(gain.mean()) * largest, float(gain.max()) * largest)
         )
-    return tuple(found), linear.graph.unused
+    unused = ", ".join(linear.graph.unused)
+    notes = [f"parameters that do not reach the outputs (their entries are zero): {unused}"] if unused else []
+    return tuple(found), notes

@@ -14,27 +14,25 @@ from torch import Tensor
 
 from ..diagonal.parts import Tensors, accumulate, zeros
 from ..diagonal.result import Diagonal
+from ..methods import Case, find
+from ..methods.base import FUNCTIONAL, GAUSS_NEWTON, TOTAL
 from ..norm import NormEstimate, Replicates, estimate
-from ..objective import Objective
-from ..stream import Survey
-from .plan import Plan
 
 
 class Sums:
     """The state of one measurement."""
 
-    def __init__(self, objective: Objective, plan: Plan, survey: Survey, *, invariant: bool) -> None:
-        self.objective, self.plan, self.survey = objective, plan, survey
-        parameters = objective.parameters
+    def __init__(self, case: Case, *, invariant: bool) -> None:
+        self.case, self.objective, self.plan, self.survey = case, case.objective, case.plan, case.survey
+        self.method = find(self.plan.method)
+        parameters = self.objective.parameters
         theta2 = {n: p.detach().square() for n, p in parameters.items()} if invariant else None
-        exact_outer = plan.method == "propagation" and plan.gauss_newton == "exact"
-        self.gauss_newton: Tensors | None = zeros(parameters) if plan.deterministic or exact_outer else None
-        self.functional: Tensors | None = (
-            zeros(parameters) if plan.deterministic or plan.method == "propagation" else None
-        )
+        self.known: dict[str, Tensors] = {}
+        """Sums of what is known exactly, by part, as far as batches have been added."""
+        self._own = False  # the first batch's tensors may belong to whoever made them
         self.streams = {
-            name: Replicates(parameters, groups=plan.groups, weights=theta2, device=objective.device)
-            for name in self._stream_names()
+            name: Replicates(parameters, groups=self.plan.groups, weights=theta2, device=self.objective.device)
+            for name in self.method.streams(self.plan)
         }
         self.known_done = False
         self.done = 0
@@ -45,27 +43,43 @@ class Sums:
     @property
     def has_known(self) -> bool:
         """Whether part of the diagonal comes exactly from one pass."""
-        return self.functional is not None
+        return bool(self.method.known(self.plan))
+
+    def add_known(self, found: Mapping[str, Tensors], *, own: bool) -> None:
+        """Count one batch: of the parts of `Method.known`, each in float64; `own` if its tensors may be changed."""
+        for part in self.method.known(self.plan):
+            fresh = {name: t.detach().to(torch.float64) for name, t in found[part].items()}
+            before = self.known.get(part)
+            if before is None:
+                self.known[part] = fresh
+            elif self._own:
+                accumulate(before, fresh)
+            else:
+                self.known[part] = {name: t + fresh[name] for name, t in before.items()}
+        self._own = own or self._position > 0
+
+    def divide_known(self) -> None:
+        """From sums to means over the data."""
+        for part in self.method.known(self.plan):
+            sums = self.known[part]
+            if self._own:
+                for tensor in sums.values():
+                    tensor /= self.survey.weight
+            else:
+                self.known[part] = {name: t / self.survey.weight for name, t in sums.items()}
 
     def offset(self, stream: str) -> Tensors | None:
         """What is known exactly besides the replicates of a stream ("total", "gauss_newton" or "functional").
 
         The Gauss-Newton part where it was taken exactly, the direct share of the functional part, and weight decay.
         """
-        l2 = self.objective.l2 if stream != "functional" else 0.0
-        parts = [
-            sums
-            for sums, kind in ((self.gauss_newton, "gauss_newton"), (self.functional, "functional"))
-            if sums is not None and stream in ("total", kind)
-        ]
-        if not parts and not l2:
-            return None
-        out = zeros(self.objective.parameters)
-        for part in parts:
-            accumulate(out, part)
-        for tensor in out.values() if l2 else ():
-            tensor += l2
-        return out
+        l2 = self.objective.l2 if stream != FUNCTIONAL else 0.0
+        parts = [self.known[part] for part in self.method.known(self.plan) if stream in (TOTAL, part)]
+        if len(parts) == 2:
+            return {name: (t + parts[1][name]).add_(l2) if l2 else t + parts[1][name] for name, t in parts[0].items()}
+        if len(parts) == 1:
+            return {name: t + l2 for name, t in parts[0].items()} if l2 else parts[0]
+        return {name: t.fill_(l2) for name, t in zeros(self.objective.parameters).items()} if l2 else None
 
     def stream_of(self, part: str) -> Replicates | None:
         """The replicates that carry what is random of a part (the total's are the functional's where g is exact)."""
@@ -86,9 +100,9 @@ class Sums:
     def diagonal(self, facts: dict[str, Any]) -> Diagonal:
         """The diagonal as it stands, its parts, and standard errors of the total."""
         kind, samples = self.plan.method, self.survey.samples
-        if self.plan.deterministic:
-            total, outer, inner = (self.offset(part) or {} for part in ("total", "gauss_newton", "functional"))
-            errors = {name: torch.zeros_like(t) for name, t in total.items()}
+        if self.method.deterministic:
+            total, outer, inner = (self.offset(part) or {} for part in (TOTAL, GAUSS_NEWTON, FUNCTIONAL))
+            errors = {name: t.new_zeros(()).expand(t.shape) for name, t in total.items()}
             return Diagonal(total, outer, inner, errors, kind, samples, provenance=facts)
         stream = self.stream_of("total")
         assert stream is not None
@@ -111,8 +125,8 @@ class Sums:
     def tensors(self, *, partial: bool) -> dict[str, Tensor]:
         """Everything that was added up, by name; with the replicates under way if asked for."""
         found: dict[str, Tensor] = {}
-        for label, sums in (("gauss_newton", self.gauss_newton), ("functional", self.functional)):
-            found |= {f"known|{label}|{n}": t for n, t in (sums or {}).items()}
+        for label, sums in self.known.items():
+            found |= {f"known|{label}|{n}": t for n, t in sums.items()}
         for stream, replicates in self.streams.items():
             found |= {f"stream|{stream}|{k}": t for k, t in replicates.state_dict().items()}
         for key, sums in self._partial.items() if partial else ():
@@ -132,9 +146,13 @@ class Sums:
 
     def load(self, tensors: Mapping[str, Tensor], place: Mapping[str, Any]) -> None:
         """The inverse of `tensors` and `place`; KeyError, TypeError or RuntimeError where they do not fit."""
-        for label, sums in (("gauss_newton", self.gauss_newton), ("functional", self.functional)):
-            for name, tensor in (sums or {}).items():
-                tensor.copy_(tensors[f"known|{label}|{name}"])
+        begun = bool(place["known_done"]) or int(place["position"]) > 0
+        for label in self.method.known(self.plan) if begun else ():
+            self.known[label] = {
+                name: tensors[f"known|{label}|{name}"].to(p.device, torch.float64).reshape(p.shape)
+                for name, p in self.objective.parameters.items()
+            }
+        self._own = True
         for stream, replicates in self.streams.items():
             prefix = f"stream|{stream}|"
             replicates.load_state_dict({k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)})
@@ -145,10 +163,3 @@ class Sums:
         self.known_done, self.done = bool(place["known_done"]), int(place["done"])
         self._position = int(place["position"])
         self.history = [tuple(row) for row in place["history"]]
-
-    def _stream_names(self) -> list[str]:
-        if self.plan.deterministic:
-            return []
-        if self.plan.method == "propagation":
-            return ["functional"] if self.plan.gauss_newton == "exact" else ["total", "gauss_newton", "functional"]
-        return ["total", "gauss_newton", "functional"] if self.plan.parts else ["total"]

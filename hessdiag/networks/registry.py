@@ -39,7 +39,7 @@ def build(
     seed: int | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A new network, its activations made by a factory, one at each place and never in place.
+    """A new `network` for `num_classes`, its activations made by a factory, one at each place and never in place.
 
     `activation` is a spec string, a module (copied to each place) or a factory. `normalize` is (mean, std)
     per channel: a layer without parameters inside the network. `seed` makes the initial weights reproducible

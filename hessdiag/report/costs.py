@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from hessdiag.measurement.forecast import Forecast
+from hessdiag.methods import Forecast
 from hessdiag.report.columns import Column, print_table
 from hessdiag.report.text import bytes_, plain, seconds, value
 

@@ -29,7 +29,7 @@ from hessdiag.errors import (
     UncoveredModelError,
 )
 from hessdiag.graph import Linearisation
-from hessdiag.measurement.plan import Plan
+from hessdiag.methods.plan import Plan
 
 torch.set_num_threads(1)
 N = 4
@@ -321,8 +321,8 @@ class Later:
         self.passes += 1
         x, y = data(5)
         yield x, y
-        if self.passes < 4 or not self.shorter:
-            yield x + (0.1 if self.passes > 3 else 0.0), y
+        if self.passes < 3 or not self.shorter:
+            yield x + (0.1 if self.passes > 2 else 0.0), y
 
 
 @pytest.mark.parametrize("shorter", [True, False])

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 import hessdiag as hd
 from hessdiag.cli import app
 from hessdiag.data import load
-from hessdiag.measurement.pilot import DEFLATE
+from hessdiag.methods.pilot import DEFLATE
 from hessdiag.perturbation import parse_pgd, perturb_batches
 
 SMALL = ["--samples", "24", "--batch-size", "10"]

@@ -22,8 +22,8 @@ from hessdiag.diagonal.parts import accumulate
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import BudgetError, NotDeterministicError, ResumeError
 from hessdiag.graph import Linearisation
-from hessdiag.measurement.pilot import DEFLATE, DEFLATE_LEAST, choose_rank, product_moments, replicates_needed
-from hessdiag.measurement.plan import Plan
+from hessdiag.methods.pilot import DEFLATE, DEFLATE_LEAST, choose_rank, product_moments, replicates_needed
+from hessdiag.methods.plan import Plan
 from hessdiag.signs import Signs
 
 torch.set_num_threads(1)
@@ -238,6 +238,6 @@ def test_a_resumed_deflated_measurement_has_the_same_bits(tmp_path: Path) -> Non
 
 def test_a_given_plan_whose_directions_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y, _ = prepared("residual", n=12)
-    monkeypatch.setattr("hessdiag.measurement.choose.GIVEN_BYTES", 1000)
+    monkeypatch.setattr("hessdiag.methods.propagation.GIVEN_BYTES", 1000)
     with pytest.raises(BudgetError, match="deflate=0"):
         measured(model, [(x, y)], 4)

@@ -25,8 +25,8 @@ from hessdiag.diagonal.parts import accumulate, zeros
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import ConfigurationError, NotDeterministicError, ResumeError, UncoveredModelError
 from hessdiag.graph import Linearisation, chunks
-from hessdiag.measurement.pilot import choose_rank
-from hessdiag.measurement.plan import Plan
+from hessdiag.methods.pilot import choose_rank
+from hessdiag.methods.plan import Plan
 from hessdiag.signs import Signs
 
 torch.set_num_threads(1)
@@ -404,7 +404,7 @@ def test_other_losses_agree_with_exact(loss: str) -> None:
 
 
 def test_the_population_target_takes_any_plan_without_its_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hessdiag.measurement.choose.GIVEN_BYTES", 10)
+    monkeypatch.setattr("hessdiag.methods.propagation.GIVEN_BYTES", 10)
     model = seeded(lambda: Function(torch.tanh))
     x, y = data(40, 5)
     found = hd.measure(hd.Objective(model), [(x, y)], plan=Plan("propagation", deflate=3), target="population")

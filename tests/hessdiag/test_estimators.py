@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import Function, Residual, Tokens, dense_diagonal, seeded
 
 import hessdiag as hd
-from hessdiag.diagonal.hutchinson import Products, probe
+from hessdiag.diagonal.products import Products
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.graph import Linearisation
-from hessdiag.measurement.pilot import balance_products
+from hessdiag.methods.hutchinson import probe
+from hessdiag.methods.pilot import balance_products
 from hessdiag.signs import BLOCK, Signs, key
 
 torch.set_num_threads(1)

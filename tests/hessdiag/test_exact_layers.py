@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hessdiag.diagonal import exact, reference
+from hessdiag.diagonal import exact
 from hessdiag.errors import BudgetError, UncoveredModelError
 from hessdiag.graph import Linearisation, route
+from hessdiag.methods import reference
 from hessdiag.objective import Objective
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hessdiag.diagonal import chain, exact, reference
+from hessdiag.diagonal import chain, exact
 from hessdiag.graph import Linearisation
+from hessdiag.methods import reference
 from hessdiag.objective import Objective
 
 CURVES = {

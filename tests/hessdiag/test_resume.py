@@ -21,8 +21,7 @@ from hessdiag.cli import app
 from hessdiag.data import load
 from hessdiag.errors import ResumeError
 from hessdiag.measurement.loop import Event
-from hessdiag.measurement.passes import Passes
-from hessdiag.measurement.plan import Plan
+from hessdiag.methods import METHODS, Plan, Work
 
 COUNT = 40
 
@@ -87,19 +86,20 @@ def test_ctrl_c_within_a_batch_does_not_count_it_twice(tmp_path: Path, monkeypat
     monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
     monkeypatch.setattr("hessdiag.measurement.loop.SAVE_SHARE", 0.0)
     whole = plain(measured(method="hutchinson"))
-    path, honest, calls = tmp_path / "r.st", Passes.replicate, [0]
+    work = METHODS["hutchinson"].work
+    path, honest, calls = tmp_path / "r.st", work.replicate, [0]
 
-    def interrupted(self: Passes, batch: Any, r: int) -> Any:
+    def interrupted(self: Work, batch: Any, r: int) -> Any:
         calls[0] += 1
         if calls[0] == 101:  # neither the first batch of a round nor the first replicate of a batch
             raise KeyboardInterrupt
         return honest(self, batch, r)
 
-    monkeypatch.setattr(Passes, "replicate", interrupted)
+    monkeypatch.setattr(work, "replicate", interrupted)
     cut = measured(method="hutchinson", resume=path)
     assert "interrupted" in cut.status
     assert cut.replicates < COUNT
-    monkeypatch.setattr(Passes, "replicate", honest)
+    monkeypatch.setattr(work, "replicate", honest)
     assert plain(measured(method="hutchinson", resume=path)) == whole
 
 
@@ -108,13 +108,14 @@ def test_exact_part_is_taken_up_in_the_middle(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("hessdiag.measurement.loop.SAVE_SHARE", 0.0)
     whole, path = plain(measured(method="exact")), tmp_path / "r.st"
     batches = [0]
-    honest = Passes.known
+    work = METHODS["exact"].work
+    honest = work.known
 
-    def counted(self: Passes, batch: Any, tell: Any) -> Any:
+    def counted(self: Work, batch: Any, tell: Any) -> Any:
         batches[0] += 1
         return honest(self, batch, tell)
 
-    monkeypatch.setattr(Passes, "known", counted)
+    monkeypatch.setattr(work, "known", counted)
     with pytest.raises(Killed):
         measured(method="exact", resume=path, progress=killer(5))
     before = batches[0]

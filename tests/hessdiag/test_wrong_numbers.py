@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hessdiag as hd
-from hessdiag.diagonal import reference
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import AuditError, ConfigurationError, HessdiagError, UncoveredModelError
 from hessdiag.graph import Linearisation
 from hessdiag.graph.layers.conv import Conv
-from hessdiag.measurement.plan import Plan
+from hessdiag.methods import reference
+from hessdiag.methods.plan import Plan
 from hessdiag.objective import Objective
 from hessdiag.signs import Signs
 

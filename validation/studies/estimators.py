@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import hessdiag as hd
-from hessdiag.diagonal.hutchinson import Products, probe
+from hessdiag.diagonal.products import Products
 from hessdiag.diagonal.propagation import Propagator
 from hessdiag.graph import Linearisation
+from hessdiag.methods.hutchinson import probe
 from hessdiag.norm import Replicates, estimate
 from hessdiag.norm.report import plug_in_square
 from hessdiag.objective import Objective

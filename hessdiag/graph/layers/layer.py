@@ -145,7 +145,8 @@ class LayerKind(NodeKind, ABC):
         out = {}
         for name, parts in self.per_group(delta, 1, squares=False):
             assert not isinstance(parts, Tensor)
-            out[name] = torch.cat([part.clone() for part in parts])
+            kept = list(parts)  # each a new tensor
+            out[name] = kept[0] if len(kept) == 1 else torch.cat(kept)
         return out
 
     def per_group(self, delta: Tensor, group: int, *, squares: bool) -> Parts:

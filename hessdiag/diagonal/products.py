@@ -1,13 +1,12 @@
-"""Hutchinson's estimator of the diagonal: v * (H v) with Rademacher v (M. F. Hutchinson 1989; Bekas et al. 2007).
+"""Products of a vector with the Hessian and with the Gauss-Newton matrix of one batch, by double backward.
 
-Unbiased for any twice-differentiable model, which makes it the fallback; variance of entry k is
-sum_{j != k} H_kj^2. The Gauss-Newton part is v * (G v), G v = J^T (d2l/df2) J v, with J v by double backward.
+H v is the derivative of <gradient, v>; G v = J^T (d2l/df2) J v, with J v the derivative of <J^T u, v> in u.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,34 +15,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UncoveredModelError
 from ..objective import Objective
-from ..signs import Signs
 from .parts import Tensors
-
-PROBE = 2  # stream of signs
-
-
-def probe(objective: Objective, signs: Signs, replicate: int) -> Tensors:
-    """The Rademacher vector of one replicate, the same for every batch."""
-    return {
-        name: signs.plain(parameter, replicate, PROBE, number)
-        for number, (name, parameter) in enumerate(objective.parameters.items())
-    }
 
 
 class Products:
     """Hessian- and Gauss-Newton-vector products on one batch, the loss summed over its samples.
 
-    The graph of the gradient is built once and serves every vector.
+    The graph of the gradient is built once and serves every vector. `outputs` are the model's, with their graph, where
+    they are at hand.
     """
 
     def __init__(
-        self, objective: Objective, inputs: Any, targets: Tensor, *, index: int = 0, parts: bool = True
+        self,
+        objective: Objective,
+        inputs: Any,
+        targets: Tensor,
+        *,
+        index: int = 0,
+        parts: bool = True,
+        outputs: Tensor | None = None,
     ) -> None:
         self.objective, self.inputs, self.targets = objective, inputs, targets
         self.names = list(objective.parameters)
         self._parameters = [objective.parameters[name] for name in self.names]
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            outputs = objective.outputs(inputs, targets, index=index)
+        with torch.enable_grad(), twice_differentiable():
+            if outputs is None:
+                outputs = objective.outputs(inputs, targets, index=index)
             losses = objective.loss.values(outputs, targets)
             self._gradient = _gradient(losses.sum(), self._parameters)
             self._outputs = outputs
@@ -59,19 +56,33 @@ class Products:
         self.weight = float(objective.loss.weights(outputs.detach(), targets).sum())
 
     def hessian(self, vector: Tensors) -> Tensors:
-        """H v."""
-        pairs = [(g, vector[n]) for g, n in zip(self._gradient, self.names) if g is not None and g.requires_grad]
+        """H v; of the block of some parameters, where `vector` names only those."""
+        pairs = [
+            (g, vector[n])
+            for g, n in zip(self._gradient, self.names)
+            if n in vector and g is not None and g.requires_grad
+        ]
         if not pairs:
-            return {name: torch.zeros_like(vector[name]) for name in self.names}
+            return {name: torch.zeros_like(v) for name, v in vector.items()}
         with once_more():
             found = torch.autograd.grad(
                 [g for g, _ in pairs],
-                self._parameters,
+                [self.objective.parameters[name] for name in vector],
                 [v for _, v in pairs],
                 retain_graph=True,
                 allow_unused=True,
             )
-        return self._named(found, vector)
+        return _named(found, vector)
+
+    def entries(self, name: str, places: list[int]) -> list[float]:
+        """Some entries of the diagonal, counted in the order of the parameter's axes."""
+        found = []
+        unit = one_hot(self.objective.parameters[name], name)
+        for k in places:
+            unit[name].view(-1)[k] = 1
+            found.append(float(self.hessian(unit)[name].reshape(-1)[k]))
+            unit[name].view(-1)[k] = 0
+        return found
 
     def push(self, vector: Tensors) -> Tensor:
         """J v, the change of the outputs along v, [N, ...]."""
@@ -87,13 +98,20 @@ class Products:
         scalars = (self._factor * flat[None]).sum(2) * self._signs[:, None]
         back = (self._factor * scalars[:, :, None]).sum(0).to(self._outputs.dtype).reshape(self._outputs.shape)
         found = torch.autograd.grad(self._outputs, self._parameters, back, retain_graph=True, allow_unused=True)
-        return self._named(found, vector)
+        return _named(found, vector)
 
-    def _named(self, found: Any, like: Tensors) -> Tensors:
-        return {
-            name: torch.zeros_like(like[name]) if value is None else value.detach()
-            for name, value in zip(self.names, found)
-        }
+
+def one_hot(parameter: Tensor, name: str, k: int | None = None) -> Tensors:
+    """The direction of one entry (in the order of the axes, however the parameter lies in memory), or of none."""
+    unit = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    if k is not None:
+        unit.view(-1)[k] = 1
+    return {name: unit}
+
+
+def _named(found: Any, like: Tensors) -> Tensors:
+    pairs = zip(like.items(), found)
+    return {name: torch.zeros_like(own) if value is None else value.detach() for (name, own), value in pairs}
 
 
 def _gradient(loss: Tensor, parameters: list[Any]) -> tuple[Tensor | None, ...]:
@@ -104,6 +122,11 @@ def _gradient(loss: Tensor, parameters: list[Any]) -> tuple[Tensor | None, ...]:
     with once_more():
         found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
     return found
+
+
+def twice_differentiable() -> AbstractContextManager[Any]:
+    """Attention by its formula: the fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 @contextmanager

@@ -1,0 +1,192 @@
+"""Curvature propagation: random signs over the sites, what is known exactly taken out of them.
+
+The passes are those of `hessdiag.diagonal.propagation`. The Gauss-Newton part is exact where its columns are few.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..diagonal import exact
+from ..diagonal.deflation import Deflation
+from ..diagonal.parts import Tensors, accumulate
+from ..diagonal.propagation import Propagator
+from ..errors import BudgetError, ConfigurationError, NotDeterministicError
+from ..graph import Linearisation
+from ..signs import Signs
+from ..stream import Numbered, fingerprint
+from .base import FUNCTIONAL, GAUSS_NEWTON, TOTAL, Aim, FirstPass, Forecast, Method, Tell, Work
+from .pilot import (
+    DEFLATE_BYTES,
+    DEFLATE_LEAST,
+    PILOT_SAMPLES,
+    ROUNDED,
+    affordable_rank,
+    balance_products,
+    choose_groups,
+    choose_rank,
+    direction_bytes,
+    rounding,
+)
+from .plan import Plan, at_once, replicate_groups
+
+if TYPE_CHECKING:
+    from ..measurement.audit import Checks
+    from ..measurement.comparisons import AuditEntry
+    from .case import Case
+
+EXACT_COLUMNS = 32
+"""Loss-factor columns up to which the Gauss-Newton part is taken exactly, in one pass each."""
+KEEP_BYTES = 1 << 28
+"""What layers hold of a single-batch data set is kept between replicates up to this size."""
+GIVEN_ROUNDED = 10 * ROUNDED
+GIVEN_BYTES = 8 * DEFLATE_BYTES
+"""Bytes of directions beyond which a plan that was given is refused."""
+LINEARISE, DIRECT, COLUMN, SIGNED = 6.0, 5.0, 4.0, 10.0
+DEFLATED = 2.3 * SIGNED
+"""In forward passes of the batch, measured on one CPU core for a residual network, an MLP and a ResNet-18."""
+
+
+class _Batches(Work):
+    hands_over = True
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self._deflations: dict[int, tuple[Tensor, Deflation | None]] = {}  # by first sample, with its fingerprints
+
+    def known(self, batch: Numbered, tell: Tell) -> dict[str, Tensors]:
+        """The closed share of the functional part, that along directions, and the Gauss-Newton part if it is exact."""
+        linear = self.case.linearise(batch)
+        exact.check_separate(linear)
+        propagator = self.kept(batch, lambda: self._propagator(linear, batch))
+        functional = propagator.direct()
+        accumulate(functional, propagator.deflated())
+        if self.case.plan.gauss_newton == "exact":
+            return {GAUSS_NEWTON: propagator.gauss_newton(), FUNCTIONAL: functional}
+        return {FUNCTIONAL: functional}
+
+    def replicate(self, batch: Numbered, r: int) -> dict[str, Tensors]:
+        """The functional part beyond what is known, and the Gauss-Newton part where it is left to signs."""
+        propagator = self.kept(batch, lambda: self._propagator(self.case.linearise(batch), batch))
+        functional: Tensors = propagator.functional(self.signs, r)
+        if self.case.plan.gauss_newton == "exact":
+            return {FUNCTIONAL: functional}
+        outer: Tensors = propagator.gauss_newton_signed(self.signs, r)
+        total = {name: functional[name] + outer[name] for name in outer}
+        return {TOTAL: total, GAUSS_NEWTON: outer, FUNCTIONAL: functional}
+
+    def _propagator(self, linear: Linearisation, batch: Numbered) -> Propagator:
+        plan = self.case.plan
+        keep = self.case.single and _kept_bytes(linear) <= KEEP_BYTES
+        propagator = Propagator(linear, start=batch.start, groups=plan.sample_groups, keep=keep)
+        if plan.deflate:
+            self._deflate(propagator, batch)
+        return propagator
+
+    def _deflate(self, propagator: Propagator, batch: Numbered) -> None:
+        """Give a propagator the directions that belong to its batch: what is exact of them was counted once."""
+        marks = fingerprint(batch.inputs, batch.targets)
+        rank = self.case.plan.deflate
+        if batch.start not in self._deflations:
+            self._deflations[batch.start] = (marks, propagator.deflate(self.signs, rank))
+        seen, propagator.deflation = self._deflations[batch.start]
+        if not torch.allclose(seen, marks, rtol=1e-9, atol=1e-9 * float(seen.abs().max())):  # a sum's order may differ
+            raise NotDeterministicError(
+                f"batch {batch.index}: other samples than before; a plan with deflate={rank} needs the "
+                "samples in one order: do not shuffle, or give a plan with deflate=0"
+            )
+
+
+class Propagation(Method):
+    """Stochastic, and rests on the site identity."""
+
+    name, work = "propagation", _Batches
+    sites = True
+
+    def known(self, plan: Plan) -> tuple[str, ...]:
+        """The closed share of the functional part always, the Gauss-Newton part where the plan says so."""
+        return (GAUSS_NEWTON, FUNCTIONAL) if plan.gauss_newton == "exact" else (FUNCTIONAL,)
+
+    def streams(self, plan: Plan) -> tuple[str, ...]:
+        """The functional part alone where the other is exact."""
+        return (FUNCTIONAL,) if plan.gauss_newton == "exact" else (TOTAL, GAUSS_NEWTON, FUNCTIONAL)
+
+    def plan(self, case: Case, aim: Aim, reason: str) -> Plan:
+        """Groups, balance and directions by a pilot on the first samples."""
+        batch = case.few(PILOT_SAMPLES)
+        gauss_newton = "exact" if len(batch.curvature.signs) <= EXACT_COLUMNS else "signs"
+        balance = balance_products(batch, case.seed)
+        if balance:
+            batch = case.few(PILOT_SAMPLES, balance)
+        chosen = choose_groups(batch, case.seed)
+        groups, together = replicate_groups(case.objective.size), at_once(case)
+        rank = 0
+        if case.survey.checked and not case.survey.shuffled:  # the samples are known to come in one order
+            outer = gauss_newton == "exact"
+            rank = choose_rank(
+                batch,
+                case.seed,
+                samples=case.survey.samples,
+                rtol=aim.rtol,
+                replicates=aim.replicates,
+                groups=chosen,
+                outer=outer,
+            )
+        return Plan(self.name, gauss_newton, groups, together, chosen, balance, rank, reason=reason)
+
+    def check(self, case: Case, plan: Plan) -> None:
+        """Refuse a plan whose directions would fill the memory, or be lost in rounding: it was made for others."""
+        if not plan.deflate:
+            return
+        size = plan.deflate * direction_bytes(case.linear, case.survey.samples)
+        if size > GIVEN_BYTES:
+            raise BudgetError(
+                f"a plan with deflate={plan.deflate} would hold {size / 1e9:.1f} GB of directions for "
+                f"{case.survey.samples} samples; give one with deflate=0, or fewer samples"
+            )
+        propagator = Propagator(case.few(PILOT_SAMPLES, plan.balance), start=case.first.start)
+        if not propagator.batch.sites:
+            return
+        signs, known = Signs(0, case.objective.device), propagator.direct()
+        outer = plan.gauss_newton == "exact"
+        accumulate(known, propagator.gauss_newton() if outer else propagator.gauss_newton_signed(signs, 0))
+        off = rounding(propagator, signs, known, min(plan.deflate, DEFLATE_LEAST))
+        if off > GIVEN_ROUNDED:
+            raise ConfigurationError(
+                f"a plan with deflate={plan.deflate} would lose up to {off:.0e} of the diagonal in "
+                f"{case.objective.dtype}: the halves of its products cancel (balance of another model?); use float64, "
+                "or give a plan with deflate=0"
+            )
+
+    def cost(self, case: Case, first: FirstPass) -> Forecast:
+        """With directions taken out of the signs as far as memory allows."""
+        batches = case.survey.batches
+        refused = self.refusal(case)
+        if refused:
+            return Forecast(self.name, refused, batches)
+        linear = case.linear
+        samples = linear.samples * batches
+        taken = first.columns <= EXACT_COLUMNS
+        rank = affordable_rank(linear, samples)
+        once = LINEARISE + DIRECT + (COLUMN * first.columns if taken else 0.0) + rank * DEFLATED
+        each = SIGNED * (1.0 if taken else 2.0) + (LINEARISE / 8 if batches > 1 else 0.0)
+        streams, vector = 1 if taken else 3, 8 * case.objective.size
+        held = 3 * first.graph + (streams * (replicate_groups(case.objective.size) + 1) + 3) * vector
+        held += 2 * rank * int(direction_bytes(linear, samples))
+        time_ = first.seconds * batches
+        passes = (first.columns if taken else 0) + 4 * rank  # a direction is found in two passes and squared in two
+        return Forecast(
+            self.name, None, batches, passes, 2 if taken else 4, None, held, once * time_, each * time_
+        )
+
+    def audit(self, checks: Checks) -> list[AuditEntry]:
+        """The site identity, the layers' gradients, and the closed shares."""
+        return [*checks.identity(), *checks.squares(), *checks.closed()]
+
+
+def _kept_bytes(batch: Linearisation) -> int:
+    """Bytes that layers hold between passes, if told to keep them."""
+    return sum(layer.kind.kept_bytes(layer) for layer in batch.layers)
