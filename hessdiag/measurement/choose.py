@@ -85,10 +85,12 @@ def _audited(objective: Objective, first: Numbered, method: str, seed: int) -> A
 
 def _cheapest(objective: Objective, first: Numbered, facts: Survey) -> tuple[str, str]:
     linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
-    flops = exact.cost(linear).flops * facts.samples / linear.samples
-    if flops <= AUTO_EXACT_FLOPS:
+    price, share = exact.cost(linear), facts.samples / linear.samples
+    flops = price.flops * share
+    if price.effort * share <= AUTO_EXACT_FLOPS:
         return "exact", f"covered by the site identity, and exact takes only {flops:.1e} multiplications"
-    return "propagation", f"covered by the site identity; exact would take {flops:.1e} multiplications"
+    deep = f" and pass {price.nodes * share:.1e} nodes" if flops <= AUTO_EXACT_FLOPS else ""
+    return "propagation", f"covered by the site identity; exact would take {flops:.1e} multiplications{deep}"
 
 
 def check_budget(objective: Objective, first: Numbered, facts: Survey, plan: Plan, budget: float | None) -> None:
