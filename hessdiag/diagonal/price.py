@@ -22,7 +22,7 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class Price:
-    """For one direction of every sample: multiplications, tangent entries alive at once, entries of sites, nodes passed."""
+    """For one direction of every sample: multiplications, tangent entries alive at once, sites, nodes passed."""
 
     work: float
     entries: int
