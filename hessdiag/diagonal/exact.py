@@ -29,31 +29,40 @@ from .chain import functional as diagonal_along
 from .collector import Collector
 from .directions import Directions
 from .parts import Tensors
+from .price import Price, prices
 from .propagation import Propagator
 
 Progress = Callable[[int, int], None]
 MEMORY = 1 << 28
+NODE = 1e5
+"""Multiplications done in the time that it takes to pass a node with nothing to multiply (tens of microseconds)."""
 CLOSE = 1 << 26  # bytes of tangents beyond which a processor waits for its memory
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an exact diagonal of one batch takes: directions moved, multiplications, bytes at the peak."""
+    """What an exact diagonal of one batch takes: directions moved, multiplications, bytes at the peak, nodes passed."""
 
     passes: int
     flops: float
     bytes: int
+    nodes: int = 0
+
+    @property
+    def effort(self) -> float:
+        """Multiplications, each node passed counted as `NODE` more: what small layers cost in large number."""
+        return self.flops + NODE * self.nodes
 
 
 @dataclass(frozen=True)
-class Step:
-    """One layer's share: how its directions are chosen and how many go in one pass."""
+class Choice:
+    """How one layer's directions are chosen and how many go in one pass."""
 
-    directions: Directions
     way: Way
     flops: float
     bytes_each: int
     count: int
+    nodes: int
 
 
 def batch_diagonal(
@@ -73,7 +82,7 @@ def batch_diagonal(
     with torch.no_grad():
         chain = find_chain(batch)
         steps = [] if chain else _plan(batch, memory)
-        price = _chain_price(batch, chain, memory) if chain else _price(batch, steps, memory)
+        price = _chain_price(batch, chain, memory) if chain else _price(batch, [choice for _, choice in steps], memory)
         if budget is not None and price.flops > budget:
             raise BudgetError(
                 f"an exact diagonal of this batch takes {price.flops:.2g} multiplications in "
@@ -90,9 +99,9 @@ def batch_diagonal(
             return outer.result(turned), functional.result(turned)
         check_separate(batch)
         done, total = 0, price.passes
-        for step in steps:
-            step.way.run(step.directions, functional, step.count)
-            done += step.way.passes
+        for directions, choice in steps:
+            choice.way.run(directions, functional, choice.count)
+            done += choice.way.passes
             if progress:
                 progress(done, total)
         gauss_newton = _gauss_newton(batch, per_sample)
@@ -105,7 +114,16 @@ def cost(batch: Linearisation, *, memory: int = MEMORY) -> Cost:
     """What `batch_diagonal` would take, without doing it."""
     with torch.no_grad():
         chain = find_chain(batch)
-        return _chain_price(batch, chain, memory) if chain else _price(batch, _plan(batch, memory), memory)
+        if chain:
+            return _chain_price(batch, chain, memory)
+        bent = [site for site in batch.sites if bool(site.c.any())]
+        found = zip(batch.layers, prices(batch.graph, batch.layers, bent))
+        choices = [
+            _choose(layer.on(batch.samples).ways(batch.objective.parameters), price, batch, memory)
+            for layer, price in found
+            if price.sites
+        ]
+        return _price(batch, choices, memory)
 
 
 def check_separate(batch: Linearisation) -> None:
@@ -140,7 +158,7 @@ def check_separate(batch: Linearisation) -> None:
             )
 
 
-def _plan(batch: Linearisation, memory: int) -> list[Step]:
+def _plan(batch: Linearisation, memory: int) -> list[tuple[Directions, Choice]]:
     sites = [site for site in batch.sites if bool(site.c.any())]
     cache: Cache = {}
     steps = []
@@ -148,26 +166,27 @@ def _plan(batch: Linearisation, memory: int) -> list[Step]:
         edge: Edge = (layer.node, 0)
         route = Route(batch.graph, edge, sites, cache)
         if route.sites:
-            steps.append(_step(Directions(batch, layer, route), memory))
+            directions, (work, entries) = Directions(batch, layer, route), route.cost()
+            price = Price(work, entries, sum(site.c.numel() for _, site in route.sites), len(route.nodes))
+            steps.append((directions, _choose(directions.ways, price, batch, memory)))
     return steps
 
 
-def _step(directions: Directions, memory: int) -> Step:
-    work, entries = directions.route.cost()
-    each = 3 * entries * directions.batch.outputs.element_size()
-    on_processor = directions.batch.outputs.device.type == "cpu"
+def _choose(ways: list[Way], price: Price, batch: Linearisation, memory: int) -> Choice:
+    """The way that costs least of those whose directions fit into memory together."""
+    each = 3 * price.entries * batch.outputs.element_size()
+    on_processor = batch.outputs.device.type == "cpu"
     count = max((min(memory, CLOSE) if on_processor else memory) // each, 1)
-    sites = sum(site.c.numel() for _, site in directions.route.sites)
-    open_ = [way for way in directions.ways if way.together <= count]
-    flops, best = min(((work * way.passes + way.extra(sites), way) for way in open_), key=lambda pair: pair[0])
-    return Step(directions, best, flops, each, count)
+    fitting = [way for way in ways if way.together <= count]
+    flops, best = min(((price.work * way.passes + way.extra(price.sites), way) for way in fitting), key=lambda p: p[0])
+    return Choice(best, flops, each, count, price.nodes * -(-best.passes // count))
 
 
-def _price(batch: Linearisation, steps: list[Step], memory: int) -> Cost:
-    passes = sum(step.way.passes for step in steps)
-    needed = max((min(memory, step.bytes_each * step.way.passes) for step in steps), default=0)
+def _price(batch: Linearisation, choices: list[Choice], memory: int) -> Cost:
+    passes = sum(choice.way.passes for choice in choices)
+    needed = max((min(memory, choice.bytes_each * choice.way.passes) for choice in choices), default=0)
     out = 16 * batch.objective.size
-    return Cost(passes, sum(step.flops for step in steps), needed + out)
+    return Cost(passes, sum(choice.flops for choice in choices), needed + out, sum(choice.nodes for choice in choices))
 
 
 def _chain_price(batch: Linearisation, levels: list[Level], memory: int) -> Cost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..diagonal import exact
 from ..errors import AuditError, BudgetError, ResumeError, UncoveredModelError
 from ..methods import METHODS, Aim, Case, Plan, find
 from ..methods.base import AUTO
@@ -55,11 +56,12 @@ def _audited(case: Case, method: str) -> Audit:
 
 
 def _cheapest(case: Case) -> tuple[str, str]:
-    flops = METHODS["exact"].multiplications(case)
-    assert flops is not None
-    if flops <= AUTO_EXACT_FLOPS:
+    price, share = exact.cost(case.linear), case.survey.samples / case.linear.samples
+    flops = price.flops * share
+    if price.effort * share <= AUTO_EXACT_FLOPS:
         return "exact", f"covered by the site identity, and exact takes only {flops:.1e} multiplications"
-    return "propagation", f"covered by the site identity; exact would take {flops:.1e} multiplications"
+    deep = f" and pass {price.nodes * share:.1e} nodes" if flops <= AUTO_EXACT_FLOPS else ""
+    return "propagation", f"covered by the site identity; exact would take {flops:.1e} multiplications{deep}"
 
 
 def check_budget(case: Case, budget: float | None) -> None:

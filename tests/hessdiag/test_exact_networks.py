@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hessdiag.diagonal import chain, exact
+sys.path.insert(0, str(Path(__file__).parent))
+from models import ELEMENTWISE, Function, Residual, Tokens, seeded
+
+import hessdiag as hd
+from hessdiag.diagonal import chain, exact, price
 from hessdiag.graph import Linearisation
 from hessdiag.methods import reference
 from hessdiag.objective import Objective
@@ -207,3 +214,48 @@ def test_single_precision_is_summed_in_double() -> None:
         for name, value in wanted.items():
             assert found[name].dtype == torch.float64
             assert float((found[name] - value).norm()) <= 1e-5 * float(value.norm()) + 1e-12
+
+
+@pytest.mark.parametrize("name", ["residual", "tokens", "resnet18", "preact_resnet18", "glu"])
+def test_the_price_of_all_layers_is_that_of_their_routes(name: str) -> None:
+    """`cost` walks the graph once; the plan of a run, layer by layer. They agree to the last multiplication."""
+    shapes = {"residual": (2, 8, 8), "tokens": (4, 5), "glu": (5,)}
+    builds: dict[str, Any] = {"residual": Residual, "tokens": Tokens, "glu": lambda: Function(ELEMENTWISE["glu"])}
+    build = builds.get(name, lambda: hd.networks.build(name, activation="silu", num_classes=3, width=2))
+    model = seeded(build)
+    x = torch.randn(3, *shapes.get(name, (3, 8, 8)), dtype=torch.float64)
+    batch = Linearisation(hd.Objective(model), x, torch.tensor([0, 1, 2]))
+    with torch.no_grad():
+        steps = exact._plan(batch, exact.MEMORY)
+    assert exact.cost(batch) == exact._price(batch, [choice for _, choice in steps], exact.MEMORY)
+
+
+def test_the_price_is_found_by_walking_the_graph_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once per node, however many layers there are; a deep net of small layers is no work for a pass per layer."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 0.3 * torch.tanh(self.inner(x))
+
+    counts = []
+    for depth in (30, 120):
+        model = nn.Sequential(*[Block() for _ in range(depth)], nn.Linear(4, 3)).double()
+        batch = Linearisation(hd.Objective(model), torch.randn(4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))
+        calls = 0
+        original = price.fan_of
+
+        def counted(node: Any, original: Any = original) -> int:
+            nonlocal calls
+            calls += 1
+            return original(node)
+
+        monkeypatch.setattr(price, "fan_of", counted)
+        cost = exact.cost(batch)
+        monkeypatch.setattr(price, "fan_of", original)
+        counts.append(calls)
+        assert cost.effort > cost.flops
+    assert counts[1] <= 4.5 * counts[0]
