@@ -35,6 +35,7 @@ from torch.utils import _pytree
 from .diagonal.exact import cost
 from .errors import ConfigurationError, EmptyDataError, UncoveredModelError
 from .forward import mapped
+from .graph import Linearisation
 from .measure import diagonal
 from .measurement.choose import AUTO_EXACT_FLOPS
 from .measurement.plan import Plan
@@ -43,7 +44,6 @@ from .norm.estimates import check_confidence
 from .norm.jackknife import interval, jackknife_covariance, student_quantile, u_statistic
 from .objective import Objective
 from .signs import cpu_generator, key
-from .graph import Linearisation
 from .stream import Batches, numbered
 
 LEAST, MOST = 8, 16
