@@ -7,10 +7,13 @@ or when help is asked for, so that `train --help` does not wait for what sweeps 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import traceback
 
 import typer
 
+from hessdiag.commands.exits import INTERNAL, INTERRUPTED, PIPE, RESOURCES, code_of
 from hessdiag.errors import HessdiagError
 
 # Name on the command line -> module that registers it.
@@ -25,7 +28,6 @@ COMMANDS = {
     "verdicts": "experiments.commands.verdicts",
     "power": "experiments.commands.power",
 }
-REFUSED, INTERRUPTED = 3, 130
 
 
 def application(arguments: list[str]) -> typer.Typer:
@@ -46,19 +48,26 @@ def application(arguments: list[str]) -> typer.Typer:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; a refusal is one line on standard error and exit code 3."""
+    """Run a command; a refusal is one line on standard error, its exit code that of `hessdiag` for the same."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
         outcome = application(words)(words, standalone_mode=False)
     except HessdiagError as error:
         print(f"error: {error}", file=sys.stderr)
-        return REFUSED
+        return code_of(error)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except Exception as error:
         show = getattr(error, "show", None)  # click's usage errors print themselves
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes once more at exit
+            return PIPE
+        if isinstance(error, MemoryError):
+            print("error: out of memory; fewer workers, or smaller batches", file=sys.stderr)
+            return RESOURCES
         if show is None:
-            raise
+            traceback.print_exc()
+            return INTERNAL
         show()
         return int(getattr(error, "exit_code", 2))
     return outcome if isinstance(outcome, int) else 0

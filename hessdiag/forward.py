@@ -26,10 +26,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 
-def forward(model: nn.Module, inputs: Any) -> Any:
-    """What the model gives for a copy of the inputs."""
+def forward(model: nn.Module, inputs: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> Any:
+    """What the model gives for a copy of the inputs, called as `call` says."""
     with _mended(model):
-        return model(mapped(inputs, lambda x: x.detach().clone()))
+        own = mapped(inputs, lambda x: x.detach().clone())
+        return model(own) if call is None else call(model, own)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper: a compiled one shows no graph of torch calls. Parameters are shared."""
+    compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())  # not imported for this
+    while isinstance(model, compiled):
+        model = model._orig_mod
+    return model
 
 
 def mapped(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -40,6 +40,11 @@ class CrossEntropy(Loss):
         if targets.is_floating_point():
             if bool((targets < 0).any()):
                 raise TargetError("probability targets must not be negative")
+            if targets.ndim == 1 and len(targets) == len(outputs) and bool((targets == targets.round()).all()):
+                raise TargetError(
+                    f"targets are whole numbers stored as {targets.dtype}: if they are classes, give targets.long(); "
+                    "for regression say loss='mse'"
+                )
             if targets.shape != outputs.shape:
                 raise TargetError(
                     f"probability targets must have the outputs' shape {list(outputs.shape)}, not {list(targets.shape)}"

@@ -25,8 +25,9 @@ from .errors import (
     StochasticModeError,
     TargetError,
 )
-from .forward import forward, leaves
+from .forward import forward, leaves, unwrapped
 from .losses import make_loss
+from .outputs import Output, advice, meant
 from .persample import Loss, PerSample
 from .selection import choose
 
@@ -42,6 +43,9 @@ class Objective:
     matched against whole names, or a function of the name.
     `l2` adds (l2/2)|theta|^2 over the chosen parameters: +l2 on every diagonal entry (counted with the
     Gauss-Newton part, being positive and free of sigma''). Off by default.
+    `output` names what is meant of a model that returns more than a tensor: a key or attribute ("logits"), a place (0),
+    or a function of what it returns. `forward` calls a model that takes more than one argument:
+    `lambda model, x: model(**x)`. A model compiled by torch.compile(model) is taken out of its wrapper.
     """
 
     def __init__(
@@ -53,13 +57,18 @@ class Objective:
         l2: float = 0.0,
         label_smoothing: float = 0.0,
         class_weights: Tensor | Sequence[float] | None = None,
+        output: Output = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigurationError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         if not (isinstance(l2, (int, float)) and 0.0 <= l2 < float("inf")):
             raise ConfigurationError(f"l2 must be a finite number >= 0, not {l2!r}")
         weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float64)
-        self.model = model
+        if forward is not None and not callable(forward):
+            raise ConfigurationError("forward must be a function (model, inputs) -> outputs")
+        self.model = model = unwrapped(model)
+        self.output, self.call = output, forward
         self.loss: Loss = make_loss(loss, label_smoothing=label_smoothing, class_weights=weights)
         self.l2 = float(l2)
         self.parameters: dict[str, nn.Parameter] = choose(model, parameters)
@@ -96,7 +105,10 @@ class Objective:
     def check_batch(self, batch: Any, index: int) -> tuple[Any, Tensor]:
         """`(inputs, targets)` of `batch` number `index`, or the exception that says what is wrong with it."""
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ConfigurationError(f"batch {index} is no pair (inputs, targets) but {_describe(batch)}")
+            raise ConfigurationError(
+                f"batch {index} is no pair (inputs, targets) but {_describe(batch)}; hessdiag.feed.batches(data, "
+                "targets=...) makes pairs of dictionaries, arrays and Datasets"
+            )
         inputs, targets = batch
         if not isinstance(targets, Tensor):
             raise TargetError(f"targets of batch {index} are no tensor but {_describe(targets)}")
@@ -120,7 +132,7 @@ class Objective:
     def outputs(self, inputs: Any, targets: Tensor, *, index: int) -> Tensor:
         """The model's outputs for checked `inputs`, themselves checked against the `targets` of batch `index`."""
         try:
-            outputs = forward(self.model, inputs)
+            outputs = meant(forward(self.model, inputs, self.call), self.output)
         except (HessdiagError, MemoryError):
             raise
         except Exception as error:
@@ -128,9 +140,7 @@ class Objective:
                 raise
             raise self._failure(error, inputs, index) from error
         if not isinstance(outputs, Tensor):
-            raise ConfigurationError(
-                f"the model returned {_describe(outputs)}; wrap it so that it returns one tensor of outputs"
-            )
+            raise ConfigurationError(f"the model returned {_describe(outputs)}; {advice(outputs)}")
         if not outputs.is_floating_point():
             raise DtypeError(f"the model's outputs are {outputs.dtype}; real floating-point outputs are needed")
         if outputs.ndim == 0 or len(outputs) != len(targets):
@@ -210,7 +220,7 @@ class Objective:
         ]
         try:
             with torch.no_grad():
-                forward(self.model, inputs)
+                forward(self.model, inputs, self.call)
         finally:
             for handle in handles:
                 handle.remove()

@@ -29,7 +29,7 @@ def choose(
             raise ConfigurationError(f"parameters={wanted!r} is no regular expression: {error}") from None
         names = [name for name in everything if pattern.fullmatch(name)]
         if not names:
-            raise NoParametersError(f"no parameter matches {wanted!r}; there are {_some(list(everything))}")
+            raise NoParametersError(f"no parameter matches {wanted!r}; {_meant(wanted, list(everything))}")
     elif callable(wanted):
         names = [name for name in everything if wanted(name)]
     else:
@@ -44,6 +44,15 @@ def choose(
         raise NoParametersError(f"parameter {frozen[0]!r} does not require a gradient; call requires_grad_(True)")
     keep = set(names)
     return {name: p for name, p in everything.items() if name in keep}
+
+
+def _meant(wanted: str, names: list[str]) -> str:
+    """A module's name, or another part of whole names, which are what is matched; else what there is."""
+    for pattern in (rf"{wanted}\..*", f".*{wanted}.*"):
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if found:
+            return f"whole names are matched: '{pattern}' would mean {_some(found)}"
+    return f"there are {_some(names)}"
 
 
 def _some(names: list[str]) -> str:

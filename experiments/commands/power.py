@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hessdiag.report.text import counted
+
 QUANTITIES = ("aa2", "clean")
 
 
@@ -38,7 +40,8 @@ def command(
     found, sources = forecast(sweep, read_all(results), rules, quantities)
     console = Console(soft_wrap=True)
     number = len({run.train["seed"] for run in sweep.runs})
-    console.print(f"{sweep.name}: {sweep.title}; {len(sweep.runs)} runs, {number} seeds", highlight=False, markup=False)
+    size = f"{counted(len(sweep.runs), 'run')}, {counted(number, 'seed')}"
+    console.print(f"{sweep.name}: {sweep.title}; {size}", highlight=False, markup=False)
     for name, scatter in sources.items():
         rough = f"; differs: {', '.join(scatter.differs)}" if scatter.differs else ""
         text = f"scatter of {name}: {unit(scatter.value, name)} a run, {scatter.freedom} d.f., from {scatter.source}"

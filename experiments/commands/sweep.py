@@ -13,13 +13,13 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from experiments.chance import UNLEARNED
-from experiments.commands.train import EXITS
 from experiments.sweep import cluster, export, grid, local, preflight, records, schema, status
 from experiments.sweep.cost import check_budget, estimate
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.reader import DAMAGED, Reader
 from experiments.sweep.store import Store
+from hessdiag.commands.exits import OK
+from hessdiag.commands.exits import WIDE as SHORT
 from hessdiag.errors import ConfigurationError, HessdiagError, StoreError, UnknownNameError, nearest
 
 EXECUTORS = ("local", "ray")
@@ -46,7 +46,7 @@ def command(
 ) -> int:
     """Run every sweep named; what is finished is skipped, so the same command goes on after an interruption.
 
-    Exit codes: 0 done, 1 some runs failed, 3 refused, 5 some networks did not learn.
+    Exit codes as of hessdiag: 0 done; 1 some runs failed or some networks did not learn; 2 usage; 3 bad file.
 
     Example: python -m experiments sweep experiments/sweeps/smoke/figure3.toml --seeds 0,1,2 --export
     """
@@ -103,7 +103,7 @@ def command(
     except KeyboardInterrupt:
         print("stopped; what is done is kept, and the same command goes on", file=sys.stderr)
         raise
-    return 1 if failures else EXITS[UNLEARNED] if unlearned else 0
+    return SHORT if failures or unlearned else OK
 
 
 def _run(

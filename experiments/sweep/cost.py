@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from experiments.sweep.keys import RunConfig
 from hessdiag.errors import BudgetError
+from hessdiag.report.text import counted
 
 Timing = tuple[RunConfig, float]
 
@@ -39,9 +40,9 @@ class Estimate:
         """What the command prints before it starts."""
         left = self.left
         if self.done == self.runs:
-            return f"{self.runs} runs, all done"
+            return f"{counted(self.runs, 'run')}, all done"
         failed = f"{self.failed} failed (--retries tries them again), " if self.failed else ""
-        text = f"{self.runs} runs, {self.done} done, {failed}{left} to do"
+        text = f"{counted(self.runs, 'run')}, {self.done} done, {failed}{left} to do"
         if not left:
             return text
         if self.unknown == left:
@@ -68,7 +69,7 @@ def estimate(
         for config, seconds in entries:
             groups.setdefault(config.family, []).append(seconds)
         for family, values in groups.items():
-            known.setdefault(family, (statistics.fmean(values), f"{source}: {len(values)} runs"))
+            known.setdefault(family, (statistics.fmean(values), f"{source}: {counted(len(values), 'run')}"))
     seconds, unknown, sources, tried = 0.0, 0, dict[str, None](), set[str]()
     for run in runs:
         if run.key in finished | lost:
@@ -91,7 +92,8 @@ def check_budget(cost: Estimate, workers: int, minutes: float | None) -> None:
     if minutes is None:
         return
     if cost.unknown:
-        raise BudgetError(f"--budget {minutes:g}: {cost.unknown} runs not timed yet; the pilot would time one")
+        unknown = counted(cost.unknown, "run")
+        raise BudgetError(f"--budget {minutes:g}: {unknown} not timed yet; the pilot would time one")
     if cost.wall(workers) > 60 * minutes:
         raise BudgetError(
             f"the sweep needs about {duration(cost.wall(workers))}, more than --budget {minutes:g} min; "

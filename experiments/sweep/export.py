@@ -20,6 +20,7 @@ from experiments.sweep.reader import DAMAGED, Reader
 from experiments.sweep.seals import SEAL, DamagedError, sealed, unsealed
 from hessdiag.errors import ConfigurationError, StoreError
 from hessdiag.files import BadFileError, read_json, replace_file
+from hessdiag.report.text import counted
 
 FORMAT = "hessdiag-sweep/1"
 DIGITS = 8
@@ -94,8 +95,9 @@ def publish(store: Reader, name: str, folder: Path) -> str:
     lost = [run for run in before if run.config.family in kinds and _point(run) not in points]
     if lost:
         raise StoreError(
-            f"results {path}: holds {len(lost)} runs of this sweep that store {store.root} does not ({lost[0].key[:8]} "
-            f"{lost[0].config.label}, ...); not replaced: export to another directory with --results, or delete it"
+            f"results {path}: holds {counted(len(lost), 'run')} of this sweep that store {store.root} does not "
+            f"({lost[0].key[:8]} {lost[0].config.label}, ...); not replaced: export to another directory "
+            "with --results, or delete it"
         )
     try:
         save(found, folder)
@@ -104,7 +106,7 @@ def publish(store: Reader, name: str, folder: Path) -> str:
             f"results {path}: cannot be written ({error.strerror or error}); nothing is lost: "
             "give the same command with --only-export and a --results that can"
         ) from error
-    told = [f"{len(found.runs)} runs"]
+    told = [counted(len(found.runs), "run")]
     damaged = [row for row in store.rows(name) if row.state == DAMAGED]
     told += [f"{found.missing} missing"] if found.missing else []
     told += [f"{len(damaged)} of them damaged: {damaged[0].key[:8]}, ..."] if damaged else []

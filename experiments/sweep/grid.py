@@ -32,9 +32,9 @@ from typing import Any
 
 from experiments.config import load_toml
 from experiments.fields import merged
-from experiments.sweep.keys import TIERS, RunConfig, canonical
+from experiments.sweep.keys import OWN, TIERS, RunConfig, canonical
 from experiments.sweep.settings import complete, train_fields
-from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
+from hessdiag.errors import ConfigurationError, DataError, UnknownNameError, nearest
 
 FIGURES = ("figure3", "figure4", "figure5", "figure6", "figure7", "table1", "table2", "control")
 NOWHERE = "none"  # the figure of a sweep that is drawn and judged nowhere
@@ -67,7 +67,8 @@ def find(path: str | Path) -> Path:
     if not named.is_file():
         names = sorted(str(file.relative_to(SWEEPS).with_suffix("")) for file in SWEEPS.glob("*/*.toml"))
         hint = nearest(str(path.with_suffix("")), names)
-        raise ConfigurationError(f"sweep {path}: no such file, and no sweep of that name; {hint}")
+        kind = DataError if path.suffix == ".toml" else ConfigurationError  # a file was meant, or a name
+        raise kind(f"sweep {path}: no such file, and no sweep of that name; {hint}")
     return named
 
 
@@ -84,7 +85,9 @@ def load(
     _known(table, TOP, place)
     for name in SECTIONS:
         _table(table.get(name, {}), f"{place}: [{name}]")
-    tier, figure = table.get("tier", path.parent.name), table.get("figure", path.stem)
+    # A file of any name, anywhere, is a sweep: where it is none of the paper's, it is drawn and judged nowhere.
+    tier = table.get("tier", path.parent.name if path.parent.name in TIERS else OWN)
+    figure = table.get("figure", path.stem if path.stem in FIGURES else NOWHERE)
     _one_of(tier, TIERS, f"{place}: tier")
     _one_of(figure, (*FIGURES, NOWHERE), f"{place}: figure")
     grids, overrides = table.get("grid", []), table.get("override", [])

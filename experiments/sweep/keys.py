@@ -19,7 +19,8 @@ from hessdiag.errors import ConfigurationError
 # What a record means. Raise it when the code that makes records changes what a number in them means: every
 # key changes with it, so that old and new records never pass for one another.
 RECORD_SCHEMA = "1"
-TIERS = ("smoke", "quick", "campaign", "paper")  # sizes of a sweep, smallest first
+OWN = "own"
+TIERS = ("smoke", "quick", "campaign", "paper", OWN)  # sizes of a sweep, smallest first; sweeps of one's own
 
 Plain = dict[str, Any]
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from hessdiag.commands.complete import ACTIVATIONS, of
 from hessdiag.commands.exits import OK, guarded
 
 NAME = "curvature"
@@ -26,12 +27,13 @@ hessdiag curvature mish --quiet                [dim]# the number alone[/dim]"""
 def command(
     activation: Annotated[
         list[str],
-        typer.Argument(help="Names with options (silu, rct:beta=1,alpha=14), or package.module:function."),
+        typer.Argument(
+            autocompletion=of(ACTIVATIONS),
+            help="Names with options (silu, rct:beta=1,alpha=14), or package.module:function.",
+        ),
     ],
     *,
-    range_: Annotated[
-        float, typer.Option("--range", help="Half the width of the picture; by itself if 0.")
-    ] = 0.0,
+    range_: Annotated[float, typer.Option("--range", help="Half the width of the picture; by itself if 0.")] = 0.0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The numbers alone, one per line.")] = False,
 ) -> int:
     """Tell max|sigma''| of activations, where it is reached, and draw sigma''."""

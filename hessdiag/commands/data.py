@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hessdiag.commands.complete import FETCHED, of
 from hessdiag.commands.exits import OK, guarded
 
 NAME = "data"
@@ -21,7 +22,9 @@ hessdiag data cifar10 --root /big/disk"""
 
 @guarded
 def command(
-    names: Annotated[list[str] | None, typer.Argument(help="Data sets to fetch: cifar10, cifar100.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(autocompletion=of(FETCHED), help="Data sets to fetch: cifar10, cifar100.")
+    ] = None,
     *,
     root: Annotated[
         Path | None, typer.Option(help="Where they lie; else $HESSDIAG_DATA, else ~/.cache/hessdiag.")

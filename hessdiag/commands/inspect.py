@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hessdiag.commands.complete import example_or_file
 from hessdiag.commands.exits import Outputs, guarded
 
 NAME = "inspect"
@@ -23,7 +24,9 @@ The file is read as tensors and plain values only; nothing in it is executed."""
 
 @guarded
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="A .pt, .pth or .safetensors file, or digits-example.")],
+    checkpoint: Annotated[
+        str, typer.Argument(autocompletion=example_or_file, help="A .pt, .pth or .safetensors file, or digits-example.")
+    ],
     *,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: Annotated[str | None, typer.Option(help="Write all of it as JSON; - for stdout.")] = None,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hessdiag.commands import complete
+from hessdiag.commands.complete import of
 from hessdiag.commands.exits import guarded
 from hessdiag.commands.request import Request
 
@@ -39,25 +41,30 @@ def command(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="A .pt, .pth or .safetensors file; or the name of a shipped one: digits-example."
+            autocompletion=complete.example_or_file,
+            help="A .pt, .pth or .safetensors file; or the name of a shipped one: digits-example.",
         ),
     ] = "digits-example",
     *,
     network: Annotated[
         str | None,
         typer.Option(
+            autocompletion=of(complete.NETWORKS),
             help="Network of a bare state dict: resnet18, preact_resnet18, wrn28_10, small_resnet, mlp.",
             rich_help_panel=MODEL,
         ),
     ] = None,
     activation: Annotated[
-        str | None, typer.Option(help="Its activation: silu, rct:beta=1,alpha=14, ...", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(
+            autocompletion=of(complete.ACTIVATIONS),
+            help="Its activation: silu, rct:beta=1,alpha=14, ...",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     num_classes: Annotated[
         int | None,
-        typer.Option(
-            help="Its number of classes, where the weights leave it open.", min=1, rich_help_panel=MODEL
-        ),
+        typer.Option(help="Its number of classes, where the weights leave it open.", min=1, rich_help_panel=MODEL),
     ] = None,
     model: Annotated[
         str | None,
@@ -66,6 +73,7 @@ def command(
     weights: Annotated[
         str | None,
         typer.Option(
+            autocompletion=of(complete.WEIGHTS),
             help="model or ema: which of a file's weights. By default the averaged ones, if any.",
             rich_help_panel=MODEL,
         ),
@@ -73,6 +81,7 @@ def command(
     normalize: Annotated[
         str | None,
         typer.Option(
+            autocompletion=of(complete.NORMALISATIONS),
             help="Normalise inputs in [0, 1] before the model: cifar10, cifar100, imagenet, or MEANS:DEVIATIONS, "
             "one number a channel, e.g. 0.13:0.31.",
             rich_help_panel=MODEL,
@@ -81,12 +90,15 @@ def command(
     data: Annotated[
         str | None,
         typer.Option(
+            autocompletion=of(complete.DATA),
             help="digits, cifar10, cifar100, npz:PATH, safetensors:PATH, folder:PATH or package.module:factory. "
             "By default the set named in the checkpoint.",
             rich_help_panel=DATA,
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="test or train.", rich_help_panel=DATA)] = "test",
+    split: Annotated[
+        str, typer.Option(autocompletion=of(complete.SPLITS), help="test or train.", rich_help_panel=DATA)
+    ] = "test",
     samples: Annotated[
         int | None,
         typer.Option(help="So many samples, chosen at random; by default all.", min=1, rich_help_panel=DATA),
@@ -100,7 +112,9 @@ def command(
     loss: Annotated[
         str,
         typer.Option(
-            help="cross_entropy, mse, half_mse, bce, or package.module:function.", rich_help_panel=WHAT
+            autocompletion=of(complete.LOSSES),
+            help="cross_entropy, mse, half_mse, bce, or package.module:function.",
+            rich_help_panel=WHAT,
         ),
     ] = "cross_entropy",
     label_smoothing: Annotated[
@@ -111,13 +125,12 @@ def command(
     ] = 0.0,
     layers: Annotated[
         str | None,
-        typer.Option(
-            help="Regular expression for the parameters to measure, e.g. 'layer3.*'.", rich_help_panel=WHAT
-        ),
+        typer.Option(help="Regular expression for the parameters to measure, e.g. 'layer3.*'.", rich_help_panel=WHAT),
     ] = None,
     attack: Annotated[
         str | None,
         typer.Option(
+            autocompletion=of(complete.ATTACKS),
             help="Measure at perturbed inputs, crafted once per sample and held fixed: pgd:eps=8/255,steps=10.",
             rich_help_panel=WHAT,
         ),
@@ -125,17 +138,22 @@ def command(
     target: Annotated[
         str,
         typer.Option(
-            help="data: these samples. population: the distribution they come from.", rich_help_panel=WHAT
+            autocompletion=of(complete.TARGETS),
+            help="data: these samples. population: the distribution they come from.",
+            rich_help_panel=WHAT,
         ),
     ] = "data",
     method: Annotated[
-        str, typer.Option(help="auto, exact, propagation, hutchinson or reference.", rich_help_panel=HOW)
+        str,
+        typer.Option(
+            autocompletion=of(complete.METHODS),
+            help="auto, exact, propagation, hutchinson or reference.",
+            rich_help_panel=HOW,
+        ),
     ] = "auto",
     rtol: Annotated[
         float,
-        typer.Option(
-            help="Stop when half the interval is this small, relative to the norm.", rich_help_panel=HOW
-        ),
+        typer.Option(help="Stop when half the interval is this small, relative to the norm.", rich_help_panel=HOW),
     ] = 0.05,
     confidence: Annotated[float, typer.Option(help="Of every interval.", rich_help_panel=HOW)] = 0.95,
     min_replicates: Annotated[int, typer.Option(help="At least so many.", rich_help_panel=HOW)] = 10,
@@ -143,9 +161,7 @@ def command(
     max_seconds: Annotated[
         float | None, typer.Option(help="Stop then, with what is there.", rich_help_panel=HOW)
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Of the random signs and of the attack.", rich_help_panel=HOW)
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random signs and of the attack.", rich_help_panel=HOW)] = 0,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -153,9 +169,16 @@ def command(
             rich_help_panel=HOW,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=HOW)] = "auto",
+    device: Annotated[
+        str, typer.Option(autocompletion=of(complete.DEVICES), help="auto, cpu, cuda or cuda:N.", rich_help_panel=HOW)
+    ] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="float32 or float64; by default the weights' own.", rich_help_panel=HOW)
+        str | None,
+        typer.Option(
+            autocompletion=of(complete.DTYPES),
+            help="float32 or float64; by default the weights' own.",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     spread: Annotated[
         bool,

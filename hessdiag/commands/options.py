@@ -122,4 +122,6 @@ def normalize_of(text: str | None) -> Normalize | None:
 
 def spec_of(text: str, seed: int) -> PGDSpec:
     """The perturbation, its noise keyed by --seed unless it names a seed itself."""
+    if ":" not in text:  # `pgd` alone: what it lacks is said of it as typed
+        return parse_pgd(text)
     return parse_pgd(text if "seed=" in text else f"{text.rstrip(',')},seed={seed}")

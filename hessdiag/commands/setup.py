@@ -121,7 +121,7 @@ def try_out(objective: Objective, batches: Iterable[Any], data: DataSet) -> None
     few, labels = inputs[:2], targets[:2]
     try:
         with torch.no_grad():
-            forward(objective.model, few)
+            forward(objective.model, few, objective.call)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(

@@ -59,5 +59,13 @@ def _whole(name: str, split: str, seed: int, root: Path) -> DataSet:
         return load_npz(path, name) if scheme == "npz" else load_safetensors(path, name)
     if is_factory_name(name):
         return load_custom(name, split=split, seed=seed)
+    path = Path(name).expanduser()
+    meant = {".npz": "npz", ".safetensors": "safetensors"}.get(path.suffix.lower(), "folder" if path.is_dir() else None)
+    if meant:
+        raise UnknownNameError(f"no data set {name!r}; did you mean '{meant}:{name}'?")
+    if path.suffix.lower() == ".npy":
+        raise UnknownNameError(
+            f"no data set {name!r}; numpy.savez('data.npz', inputs=..., targets=...) makes one, npz:data.npz"
+        )
     known = [*NAMES, *(f"{s}:PATH" for s in SCHEMES), "package.module:factory"]
     raise UnknownNameError(f"no data set {name!r}; {nearest(name, known)}")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hessdiag.checkpoint import CheckpointSummary
 from hessdiag.report.columns import Column, print_pairs, print_table
-from hessdiag.report.text import bytes_, plain, value
+from hessdiag.report.text import bytes_, counted, plain, value
 
 
 def print_summary(out: Console, found: CheckpointSummary, *, tensors: bool) -> None:
@@ -21,10 +21,10 @@ def print_summary(out: Console, found: CheckpointSummary, *, tensors: bool) -> N
     rows = [
         ("file", f"{found.kind}, {found.layout}, {bytes_(found.size)}"),
         ("sha256", found.sha256),
-        ("weights", f"{found.parameters:,} parameters in {_count(found, 'model')} tensors"),
+        ("weights", f"{counted(found.parameters, 'parameter')} in {counted(_count(found, 'model'), 'tensor')}"),
     ]
     if found.has_ema:
-        rows.append(("averaged weights", f"{_count(found, 'ema')} tensors"))
+        rows.append(("averaged weights", counted(_count(found, "ema"), "tensor")))
     if found.epoch is not None:
         rows.append(("epoch", str(found.epoch)))
     for heading, table in (("", found.config), ("metrics: ", found.metrics), ("", found.extra)):

@@ -101,13 +101,13 @@ def test_a_run_that_did_not_learn_says_so_in_its_status_and_its_exit_code(
     code = main([*words.split(), "--epochs", str(epochs), "--out", str(tmp_path)])
     out, err = capsys.readouterr()
     summary = json.loads(out)
-    assert code == 5
+    assert code == 1
     assert summary["status"] == UNLEARNED
     assert summary["clean_loss"] == pytest.approx(math.log(10), abs=0.5)
     assert "did not learn" in err
     assert json.loads((tmp_path / "result.json").read_text())["status"] == UNLEARNED
     code = main([*words.split(), "--epochs", str(epochs), "--out", str(tmp_path)])  # found finished, told again
-    assert code == 5
+    assert code == 1
 
 
 def test_a_run_that_learned_is_finished() -> None:

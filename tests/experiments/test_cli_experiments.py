@@ -87,7 +87,7 @@ def test_refusals_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = call(capsys, *words)
-    assert code == 3
+    assert code == (3 if message == "NOWHERE" else 2)  # a file that is missing; a word that is wrong
     assert message in err
     assert err.count("\n") == 1
     assert err.startswith("error: ")
@@ -108,7 +108,7 @@ def test_what_a_recipe_says_besides_is_checked(
 ) -> None:
     (tmp_path / "mine.toml").write_text(f"method = 'standard'\n{lines}\n")
     code, _, err = call(capsys, "train", "--recipe", str(tmp_path / "mine.toml"), "--dry-run")
-    assert code == 3
+    assert code == 2
     assert message in err
 
 

@@ -532,7 +532,7 @@ def test_the_commands_say_what_could_be_decided_and_what_was(tmp_path, capsys, m
     assert told.count("band less low") == told.count("band less high") == 6  # three β by two quantities that are stored
     assert main(["power", str(SWEEPS / "smoke" / "figure3.toml"), "--results", str(tmp_path)]) == 0
     assert "one seed tells none" in capsys.readouterr().out
-    assert main(["power", str(SWEEPS / "smoke" / "figure3.toml"), "--results", str(tmp_path / "none")]) == 3
+    assert main(["power", str(SWEEPS / "smoke" / "figure3.toml"), "--results", str(tmp_path / "none")]) == 2
     assert "nothing tells their scatter" in capsys.readouterr().err
     assert main(["verdicts", "--results", str(tmp_path)]) == 0
     assert "smoke/figure3" in capsys.readouterr().out
@@ -540,4 +540,4 @@ def test_the_commands_say_what_could_be_decided_and_what_was(tmp_path, capsys, m
     told = capsys.readouterr().out
     assert "S4.5.flat-is-robust [invariant]" in told
     assert "β=1 alone: " in told
-    assert main(["verdicts", "--results", str(tmp_path), "--claim", "S4.5.flat"]) == 3
+    assert main(["verdicts", "--results", str(tmp_path), "--claim", "S4.5.flat"]) == 2

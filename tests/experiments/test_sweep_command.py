@@ -84,7 +84,7 @@ def test_a_results_directory_that_cannot_be_written_is_refused_first(tmp_path, c
         before = (tmp_path / "s" / "store.sqlite").read_bytes()
         words = ("sweep", write(tmp_path), "--store", tmp_path / "s", "--results", tmp_path / "file", kind)
         code, out, err = call(capsys, *words)
-        assert (code, out, err.count("\n")) == (3, "", 1)
+        assert (code, out, err.count("\n")) == (2, "", 1)
         assert "--results" in err
         assert "cannot be written" in err
         assert (tmp_path / "s" / "store.sqlite").read_bytes() == before
@@ -109,7 +109,7 @@ def test_an_export_says_what_is_missing_and_never_replaces_more(tmp_path, capsys
     finished(tmp_path / "fewer", sweep, 2)
     code, _, err = call(capsys, *words, tmp_path / "fewer")
     assert code == 3
-    assert "holds 1 runs of this sweep that store" in err
+    assert "holds 1 run of this sweep that store" in err
     assert (results / "smoke" / "mine.json").read_bytes() == before
     finished(tmp_path / "none", sweep, 0)
     code, _, err = call(capsys, *words, tmp_path / "none")
@@ -121,7 +121,7 @@ def test_an_export_says_what_is_missing_and_never_replaces_more(tmp_path, capsys
     other = grid.load(write(tmp_path, TEXT.replace("epochs = 1", "epochs = 2")))
     finished(tmp_path / "s", other, 1)  # settings were edited: another experiment, whose file it becomes
     code, out, _ = call(capsys, *words, tmp_path / "s")
-    assert (code, "(1 runs, 3 missing)" in out) == (0, True)
+    assert (code, "(1 run, 3 missing)" in out) == (0, True)
 
 
 def test_results_of_no_tier_are_refused_and_stop_no_sweep(tmp_path, capsys):
@@ -153,7 +153,7 @@ def test_results_of_no_tier_are_refused_and_stop_no_sweep(tmp_path, capsys):
 def test_data_that_every_run_would_miss_is_missed_before_the_first(tmp_path, capsys, monkeypatch, old, new, words):
     monkeypatch.setenv("HESSDIAG_DATA", str(tmp_path / "nothing"))
     code, _, err = call(capsys, "sweep", write(tmp_path, TEXT.replace(old, new)), "--store", tmp_path / "s")
-    assert code == 3
+    assert code == (2 if "digit" in new.split('"') or "held_out" in new else 3)  # a word that is wrong, or data
     assert words in err
     assert err.count("\n") == 1
     assert not (tmp_path / "s").exists()
@@ -186,14 +186,14 @@ def test_options_without_meaning_are_refused(tmp_path, capsys, monkeypatch, opti
     options = [str(write(tmp_path / "again")) if word == "AGAIN" else word for word in options]
     line = ["sweep", write(tmp_path), *options, "--store", tmp_path / "s", "--results", tmp_path / "r"]
     code, _, err = call(capsys, *line)
-    assert code == 3
+    assert code == (4 if words.startswith(("4 runs", "more than")) else 2)  # 4: it would take too long
     assert words in err
 
 
 def test_ray_that_is_not_there_is_missed_before_the_store_is_made(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     code, out, err = call(capsys, "sweep", write(tmp_path), "--store", tmp_path / "s", "--executor", "ray")
-    assert (code, out, err.count("\n")) == (3, "", 1)
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert "pip install" in err
     assert not (tmp_path / "s").exists()
 
@@ -381,7 +381,7 @@ def test_networks_that_did_not_learn_are_named_and_give_an_exit_code(
             assert store.finish(claim, dead if claim.config.train["seed"] else good, 30.0)
     words = ("sweep", tmp_path / "mine.toml", "--store", tmp_path / "s", "--results", tmp_path / "r")
     code, out, err = call(capsys, *words)
-    assert code == 5
+    assert code == 1
     assert "4 done, 0 failed, 2 did not learn" in out
     assert err.count("digits 1: did not learn: 10%") == 2
     code, out, _ = call(capsys, *words, "--seeds", "0")

@@ -166,6 +166,18 @@ def test_one_run_cannot_be_two_variants(tmp_path):
     assert len(load(write(tmp_path, BASE + again.replace("variant = 'other'\n", ""))).runs) == 8
 
 
+@pytest.mark.parametrize("name", ["my first sweep.toml", "beta-against-alpha.v2.toml", "lr=0.1", "Ünicode.txt"])
+def test_a_sweep_of_ones_own_has_any_name_and_any_folder(tmp_path, name):
+    text = BASE.replace('tier = "smoke"\n', "").replace('figure = "figure3"\n', "")
+    folder = tmp_path / "somebody's folder"
+    folder.mkdir()
+    (folder / name).write_text(text, encoding="utf-8")
+    sweep = load(folder / name)
+    assert (sweep.tier, sweep.figure) == ("own", "none")  # drawn and judged nowhere
+    assert sweep.name == f"own/{Path(name).stem}"
+    assert len(sweep.runs) == 8
+
+
 def test_a_missing_file_and_a_foreign_store_end_with_one_line(tmp_path, capsys):
     assert main(["sweep", str(tmp_path / "none.toml"), "--store", str(tmp_path / "s")]) == 3
     assert "no such file" in capsys.readouterr().err
@@ -174,7 +186,7 @@ def test_a_missing_file_and_a_foreign_store_end_with_one_line(tmp_path, capsys):
     assert main(["sweep", str(write(tmp_path, BASE)), "--store", str(tmp_path / "s")]) == 3
     assert "holds other files" in capsys.readouterr().err
     for bad in (["--executor", "lcal"], ["--seeds", "a"], ["--seeds", "1,1"], ["--retries", "-1"]):
-        assert main(["sweep", str(tmp_path / "mine.toml"), "--store", str(tmp_path / "t"), *bad]) == 3
+        assert main(["sweep", str(tmp_path / "mine.toml"), "--store", str(tmp_path / "t"), *bad]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
         assert not (tmp_path / "t").exists()
 

@@ -1,0 +1,177 @@
+"""What people have: models that return more than a tensor, dictionaries, arrays, Datasets, compiled models, float labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import hessdiag as hd
+from hessdiag import feed
+from hessdiag.errors import ConfigurationError, EmptyDataError, TargetError
+from hessdiag.spread import spread
+
+
+@dataclass
+class Returned:
+    loss: Tensor | None
+    logits: Tensor
+
+
+class Place(NamedTuple):
+    logits: Tensor
+    features: Tensor
+
+
+class Core(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(torch.tanh(self.fc1(x)))
+
+
+class Wrapped(Core):
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(super().forward(x))
+
+
+class Keywords(Core):
+    def forward(self, a: Tensor, b: Tensor) -> Any:  # type: ignore[override]
+        return {"logits": super().forward(a + b), "hidden": a}
+
+
+def _core(kind: Any = Core, *args: Any) -> Any:
+    torch.manual_seed(0)
+    return kind(*args).double().eval()
+
+
+def _data(count: int = 20) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(count, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (count,), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def truth() -> float:
+    return hd.measure(hd.Objective(_core()), [_data()]).rms
+
+
+@pytest.mark.parametrize(
+    ("wrap", "output"),
+    [
+        (lambda y: Returned(None, y), "logits"),
+        (lambda y: {"logits": y, "aux": y * 2}, "logits"),
+        (lambda y: (y * 2, y), 1),
+        (lambda y: [y, y * 2], 0),
+        (lambda y: Place(y, y * 2), "logits"),
+        (lambda y: Place(y, y * 2), lambda returned: returned.features / 2),
+    ],
+)
+def test_the_output_that_is_meant(wrap: Any, output: Any, truth: float) -> None:
+    model = _core(Wrapped, wrap)
+    m = hd.measure(hd.Objective(model, output=output), [_data()])
+    assert m.rms == pytest.approx(truth, rel=1e-12)
+    assert m.status == "exact"  # read through the wrapper, not given up on
+
+
+@pytest.mark.parametrize(
+    ("wrap", "output", "words"),
+    [
+        (lambda y: Returned(None, y), None, r"output='logits'"),
+        (lambda y: {"scores": y}, None, r"output='scores'"),
+        (lambda y: (y, y), None, r"output=0"),
+        (lambda y: {"logits": y}, "logit", r"did you mean 'logits'"),
+        (lambda y: (y,), 1, r"output=0"),
+        (lambda y: y, "logits", r"leave output out"),
+        (lambda y: y.tolist(), None, r"output=lambda"),
+    ],
+)
+def test_what_could_be_meant_is_said(wrap: Any, output: Any, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        hd.measure(hd.Objective(_core(Wrapped, wrap), output=output), [_data()])
+
+
+def test_a_model_with_keywords_and_dictionaries(truth: float) -> None:
+    x, y = _data()
+    batches = feed.batches(
+        [{"a": part * 0.25, "b": part * 0.75, "labels": label} for part, label in zip(x.split(7), y.split(7))],
+        dtype=torch.float64,
+    )
+    objective = hd.Objective(_core(Keywords), output="logits", forward=lambda model, inputs: model(**inputs))
+    m = hd.measure(objective, batches)
+    assert m.rms == pytest.approx(truth, rel=1e-12)
+    assert spread(m, objective, batches).groups == 16
+    assert hd.measure(objective, batches, method="hutchinson", rtol=0.5).status
+
+
+class Rows(Dataset[tuple[Any, int]]):
+    def __init__(self, x: Any, y: Any) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, place: int) -> tuple[Any, int]:
+        return self.x[place], int(self.y[place])
+
+
+def test_arrays_and_datasets_are_the_same_data(truth: float) -> None:
+    x, y = _data()
+    sources = [
+        (x.numpy(), y.numpy()),
+        (x.numpy(), y.numpy().astype(np.int32)),
+        (x, y),
+        TensorDataset(x, y),
+        Rows(x.numpy(), y.numpy()),
+        DataLoader(TensorDataset(x, y), batch_size=6),
+        [(x.numpy()[:5], y.numpy()[:5].tolist()), (x.numpy()[5:], y.numpy()[5:])],
+        [{"image": x, "label": y}],
+    ]
+    for source in sources:
+        fed = feed.batches(source, batch_size=7, dtype=torch.float64)
+        assert hd.measure(hd.Objective(_core()), fed).rms == pytest.approx(truth, rel=1e-12)
+
+
+def test_refusals_of_the_feed() -> None:
+    x, y = _data()
+    for source, error, words in (
+        (iter([(x, y)]), ConfigurationError, "several passes"),
+        ([{"image": x, "what": y}], ConfigurationError, "image, what: say targets="),
+        ([(x, y, y)], ConfigurationError, "neither a pair"),
+        ((x, y[:3]), TargetError, "20 inputs but 3"),
+        ((x[:0], y[:0]), EmptyDataError, "no samples"),
+    ):
+        with pytest.raises(error, match=words):
+            list(feed.batches(source))
+    with pytest.raises(ConfigurationError, match="did you mean 'labels'"):
+        list(feed.batches([{"x": x, "labels": y}], targets="label"))
+    with pytest.raises(ConfigurationError, match=r"feed.batches\(data"):
+        hd.measure(hd.Objective(_core()), [{"x": x, "labels": y}])
+
+
+def test_class_numbers_stored_as_floats_are_told() -> None:
+    x, y = _data()
+    with pytest.raises(TargetError, match=r"targets.long\(\)"):
+        hd.measure(hd.Objective(_core()), [(x, y.double())])
+
+
+def test_a_compiled_model_is_taken_out_of_its_wrapper(truth: float) -> None:
+    model = _core()
+    compiled = torch.compile(model, backend="eager")
+    objective = hd.Objective(compiled)
+    assert objective.model is model
+    assert set(objective.parameters) == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
+    m = hd.measure(objective, [_data()])
+    assert m.status == "exact"
+    assert m.rms == pytest.approx(truth, rel=1e-12)
