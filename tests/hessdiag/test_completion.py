@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hessdiag.measurement.plan import METHODS
 from typer.testing import CliRunner
 
 from hessdiag import activations, networks
@@ -15,7 +16,6 @@ from hessdiag.commands.options import DTYPES, STATISTICS
 from hessdiag.data.load import NAMES, SCHEMES
 from hessdiag.examples import EXAMPLES
 from hessdiag.losses import LOSSES
-from hessdiag.measurement.plan import METHODS
 from hessdiag.perturbation import parse_pgd
 
 
