@@ -67,7 +67,7 @@ def test_no_method_is_compared_by_name_outside_its_file() -> None:
 
 def test_no_function_of_the_engine_takes_more_than_seven_parameters() -> None:
     """Besides `measure` and `diagonal`; constructors of networks and files of checkpoints are not the engine."""
-    rooms = ("measurement", "methods", "diagonal", "norm", "sites")
+    rooms = ("measurement", "methods", "diagonal", "norm", "graph", "layers", "sites")
     loose = ("measure", "stream", "objective", "signs", "selection", "persample", "guard", "forward", "losses")
     found, seen = [], 0
     for path in ENGINE:
