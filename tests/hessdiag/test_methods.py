@@ -66,7 +66,7 @@ def test_no_method_is_compared_by_name_outside_its_file() -> None:
 
 
 def test_no_function_of_the_engine_takes_more_than_seven_parameters() -> None:
-    """Besides `measure` and `diagonal`; constructors of networks and files of checkpoints are not the engine."""
+    """Besides what users call: `measure`, `diagonal`, `Objective`. Networks and checkpoints are not the engine."""
     rooms = ("measurement", "methods", "diagonal", "norm", "graph", "layers", "sites")
     loose = ("measure", "stream", "objective", "signs", "selection", "persample", "guard", "forward", "losses")
     found, seen = [], 0
@@ -80,7 +80,7 @@ def test_no_function_of_the_engine_takes_more_than_seven_parameters() -> None:
                 if len([a for a in taken if a not in ("self", "cls")]) > 7:
                     found.append(f"{path.name}:{node.name}")
     assert seen > 300
-    assert sorted(found) == ["measure.py:diagonal", "measure.py:measure"]
+    assert sorted(found) == ["measure.py:diagonal", "measure.py:measure", "objective.py:__init__"]
 
 
 @pytest.mark.parametrize("name", [n for n in hd.__all__ if inspect.isroutine(getattr(hd, n)) or n in ("Objective",
