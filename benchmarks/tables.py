@@ -223,7 +223,7 @@ def exact(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
                 "by the processor's clock": spread(turns["processor"]),
                 "peak memory": "-" if memory is None else f"{memory[0]:.3g} against {memory[1]:.3g} MB",
                 "relative deviation": f"{row['deviation']:.1e}",
-                "target": verdict(f"{target:g}{', less memory' * bool(memory)}", reached) if timed else "reported",
+                "target": verdict(f"{target:g}" + (", less memory" if memory else ""), reached) if timed else "-",
             }
         )
     return rows

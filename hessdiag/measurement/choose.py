@@ -49,7 +49,7 @@ def _require_covered(case: Case) -> None:
 
 
 def _audited(case: Case, method: str) -> Audit:
-    """The audit, passed; and the first batch linearised, which raises what the few samples did not show."""
+    """The audit, passed."""
     checked = audit(case.objective, case.first, method=method, seed=case.seed)
     checked.require()
     return checked

@@ -12,7 +12,7 @@ KINDS: Table[LayerKind] = Table("layer kind", LayerKind, Norm, Conv, Linear, Sca
 
 
 def register_layer(kind: type[LayerKind]) -> type[LayerKind]:
-    """Add a kind of layer, a class derived from `LayerKind` (serves as a decorator); audits compare all its layers."""
+    """Add `kind`, a class derived from `LayerKind` (serves as a decorator); audits compare all its layers."""
     return KINDS.add(kind)
 
 

@@ -9,7 +9,7 @@ KINDS: Table[SiteKind] = Table("site kind", SiteKind, Elementwise, Product)
 
 
 def register_site(kind: type[SiteKind]) -> type[SiteKind]:
-    """Add a kind of site (a class derived from `SiteKind` or `Pointwise`; serves as a decorator)."""
+    """Add `kind` (a class derived from `SiteKind` or `Pointwise`; serves as a decorator)."""
     return KINDS.add(kind)
 
 
