@@ -85,8 +85,8 @@ def run(settings: Settings) -> dict[str, Any]:
         seconds = {str(tensors): min(times) for tensors, times in found.items()}
         first, last = seconds[str(settings.tensors[0])], seconds[str(settings.tensors[-1])]
         rows.append({"call": name, "seconds": seconds, "ratio": last / first})
-        told = "  ".join(f"{n}: {s:.3f} s" for n, s in seconds.items())
-        print(f"{name:10} {told}  ({last / first:.1f} times)")
+        shown = "  ".join(f"{n}: {s:.3f} s" for n, s in seconds.items())
+        print(f"{name:10} {shown}  ({last / first:.1f} times)", flush=True)
     return {"rows": rows}
 
 

@@ -26,10 +26,10 @@ from ...errors import ConfigurationError, UncoveredModelError
 from ..chunks import grouped
 from ..kinds import NodeKind
 from ..nodes import edge_shape, sizes
+from ..tangents import Tangent
 
 if TYPE_CHECKING:
     from ..reading import Graph
-    from ..tangents import Tangent
 
 Parts = Iterator[tuple[str, Tensor | Iterator[Tensor]]]
 """For each parameter: its gradients by groups in chunks, or the sum of their squares where that is cheaper."""
@@ -214,8 +214,6 @@ class LayerKind(NodeKind, ABC):
 
     def directions(self, parameters: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, slice, Tangent]]:
         """da along single entries of a parameter, `count` at a time: (its name, which entries, [K, *shape])."""
-        from ..tangents import Tangent
-
         blank, pulled = self._pulled()
         for name in self.layer.own:
             with torch.enable_grad():
