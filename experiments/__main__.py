@@ -7,14 +7,11 @@ or when help is asked for, so that `train --help` does not wait for what sweeps 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
-import traceback
 
 import typer
 
-from hessdiag.commands.exits import INTERNAL, INTERRUPTED, PIPE, RESOURCES, code_of
-from hessdiag.errors import HessdiagError
+from hessdiag.commands.exits import guarded
 
 # Name on the command line -> module that registers it.
 COMMANDS = {
@@ -28,6 +25,7 @@ COMMANDS = {
     "verdicts": "experiments.commands.verdicts",
     "power": "experiments.commands.power",
 }
+PROGRAM = "experiments"
 
 
 def application(arguments: list[str]) -> typer.Typer:
@@ -44,33 +42,20 @@ def application(arguments: list[str]) -> typer.Typer:
     names = [called] if called in COMMANDS else list(COMMANDS)
     for name in names:
         importlib.import_module(COMMANDS[name]).register(app)
+    for command in app.registered_commands:
+        assert command.callback is not None
+        command.callback = guarded(command.callback, program=PROGRAM)
     return app
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; a refusal is one line on standard error, its exit code that of `hessdiag` for the same."""
+    """Run a command; refusals and exit codes are those of `hessdiag` (docs/measure.md)."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        outcome = application(words)(words, standalone_mode=False)
-    except HessdiagError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return code_of(error)
-    except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
-    except Exception as error:
-        show = getattr(error, "show", None)  # click's usage errors print themselves
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes once more at exit
-            return PIPE
-        if isinstance(error, MemoryError):
-            print("error: out of memory; fewer workers, or smaller batches", file=sys.stderr)
-            return RESOURCES
-        if show is None:
-            traceback.print_exc()
-            return INTERNAL
-        show()
-        return int(getattr(error, "exit_code", 2))
-    return outcome if isinstance(outcome, int) else 0
+        application(words)(words, prog_name="python -m experiments")
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else 0
+    return 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Every part runs in a process of its own, ended when the time is over: what it ha
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from experiments.sweep.store import Store
 from hessdiag import data
 from hessdiag.data.registry import SOURCES
 from hessdiag.errors import ConfigurationError, DataError
+from hessdiag.files import BadFileError, write_bytes
 
 Tell = Callable[[str], None]
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -136,10 +138,12 @@ def unpacked(folder: Path | None, scratch: Path, *, invent: bool, tell: Tell) ->
         arrays = [(found.inputs.permute(0, 2, 3, 1).numpy(), found.targets.numpy()) for found in sets]
     scratch.mkdir(parents=True, exist_ok=True)
     for path, (images, labels) in zip(ready, arrays, strict=True):
-        part = path.with_suffix(".part")
-        with open(part, "wb") as stream:
-            np.savez(stream, images=images.astype(np.uint8), labels=labels)
-        part.replace(path)
+        packed = io.BytesIO()
+        np.savez(packed, images=images.astype(np.uint8), labels=labels)
+        try:
+            write_bytes(path, packed.getbuffer())
+        except BadFileError as reason:
+            raise DataError(f"{path}: {reason}") from None
     tell(f"{DATA} unpacked in {time.monotonic() - begin:.0f} s")
     return scratch
 

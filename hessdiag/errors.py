@@ -86,6 +86,14 @@ class StoreError(HessdiagError, ValueError):
     """A result store is unwritable, foreign or of a version that cannot be read."""
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether memory ran out: an exception of Python, of CUDA, or of torch's allocator, which has no class for it."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text)
+
+
 def nearest(name: str, known: list[str]) -> str:
     """A sentence listing `known`, with the name nearest to `name` first: for messages about unknown names."""
     from difflib import get_close_matches

@@ -132,7 +132,7 @@ def _no_number(name: str) -> None:
     raise ValueError(name)
 
 
-def replace_file(path: PathLike, content: bytes) -> None:
+def replace_file(path: PathLike, content: bytes | memoryview) -> None:
     """Write `content` to `path`; what the system refuses is an OSError.
 
     Links are followed. A regular file is replaced in one step, so that a reader finds the old file or the new one and
@@ -168,7 +168,7 @@ def replace_file(path: PathLike, content: bytes) -> None:
             os.close(folder)
 
 
-def write_bytes(path: PathLike, content: bytes) -> None:
+def write_bytes(path: PathLike, content: bytes | memoryview) -> None:
     """As `replace_file`, with the reason of a refusal fit for one line."""
     try:
         replace_file(path, content)
@@ -214,13 +214,13 @@ def clear_stale(folder: Path, *, seconds: float = STALE_SECONDS) -> None:
                 stale.unlink()
 
 
-def _write_all(handle: int, content: bytes) -> None:
+def _write_all(handle: int, content: bytes | memoryview) -> None:
     left = memoryview(content)
     while left:
         left = left[os.write(handle, left[: 1 << 26]) :]
 
 
-def _write_through(path: PathLike, mode: int, content: bytes) -> None:
+def _write_through(path: PathLike, mode: int, content: bytes | memoryview) -> None:
     """Into a device or a pipe, which a rename would destroy; a pipe without a reader is refused, not waited for."""
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "that is a folder")

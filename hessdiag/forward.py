@@ -3,7 +3,8 @@
 The inputs are copies, since a model may change them in place. A hook on a gradient changes what autograd shows, not
 the loss, and is not set. Two of torch's derivatives are mended, by the same function in operations that have both:
 hardsigmoid has no second derivative and keeps 1/6 in float32, CELU keeps 1/alpha in float32 (both of 2.13, 3e-8 off in
-float64). Compiled models run as they are: they are no sequence of torch calls.
+float64). A model that switches autocast on inside its own forward is refused: it would be measured as a function of
+bfloat16. Compiled models run as they are: they are no sequence of torch calls.
 
 Inputs may be a tensor, or tensors in tuples, lists, dictionaries and other mappings (a tokenizer's, `UserDict`).
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
+
+from .errors import UncoveredModelError
 
 
 def forward(model: nn.Module, inputs: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> Any:
@@ -88,6 +91,11 @@ def _no_hook(*_: Any) -> RemovableHandle:
     return RemovableHandle(OrderedDict())
 
 
+AUTOCAST = (
+    "autocast is on where the model runs, which rounds to bfloat16 or float16, and no method here measures what is "
+    "rounded: take torch.autocast out of the model's forward, or from around this call"
+)
+
 _MENDED: dict[Any, Callable[..., Any]] = {
     F.celu: _celu,
     torch.celu: _celu,
@@ -100,10 +108,16 @@ _MENDED: dict[Any, Callable[..., Any]] = {
 
 
 class _Mending(TorchFunctionMode):
+    def __init__(self, kinds: Iterable[str]) -> None:
+        super().__init__()
+        self._kinds = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The mended function in the place of torch's."""
+        """The mended function in the place of torch's; none under autocast."""
+        if any(map(torch.is_autocast_enabled, self._kinds)):
+            raise UncoveredModelError(AUTOCAST)
         return _MENDED.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -111,7 +125,7 @@ def _mended(model: nn.Module) -> AbstractContextManager[Any]:
     compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())  # not imported for this
     if any(isinstance(module, compiled) or module._compiled_call_impl is not None for module in model.modules()):
         return nullcontext()
-    return _Mending()
+    return _Mending({p.device.type for p in model.parameters()})
 
 
 class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ConfigurationError, TargetError, UnknownNameError, nearest
-from .persample import CallableLoss, Curvature, Loss, PerSample, as_rows
+from .persample import CallableLoss, Columns, Curvature, Diagonals, Loss, PerSample, as_rows
 
 
 class CrossEntropy(Loss):
@@ -86,16 +86,49 @@ class CrossEntropy(Loss):
         mass = q.sum(1, keepdim=True)
         log_p = F.log_softmax(f, 1)
         p = log_p.exp()
-        root = (0.5 * log_p).exp()
-        factor = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]
+        columns = SoftmaxColumns(p, (0.5 * log_p).exp(), mass.sqrt())
+        signs = torch.ones(columns.count, dtype=f.dtype, device=f.device)
+        return Curvature(-(q * log_p).sum(1), mass * p - q, columns, signs)
+
+
+class SoftmaxColumns(Columns):
+    """S R without its last column, times sqrt(mass): S = diag(sqrt p) - p sqrt(p)^T, R = I - 2 a a^T the reflection
+    that turns S's null direction sqrt(p) onto the last axis (a along sqrt(p) + e_C).
+
+    Both are a diagonal and a product of two vectors, so that sums and products cost N C and no square is written.
+    """
+
+    def __init__(self, p: Tensor, root: Tensor, scale: Tensor) -> None:
+        self.p, self.root, self.scale = p, root, scale
+        self.count = p.shape[1] - 1
         axis = root.clone()
         axis[:, -1] += 1.0
-        axis = axis / axis.norm(dim=1, keepdim=True)
-        factor = factor - 2.0 * (factor @ axis[:, :, None]) * axis[:, None, :]
-        factor = factor[:, :, :-1] * mass.sqrt()[:, :, None]
-        loss = -(q * log_p).sum(1)
-        columns = factor.permute(2, 0, 1).contiguous()
-        return Curvature(loss, mass * p - q, columns, torch.ones(len(columns), dtype=f.dtype, device=f.device))
+        self.axis = axis / axis.norm(dim=1, keepdim=True)
+
+    def part(self, low: int, high: int) -> Tensor:
+        """S (e_c - 2 a_c a)."""
+        picked = self.axis[:, low:high].T[:, :, None]
+        out = picked * (-2.0 * self._s(self.axis))
+        rows = torch.arange(high - low, device=out.device)
+        root = self.root[:, low:high].T
+        out -= root[:, :, None] * self.p
+        out[rows, :, rows + low] += root
+        return out.mul_(self.scale)
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """S R w."""
+        w = F.pad(weights.T, (0, 1))
+        return self.scale * self._s(w - 2.0 * (w * self.axis).sum(1, keepdim=True) * self.axis)
+
+    def against(self, vectors: Tensor) -> Tensor:
+        """R S^T v without its last entry."""
+        u = self.root * (vectors - (self.p * vectors).sum(1, keepdim=True))
+        u = u - 2.0 * (u * self.axis).sum(1, keepdim=True) * self.axis
+        return (self.scale * u)[:, :-1].T
+
+    def _s(self, v: Tensor) -> Tensor:
+        rooted = self.root * v
+        return rooted - self.p * rooted.sum(1, keepdim=True)
 
 
 class SquaredError(Loss):
@@ -126,12 +159,9 @@ class SquaredError(Loss):
         f = as_rows(outputs.detach().double())
         difference = f - as_rows(targets.double())
         scale = self._scale(f)
-        eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device) * (2.0 * scale) ** 0.5
-        factor = eye[:, None, :].expand(-1, len(f), -1)
-        loss = scale * difference.square().sum(1)
-        return Curvature(
-            loss, 2.0 * scale * difference, factor, torch.ones(len(factor), dtype=f.dtype, device=f.device)
-        )
+        columns = Diagonals(torch.full_like(f, (2.0 * scale) ** 0.5))
+        signs = torch.ones(columns.count, dtype=f.dtype, device=f.device)
+        return Curvature(scale * difference.square().sum(1), 2.0 * scale * difference, columns, signs)
 
 
 class BinaryCrossEntropy(Loss):
@@ -155,9 +185,9 @@ class BinaryCrossEntropy(Loss):
         classes = f.shape[1]
         p = torch.sigmoid(f)
         root = (p * torch.sigmoid(-f) / classes).sqrt()
-        factor = torch.diag_embed(root).permute(1, 0, 2).contiguous()
         loss = (F.softplus(f, threshold=40.0) - y * f).mean(1)
-        return Curvature(loss, (p - y) / classes, factor, torch.ones(classes, dtype=f.dtype, device=f.device))
+        signs = torch.ones(classes, dtype=f.dtype, device=f.device)
+        return Curvature(loss, (p - y) / classes, Diagonals(root), signs)
 
 
 LOSSES = ("cross_entropy", "mse", "half_mse", "bce")

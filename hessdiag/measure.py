@@ -82,7 +82,7 @@ def measure(
     begun = time.monotonic()
     _check_basics(objective, method, seed)
     _check_arguments(rtol, confidence, min_replicates, max_replicates, max_seconds, target)
-    with as_it_was(objective.model), memory_errors(ADVICE), reporting(progress) as callback:
+    with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
         case = _case(objective, batches, plan.method if plan else method, seed, twice=deterministic_check)
         path, checked = None if resume is None else Path(resume), None
         if plan is None and path is not None and path.exists():
@@ -97,6 +97,7 @@ def measure(
         case.chosen = _everywhere(case, plan)
         check_budget(case, budget)
         found, notes = effective(case)
+        notes += told
         if case.survey.shuffled:
             notes.append("the data come in another order in every pass")
         course = Course(target, checked, "", notes, begun, found)
@@ -141,7 +142,7 @@ def diagonal(
     _check_basics(objective, method, seed)
     if not isinstance(replicates, int) or replicates < 2:
         raise ConfigurationError(f"replicates={replicates!r}: at least 2 are needed for an error")
-    with as_it_was(objective.model), memory_errors(ADVICE), reporting(progress) as callback:
+    with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
         case = _case(objective, batches, plan.method if plan else method, seed, twice=deterministic_check)
         if plan is None:
             plan, _ = decide(case, method, Aim(replicates=replicates), audit_model=audit_model)
@@ -150,12 +151,12 @@ def diagonal(
         case.chosen = plan
         check_budget(case, budget)
         if per_sample:
-            return _per_sample(case)
+            return _per_sample(case, told)
         loop = Loop(case, invariant=False, progress=callback)
         loop.run_known()
         while loop.streams and loop.done < replicates:
             loop.run_round(min(plan.at_once, replicates - loop.done))
-        return loop.diagonal(provenance(case, target="data"))
+        return loop.diagonal(provenance(case, target="data") | _told(told))
 
 
 def _case(objective: Objective, batches: Batches, method: str, seed: int, *, twice: bool) -> Case:
@@ -215,7 +216,11 @@ def _check_arguments(rtol: float, confidence: float, low: int, high: int, second
         raise UnknownNameError(f"unknown target {target!r}; {nearest(target, ['data', POPULATION])}")
 
 
-def _per_sample(case: Case) -> Diagonal:
+def _told(notes: list[str]) -> dict[str, list[str]]:
+    return {"notes": notes} if notes else {}
+
+
+def _per_sample(case: Case, notes: list[str]) -> Diagonal:
     objective, method = case.objective, find(case.plan.method)
     if not method.singles:
         raise ConfigurationError("per-sample diagonals come from method='exact'")
@@ -231,4 +236,7 @@ def _per_sample(case: Case) -> Diagonal:
     functional = {name: torch.cat(parts) for name, parts in inner.items()}
     total = {name: gauss_newton[name] + functional[name] for name in gauss_newton}
     errors = {name: torch.zeros_like(t) for name, t in total.items()}
-    return Diagonal(total, gauss_newton, functional, errors, case.plan.method, case.survey.samples, per_sample=True)
+    return Diagonal(
+        total, gauss_newton, functional, errors, case.plan.method, case.survey.samples,
+        per_sample=True, provenance=_told(notes),
+    )  # fmt: skip

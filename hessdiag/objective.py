@@ -24,6 +24,7 @@ from .errors import (
     NoParametersError,
     StochasticModeError,
     TargetError,
+    ran_out,
 )
 from .forward import forward, leaves, unwrapped
 from .losses import make_loss
@@ -133,10 +134,10 @@ class Objective:
         """The model's outputs for checked `inputs`, themselves checked against the `targets` of batch `index`."""
         try:
             outputs = meant(forward(self.model, inputs, self.call), self.output)
-        except (HessdiagError, MemoryError):
+        except HessdiagError:
             raise
         except Exception as error:
-            if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error)):
+            if ran_out(error):
                 raise
             raise self._failure(error, inputs, index) from error
         if not isinstance(outputs, Tensor):

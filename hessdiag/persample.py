@@ -1,7 +1,8 @@
 """A loss per sample: what a measurement needs to know of it, and any callable as one; all in float64.
 
 For one sample with outputs f and loss l(f) the measurement needs the value l, the gradient dl/df and a
-factor of the output Hessian: columns s with signs e such that  d2l/df2 = sum_c e_c s_c s_c^T.
+factor of the output Hessian: columns s with signs e such that  d2l/df2 = sum_c e_c s_c s_c^T. Where the columns have a
+closed form they are never a C x C square: what is needed are sums of them and products with them.
 Everything is computed in float64 from the outputs: in float32 the softmax of a well-fitted sample has lost
 the digits of p - 1 that the gradient consists of.
 
@@ -12,28 +13,114 @@ sample is returned beside its loss, and the division is left to whoever sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigurationError, HessdiagError, NonFiniteError, UncoveredModelError
+from .errors import ConfigurationError, HessdiagError, NonFiniteError, UncoveredModelError, ran_out
 
 PerSample = Callable[[Tensor, Tensor], Tensor]
 
 
+class Columns:
+    """The columns s_c of a factor of the C x C output Hessians, [columns, N, C], used without being written out.
+
+    Written out they are a C x C square per sample: 80 GB for one sample of 100,000 classes.
+    """
+
+    count: int
+
+    def part(self, low: int, high: int) -> Tensor:
+        """Columns low..high-1, [high - low, N, C]."""
+        raise NotImplementedError
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """sum_c w_cn s_cn, [N, C], for weights [columns, N]."""
+        raise NotImplementedError
+
+    def against(self, vectors: Tensor) -> Tensor:
+        """<s_cn, v_n>, [columns, N], for vectors [N, C]."""
+        raise NotImplementedError
+
+
+class Written(Columns):
+    """Columns that are there as a tensor."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self.factor = factor
+        self.count = len(factor)
+
+    def part(self, low: int, high: int) -> Tensor:
+        """A slice of the tensor."""
+        return self.factor[low:high]
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """The sum as it stands."""
+        return (self.factor * weights[:, :, None]).sum(0)
+
+    def against(self, vectors: Tensor) -> Tensor:
+        """The products as they stand."""
+        return (self.factor * vectors[None]).sum(2)
+
+
+class Diagonals(Columns):
+    """One column per output, with one entry: for a Hessian diag(root^2), root [N, C]."""
+
+    def __init__(self, root: Tensor) -> None:
+        self.root = root
+        self.count = root.shape[1]
+
+    def part(self, low: int, high: int) -> Tensor:
+        """root_nc e_c."""
+        out = self.root.new_zeros(high - low, *self.root.shape)
+        rows = torch.arange(high - low, device=out.device)
+        out[rows, :, rows + low] = self.root[:, low:high].T
+        return out
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """root w."""
+        return self.root * weights.T
+
+    def against(self, vectors: Tensor) -> Tensor:
+        """root v."""
+        return (self.root * vectors).T
+
+
 @dataclass(frozen=True)
 class Curvature:
-    """What the loss looks like at the outputs of one batch: `factor` has shape [columns, N, C], `signs` [columns].
+    """What the loss looks like at the outputs of one batch: `columns` of its Hessian's factor, `signs` [columns].
 
-    d2l_n/df2 = sum_c signs[c] factor[c, n] factor[c, n]^T, for the loss *summed* over samples.
+    d2l_n/df2 = sum_c signs[c] s_cn s_cn^T, for the loss *summed* over samples.
     """
 
     loss: Tensor
     gradient: Tensor
-    factor: Tensor
+    columns: Columns
     signs: Tensor
+
+    @property
+    def factor(self) -> Tensor:
+        """All columns written out, [columns, N, C]."""
+        return self.columns.part(0, self.columns.count)
+
+    def each(self) -> Iterator[tuple[Tensor, float]]:
+        """One column [N, C] with its sign after the other, a few written out at a time."""
+        size = max(self.gradient.numel(), 1)
+        step = max(WRITTEN // size, 1)
+        signs = self.signs.tolist()
+        for low in range(0, self.columns.count, step):
+            high = min(low + step, self.columns.count)
+            yield from zip(self.columns.part(low, high), signs[low:high], strict=True)
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """d2l_n/df2 v_n, [N, C]."""
+        return self.columns.combined(self.columns.against(vectors) * self.signs[:, None])
+
+
+WRITTEN = 1 << 22
+"""Entries of columns written out at a time."""
 
 
 class Loss:
@@ -72,9 +159,11 @@ class CallableLoss(Loss):
         """The function itself, its shape checked."""
         try:
             loss = self.function(outputs, targets)
-        except (HessdiagError, MemoryError):
+        except HessdiagError:
             raise
         except Exception as error:
+            if ran_out(error):
+                raise
             text = (str(error).splitlines() or [""])[0]
             raise ConfigurationError(f"loss {self.name!r} raised {type(error).__name__}: {text}") from error
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
@@ -97,7 +186,7 @@ class CallableLoss(Loss):
             try:
                 flat, rows = _rows_of_hessian(loss, f)
             except RuntimeError as error:
-                if "out of memory" in str(error) or "allocate memory" in str(error):
+                if ran_out(error):
                     raise
                 raise UncoveredModelError(
                     f"the loss {self.name!r} has no second derivative in torch ({str(error).splitlines()[0]}); write "
@@ -116,7 +205,7 @@ class CallableLoss(Loss):
             parts.append(negative)
             kept.append(-signs)
         factor = torch.cat(parts, 2).permute(2, 0, 1).contiguous()
-        return Curvature(loss, flat, factor, torch.cat(kept))
+        return Curvature(loss, flat, Written(factor), torch.cat(kept))
 
     def _in_double(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(outputs, loss) in float64; in the outputs' own dtype where the function holds tensors that insist on it."""

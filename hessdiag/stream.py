@@ -27,6 +27,7 @@ from .errors import (
 )
 from .forward import leaves, mapped
 from .graph.reading import Graph, detach_guard
+from .guard import memory_errors
 from .objective import Objective
 from .persample import CallableLoss
 from .signs import cpu_generator
@@ -425,7 +426,8 @@ def _iterate(batches: Batches) -> Iterator[Any]:
         yield batches
         return
     try:
-        yield from batches
+        with memory_errors("it was the data that did not fit, not the work on them: hold or load fewer at once"):
+            yield from batches
     except TypeError as error:
         if not isinstance(batches, Iterable):
             raise ConfigurationError(

@@ -18,7 +18,7 @@ from experiments.sweep.cost import check_budget, estimate
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.reader import DAMAGED, Reader
 from experiments.sweep.store import Store
-from hessdiag.commands.exits import OK
+from hessdiag.commands.exits import OK, complain
 from hessdiag.commands.exits import WIDE as SHORT
 from hessdiag.errors import ConfigurationError, HessdiagError, StoreError, UnknownNameError, nearest
 
@@ -101,8 +101,7 @@ def command(
             )  # fmt: skip
             failures, unlearned = failures + outcome[0], unlearned + outcome[1]
     except KeyboardInterrupt:
-        print("stopped; what is done is kept, and the same command goes on", file=sys.stderr)
-        raise
+        raise KeyboardInterrupt("stopped; what is done is kept, and the same command goes on") from None
     return SHORT if failures or unlearned else OK
 
 
@@ -173,7 +172,7 @@ def _run(
             try:
                 print(export.publish(reader, sweep.name, results))
             except StoreError as error:  # the next sweep can be run all the same
-                print(f"error: {error}", file=sys.stderr)
+                complain(str(error), program="experiments")
                 return counts["failed"] + 1, len(dead)
     return counts["failed"], len(dead)
 

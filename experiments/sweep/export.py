@@ -135,25 +135,29 @@ def save(results: SweepResults, folder: Path) -> Path:
     return path
 
 
+class ExportError(StoreError, ConfigurationError):
+    """A file of exported results is damaged, or of another format."""
+
+
 def read(path: Path) -> SweepResults:
     """Read what `save` wrote, and check every key against its configuration."""
     try:
         content = read_json(path, budget=BUDGET, values=MAX_VALUES)
         if content.get("format") != FORMAT:
-            raise ConfigurationError(f"results {path}: not of format {FORMAT}; write it with sweep --export")
+            raise ExportError(f"results {path}: not of format {FORMAT}; write it with sweep --export")
         if content["tier"] not in TIERS:
-            raise ConfigurationError(f"results {path}: no tier {content['tier']!r}; export the sweep again")
+            raise ExportError(f"results {path}: no tier {content['tier']!r}; export the sweep again")
         runs = tuple(_result(entry) for entry in content["runs"])
         results = SweepResults(
             content["name"], content["figure"], content["tier"], content["title"], int(content["missing"]), runs
         )
     except (BadFileError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ConfigurationError):
+        if isinstance(error, ExportError):
             raise
-        raise ConfigurationError(f"results {path}: cannot be read ({error}); export the sweep again") from error
+        raise ExportError(f"results {path}: cannot be read ({error}); export the sweep again") from error
     for run in runs:
         if run.config.key != run.key:
-            raise ConfigurationError(f"results {path}: run {run.key} is not the configuration it names; export again")
+            raise ExportError(f"results {path}: run {run.key} is not the configuration it names; export again")
     return results
 
 

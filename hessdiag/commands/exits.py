@@ -89,11 +89,11 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 2000 else text[:1997] + "..."
 
 
-def complain(text: str) -> None:
+def complain(text: str, *, program: str = "hessdiag") -> None:
     """One line on stderr, with the process's number where there are several."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     where = f" (process {rank} of {size})" if size != "1" else ""
-    print(f"hessdiag{where}: {text}", file=sys.stderr, flush=True)
+    print(f"{program}{where}: {text}", file=sys.stderr, flush=True)
 
 
 OUTPUTS = {"--json": 1, "--html": 2, "--plot": 2, "--save-diagonal": 4, "--resume": 16, "stdout": 32}
@@ -137,45 +137,53 @@ class Outputs:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def guarded(command: Command) -> Command:
-    """A command whose refusals are one line and an exit code; with `debug=True` the traceback as well."""
+def outcome(work: Callable[[], int | None], *, program: str = "hessdiag", debug: bool = False) -> int:
+    """The exit code of `work`: what it returns, or that of its refusal, which becomes one line on stderr.
+
+    The last guard of every command; with `debug` the traceback as well.
+    """
+    try:
+        code = work()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE
+    except (typer.Exit, typer.Abort, SystemExit):
+        raise
+    except KeyboardInterrupt as error:
+        complain(str(error) or "interrupted before there was a result", program=program)
+        return INTERRUPTED
+    except errors.HessdiagError as error:
+        _trace(debug)
+        complain(one_line(error), program=program)
+        if isinstance(error, errors.DistributedError):
+            from hessdiag.commands.processes import leave_lost
+
+            leave_lost(LOST)
+        return code_of(error)
+    except Exception as error:
+        _trace(debug)
+        if errors.ran_out(error):  # where is not known here: what would help is not, either
+            complain("out of memory; free some, or give the machine less to hold at once", program=program)
+            return RESOURCES
+        if type(error).__module__.startswith(("typer", "click")):
+            raise
+        complain(
+            f"internal error, {type(error).__name__}: {one_line(error)}; run with --debug and report it",
+            program=program,
+        )
+        return INTERNAL
+    return code or OK
+
+
+def guarded(command: Command, *, program: str = "hessdiag") -> Command:
+    """A command whose refusals are one line and an exit code; with `--debug` the traceback as well."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         debug = bool(kwargs.pop("debug", False))
-        try:
-            code = command(*args, **kwargs)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Python would complain once more when it flushes stdout at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(PIPE) from None
-        except (typer.Exit, typer.Abort, SystemExit):
-            raise
-        except KeyboardInterrupt:
-            complain("interrupted before there was a result")
-            raise typer.Exit(INTERRUPTED) from None
-        except errors.HessdiagError as error:
-            _trace(debug)
-            complain(one_line(error))
-            if isinstance(error, errors.DistributedError):
-                from hessdiag.commands.processes import leave_lost
-
-                leave_lost(LOST)
-            raise typer.Exit(code_of(error)) from None
-        except MemoryError:
-            _trace(debug)
-            complain("out of memory; lower --batch-size or --samples")
-            raise typer.Exit(RESOURCES) from None
-        except Exception as error:
-            _trace(debug)
-            if type(error).__module__.startswith(("typer", "click")):
-                raise
-            complain(
-                f"internal error, {type(error).__name__}: {one_line(error)}; run with --debug and report it"
-            )
-            raise typer.Exit(INTERNAL) from None
-        raise typer.Exit(code or OK)
+        raise typer.Exit(outcome(lambda: command(*args, **kwargs), program=program, debug=debug))
 
     signature = inspect.signature(command, eval_str=True)
     flag = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DEBUG)

@@ -26,15 +26,20 @@ from hessdiag.commands.request import Request
 from hessdiag.data import DataSet, load
 from hessdiag.errors import (
     DataError,
+    HessdiagError,
     UnknownNameError,
     nearest,
+    ran_out,
 )
 from hessdiag.examples import EXAMPLES, example_path
 from hessdiag.forward import forward
+from hessdiag.guard import memory_errors
 from hessdiag.measurement.world import World
 from hessdiag.networks import Normalize
 from hessdiag.objective import Objective
 from hessdiag.perturbation import PGDSpec, keyed_pgd
+
+LOWER = "lower --batch-size"
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ def open_checkpoint(request: Request) -> Checkpoint:
     )
 
 
+@memory_errors(LOWER)
 def try_out(objective: Objective, batches: Iterable[Any], data: DataSet) -> None:
     """One forward pass, so that data of the wrong shape are refused in terms of data."""
     inputs, targets = objective.check_batch(next(iter(batches)), 0)
@@ -122,7 +128,11 @@ def try_out(objective: Objective, batches: Iterable[Any], data: DataSet) -> None
     try:
         with torch.no_grad():
             forward(objective.model, few, objective.call)
+    except HessdiagError:
+        raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if ran_out(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"the model does not take {data.name} (inputs of shape {list(inputs.shape[1:])}): {reason}; "
@@ -132,6 +142,7 @@ def try_out(objective: Objective, batches: Iterable[Any], data: DataSet) -> None
         objective.summed_loss(few, labels)
 
 
+@memory_errors(LOWER)
 def perturb(
     objective: Objective, batches: Iterable[tuple[Tensor, Tensor]], spec: PGDSpec, world: World
 ) -> list[tuple[Tensor, Tensor]]:
@@ -150,6 +161,7 @@ def perturb(
     return crafted
 
 
+@memory_errors(LOWER)
 def mean_loss(objective: Objective, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float | None]:
     """Mean loss, and the share classified right where targets are classes."""
     loss = weight = right = 0.0

@@ -75,7 +75,7 @@ def _read(file: Path) -> np.ndarray:
                     raise DataError(f"{file}: has transparency; save it as grey or RGB without")
                 mode = {"P": "RGB", "1": "L"}.get(picture.mode, picture.mode)
                 pixels = np.asarray(picture.convert(mode), dtype=np.uint8)
-    except DataError:
+    except (DataError, MemoryError):  # an image that does not fit is not damaged
         raise
     except BadFileError as reason:
         raise DataError(f"{file}: {reason}") from None

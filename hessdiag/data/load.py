@@ -15,6 +15,8 @@ from hessdiag.data.folder import load_folder
 from hessdiag.data.registry import SOURCES
 from hessdiag.errors import ConfigurationError, DataError, UnknownNameError, nearest
 from hessdiag.factories import is_factory_name
+from hessdiag.files import shown
+from hessdiag.guard import memory_errors
 
 NAMES = ("digits", *SOURCES)
 SCHEMES = ("npz", "safetensors", "folder")
@@ -39,9 +41,9 @@ def load(
     """
     if split not in ("train", "test"):
         raise ConfigurationError(f"split {split!r}: it is 'train' or 'test'")
-    return _whole(name, split, seed, Path(root).expanduser() if root is not None else default_root()).sample(
-        samples, seed=seed
-    )
+    folder = Path(root).expanduser() if root is not None else default_root()
+    with memory_errors(f"a data set is held in memory whole, and {shown(name)} does not fit; name a smaller one"):
+        return _whole(name, split, seed, folder).sample(samples, seed=seed)
 
 
 def _whole(name: str, split: str, seed: int, root: Path) -> DataSet:

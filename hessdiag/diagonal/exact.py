@@ -241,7 +241,7 @@ def _gauss_newton(batch: Linearisation, per_sample: bool) -> Tensors:
         name: torch.zeros(batch.samples, *p.shape, dtype=torch.float64, device=device)
         for name, p in batch.objective.parameters.items()
     }
-    for column, sign in zip(curvature.factor, curvature.signs.tolist()):
+    for column, sign in curvature.each():
         for name, gradient in propagator.each(blank, column).items():
             out[name].add_(gradient.double().square().reshape(out[name].shape), alpha=sign)
     return out

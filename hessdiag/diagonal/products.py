@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import UncoveredModelError
+from ..errors import UncoveredModelError, ran_out
 from ..objective import Objective
 from .parts import Tensors
 
@@ -46,8 +46,7 @@ class Products:
             self._outputs = outputs
             self._dummy: Tensor | None = None
             if parts:
-                curvature = objective.loss.curvature(outputs, targets)
-                self._factor, self._signs = curvature.factor, curvature.signs
+                self._curvature = objective.loss.curvature(outputs, targets)
                 self._dummy = torch.zeros_like(outputs, requires_grad=True)
                 self._pulled = torch.autograd.grad(
                     outputs, self._parameters, self._dummy, create_graph=True, allow_unused=True
@@ -95,8 +94,7 @@ class Products:
         """J^T (d2l/df2) J v."""
         pushed = self.push(vector).double()
         flat = pushed.reshape(len(pushed), -1)
-        scalars = (self._factor * flat[None]).sum(2) * self._signs[:, None]
-        back = (self._factor * scalars[:, :, None]).sum(0).to(self._outputs.dtype).reshape(self._outputs.shape)
+        back = self._curvature.times(flat).to(self._outputs.dtype).reshape(self._outputs.shape)
         found = torch.autograd.grad(self._outputs, self._parameters, back, retain_graph=True, allow_unused=True)
         return _named(found, vector)
 
@@ -135,7 +133,7 @@ def once_more() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "out of memory" in str(error) or "allocate memory" in str(error):
+        if ran_out(error):
             raise
         hint = "; write it as relu6(x + 3) / 6" if "hardsigmoid" in str(error) else "; no method here measures it"
         raise UncoveredModelError(

@@ -114,7 +114,7 @@ class Propagator:
         out = zeros(self.batch.objective.parameters)
         curvature = self.batch.curvature
         single = [1] * len(self.squares)
-        for column, sign in zip(curvature.factor, curvature.signs.tolist()):
+        for column, sign in curvature.each():
             self._square_pass([None] * len(self.batch.sites), column, out, sign, single)
         return out
 
@@ -123,11 +123,11 @@ class Propagator:
         out = zeros(self.batch.objective.parameters)
         curvature = self.batch.curvature
         shape = torch.Size((self.batch.samples, len(curvature.signs)))
-        drawn = signs.samples(shape, self.start, replicate, GAUSS_NEWTON, dtype=curvature.factor.dtype).T
+        drawn = signs.samples(shape, self.start, replicate, GAUSS_NEWTON, dtype=curvature.signs.dtype).T
         for sign in (1.0, -1.0):
             chosen = curvature.signs == sign
             if bool(chosen.any()):
-                seed = (curvature.factor[chosen] * drawn[chosen][:, :, None]).sum(0)
+                seed = curvature.columns.combined(drawn * chosen[:, None])
                 self._square_pass([None] * len(self.batch.sites), seed, out, sign, self._groups)
         return out
 

@@ -86,7 +86,7 @@ def _site_sums(linear: Linearisation, forward: Forward, u: Sequence[Tensor | Non
         value += float(weighted.sum())
         scale += float(weighted.abs().sum())
     flat = output.double().reshape(linear.samples, -1)
-    loss = (linear.curvature.factor * flat[None]).sum(2).square().sum(1) * linear.curvature.signs
+    loss = linear.curvature.columns.against(flat).square().sum(1) * linear.curvature.signs
     value += float(loss.sum())
     scale += float(loss.abs().sum())
     return value, scale

@@ -192,8 +192,7 @@ def loss_quotients(loss: Loss, outputs: Tensor, targets: Tensor) -> float:
     except (HessdiagError, RuntimeError):
         return 0.0
     u = as_rows(along)
-    pushed = (middle.factor * u[None]).sum(2) * middle.signs[:, None]
-    curved = (middle.factor * pushed[:, :, None]).sum(0)
+    curved = middle.times(u)
     slope = (middle.gradient * u).sum(1)
     worst = 0.0
     for quotient, mine, noise in (

@@ -123,8 +123,8 @@ def _quadratic_forms(products: Products, position: int, units: Tensor) -> Tensor
     pushed = _grad_batched(pulled, products._dummy, units)
     assert pushed is not None
     flat = pushed.double().reshape(count, products.samples, -1)
-    along = torch.einsum("knc,snc->ksn", flat, products._factor)
-    return (along.square() * products._signs[None, :, None]).sum((1, 2))
+    curvature = products._curvature
+    return torch.stack([(curvature.columns.against(v).square().T @ curvature.signs).sum() for v in flat])
 
 
 def _grad_batched(output: Tensor, wrt: Tensor, vectors: Tensor) -> Tensor | None:

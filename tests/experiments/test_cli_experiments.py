@@ -90,7 +90,7 @@ def test_refusals_are_one_line(
     assert code == (3 if message == "NOWHERE" else 2)  # a file that is missing; a word that is wrong
     assert message in err
     assert err.count("\n") == 1
-    assert err.startswith("error: ")
+    assert err.startswith("experiments: ")
     assert not Path("NOWHERE").exists()  # refused before anything was trained
 
 

@@ -86,6 +86,42 @@ def test_value_gradient_and_hessian_factor(name: str) -> None:
     assert set(found.signs.tolist()) <= {1.0, -1.0}
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_columns_are_summed_and_multiplied_as_if_they_were_written_out(name: str) -> None:
+    loss, targets, _ = CASES[name]
+    found = loss.curvature(LOGITS, targets)
+    factor, generator = found.factor, torch.Generator().manual_seed(3)
+    assert len(factor) == found.columns.count == len(found.signs)
+    weights = torch.randn(*factor.shape[:2], generator=generator, dtype=torch.float64)
+    vectors = torch.randn(*factor.shape[1:], generator=generator, dtype=torch.float64)
+    against = torch.einsum("snc,nc->sn", factor, vectors)
+    for mine, written in (
+        (found.columns.combined(weights), torch.einsum("snc,sn->nc", factor, weights)),
+        (found.columns.against(vectors), against),
+        (found.times(vectors), torch.einsum("snc,sn,s->nc", factor, against, found.signs)),
+        (found.columns.part(1, 2), factor[1:2]),
+        (torch.stack([column for column, _ in found.each()]), factor),
+    ):
+        assert (mine - written).norm() <= 1e-14 * factor.norm() * (1 + weights.norm() + vectors.norm())
+
+
+def test_a_hundred_thousand_classes_need_no_square() -> None:
+    """200 GB if the factor of two samples and 100,000 classes were written out; the Hessian, times a vector, is right."""
+    classes = 100_000
+    f = torch.randn(2, classes, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    v = torch.cos(torch.arange(2 * classes, dtype=torch.float64)).reshape(2, classes)
+    p = torch.softmax(f, 1)
+    for name, y, wanted in (
+        ("cross_entropy", torch.tensor([0, classes - 1]), p * (v - (p * v).sum(1, keepdim=True))),
+        ("half_mse", torch.zeros_like(f), v),
+        ("bce", torch.zeros_like(f), torch.sigmoid(f) * torch.sigmoid(-f) * v / classes),
+    ):
+        found = make_loss(name).curvature(f, y)
+        assert (found.times(v) - wanted).norm() <= 1e-12 * wanted.norm()
+        column = found.columns.part(7, 8)[0]
+        assert (found.columns.against(column)[7] - column.square().sum(1)).abs().max() <= 1e-12
+
+
 def test_softmax_factor_keeps_its_digits_where_float32_loses_them() -> None:
     """A sample fitted to a loss of about 5e-7: p - 1 in float32 is off by per cents, here by float64 rounding."""
     f = torch.tensor([[14.5, 0.0, 0.0]])

@@ -1,0 +1,99 @@
+"""Autocast around a measurement is switched off and named; inside the model it is refused, by every method alike."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hessdiag import Objective, diagonal, measure
+from hessdiag.errors import HessdiagError, UncoveredModelError
+from hessdiag.guard import AUTOCAST_OFF
+
+METHODS = ("exact", "propagation", "hutchinson", "reference")
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(8, 5, generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_around_a_measurement_it_is_switched_off_and_told(method: str) -> None:
+    model, batches = net(), data()
+    plain = measure(Objective(model), batches, method=method, max_replicates=12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = measure(Objective(model), batches, method=method, max_replicates=12)
+        assert torch.is_autocast_enabled("cpu")
+    assert under.rms == plain.rms
+    assert AUTOCAST_OFF in under.notes
+    assert AUTOCAST_OFF not in plain.notes
+
+
+def test_of_a_diagonal_and_a_population_it_is_told_too() -> None:
+    model, batches = net(), data() * 10
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = diagonal(Objective(model), batches, method="exact")
+        each = diagonal(Objective(model), batches, method="exact", per_sample=True)
+        whole = measure(Objective(model), batches, target="population", method="propagation")
+    assert found.provenance["notes"] == each.provenance["notes"] == [AUTOCAST_OFF]
+    assert AUTOCAST_OFF in whole.notes
+    plain = diagonal(Objective(model), batches, method="exact")
+    assert "notes" not in plain.provenance
+    assert all(torch.equal(found.total[name], value) for name, value in plain.total.items())
+
+
+class Rounded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.net(x).float()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inside_the_model_it_is_refused_by_name(method: str) -> None:
+    with pytest.raises(UncoveredModelError, match="autocast"):
+        measure(Objective(Rounded()), data(), method=method)
+
+
+class Drawing:
+    """Batches in an order drawn from every global generator there is."""
+
+    def __iter__(self):
+        batches = data() * 3
+        random.shuffle(batches)
+        yield from (batches[i] for i in np.random.permutation(len(batches)).tolist())  # noqa: NPY002
+        torch.rand(1)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_random_states_of_torch_numpy_and_python_are_handed_back(fails: bool) -> None:
+    def draws() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(1))]  # noqa: NPY002
+
+    def seed() -> None:
+        random.seed(7)
+        np.random.seed(7)  # noqa: NPY002
+        torch.manual_seed(7)
+
+    objective = Objective(Rounded() if fails else net())
+    seed()
+    wanted = draws()
+    seed()
+    if fails:
+        with pytest.raises(HessdiagError):
+            measure(objective, Drawing(), method="exact")
+    else:
+        assert measure(objective, Drawing(), method="exact").samples == 48
+    assert draws() == wanted
