@@ -103,12 +103,12 @@ class SoftmaxColumns(Columns):
         self.count = p.shape[1] - 1
         axis = root.clone()
         axis[:, -1] += 1.0
-        self.axis = axis / axis.norm(dim=1, keepdim=True)
+        self.axis: Tensor = axis / axis.norm(dim=1, keepdim=True)
 
     def part(self, low: int, high: int) -> Tensor:
         """S (e_c - 2 a_c a)."""
         picked = self.axis[:, low:high].T[:, :, None]
-        out = picked * (-2.0 * self._s(self.axis))
+        out: Tensor = picked * (-2.0 * self._s(self.axis))
         rows = torch.arange(high - low, device=out.device)
         root = self.root[:, low:high].T
         out -= root[:, :, None] * self.p
@@ -122,7 +122,7 @@ class SoftmaxColumns(Columns):
 
     def against(self, vectors: Tensor) -> Tensor:
         """R S^T v without its last entry."""
-        u = self.root * (vectors - (self.p * vectors).sum(1, keepdim=True))
+        u: Tensor = self.root * (vectors - (self.p * vectors).sum(1, keepdim=True))
         u = u - 2.0 * (u * self.axis).sum(1, keepdim=True) * self.axis
         return (self.scale * u)[:, :-1].T
 
