@@ -58,12 +58,12 @@ def test_every_sweep_has_the_same_setting() -> None:
 
 def test_levels_and_seeds_are_those_promised() -> None:
     first = {(level, seed) for level in LEVELS for seed in range(3)}
-    assert levels(campaign("main", 1), "n_fgsm") == first
-    assert levels(campaign("main", 2), "n_fgsm") == {(level, seed) for level in LEVELS for seed in range(4)}
+    assert levels(campaign("main", 1), "pgd_at") == first
+    assert levels(campaign("main", 2), "pgd_at") == {(level, seed) for level in LEVELS for seed in range(4)}
     twelve = [*LEVELS, 3, 5.5, 8.5, 14]
-    assert levels(campaign("main"), "n_fgsm") == {(level, seed) for level in twelve for seed in range(8)}
+    assert levels(campaign("main"), "pgd_at") == {(level, seed) for level in twelve for seed in range(8)}
     assert levels(campaign("trades"), "trades") == {(x, seed) for x in (1, 2, 4, 7, 15, 50) for seed in range(3)}
-    assert levels(campaign("cifar100"), "n_fgsm") == {(x, seed) for x in (1, 2, 4, 7, 15, 50) for seed in range(2)}
+    assert levels(campaign("cifar100"), "pgd_at") == {(x, seed) for x in (1, 2, 4, 7, 15, 50) for seed in range(2)}
     assert [len(campaign("standard", stage).runs) for stage in (1, 2)] == [48, 72]
     assert levels(campaign("standard", 1), "standard") == {(level, seed) for level in LEVELS for seed in range(2)}
 
@@ -86,7 +86,7 @@ def test_runs_that_sweeps_share_are_one_run_and_the_pilots_seeds_are_its_own() -
     assert pilot.figure == "none"
     counted = {run.train["seed"] for name in NAMES if name != "pilot" for run in campaign(name).runs}
     assert not counted & {run.train["seed"] for run in pilot.runs}
-    assert {level for level, _ in levels(pilot, "n_fgsm")} == {4}
+    assert {level for level, _ in levels(pilot, "pgd_at")} == {4}
 
 
 def test_trades_can_reach_the_edge_of_the_ball() -> None:
