@@ -86,11 +86,11 @@ def _processor() -> str:
     return platform.processor() or "unknown processor"
 
 
-def store(name: str, settings: Any, results: Mapping[str, Any]) -> Path:
-    """Write results/NAME.json as a whole: environment, settings (a dataclass), results."""
-    RESULTS.mkdir(exist_ok=True)
+def store(name: str, settings: Any, results: Mapping[str, Any], *, folder: Path = RESULTS) -> Path:
+    """Write FOLDER/NAME.json as a whole: environment, settings (a dataclass), results."""
+    folder.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment(), "settings": asdict(settings), "results": results}
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
     return path
 

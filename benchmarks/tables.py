@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hessdiag.errors import ConfigurationError
 from hessdiag.files import write_bytes
 
 from .common import RESULTS, median
@@ -250,6 +249,38 @@ def activations(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[R
     return rows
 
 
+def _of_seeds(m: Mapping[str, float], form: str) -> str:
+    """A mean over seeds with the lowest and the highest of them."""
+    return f"{m['value']:{form}} [{m['low']:{form}}, {m['high']:{form}}]"
+
+
+def deletion(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row per net and stage: rank correlations of predicted and actual changes."""
+    rows: list[Row] = []
+    for name, row in found.items():
+        agreement = {how: _of_seeds(m, ".3f") for how, m in row["correlation"].items()}
+        rows.append({"net": name, "loss": f"{row['loss']['value']:.2g}", **agreement})
+    return rows
+
+
+def pruning(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row per score: test accuracy late in training with shares of weights at 0, lowest score first."""
+    late = {name: row for name, row in found.items() if name.endswith("late")}
+    shares = [f"{share:.0%}" for share in settings["shares"]]
+    rows: list[Row] = []
+    for score in next(iter(late.values()))["pruned"]:
+        row = {"lowest first by": score}
+        for name, one in late.items():
+            row |= {f"{name}, {share} gone": _of_seeds(one["pruned"][score][share], ".1%") for share in shares}
+        rows.append(row)
+    untouched = {
+        f"{name}, {share} gone": _of_seeds(one["accuracy"]["none"], ".1%")
+        for name, one in late.items()
+        for share in shares
+    }
+    return [{"lowest first by": "(nothing deleted)", **untouched}, *rows]
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] = {
     "activations": activations,
     "attacks": attacks,
@@ -260,7 +291,9 @@ TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] =
     "memory": memory,
     "nfgsm": nfgsm,
     "sweeps": sweeps,
+    "deletion": deletion,
 }
+PICTURES = {"resnet18": "error against wall time", "deletion": "predicted against actual change of the loss"}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, str]:
@@ -299,26 +332,15 @@ def section(path: Path) -> str:
     environment = ", ".join(f"{key} {value}" for key, value in content["environment"].items())
     found, settings = content["results"], content["settings"]
     table = markdown(TABLES[name](found, settings)) if name in TABLES else generic(found)
+    if name == "deletion":
+        table += "\n\n" + markdown(pruning(found, settings))
     picture = path.with_suffix(".svg")
-    shown = f"\n\n![error against wall time](results/{picture.name})" if picture.exists() else ""
+    shown = f"\n\n![{PICTURES.get(name, name)}](results/{picture.name})" if picture.exists() else ""
     return f"## {path.stem}\n\n{about}\n\n{table}{shown}\n\nRun with {environment}.\n"
 
 
-def into_readme(sections: Sequence[str]) -> None:
-    """The same tables between the markers of the project's README, headings one level down."""
-    path = RESULTS.parents[1] / "README.md"
-    before, begin, rest = path.read_text(encoding="utf-8").partition("<!-- benchmarks: begin")
-    marker, _, rest = rest.partition("-->\n")
-    _, end, after = rest.partition("<!-- benchmarks: end -->")
-    if not (begin and end):
-        raise ConfigurationError(f"{path}: the markers around the benchmarks are gone")
-    shown = "\n".join(s.replace("## ", "### ", 1).replace("](results/", "](benchmarks/results/") for s in sections)
-    write_bytes(path, f"{before}{begin}{marker}-->\n{shown}{end}{after}".encode())
-
-
 def main() -> None:
-    """Write the page, and the tables into the project's README."""
+    """Write the page."""
     sections = [section(path) for path in sorted(RESULTS.glob("*.json"))]
     write_bytes(README, "\n".join([HEAD, *sections]).encode())
-    into_readme(sections)
     print(README)

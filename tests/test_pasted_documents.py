@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import tables
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GPU = "needs a GPU for hours"
@@ -33,6 +35,7 @@ SHORTER = {
         "python -m experiments sweep experiments/sweeps/smoke/table2.toml --seeds 0 --workers 1 --dry-run --no-pilot"
     ),
     "python -m experiments status --watch": "python -m experiments status",
+    "python -m benchmarks.deletion": "python -m benchmarks.deletion --seeds 1 --weights 20 --late 40 --out runs/deletion",
     "python tests/hessdiag/fuzz/fuzz_checkpoint.py --mutations 100000 --seed 0": (
         "python tests/hessdiag/fuzz/fuzz_checkpoint.py --mutations 500 --seed 0"
     ),
@@ -125,6 +128,15 @@ def drawn(seen: Outcome) -> None:
     assert "verdicts " in seen.out
 
 
+def deleted(seen: Outcome) -> None:
+    """The second-order price orders what deleting a weight costs, for both nets, early and late."""
+    assert (seen.home / "runs" / "deletion" / "deletion.svg").stat().st_size > 1000
+    found = json.loads((seen.home / "runs" / "deletion" / "deletion.json").read_text())["results"]
+    assert len(found) == 4
+    for row in found.values():
+        assert row["correlation"]["exact"]["value"] > 0.95
+
+
 def shows(*words: str) -> Callable[[Outcome], None]:
     def check(seen: Outcome) -> None:
         for word in words:
@@ -146,6 +158,7 @@ OUTCOMES: list[tuple[str, Callable[[Outcome], None]]] = [
     (r"python -m experiments status", shows(r"figure3", r"1/1")),
     (r"python -m experiments figures", drawn),
     (r"python -m validation --claim", shows(r"E\[?(30|28)", "verdict|proved|refuted|holds")),
+    (r"python -m benchmarks\.deletion", deleted),
     (r"python -m theory", shows(r"E\[?(27|28)")),
     (r"python tests/hessdiag/fuzz", shows("500 mutations", "0 offenders")),
 ]
@@ -229,3 +242,47 @@ def test_python_in_the_documents_runs(home: Path) -> None:
                 (home / "pasted.py").write_text(text)
                 done = paste("python pasted.py", home)
                 assert done.returncode == 0, (path.name, done.stderr[-2000:])
+
+
+NUMBER = r"(?<![\w.])-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?"
+
+
+def numbers(text: str) -> list[float]:
+    return [float(word.replace(",", "")) for word in re.findall(NUMBER, text)]
+
+
+SHOWN = [(path, *pair) for path in DOCUMENTS for pair in re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", path.read_text(), re.S | re.M)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "program", "printed"), SHOWN, ids=[path.stem for path, *_ in SHOWN])
+def test_a_program_prints_what_stands_below_it(path: Path, program: str, printed: str, home: Path) -> None:
+    """The same words, and the same numbers to two per cent: other processors round otherwise."""
+    (home / "pasted.py").write_text(program)
+    done = paste("python pasted.py", home)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.sub(NUMBER, "#", done.stdout).split() == re.sub(NUMBER, "#", printed).split()
+    assert numbers(done.stdout) == pytest.approx(numbers(printed), rel=0.02)
+
+
+def test_readme_shows_what_it_prints() -> None:
+    assert any(path.name == "README.md" for path, *_ in SHOWN)
+
+
+def test_numbers_of_benchmarks_in_readme_and_on_their_page_are_the_stored_ones() -> None:
+    """README names the command of each row; every number of it stands in that benchmark's section of the table."""
+    sections = {path.stem: tables.section(path) for path in tables.RESULTS.glob("*.json")}
+    page = tables.README.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .*? \| (.*) \(`python -m benchmarks (\w+)`\) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) == 5
+    for words, name in rows:
+        for number in re.findall(NUMBER, re.sub(r"ResNet-18", "", words)):
+            assert re.search(rf"(?<![\w.]){re.escape(number)}(?![\d.])", sections[name]), (name, number)
+        assert sections[name].strip() in page, f"`python -m benchmarks table` has not been run since {name}"
+
+
+def test_the_page_on_deleting_weights_holds_the_stored_tables() -> None:
+    content = json.loads((tables.RESULTS / "deletion.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "deleting_weights.md").read_text(encoding="utf-8")
+    for table in (tables.deletion, tables.pruning):
+        assert tables.markdown(table(content["results"], content["settings"])) in page
