@@ -42,6 +42,8 @@ MEANING = 1
 STANDARD = "standard"
 AUTO = "auto"
 MAX_TOML = 1 << 20
+MAX_DEPTH = 20
+MAX_DOTS = 200
 STATISTICS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -239,11 +241,20 @@ def load_toml(path: Path) -> dict[str, Any]:
     """The table in a TOML file, or one line that says what is wrong with it."""
     toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        table: dict[str, Any] = toml.loads(read_bytes(path, budget=MAX_TOML).decode())
-        return table
+        text = read_bytes(path, budget=MAX_TOML).decode()
+        if any(part.count(".") > MAX_DOTS for line in text.splitlines() for part in line.split(",")):
+            raise RecursionError  # the parser's time grows with the square of a key's dots
+        table: dict[str, Any] = toml.loads(text)
     except BadFileError as reason:
         raise ConfigurationError(f"{path}: {reason}") from None
     except RecursionError:
         raise ConfigurationError(f"{path}: nested too deeply") from None
     except ValueError as error:  # TOML's and Unicode's
         raise ConfigurationError(f"{path}: not valid TOML: {error}") from None
+    level: list[Any] = [table]
+    for _ in range(MAX_DEPTH):
+        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
+        level = [part for parts in inner for part in parts]
+    if level:  # dotted keys nest without the parser's recursion
+        raise ConfigurationError(f"{path}: nested too deeply")
+    return table

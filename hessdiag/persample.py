@@ -105,14 +105,17 @@ class Curvature:
         """All columns written out, [columns, N, C]."""
         return self.columns.part(0, self.columns.count)
 
-    def each(self) -> Iterator[tuple[Tensor, float]]:
-        """One column [N, C] with its sign after the other, a few written out at a time."""
-        size = max(self.gradient.numel(), 1)
-        step = max(WRITTEN // size, 1)
-        signs = self.signs.tolist()
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Columns [k, N, C] with their signs [k], as many at a time as may be written out."""
+        step = max(WRITTEN // max(self.gradient.numel(), 1), 1)
         for low in range(0, self.columns.count, step):
             high = min(low + step, self.columns.count)
-            yield from zip(self.columns.part(low, high), signs[low:high], strict=True)
+            yield self.columns.part(low, high), self.signs[low:high]
+
+    def each(self) -> Iterator[tuple[Tensor, float]]:
+        """One column [N, C] with its sign after the other."""
+        for columns, signs in self.blocks():
+            yield from zip(columns, signs.tolist())
 
     def times(self, vectors: Tensor) -> Tensor:
         """d2l_n/df2 v_n, [N, C]."""

@@ -65,7 +65,7 @@ def test_wrong_usage_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
 
 
-@pytest.mark.parametrize("opened", ["a = " + "[" * 50_000, "a = " + "{b=" * 50_000, "[" + "a." * 50_000 + "a]"])
+@pytest.mark.parametrize("opened", ["a = " + "[" * 50_000, "a = " + "{b=" * 50_000, "[" + "a." * 50_000 + "a]", "[" + "a." * 50 + "a]"])
 @pytest.mark.parametrize("words", [["train", "--recipe"], ["sweep"]])
 def test_toml_nested_deeply(
     words: list[str], opened: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def test_of_images_it_is_not_the_batch_that_is_too_large(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("fails", [full, full_of_tensors])
 def test_of_json_too(fails: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.json").write_text("{}")
-    monkeypatch.setattr("hessdiag.report.document.read_json", fails)
+    monkeypatch.setattr(sys.modules["hessdiag.report.document"], "read_json", fails)
     found = CliRunner().invoke(app, ["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")])
     assert found.exit_code == 5
     assert found.stderr.count("\n") == 1
