@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
             print(f"{name:12} {line}")
         return 0
     if arguments == ["table"]:
-        from .tables import main as write
+        from benchmarks.tables import main as write
 
         write()
         return 0

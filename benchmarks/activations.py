@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import median, store
 from hessdiag.activations import RCTAF
-
-from .common import median, store
 
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
 

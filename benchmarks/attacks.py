@@ -17,11 +17,10 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from benchmarks.common import store
 from experiments.attacks import apgd_ce, apgd_t, n_fgsm
 from hessdiag import networks
 from hessdiag.data import DataSet, load
-
-from .common import store
 
 EPS = 0.15
 IMAGES = 300

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import hessdiag as hd
+from benchmarks.common import digits, small_resnet, store, train
 from hessdiag import networks
-from hessdiag.measurement.world import World
+from hessdiag.measuring.ranks import World
 from hessdiag.methods import METHODS, Case, Plan
-from hessdiag.stream import numbered, survey
-
-from .common import digits, small_resnet, store, train
+from hessdiag.methods.batches import numbered, survey
 
 
 @dataclass(frozen=True)

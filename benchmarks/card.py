@@ -33,7 +33,7 @@ from hessdiag import networks
 from hessdiag.data import load
 from hessdiag.data.dataset import DataSet
 from hessdiag.errors import ConfigurationError, DataError, nearest
-from hessdiag.files import write_bytes
+from hessdiag.store.files import write_bytes
 
 ACTIVATIONS = ("relu", "silu", *(f"rct:beta={b},curvature=7" for b in (0, 1, 2)))
 Row = dict[str, Any]

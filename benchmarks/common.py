@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import hessdiag
 from hessdiag import networks
 from hessdiag.data import load
-from hessdiag.files import write_bytes
+from hessdiag.store.files import write_bytes
 
 RESULTS = Path(__file__).parent / "results"
 

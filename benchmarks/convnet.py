@@ -17,16 +17,15 @@ from typing import Any
 from torch import Tensor, nn
 
 import hessdiag as hd
-from hessdiag.diagonal import exact
-from hessdiag.diagonal.parts import Tensors, accumulate, zeros
-from hessdiag.diagonal.products import Products
-from hessdiag.diagonal.propagation import Propagator
+from benchmarks.common import digits, median, ratio_of_means, small_resnet, store
 from hessdiag.graph import Linearisation
+from hessdiag.kernels import exact_batch as exact
+from hessdiag.kernels.products import Products
+from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import Tensors, accumulate, zeros
 from hessdiag.methods.hutchinson import probe
 from hessdiag.methods.pilot import affordable_rank
 from hessdiag.signs import Signs
-
-from .common import digits, median, ratio_of_means, small_resnet, store
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,17 @@ import torch
 from torch import Tensor, nn
 
 import hessdiag as hd
+from benchmarks.common import binomial_interval, digits, store, train
 from hessdiag import networks
-from hessdiag.diagonal import exact
 from hessdiag.graph import Linearisation
-from hessdiag.measurement.loop import Loop
-from hessdiag.measurement.population import shards_of
-from hessdiag.measurement.until import run as run_until
-from hessdiag.measurement.world import World
+from hessdiag.kernels import exact_batch as exact
+from hessdiag.measuring.loop import Loop
+from hessdiag.measuring.population import shards_of
+from hessdiag.measuring.ranks import World
+from hessdiag.measuring.stopping import run as run_until
 from hessdiag.methods import Case, Plan
+from hessdiag.methods.batches import numbered, survey
 from hessdiag.norm import NormEstimate, Replicates, estimate
-from hessdiag.stream import numbered, survey
-
-from .common import binomial_interval, digits, store, train
 
 
 @dataclass(frozen=True)

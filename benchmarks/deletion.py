@@ -25,9 +25,9 @@ from scipy import stats
 from torch import Tensor, nn
 
 import hessdiag as hd
-from hessdiag import networks, plot
-
-from .common import RESULTS, digits, store
+from benchmarks.common import RESULTS, digits, store
+from hessdiag import networks
+from hessdiag.show import plot
 
 Points = dict[str, Tensor]
 

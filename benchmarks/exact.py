@@ -30,8 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.common import Median, digits, median, small_resnet, store
 from benchmarks.exact_sides import CURVES, WIDTHS, backpack, deviation, mlp, ours, problem, products, public
 from hessdiag import Objective
-from hessdiag.diagonal import exact
 from hessdiag.graph import Linearisation
+from hessdiag.kernels import exact_batch as exact
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,12 @@ def forward_seconds(model: nn.Module, x: Tensor, count: int = 20) -> float:
 
 
 CHECKS = {
-    "second pass": ("hessdiag.stream", "_in_two"),
-    "twin": ("hessdiag.measurement.audit", "_twin"),
-    "identity": ("hessdiag.measurement.comparisons", "identity"),
-    "squares": ("hessdiag.measurement.comparisons", "squares"),
-    "entries": ("hessdiag.measurement.comparisons", "entries"),
-    "derivatives": ("hessdiag.measurement.comparisons", "quotients"),
+    "second pass": ("hessdiag.methods.batches", "_in_two"),
+    "twin": ("hessdiag.measuring.audit", "_twin"),
+    "identity": ("hessdiag.measuring.comparisons", "identity"),
+    "squares": ("hessdiag.measuring.comparisons", "squares"),
+    "entries": ("hessdiag.measuring.comparisons", "entries"),
+    "derivatives": ("hessdiag.measuring.comparisons", "quotients"),
 }
 """What the checks of a public call do, by the functions that do it."""
 

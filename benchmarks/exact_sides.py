@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag import Objective, diagonal
-from hessdiag.diagonal import exact
-from hessdiag.diagonal.products import Products
 from hessdiag.graph import Linearisation
+from hessdiag.kernels import exact_batch as exact
+from hessdiag.kernels.products import Products
 from hessdiag.methods import reference
 
 WIDTHS = {

@@ -21,9 +21,8 @@ import torch
 from torch import nn
 
 import hessdiag as hd
+from benchmarks.common import median, store
 from hessdiag import networks
-
-from .common import median, store
 
 
 @dataclass(frozen=True)

@@ -26,18 +26,17 @@ import torch
 from torch import Tensor
 
 import hessdiag as hd
+from benchmarks.common import RESULTS, median, store, train
 from hessdiag import networks
 from hessdiag.data import load
-from hessdiag.diagonal.parts import Tensors, accumulate
-from hessdiag.diagonal.products import Products
-from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import DataError
 from hessdiag.graph import Linearisation
+from hessdiag.kernels.products import Products
+from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import Tensors, accumulate
 from hessdiag.methods.hutchinson import probe
 from hessdiag.methods.pilot import affordable_rank, product_moments
 from hessdiag.signs import Signs
-
-from .common import RESULTS, median, store, train
 
 
 @dataclass(frozen=True)

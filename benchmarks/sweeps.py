@@ -16,12 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.common import store
 from experiments.sweep import export, local, status
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.reader import Reader
 from experiments.sweep.store import Store
-
-from .common import store
 
 SOURCE = Path(__file__).parents[1] / "results" / "smoke" / "figure3.json"
 

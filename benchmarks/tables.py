@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hessdiag.files import write_bytes
-
-from .common import RESULTS, median
+from benchmarks.common import RESULTS, median
+from hessdiag.store.files import write_bytes
 
 Row = Mapping[str, str]
 BACKPACK_TARGETS = {"784-128-128-10": 3.0, "784-512-512-10": 20.0, "784-256x4-10": 5.0}

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import hessdiag as hd
+from benchmarks.common import store
 from hessdiag.graph import Linearisation
-from hessdiag.measurement.forecast import forecast
-
-from .common import store
+from hessdiag.measuring.forecast import forecast
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from hessdiag.commands.exits import guarded
+from hessdiag.cli.exits import guarded
 
 # Name on the command line -> module that registers it.
 COMMANDS = {

@@ -30,9 +30,9 @@ from experiments.sweep.keys import RunConfig
 from experiments.sweep.local import cores_here
 from experiments.sweep.store import Store
 from hessdiag import data
-from hessdiag.data.registry import SOURCES
+from hessdiag.data.published import SOURCES
 from hessdiag.errors import ConfigurationError, DataError
-from hessdiag.files import BadFileError, write_bytes
+from hessdiag.store.files import BadFileError, write_bytes
 
 Tell = Callable[[str], None]
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -20,8 +20,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from hessdiag.ascent import handed_back
 from hessdiag.data.dataset import DataSet
+from hessdiag.problem.ascent import handed_back
 
 LEVEL = 0.001
 UNLEARNED = "did_not_learn"

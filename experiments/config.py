@@ -33,8 +33,8 @@ from experiments.parts import (
 )
 from hessdiag import activations, networks
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
-from hessdiag.files import BadFileError, read_bytes
-from hessdiag.perturbation import fraction
+from hessdiag.problem.perturbation import fraction
+from hessdiag.store.files import BadFileError, read_bytes
 
 # Raise it when the trainer changes what a configuration means: every key changes with it.
 MEANING = 1

@@ -18,9 +18,9 @@ from experiments.attacks.evaluate import ATTACKS
 from experiments.attacks.evaluate import evaluate as attacked
 from experiments.attacks.result import AttackResult, Progress
 from experiments.provenance import provenance
-from hessdiag.ascent import handed_back
 from hessdiag.data.dataset import DataSet
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
+from hessdiag.problem.ascent import handed_back
 
 
 @dataclass(frozen=True)

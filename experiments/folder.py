@@ -17,8 +17,8 @@ from experiments.trainer.rig import Rig
 from experiments.trainer.state import FORMAT, Standing, read_state, write_state
 from hessdiag.checkpoint import save_checkpoint
 from hessdiag.errors import CheckpointError, ResumeError
-from hessdiag.files import BadFileError, clear_stale, read_json, write_bytes
 from hessdiag.store import states
+from hessdiag.store.files import BadFileError, clear_stale, read_json, write_bytes
 
 
 class Folder:

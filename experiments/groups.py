@@ -55,9 +55,7 @@ def matching(model: nn.Module, pattern: str) -> list[str]:
     else:
         kind, _, leaf = pattern.partition(".")
         found = [
-            name
-            for name in names
-            if kind in ("all", kind_of(model, name)) and leaf in ("", name.rpartition(".")[2])
+            name for name in names if kind in ("all", kind_of(model, name)) and leaf in ("", name.rpartition(".")[2])
         ]
     if not found:
         raise ConfigurationError(f"group {pattern!r} matches no parameter; the network has {', '.join(names[:8])}")
@@ -81,9 +79,7 @@ def scale_initial_values(model: nn.Module, factors: Mapping[str, Factors]) -> No
                 parameter.mul_(factors[name].init)
 
 
-def optimiser_groups(
-    model: nn.Module, factors: Mapping[str, Factors], *, weight_decay: float
-) -> list[dict[str, Any]]:
+def optimiser_groups(model: nn.Module, factors: Mapping[str, Factors], *, weight_decay: float) -> list[dict[str, Any]]:
     """Groups for SGD, one per pair of factors, in order of appearance; "lr_scale" is for the schedule to use."""
     table: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():

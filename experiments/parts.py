@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
-from hessdiag.perturbation import fraction
+from hessdiag.problem.perturbation import fraction
 
 
 def one_of(value: str, known: Collection[str], what: str) -> None:
@@ -65,9 +65,7 @@ class Schedule:
             f"schedule: milestones belong to name = 'piecewise', not {self.name!r}",
         )
         ordered = all(a < b for a, b in zip(self.milestones, self.milestones[1:]))
-        require(
-            ordered and all(m > 0 for m in self.milestones), "schedule.milestones must be positive and increasing"
-        )
+        require(ordered and all(m > 0 for m in self.milestones), "schedule.milestones must be positive and increasing")
         require(all(f >= 0 for f in self.factors), "schedule.factors must not be negative")
         require(0 < self.peak < 1, f"schedule.peak must lie between 0 and 1, not {self.peak}")
 

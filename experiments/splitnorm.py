@@ -61,4 +61,3 @@ def plain_name(name: str) -> str:
     if name.startswith("auto."):
         return name.removeprefix("auto.").replace(_SEPARATOR, ".")
     return name.removeprefix("network.")
-

@@ -13,7 +13,7 @@ from hessdiag import networks
 from hessdiag.checkpoint import load_checkpoint
 from hessdiag.checkpoint.document import FILE_BUDGET, open_document
 from hessdiag.errors import CheckpointError
-from hessdiag.files import BadFileError
+from hessdiag.store.files import BadFileError
 
 NAMES = ("best.pt", "last.pt")
 

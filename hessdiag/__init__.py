@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import activations, networks
-    from .activations import register_activation
-    from .checkpoint import load_checkpoint, save_checkpoint
-    from .diagonal import Diagonal
-    from .errors import HessdiagError
-    from .graph import register_layer, register_site
-    from .measure import diagonal, measure
-    from .measurement import Measurement
-    from .methods import Method, Plan, Work, register_method
-    from .objective import Objective
+    from hessdiag import activations, networks
+    from hessdiag.activations import register_activation
+    from hessdiag.checkpoint import load_checkpoint, save_checkpoint
+    from hessdiag.errors import HessdiagError
+    from hessdiag.graph import register_layer, register_site
+    from hessdiag.measuring import Measurement
+    from hessdiag.measuring.diagonal import Diagonal
+    from hessdiag.measuring.entry import diagonal, measure
+    from hessdiag.methods import Method, Plan, Work, register_method
+    from hessdiag.problem.objective import Objective
 
 __all__ = [
     "Diagonal",
@@ -46,14 +46,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Diagonal": "diagonal.result",
+    "Diagonal": "measuring.diagonal",
     "HessdiagError": "errors",
-    "Measurement": "measurement.result",
+    "Measurement": "measuring.result",
     "Method": "methods",
-    "Objective": "objective",
+    "Objective": "problem.objective",
     "Plan": "methods",
     "Work": "methods",
+    "diagonal": "measuring.entry",
     "load_checkpoint": "checkpoint",
+    "measure": "measuring.entry",
     "register_activation": "activations",
     "register_layer": "graph",
     "register_method": "methods",
@@ -62,15 +64,7 @@ _HOMES = {
 }
 
 
-def _from_measure(name: str) -> property:
-    """A function that shares its name with a submodule: importing the submodule must not put it in its place."""
-    return property(lambda _: getattr(import_module("hessdiag.measure"), name), lambda _, submodule: None)
-
-
 class _Package(ModuleType):
-    measure = _from_measure("measure")
-    diagonal = _from_measure("diagonal")
-
     def __getattr__(self, name: str) -> Any:
         if name in _HOMES:
             value = getattr(import_module(f"hessdiag.{_HOMES[name]}"), name)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .errors import ConfigurationError, EmptyDataError, TargetError, nearest
+from hessdiag.errors import ConfigurationError, EmptyDataError, TargetError, nearest
 
 NAMES = ("labels", "label", "targets", "target", "y")
 """Keys under which dictionaries hold their targets, the first that is there."""

@@ -203,7 +203,9 @@ def test_every_block_says_what_it_is_and_no_entry_is_stale() -> None:
     for path in DOCUMENTS:
         assert {language for language, _ in blocks(path)} <= {"sh", "text", "python", "toml", "json"}, path.name
         # Indented commands would be pasted all the same, and not be seen here.
-        assert not re.search(r"^    (python|hessdiag|make|pip) ", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), re.M)
+        assert not re.search(
+            r"^    (python|hessdiag|make|pip) ", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), re.M
+        )
     for line in known - set(ELSEWHERE):
         assert any(re.match(pattern, line) for pattern, _ in OUTCOMES), f"what comes of it? {line}"
 
@@ -251,7 +253,11 @@ def numbers(text: str) -> list[float]:
     return [float(word.replace(",", "")) for word in re.findall(NUMBER, text)]
 
 
-SHOWN = [(path, *pair) for path in DOCUMENTS for pair in re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", path.read_text(), re.S | re.M)]
+SHOWN = [
+    (path, *pair)
+    for path in DOCUMENTS
+    for pair in re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", path.read_text(), re.S | re.M)
+]
 
 
 @pytest.mark.slow
@@ -273,7 +279,9 @@ def test_numbers_of_benchmarks_in_readme_and_on_their_page_are_the_stored_ones()
     """README names the command of each row; every number of it stands in that benchmark's section of the table."""
     sections = {path.stem: tables.section(path) for path in tables.RESULTS.glob("*.json")}
     page = tables.README.read_text(encoding="utf-8")
-    rows = re.findall(r"^\| .*? \| (.*) \(`python -m benchmarks (\w+)`\) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    rows = re.findall(
+        r"^\| .*? \| (.*) \(`python -m benchmarks (\w+)`\) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
+    )
     assert len(rows) == 5
     for words, name in rows:
         for number in re.findall(NUMBER, re.sub(r"ResNet-18", "", words)):

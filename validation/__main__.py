@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hessdiag.errors import HessdiagError
-from hessdiag.files import write_bytes
+from hessdiag.store.files import write_bytes
 from validation import ledger as ledgers
 from validation.register import Run
 from validation.report import show_claim, show_ledger, write_page

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hessdiag.errors import HessdiagError, UnknownNameError, nearest
-from hessdiag.files import BadFileError, read_json, write_bytes
+from hessdiag.store.files import BadFileError, read_json, write_bytes
 from theory.claims import BY_ID, CLAIMS
 from validation import state
 from validation.checks import CHECKS

@@ -8,14 +8,20 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from hessdiag.ascent import Forward, handed_back
-from hessdiag.perturbation import keyed_uniform
-
-from .apgd import RHO, STEPS
-from .inputs import check_dlr, check_labels, check_samples, home, plain_radius
-from .pgd import logits_function
-from .result import AttackResult, Progress, check_batch_size, class_count, predictions, verify
-from .worst import TARGETS, APGDResult, apgd_ce, apgd_t
+from experiments.attacks.apgd import RHO, STEPS
+from experiments.attacks.inputs import check_dlr, check_labels, check_samples, home, plain_radius
+from experiments.attacks.pgd import logits_function
+from experiments.attacks.result import (
+    AttackResult,
+    Progress,
+    check_batch_size,
+    class_count,
+    predictions,
+    verify,
+)
+from experiments.attacks.worst import TARGETS, APGDResult, apgd_ce, apgd_t
+from hessdiag.problem.ascent import Forward, handed_back
+from hessdiag.problem.perturbation import keyed_uniform
 
 NAMES = ("apgd-ce", "apgd-t")
 
@@ -82,9 +88,7 @@ def aa2(
             per_attack[name] = robust.clone()
             if flat:
                 warnings.append(f"{name}: {flat} runs began at a zero gradient, where it can tell nothing")
-        check, notes = verify(
-            function, x, y, x_adv, robust, radius=radius, batch_size=batch_size, device=device
-        )
+        check, notes = verify(function, x, y, x_adv, robust, radius=radius, batch_size=batch_size, device=device)
     used = min(targets, classes - 1)
     return AttackResult(
         attack="aa2",
@@ -129,9 +133,7 @@ def _one(
         return keyed_uniform(indices, x.shape[1:], seed=seed, stream=stream).to(images)
 
     if name == "apgd-ce":
-        return apgd_ce(
-            model, images, labels, eps=radius, steps=steps, noise=noise, autocast=autocast, forward=forward
-        )
+        return apgd_ce(model, images, labels, eps=radius, steps=steps, noise=noise, autocast=autocast, forward=forward)
     return apgd_t(
         model,
         images,

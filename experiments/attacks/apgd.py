@@ -21,13 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag.ascent import (
-    AttackLoss,
-    Forward,
-    ascend_linf,
-    input_gradient,
-    project_linf,
-)
+from hessdiag.problem.ascent import AttackLoss, Forward, ascend_linf, input_gradient, project_linf
 
 MOMENTUM = 0.75
 RHO = 0.75

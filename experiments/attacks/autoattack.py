@@ -16,11 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessdiag.ascent import handed_back
-from hessdiag.errors import ConfigurationError, DtypeError
-from hessdiag.store.states import digest
-
-from .borrowed import (
+from experiments.attacks.borrowed import (
     ORDER,
     STANDARD,
     Budgets,
@@ -32,10 +28,13 @@ from .borrowed import (
     globals_put_back,
     run_checks,
 )
-from .inputs import check_dlr, check_labels, check_samples, home, plain_radius
-from .pgd import logits_function
-from .progress_file import Standing, model_digest, restore, save
-from .result import AttackResult, Progress, all_logits, check_batch_size, verify
+from experiments.attacks.inputs import check_dlr, check_labels, check_samples, home, plain_radius
+from experiments.attacks.pgd import logits_function
+from experiments.attacks.progress_file import Standing, model_digest, restore, save
+from experiments.attacks.result import AttackResult, Progress, all_logits, check_batch_size, verify
+from hessdiag.errors import ConfigurationError, DtypeError
+from hessdiag.problem.ascent import handed_back
+from hessdiag.store.states import digest
 
 SAVE_EVERY = 60.0
 
@@ -193,17 +192,13 @@ def _check(model: object, x: Tensor, y: Tensor, radius: float, batch_size: int) 
     labels = check_samples(x, y)
     check_batch_size(batch_size)
     if x.ndim != 4:
-        raise ConfigurationError(
-            f"AutoAttack needs images [N, C, H, W] (Square cuts windows), not {list(x.shape)}"
-        )
+        raise ConfigurationError(f"AutoAttack needs images [N, C, H, W] (Square cuts windows), not {list(x.shape)}")
     if radius == 0.0:
         raise ConfigurationError("AutoAttack with eps 0 attacks nothing; measure the clean accuracy instead")
     kinds = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else set()
     if x.dtype != torch.float32 or kinds - {torch.float32}:
         found = ", ".join(sorted(str(kind) for kind in kinds | {x.dtype}))
-        raise DtypeError(
-            f"AutoAttack computes in float32, found {found}; convert model and images by .float()"
-        )
+        raise DtypeError(f"AutoAttack computes in float32, found {found}; convert model and images by .float()")
     return labels
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag.ascent import Forward
 from hessdiag.errors import ConfigurationError, NonFiniteError
+from hessdiag.problem.ascent import Forward
 
 ORDER = ("apgd-ce", "apgd-t", "fab-t", "square")
 Perturb = Callable[[Tensor, Tensor], Tensor]
@@ -128,9 +128,7 @@ def globals_put_back(package: Package, device: torch.device) -> Iterator[None]:
         sys.settrace(trace)
 
 
-def run_checks(
-    package: Package, forward: Guarded, x: Tensor, y: Tensor, *, budgets: Budgets, notes: Notes
-) -> int:
+def run_checks(package: Package, forward: Guarded, x: Tensor, y: Tensor, *, budgets: Budgets, notes: Notes) -> int:
     """The package's checks for defences it cannot judge, in its own order; returns the number of classes."""
     checks, trace = package.checks, sys.gettrace()
     notes.prefix = ""

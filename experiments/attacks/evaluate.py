@@ -9,15 +9,21 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from hessdiag.ascent import AttackLoss, handed_back
+from experiments.attacks.aa2 import aa2
+from experiments.attacks.autoattack import autoattack
+from experiments.attacks.inputs import check_labels, check_samples, home, plain_radius
+from experiments.attacks.pgd import logits_function
+from experiments.attacks.result import (
+    AttackResult,
+    Progress,
+    all_logits,
+    check_batch_size,
+    predictions,
+    verify,
+)
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
-from hessdiag.perturbation import PGDSpec, cross_entropy, keyed_pgd, parse_pgd
-
-from .aa2 import aa2
-from .autoattack import autoattack
-from .inputs import check_labels, check_samples, home, plain_radius
-from .pgd import logits_function
-from .result import AttackResult, Progress, all_logits, check_batch_size, predictions, verify
+from hessdiag.problem.ascent import AttackLoss, handed_back
+from hessdiag.problem.perturbation import PGDSpec, cross_entropy, keyed_pgd, parse_pgd
 
 ATTACKS = ("aa", "aa2", "pgd")
 PGD_STEPS = 20
@@ -45,9 +51,7 @@ def evaluate(
     if name == "pgd" and rest:
         return pgd_accuracy(model, x, y, spec=parse_pgd(attack), batch_size=batch_size, progress=progress)
     if rest:
-        raise ConfigurationError(
-            f"{name!r} takes no options, found {attack!r}; its budget is part of its name"
-        )
+        raise ConfigurationError(f"{name!r} takes no options, found {attack!r}; its budget is part of its name")
     if eps is None:
         raise ConfigurationError(f"attack {name!r} needs eps, such as '8/255'")
     if name == "aa2":
@@ -93,9 +97,7 @@ def pgd_accuracy(
             x_adv[chosen[fooled]] = points.to(x_adv.device)[fooled.to(x_adv.device)]
             if progress is not None:
                 progress("pgd", start + len(chosen), len(alive), int(robust.sum()))
-        check, notes = verify(
-            function, x, y, x_adv, robust, radius=spec.radius, batch_size=batch_size, device=device
-        )
+        check, notes = verify(function, x, y, x_adv, robust, radius=spec.radius, batch_size=batch_size, device=device)
     return AttackResult(
         attack=str(spec),
         eps=spec.eps,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hessdiag.ascent import (
+from experiments.attacks.inputs import Radius, radius
+from experiments.attacks.losses import resolve
+from experiments.attacks.pgd import logits_function, uniform_noise
+from hessdiag.problem.ascent import (
     AttackLoss,
     Forward,
     Scalar,
@@ -15,10 +18,6 @@ from hessdiag.ascent import (
     project_linf,
     refuse_non_finite,
 )
-
-from .inputs import Radius, radius
-from .losses import resolve
-from .pgd import logits_function, uniform_noise
 
 RS_STEP = 1.25
 N_FGSM_NOISE = 2.0
@@ -34,9 +33,7 @@ def fgsm_rs_finish(start: Tensor, gradient: Tensor, x: Tensor, eps: Scalar, step
     return project_linf(start + step * gradient.sign(), x, eps)
 
 
-def n_fgsm_start(
-    x: Tensor, eps: Scalar, generator: torch.Generator | None, *, noise: float = N_FGSM_NOISE
-) -> Tensor:
+def n_fgsm_start(x: Tensor, eps: Scalar, generator: torch.Generator | None, *, noise: float = N_FGSM_NOISE) -> Tensor:
     """The start x + U(-noise eps, noise eps), clamped to the box (de Jorge et al. 2022, arXiv 2202.01181)."""
     return (x + uniform_noise(x, noise * eps, generator)).clamp(0.0, 1.0)
 

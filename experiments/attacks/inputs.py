@@ -7,9 +7,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from hessdiag.ascent import Scalar, check_box
 from hessdiag.errors import ConfigurationError, TargetError
-from hessdiag.perturbation import fraction
+from hessdiag.problem.ascent import Scalar, check_box
+from hessdiag.problem.perturbation import fraction
 
 Radius = float | str | Fraction | Tensor
 

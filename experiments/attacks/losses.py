@@ -1,7 +1,7 @@
 """What an attack ascends: one value per sample, from the logits and a target.
 
 The target of "ce" and "margin" is the label, of "kl" the logits at the clean input. The logits
-come in at least float32: `hessdiag.ascent.input_gradient` sees to it.
+come in at least float32: `hessdiag.problem.ascent.input_gradient` sees to it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hessdiag.ascent import AttackLoss
 from hessdiag.errors import UnknownNameError, nearest
-from hessdiag.perturbation import cross_entropy
+from hessdiag.problem.ascent import AttackLoss
+from hessdiag.problem.perturbation import cross_entropy
 
 
 def kl_to_clean(logits: Tensor, clean_logits: Tensor) -> Tensor:

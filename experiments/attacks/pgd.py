@@ -15,7 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hessdiag.ascent import (
+from experiments.attacks.inputs import Radius, number, radius
+from experiments.attacks.losses import needs_clean_logits, resolve
+from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
+from hessdiag.problem.ascent import (
     AttackLoss,
     Forward,
     Scalar,
@@ -24,17 +27,13 @@ from hessdiag.ascent import (
     linf_ascent,
     refuse_non_finite,
 )
-from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
-
-from .inputs import Radius, number, radius
-from .losses import needs_clean_logits, resolve
 
 STARTS = ["uniform", "gauss", "none"]
 GAUSS_SCALE = 0.001
 
 
 class Ascent(Protocol):
-    """The inner loop of an attack: `hessdiag.ascent.linf_ascent`, or the same compiled."""
+    """The inner loop of an attack: `hessdiag.problem.ascent.linf_ascent`, or the same compiled."""
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.errors import ResumeError, StoreError
-from hessdiag.files import BadFileError
+from hessdiag.store.files import BadFileError
 from hessdiag.store.states import digest, read_state, write_state
 
 FORMAT = "hessdiag-autoattack/2"
@@ -50,14 +50,10 @@ def save(directory: Path, standing: Standing, identity: dict[str, Any]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         write_state(directory / FILE, FORMAT, {"identity": identity, **vars(standing)})
     except (BadFileError, OSError) as error:
-        raise StoreError(
-            f"{directory / FILE}: {error}; free some space or choose another directory"
-        ) from None
+        raise StoreError(f"{directory / FILE}: {error}; free some space or choose another directory") from None
 
 
-def restore(
-    directory: Path, identity: dict[str, Any], logits: Tensor, device: torch.device
-) -> Standing | None:
+def restore(directory: Path, identity: dict[str, Any], logits: Tensor, device: torch.device) -> Standing | None:
     """The standing of the same evaluation, None if there is no file; another's is a ResumeError."""
     path = directory / FILE
     if not path.exists():

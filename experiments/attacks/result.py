@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag.ascent import Forward
+from experiments.attacks.pgd import plain_logits
 from hessdiag.errors import AuditError, ConfigurationError, NonFiniteError
-
-from .pgd import plain_logits
+from hessdiag.problem.ascent import Forward
 
 BALL_TOLERANCE = 1e-6
 Progress = Callable[[str, int, int, int], None]
@@ -135,9 +134,7 @@ def all_logits(forward: Forward, x: Tensor, *, batch_size: int, device: torch.de
     for start in range(0, len(x), batch_size):
         logits = plain_logits(forward, x[start : start + batch_size].to(device))
         if logits.ndim != 2:
-            raise ConfigurationError(
-                f"an attack needs logits of shape [N, classes], not {list(logits.shape)}"
-            )
+            raise ConfigurationError(f"an attack needs logits of shape [N, classes], not {list(logits.shape)}")
         bad = torch.nonzero(~logits.isfinite().all(1)).flatten()
         if len(bad):
             raise NonFiniteError(

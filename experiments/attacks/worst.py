@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessdiag.ascent import AttackLoss, Forward, handed_back, refuse_non_finite
+from experiments.attacks.apgd import RHO, STEPS, apgd
+from experiments.attacks.inputs import check_dlr, check_labels, check_samples, plain_radius
+from experiments.attacks.losses import dlr_targeted
+from experiments.attacks.pgd import logits_function, plain_logits, uniform_noise
 from hessdiag.errors import ConfigurationError
-from hessdiag.perturbation import cross_entropy
-
-from .apgd import RHO, STEPS, apgd
-from .inputs import check_dlr, check_labels, check_samples, plain_radius
-from .losses import dlr_targeted
-from .pgd import logits_function, plain_logits, uniform_noise
+from hessdiag.problem.ascent import AttackLoss, Forward, handed_back, refuse_non_finite
+from hessdiag.problem.perturbation import cross_entropy
 
 TARGETS = 9
 Noise = Callable[[int], Tensor]
@@ -160,9 +159,7 @@ def _prepared(
     if steps < 1:
         raise ConfigurationError(f"steps must be at least 1, not {steps}")
     if (generator is None) == (noise is None):
-        raise ConfigurationError(
-            "APGD needs its random starts from generator= or from noise=, one of the two"
-        )
+        raise ConfigurationError("APGD needs its random starts from generator= or from noise=, one of the two")
     value, _ = plain_radius(eps)
     return value, labels, noise if noise is not None else lambda _: uniform_noise(x, 1.0, generator)
 

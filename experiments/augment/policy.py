@@ -47,9 +47,7 @@ _TOP = {
     "sharpness": 0.9,
     "brightness": 0.9,
 }
-SIGNED = frozenset(
-    {"shear_x", "shear_y", "translate_x", "translate_y", "color", "contrast", "sharpness", "brightness"}
-)
+SIGNED = frozenset({"shear_x", "shear_y", "translate_x", "translate_y", "color", "contrast", "sharpness", "brightness"})
 
 
 def magnitude(operation: str, level: int) -> float:

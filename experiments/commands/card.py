@@ -10,9 +10,7 @@ import typer
 
 def command(
     seconds: Annotated[float, typer.Option(help="When to end, whatever is under way.")] = 540.0,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with CIFAR-10 in any layout, parts of strips too.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with CIFAR-10 in any layout, parts of strips too.")] = None,
     results: Annotated[Path, typer.Option(help="Exported results: what they hold is left out.")] = Path("results"),
     out: Annotated[Path | None, typer.Option(help="Where new results go; by default to the others.")] = None,
     store: Annotated[Path, typer.Option(help="Directory for what is under way.")] = Path("runs/card"),

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hessdiag.report.text import counted
+from hessdiag.show.text import counted
 
 QUANTITIES = ("aa2", "clean")
 

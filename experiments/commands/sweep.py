@@ -18,8 +18,8 @@ from experiments.sweep.cost import check_budget, estimate
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.reader import DAMAGED, Reader
 from experiments.sweep.store import Store
-from hessdiag.commands.exits import OK, complain
-from hessdiag.commands.exits import WIDE as SHORT
+from hessdiag.cli.exits import OK, complain
+from hessdiag.cli.exits import WIDE as SHORT
 from hessdiag.errors import ConfigurationError, HessdiagError, StoreError, UnknownNameError, nearest
 
 EXECUTORS = ("local", "ray")

@@ -15,8 +15,8 @@ from experiments.commands.options import configuration
 from experiments.evaluate import Request
 from experiments.train import FINISHED, OVERFITTED, train
 from experiments.trainer.memory import keep_freed_memory
-from hessdiag.commands.exits import OK
-from hessdiag.commands.exits import WIDE as SHORT
+from hessdiag.cli.exits import OK
+from hessdiag.cli.exits import WIDE as SHORT
 
 # As of hessdiag, 1: there is a result, but short of what was asked for. The status in the output says which.
 EXITS = {FINISHED: OK, OVERFITTED: SHORT, UNLEARNED: SHORT}

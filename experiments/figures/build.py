@@ -19,7 +19,7 @@ from experiments.figures.extras import control, has_angles, heat_map, norms, sca
 from experiments.figures.tables import table1, table2
 from experiments.sweep import origin
 from experiments.sweep.export import SweepResults, read_all, rounded
-from hessdiag.files import replace_file
+from hessdiag.store.files import replace_file
 
 Drawing = Callable[[SweepResults, Sequence[Row], Path], None]
 TITLES = {

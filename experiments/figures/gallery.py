@@ -12,7 +12,7 @@ from typing import Any
 from experiments.correlation.verdicts import EXPLORATORY, NOT_TESTED, sentence
 from experiments.figures import findings
 from experiments.figures.build import TITLES, Built, Picture
-from hessdiag.files import replace_file
+from hessdiag.store.files import replace_file
 
 STYLE = """
 :root { color-scheme: light dark; --line: #ccc; --soft: #666; --panel: #f6f6f6; }

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator, NullFormatter, NullLocator
 
-from hessdiag.files import replace_file
+from hessdiag.store.files import replace_file
 
 # Okabe and Ito's palette, ordered from dark to light so that grey prints differ; markers and lines differ
 # as well.

@@ -16,7 +16,7 @@ from experiments.correlation.rows import Row, column, one_family, split
 from experiments.figures.curves import bar, footer, images, learned, papers_setting, robust_name
 from experiments.figures.style import COLOURS, PAPER, canvas, label
 from experiments.sweep.export import SweepResults
-from hessdiag.files import replace_file
+from hessdiag.store.files import replace_file
 
 
 def mean_and_spread(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:

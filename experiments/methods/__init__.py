@@ -9,10 +9,7 @@ from experiments.methods import dajat, dkl, fgsm_rs, mart, n_fgsm, pgd_at, stand
 from experiments.methods.base import Batch, Forward, Method, Outcome, View
 
 METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        module.METHOD.name: module.METHOD
-        for module in (standard, pgd_at, fgsm_rs, n_fgsm, trades, mart, dkl, dajat)
-    }
+    {module.METHOD.name: module.METHOD for module in (standard, pgd_at, fgsm_rs, n_fgsm, trades, mart, dkl, dajat)}
 )
 
 __all__ = ["METHODS", "Batch", "Forward", "Method", "Outcome", "View"]

@@ -81,8 +81,12 @@ METHOD = Method(
         "weight_decay": 5e-4,
         "schedule": {"name": "cosine"},
         "attack": {
-            "kind": "pgd", "loss": "kl", "start": "gauss", "bn": "eval",
-            "budget": "as_coded", "ramp": "linear",
+            "kind": "pgd",
+            "loss": "kl",
+            "start": "gauss",
+            "bn": "eval",
+            "budget": "as_coded",
+            "ramp": "linear",
         },
         "awp": {"gamma": 0.005, "start": 10},
         # 0.9996 per step over the published 50 epochs of 391 steps, for any number of steps

@@ -38,9 +38,7 @@ def divergence(clean: Tensor, adversarial: Tensor, prior: Tensor, *, alpha: floa
     return beta * weighted_mse(clean, adversarial, prior) + alpha * soft_cross_entropy(clean, adversarial)
 
 
-def loss(
-    clean: Tensor, adversarial: Tensor, labels: Tensor, prior: Tensor, *, alpha: float, beta: float
-) -> Tensor:
+def loss(clean: Tensor, adversarial: Tensor, labels: Tensor, prior: Tensor, *, alpha: float, beta: float) -> Tensor:
     """Mean CE(f, y) + mean divergence."""
     return F.cross_entropy(clean, labels) + divergence(clean, adversarial, prior, alpha=alpha, beta=beta).mean()
 
@@ -97,8 +95,12 @@ METHOD = Method(
         "weight_decay": 5e-4,
         "schedule": {"name": "cosine_inner"},
         "attack": {
-            "kind": "pgd", "loss": "dkl", "start": "gauss", "bn": "eval",
-            "budget": "as_coded", "ramp": "linear",
+            "kind": "pgd",
+            "loss": "dkl",
+            "start": "gauss",
+            "bn": "eval",
+            "budget": "as_coded",
+            "ramp": "linear",
         },
         "awp": {"gamma": 0.005, "start": 10},
         "averaging": {"per": "epoch", "tau": 0.9},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from experiments.sweep.keys import RunConfig
 from hessdiag.errors import BudgetError
-from hessdiag.report.text import counted
+from hessdiag.show.text import counted
 
 Timing = tuple[RunConfig, float]
 

@@ -19,8 +19,8 @@ from experiments.sweep.keys import TIERS, RunConfig
 from experiments.sweep.reader import DAMAGED, Reader
 from experiments.sweep.seals import SEAL, DamagedError, sealed, unsealed
 from hessdiag.errors import ConfigurationError, StoreError
-from hessdiag.files import BadFileError, read_json, replace_file
-from hessdiag.report.text import counted
+from hessdiag.show.text import counted
+from hessdiag.store.files import BadFileError, read_json, replace_file
 
 FORMAT = "hessdiag-sweep/1"
 DIGITS = 8

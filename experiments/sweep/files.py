@@ -16,7 +16,7 @@ from typing import Any
 from experiments.fields import storable
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.seals import DamagedError, sealed, unsealed
-from hessdiag.files import BadFileError, clear_stale, read_json, replace_file
+from hessdiag.store.files import BadFileError, clear_stale, read_json, replace_file
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_ADVICE = "the disk is full; free space and start the same command again: nothing that was finished is lost"

@@ -42,9 +42,7 @@ def pilot(config: RunConfig, *, threads: int | None = None) -> float:
         torch.cuda.empty_cache()  # the workers need the memory; nothing happens where CUDA was not used
 
 
-def _training(
-    settings: TrainConfig, training: DataSet, test: DataSet, device: torch.device
-) -> tuple[float, nn.Module]:
+def _training(settings: TrainConfig, training: DataSet, test: DataSet, device: torch.device) -> tuple[float, nn.Module]:
     """Time per image of the second of two short epochs, and of the look after it, times the images and epochs."""
     size = len(training) - settings.held_out
     few = min(size, STEPS * settings.batch_size)

@@ -24,10 +24,11 @@ from experiments.provenance import provenance
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.records import Record, history_record, norm_record, outcomes, proportion, vars_of
 from experiments.train import chosen_sets, train
-from hessdiag import data, objective
+from hessdiag import data
 from hessdiag.activations import max_curvature
 from hessdiag.data import DataSet
-from hessdiag.perturbation import parse_pgd, perturb_batches
+from hessdiag.problem import objective
+from hessdiag.problem.perturbation import parse_pgd, perturb_batches
 
 ATTACKS = ("aa2", "aa", "pgd")
 PGD = "pgd:eps={eps},steps=10,seed={seed}"

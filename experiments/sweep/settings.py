@@ -18,7 +18,7 @@ from experiments.sweep.keys import RECORD_SCHEMA, RunConfig, dumps
 from experiments.trainer.rig import build_network
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
 from hessdiag.methods import METHODS
-from hessdiag.perturbation import fraction
+from hessdiag.problem.perturbation import fraction
 
 SPLITS = ("train", "test")
 LOSSES = ("clean", "adversarial")

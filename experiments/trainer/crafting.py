@@ -14,7 +14,7 @@ from experiments.methods import View, dkl
 from experiments.parts import step_size
 from experiments.schedules import Budget
 from experiments.trainer.rig import Rig
-from hessdiag.ascent import linf_ascent
+from hessdiag.problem.ascent import linf_ascent
 
 
 class Crafter:

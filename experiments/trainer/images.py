@@ -102,9 +102,7 @@ class Sampler:
             images = autoaugment(images, choices)
         if settings.crop or settings.flip:
             chance = generator(raw.device, seed, "crop", epoch, step, view)
-            images = crop_and_flip(
-                images, pad=settings.crop, mode=settings.pad, flip=settings.flip, generator=chance
-            )
+            images = crop_and_flip(images, pad=settings.crop, mode=settings.pad, flip=settings.flip, generator=chance)
         if place == "after":
             images = autoaugment(images, choices)
         return as_floats(images, self.images.dtype)

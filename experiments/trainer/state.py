@@ -11,8 +11,8 @@ import torch
 from experiments.config import TrainConfig
 from experiments.trainer.rig import Rig
 from hessdiag.errors import CheckpointError, ResumeError
-from hessdiag.files import BadFileError, read_json
 from hessdiag.store import states
+from hessdiag.store.files import BadFileError, read_json
 
 FORMAT = "experiments/state/2"
 

@@ -12,8 +12,8 @@ from experiments.attacks.pgd import pgd
 from experiments.config import TrainConfig
 from experiments.methods.base import Forward
 from experiments.seeds import generator
-from hessdiag.ascent import handed_back
 from hessdiag.errors import NonFiniteError
+from hessdiag.problem.ascent import handed_back
 
 WINDOW = 5
 

@@ -1,6 +1,6 @@
 """Activations: the RCT-AF family, a registry of names, and the largest curvature of any of them."""
 
-from hessdiag.activations.curvature import curvature, max_curvature
+from hessdiag.activations.largest import curvature, max_curvature
 from hessdiag.activations.module import RCTAF, alpha_for
 from hessdiag.activations.rct import MAX_BETA, RCTFunction, rct, rct_d1, rct_d2
 from hessdiag.activations.registration import register_activation

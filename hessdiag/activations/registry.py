@@ -122,9 +122,7 @@ def _from_string(spec: str) -> nn.Module:
     name, _, tail = (part.strip() for part in spec.partition(":"))
     name = ALIASES.get(name.lower(), name.lower())
     if spec.startswith(CUSTOM):
-        raise UnknownNameError(
-            f"activation {spec!r} cannot be rebuilt from its name: pass the module or a factory"
-        )
+        raise UnknownNameError(f"activation {spec!r} cannot be rebuilt from its name: pass the module or a factory")
     if name not in REGISTRY:
         raise UnknownNameError(f"unknown activation {name!r}; {nearest(name, [*REGISTRY, *ALIASES])}")
     entry = REGISTRY[name]
@@ -136,8 +134,7 @@ def _from_string(spec: str) -> nn.Module:
             raise ConfigurationError(f"activation {spec!r}: {item!r} is not of the form option=value")
         if key not in known:
             raise UnknownNameError(
-                f"activation {name!r} has no option {key!r}; "
-                + (nearest(key, known) if known else "it takes none")
+                f"activation {name!r} has no option {key!r}; " + (nearest(key, known) if known else "it takes none")
             )
         if key in options:
             raise ConfigurationError(f"activation {spec!r}: option {key!r} is given twice")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hessdiag.checkpoint.layout import translate
 from hessdiag.errors import CheckpointError, ConfigurationError, HessdiagError
-from hessdiag.factories import import_object
-from hessdiag.files import BadFileError, shown
-from hessdiag.tensorfiles import TensorFacts
+from hessdiag.store.factories import import_object
+from hessdiag.store.files import BadFileError, shown
+from hessdiag.store.tensorfiles import TensorFacts
 
 Normalize = tuple[tuple[float, ...], tuple[float, ...]]
 Factory = Callable[[], nn.Module] | nn.Module | str
@@ -79,7 +79,7 @@ def facts_of(model: nn.Module) -> dict[str, TensorFacts]:
 def agree(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse arguments that contradict what the file says of itself; an option that it leaves out has its default."""
     from hessdiag import activations, networks
-    from hessdiag.networks.registry import defaults_of
+    from hessdiag.networks.by_name import defaults_of
 
     kind = networks.NETWORKS.get(str(config.get("network")))
     defaults = defaults_of(kind) if kind else {}

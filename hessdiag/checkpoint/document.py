@@ -10,11 +10,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from hessdiag import tensorfiles
 from hessdiag.checkpoint import torchfile
-from hessdiag.files import BadFileError, PathLike, parse_json, read_bytes, shown, size_text
+from hessdiag.store import tensorfiles
+from hessdiag.store.files import BadFileError, PathLike, parse_json, read_bytes, shown, size_text
 from hessdiag.store.pickled import Left, Stored
-from hessdiag.tensorfiles import MAX_TENSORS, TensorFacts, check_key
+from hessdiag.store.tensorfiles import MAX_TENSORS, TensorFacts, check_key
 
 FORMAT = "hessdiag/1"
 FILE_BUDGET = 4 * 2**30

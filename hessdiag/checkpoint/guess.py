@@ -10,7 +10,7 @@ import torch
 from hessdiag.checkpoint.build import Normalize, facts_of
 from hessdiag.checkpoint.layout import class_counts, stripped, translate
 from hessdiag.errors import CheckpointError
-from hessdiag.tensorfiles import TensorFacts
+from hessdiag.store.tensorfiles import TensorFacts
 
 OWN = "use --model package.module:factory"
 STEMS = ("resnet18", "preact_resnet18", "small_resnet")  # width and stride of a stem named conv1

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from hessdiag.files import BadFileError, shown
-from hessdiag.tensorfiles import TensorFacts
+from hessdiag.store.files import BadFileError, shown
+from hessdiag.store.tensorfiles import TensorFacts
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 # Constants of a normalisation layer stored beside the weights: mean and deviation per channel.

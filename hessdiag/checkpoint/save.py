@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from hessdiag.checkpoint.document import EMA_PREFIX, FORMAT, METADATA_KEY
 from hessdiag.errors import CheckpointError
-from hessdiag.files import BadFileError, PathLike, path_text, write_bytes
-from hessdiag.tensorfiles import check_key
+from hessdiag.store.files import BadFileError, PathLike, path_text, write_bytes
+from hessdiag.store.tensorfiles import check_key
 
 Weights = nn.Module | Mapping[str, Tensor]
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag.files import BadFileError, shown, size_text
 from hessdiag.store import pickled, zips
+from hessdiag.store.files import BadFileError, shown, size_text
 from hessdiag.store.pickle_child import LEGACY_MAGIC
 from hessdiag.store.pickled import MAX_PICKLE, Stored
 

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessdiag import tensorfiles
 from hessdiag.data.dataset import DataSet, make
 from hessdiag.errors import DataError
-from hessdiag.files import BadFileError, read_bytes, shown, size_text
-from hessdiag.store import zips
+from hessdiag.store import tensorfiles, zips
+from hessdiag.store.files import BadFileError, read_bytes, shown, size_text
 
 FILE_BUDGET = 8 * 2**30
 MAX_NPY_HEADER = 1 << 16

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hessdiag.data.registry import Source
-from hessdiag.files import BadFileError, shown
+from hessdiag.data.published import Source
 from hessdiag.store import pickled
+from hessdiag.store.files import BadFileError, shown
 
 PIXELS = 3 * 32 * 32
 

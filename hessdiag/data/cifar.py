@@ -16,10 +16,10 @@ import torch
 from hessdiag.data.arrays import read_npz, to_images
 from hessdiag.data.batchfiles import parse
 from hessdiag.data.dataset import DataSet, make
-from hessdiag.data.registry import Layout, Source
+from hessdiag.data.published import Layout, Source
 from hessdiag.data.strips import load_parts, parts
 from hessdiag.errors import DataError
-from hessdiag.files import BadFileError, read_bytes
+from hessdiag.store.files import BadFileError, read_bytes
 
 FILE_BUDGET = 512 * 2**20
 UNPACKED_BUDGET = 512 * 2**20

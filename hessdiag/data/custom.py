@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hessdiag.data.dataset import DataSet, make
 from hessdiag.errors import DataError, EmptyDataError, HessdiagError
-from hessdiag.factories import import_object
+from hessdiag.store.factories import import_object
 
 MAX_SAMPLES = 5_000_000
 

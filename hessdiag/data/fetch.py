@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hessdiag.data.cifar import by_hand, load_cifar, members
-from hessdiag.data.registry import SOURCES, Source
+from hessdiag.data.published import SOURCES, Source
 from hessdiag.errors import DataError, UnknownNameError, nearest
-from hessdiag.files import BadFileError, read_bytes, write_bytes
+from hessdiag.store.files import BadFileError, read_bytes, write_bytes
 
 
 def default_root() -> Path:

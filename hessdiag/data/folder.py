@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hessdiag.data.dataset import DataSet, make
 from hessdiag.errors import DataError
-from hessdiag.files import BadFileError, read_bytes
+from hessdiag.store.files import BadFileError, read_bytes
 
 # Formats that Pillow decodes itself; no EPS, which starts Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")

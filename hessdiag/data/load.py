@@ -12,11 +12,11 @@ from hessdiag.data.dataset import DataSet
 from hessdiag.data.digits import load_digits
 from hessdiag.data.fetch import default_root
 from hessdiag.data.folder import load_folder
-from hessdiag.data.registry import SOURCES
+from hessdiag.data.published import SOURCES
 from hessdiag.errors import ConfigurationError, DataError, UnknownNameError, nearest
-from hessdiag.factories import is_factory_name
-from hessdiag.files import shown
-from hessdiag.guard import memory_errors
+from hessdiag.problem.handing_back import memory_errors
+from hessdiag.store.factories import is_factory_name
+from hessdiag.store.files import shown
 
 NAMES = ("digits", *SOURCES)
 SCHEMES = ("npz", "safetensors", "folder")

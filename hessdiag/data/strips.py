@@ -22,7 +22,7 @@ from PIL import Image
 
 from hessdiag.data.arrays import read_npz
 from hessdiag.errors import DataError
-from hessdiag.files import BadFileError
+from hessdiag.store.files import BadFileError
 
 SIDE = 32
 MAX_HEIGHT = 16383  # of a WebP picture

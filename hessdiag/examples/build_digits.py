@@ -31,9 +31,7 @@ def train(*, epochs: int = EPOCHS, seed: int = SEED) -> nn.Module:
     data = load("digits", split="train")
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * (len(data) // BATCH)
-    optimiser = torch.optim.SGD(
-        model.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True
-    )
+    optimiser = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True)
     step = 0
     model.train()
     for _ in range(epochs):

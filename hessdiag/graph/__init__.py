@@ -3,13 +3,13 @@
 Both are open: `register_layer` and `register_site` add kinds from outside.
 """
 
-from . import saved
-from .layers import Layer, LayerKind, register_layer
-from .linearise import Linearisation
-from .nodes import edge_shape
-from .reading import Graph
-from .sites import Pointwise, Site, SiteKind, register_site
-from .visit import visit
+from hessdiag.graph import saved
+from hessdiag.graph.layers import Layer, LayerKind, register_layer
+from hessdiag.graph.linearise import Linearisation
+from hessdiag.graph.nodes import edge_shape
+from hessdiag.graph.reading import Graph
+from hessdiag.graph.sites import Pointwise, Site, SiteKind, register_site
+from hessdiag.graph.visit import visit
 
 __all__ = [
     "Graph",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import saved
-from .nodes import edge_shape, sizes
-from .tangents import aligned, broadcast
+from hessdiag.graph import saved
+from hessdiag.graph.nodes import edge_shape, sizes
+from hessdiag.graph.tangents import aligned, broadcast
 
 _RESHAPES = tuple(
     f"{name}Backward{number}"

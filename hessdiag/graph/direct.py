@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .layers import KINDS
-from .nodes import Edge, Key, edge_key, edge_shape
-from .reading import Graph
+from hessdiag.graph.layers import KINDS
+from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape
+from hessdiag.graph.reading import Graph
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError
-from .nodes import Edge
+from hessdiag.errors import ConfigurationError
+from hessdiag.graph.nodes import Edge
 
 if TYPE_CHECKING:
-    from .tangents import Tangent
+    from hessdiag.graph.tangents import Tangent
 
 Given = tuple[int, Edge, "Tangent"]
 """(input slot, the edge that feeds it, its tangent)."""

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..errors import NonFiniteError
-from ..objective import Objective
-from ..persample import Curvature
-from .direct import Direct, find_direct
-from .layers import Layer
-from .nodes import Edge, Key, edge_key, edge_shape, is_leaf, short_name
-from .reading import Graph, detach_guard
-from .saved import constant
-from .sites import Pointwise, Site, SiteKind
-from .sites.elementwise import Elementwise, derivatives
-from .sites.product import Product
+from hessdiag.errors import NonFiniteError
+from hessdiag.graph.direct import Direct, find_direct
+from hessdiag.graph.layers import Layer
+from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape, is_leaf, short_name
+from hessdiag.graph.reading import Graph, detach_guard
+from hessdiag.graph.saved import constant
+from hessdiag.graph.sites import Pointwise, Site, SiteKind
+from hessdiag.graph.sites.elementwise import Elementwise, derivatives
+from hessdiag.graph.sites.product import Product
+from hessdiag.problem.objective import Objective
+from hessdiag.problem.persample import Curvature
 
 
 class _Bend:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UncoveredModelError
-from . import affine, layers, sites
-from .kinds import Given, NodeKind
-from .nodes import edge_shape, sizes
-from .tangents import Tangent
+from hessdiag.errors import UncoveredModelError
+from hessdiag.graph import affine, layers, sites
+from hessdiag.graph.kinds import Given, NodeKind
+from hessdiag.graph.nodes import edge_shape, sizes
+from hessdiag.graph.tangents import Tangent
 
 Cache = dict[tuple[str, int, int], Any]
 UNKNOWN_FAN = 4

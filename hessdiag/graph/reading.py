@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import StochasticModeError, UncoveredModelError
-from . import layers, sites
-from .layers import Layer
-from .live import Live
-from .nodes import AFFINE, RANDOM, is_leaf
-from .sites import SiteKind
+from hessdiag.errors import StochasticModeError, UncoveredModelError
+from hessdiag.graph import layers, sites
+from hessdiag.graph.dependence import Live
+from hessdiag.graph.layers import Layer
+from hessdiag.graph.nodes import AFFINE, RANDOM, is_leaf
+from hessdiag.graph.sites import SiteKind
 
 
 class Graph(Live):

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .affine import sign_of
-from .moves import Cache, double_backward, factor_of, fan_of, move
-from .nodes import Edge, Key, edge_key, edge_shape
-from .reading import Graph
-from .sites import Site
-from .tangents import Tangent
+from hessdiag.graph.affine import sign_of
+from hessdiag.graph.moves import Cache, double_backward, factor_of, fan_of, move
+from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape
+from hessdiag.graph.reading import Graph
+from hessdiag.graph.sites import Site
+from hessdiag.graph.tangents import Tangent
 
 
 class Route:
@@ -37,17 +37,13 @@ class Route:
                 reached.add(id(node))
                 above.append(node)
         self.sites = [
-            (number, site)
-            for number, site in enumerate(sites)
-            if any(id(edge[0]) in reached for edge, _ in site.legs)
+            (number, site) for number, site in enumerate(sites) if any(id(edge[0]) in reached for edge, _ in site.legs)
         ]
         needed = {id(edge[0]) for _, site in self.sites for edge, _ in site.legs}
         self.nodes: list[tuple[Any, list[int]]] = []
         for node in reversed(above):
             if id(node) in needed:
-                slots = [
-                    slot for slot, (source, _) in enumerate(node.next_functions) if id(source) in reached
-                ]
+                slots = [slot for slot, (source, _) in enumerate(node.next_functions) if id(source) in reached]
                 needed |= {id(node.next_functions[slot][0]) for slot in slots}
                 self.nodes.append((node, slots))
         self.nodes.reverse()
@@ -135,9 +131,7 @@ class Route:
             assert total is not None
             yield number, site, Tangent(total.expand(-1, *shape))
 
-    def _step(
-        self, node: Any, output: int, given: list[tuple[int, Edge, Tangent]], free: set[int]
-    ) -> Tangent:
+    def _step(self, node: Any, output: int, given: list[tuple[int, Edge, Tangent]], free: set[int]) -> Tangent:
         shape = edge_shape((node, output))
         if len(given) == 1:
             slot, edge, tangent = given[0]

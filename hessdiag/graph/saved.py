@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UncoveredModelError
+from hessdiag.errors import UncoveredModelError
 
 
 def has(node: Any, name: str) -> bool:

@@ -9,14 +9,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from .linearise import Linearisation
+from hessdiag.graph.linearise import Linearisation
 
 Visitor = Callable[[int, Tensor], None]
 
 
-def visit(
-    batch: Linearisation, seeds: Sequence[Tensor | None], output_seed: Tensor | None, visitor: Visitor
-) -> None:
+def visit(batch: Linearisation, seeds: Sequence[Tensor | None], output_seed: Tensor | None, visitor: Visitor) -> None:
     """Call `visitor(place, cotangent)` once for every layer that the roots reach, `place` being its index in `layers`.
 
     The pass goes down to the layers with none below them, and so through all the others.

@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..diagonal.parts import Tensors
-from ..errors import ConfigurationError, UnknownNameError, nearest
-from ..stream import Numbered
+from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
+from hessdiag.kernels.tensors import Tensors
+from hessdiag.methods.batches import Numbered
 
 if TYPE_CHECKING:
-    from ..measurement.audit import Checks
-    from ..measurement.comparisons import AuditEntry
-    from .case import Case
-    from .plan import Plan
+    from hessdiag.measuring.audit import Checks
+    from hessdiag.measuring.comparisons import AuditEntry
+    from hessdiag.methods.case import Case
+    from hessdiag.methods.plan import Plan
 
 AUTO = "auto"
 TOTAL, GAUSS_NEWTON, FUNCTIONAL = "total", "gauss_newton", "functional"
@@ -133,7 +133,7 @@ class Method:
 
     def plan(self, case: Case, aim: Aim, reason: str) -> Plan:
         """The plan for `case` and `aim`, by a pilot where there is a choice; `reason` says why this method."""
-        from .plan import Plan, at_once, replicate_groups
+        from hessdiag.methods.plan import Plan, at_once, replicate_groups
 
         groups, together = replicate_groups(case.objective.size), at_once(case)
         return Plan(self.name, groups=groups, at_once=together, reason=reason)

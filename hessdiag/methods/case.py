@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..errors import HessdiagError, UncoveredModelError
-from ..graph import Linearisation
-from ..objective import Objective
-from ..signs import Signs
-from ..stream import Batches, Numbered, Survey, same_samples
+from hessdiag.errors import HessdiagError, UncoveredModelError
+from hessdiag.graph import Linearisation
+from hessdiag.methods.batches import Batches, Numbered, Survey, same_samples
+from hessdiag.problem.objective import Objective
+from hessdiag.signs import Signs
 
 if TYPE_CHECKING:
-    from ..measurement.world import World
-    from .plan import Plan
+    from hessdiag.measuring.ranks import World
+    from hessdiag.methods.plan import Plan
 
 
 @dataclass
@@ -42,9 +42,7 @@ class Case:
         """The first batch, linearised; UncoveredModelError where the site identity does not cover it."""
         if self.read is None:
             try:
-                self.read = Linearisation(
-                    self.objective, self.first.inputs, self.first.targets, index=self.first.index
-                )
+                self.read = Linearisation(self.objective, self.first.inputs, self.first.targets, index=self.first.index)
             except HessdiagError as error:
                 self.read = error
         if isinstance(self.read, HessdiagError):

@@ -1,4 +1,4 @@
-"""The exact diagonal, both parts, by the site identity (see `hessdiag.diagonal.exact`)."""
+"""The exact diagonal, both parts, by the site identity (see `hessdiag.kernels.exact_batch`)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..diagonal import exact
-from ..diagonal.parts import Tensors
-from ..errors import HessdiagError
-from ..stream import Numbered
-from .base import FUNCTIONAL, GAUSS_NEWTON, FirstPass, Forecast, Method, Tell, Work
+from hessdiag.errors import HessdiagError
+from hessdiag.kernels import exact_batch as exact
+from hessdiag.kernels.tensors import Tensors
+from hessdiag.methods.base import FUNCTIONAL, GAUSS_NEWTON, FirstPass, Forecast, Method, Tell, Work
+from hessdiag.methods.batches import Numbered
 
 if TYPE_CHECKING:
-    from ..measurement.audit import Checks
-    from ..measurement.comparisons import AuditEntry
-    from .case import Case
+    from hessdiag.measuring.audit import Checks
+    from hessdiag.measuring.comparisons import AuditEntry
+    from hessdiag.methods.case import Case
 
 LINEARISE, COLUMN = 6.0, 4.0
 """In forward passes of the batch, measured on one CPU core for a residual network, an MLP and a ResNet-18."""

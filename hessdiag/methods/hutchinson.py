@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..diagonal.parts import Tensors, accumulate, zeros
-from ..diagonal.products import Products
-from ..objective import Objective
-from ..signs import Signs
-from ..stream import Numbered
-from .base import FUNCTIONAL, GAUSS_NEWTON, TOTAL, FirstPass, Forecast, Method, Work
-from .plan import Plan, replicate_groups
+from hessdiag.kernels.products import Products
+from hessdiag.kernels.tensors import Tensors, accumulate, zeros
+from hessdiag.methods.base import FUNCTIONAL, GAUSS_NEWTON, TOTAL, FirstPass, Forecast, Method, Work
+from hessdiag.methods.batches import Numbered
+from hessdiag.methods.plan import Plan, replicate_groups
+from hessdiag.problem.objective import Objective
+from hessdiag.signs import Signs
 
 if TYPE_CHECKING:
-    from ..measurement.audit import Checks
-    from ..measurement.comparisons import AuditEntry
-    from .case import Case
+    from hessdiag.measuring.audit import Checks
+    from hessdiag.measuring.comparisons import AuditEntry
+    from hessdiag.methods.case import Case
 
 PROBE = 2  # stream of signs
 PRODUCTS, HESSIAN, OUTER = 8.0, 6.0, 5.0

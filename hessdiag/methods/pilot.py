@@ -12,11 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..diagonal.parts import Tensors, accumulate
-from ..diagonal.propagation import Propagator
-from ..errors import UncoveredModelError
-from ..graph import Linearisation, edge_shape
-from ..signs import BLOCK, Signs
+from hessdiag.errors import UncoveredModelError
+from hessdiag.graph import Linearisation, edge_shape
+from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import Tensors, accumulate
+from hessdiag.signs import BLOCK, Signs
 
 PILOT_SAMPLES = 2 * BLOCK
 """Samples of the first batch that a pilot looks at: enough to tell groups from single samples."""

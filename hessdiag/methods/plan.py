@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigurationError, nearest
-from .base import find
+from hessdiag.errors import ConfigurationError, nearest
+from hessdiag.methods.base import find
 
 if TYPE_CHECKING:
-    from .case import Case
+    from hessdiag.methods.case import Case
 
 PROBE_BLOCK = 64
 """Samples that share one of Hutchinson's probes."""

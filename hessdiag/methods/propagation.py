@@ -1,6 +1,6 @@
 """Curvature propagation: random signs over the sites, what is known exactly taken out of them.
 
-The passes are those of `hessdiag.diagonal.propagation`. The Gauss-Newton part is exact where its columns are few.
+The passes are those of `hessdiag.kernels.propagator`. The Gauss-Newton part is exact where its columns are few.
 """
 
 from __future__ import annotations
@@ -10,16 +10,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..diagonal import exact
-from ..diagonal.deflation import Deflation
-from ..diagonal.parts import Tensors, accumulate
-from ..diagonal.propagation import Propagator
-from ..errors import BudgetError, ConfigurationError, NotDeterministicError
-from ..graph import Linearisation
-from ..signs import Signs
-from ..stream import Numbered, fingerprint
-from .base import FUNCTIONAL, GAUSS_NEWTON, TOTAL, Aim, FirstPass, Forecast, Method, Tell, Work
-from .pilot import (
+from hessdiag.errors import BudgetError, ConfigurationError, NotDeterministicError
+from hessdiag.graph import Linearisation
+from hessdiag.kernels import exact_batch as exact
+from hessdiag.kernels.deflation import Deflation
+from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import Tensors, accumulate
+from hessdiag.methods.base import (
+    FUNCTIONAL,
+    GAUSS_NEWTON,
+    TOTAL,
+    Aim,
+    FirstPass,
+    Forecast,
+    Method,
+    Tell,
+    Work,
+)
+from hessdiag.methods.batches import Numbered, fingerprint
+from hessdiag.methods.pilot import (
     DEFLATE_BYTES,
     DEFLATE_LEAST,
     PILOT_SAMPLES,
@@ -31,12 +40,13 @@ from .pilot import (
     direction_bytes,
     rounding,
 )
-from .plan import Plan, at_once, replicate_groups
+from hessdiag.methods.plan import Plan, at_once, replicate_groups
+from hessdiag.signs import Signs
 
 if TYPE_CHECKING:
-    from ..measurement.audit import Checks
-    from ..measurement.comparisons import AuditEntry
-    from .case import Case
+    from hessdiag.measuring.audit import Checks
+    from hessdiag.measuring.comparisons import AuditEntry
+    from hessdiag.methods.case import Case
 
 EXACT_COLUMNS = 32
 """Loss-factor columns up to which the Gauss-Newton part is taken exactly, in one pass each."""
@@ -178,9 +188,7 @@ class Propagation(Method):
         held += 2 * rank * int(direction_bytes(linear, samples))
         time_ = first.seconds * batches
         passes = (first.columns if taken else 0) + 4 * rank  # a direction is found in two passes and squared in two
-        return Forecast(
-            self.name, None, batches, passes, 2 if taken else 4, None, held, once * time_, each * time_
-        )
+        return Forecast(self.name, None, batches, passes, 2 if taken else 4, None, held, once * time_, each * time_)
 
     def audit(self, checks: Checks) -> list[AuditEntry]:
         """The site identity, the layers' gradients, and the closed shares."""

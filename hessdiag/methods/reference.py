@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..diagonal.parts import Tensors
-from ..diagonal.products import Products, once_more
-from ..objective import Objective
-from ..stream import Numbered
-from .base import FUNCTIONAL, GAUSS_NEWTON, FirstPass, Forecast, Method, Tell, Work
+from hessdiag.kernels.products import Products, once_more
+from hessdiag.kernels.tensors import Tensors
+from hessdiag.methods.base import FUNCTIONAL, GAUSS_NEWTON, FirstPass, Forecast, Method, Tell, Work
+from hessdiag.methods.batches import Numbered
+from hessdiag.problem.objective import Objective
 
 if TYPE_CHECKING:
-    from ..measurement.audit import Checks
-    from ..measurement.comparisons import AuditEntry
-    from .case import Case
+    from hessdiag.measuring.audit import Checks
+    from hessdiag.measuring.comparisons import AuditEntry
+    from hessdiag.methods.case import Case
 
 PRODUCTS, ENTRY = 8.0, 1.0
 """In forward passes of the batch, measured on one CPU core for a residual network, an MLP and a ResNet-18."""

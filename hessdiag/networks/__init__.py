@@ -1,6 +1,6 @@
 """Networks by name, each built from an activation factory and carrying the configuration that rebuilds it."""
 
+from hessdiag.networks.by_name import NETWORKS, build
 from hessdiag.networks.normalize import Normalize
-from hessdiag.networks.registry import NETWORKS, build
 
 __all__ = ["NETWORKS", "Normalize", "build"]

@@ -97,9 +97,7 @@ class SmallResNet(nn.Module):
     ) -> None:
         super().__init__()
         if not strides:
-            raise ConfigurationError(
-                "small_resnet: strides must name one block at least, for instance (1, 2)"
-            )
+            raise ConfigurationError("small_resnet: strides must name one block at least, for instance (1, 2)")
         self.normalize = normalize
         self.conv1 = conv3x3(in_channels, width, stem_stride)
         self.bn1 = nn.BatchNorm2d(width)

@@ -39,9 +39,7 @@ class WideBlock(nn.Module):
 class WideStage(nn.Module):
     """A run of blocks of one width."""
 
-    def __init__(
-        self, blocks: int, channels_in: int, channels_out: int, stride: int, activation: Factory
-    ) -> None:
+    def __init__(self, blocks: int, channels_in: int, channels_out: int, stride: int, activation: Factory) -> None:
         super().__init__()
         first = WideBlock(channels_in, channels_out, stride, activation)
         rest = [WideBlock(channels_out, channels_out, 1, activation) for _ in range(blocks - 1)]

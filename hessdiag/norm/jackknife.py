@@ -85,9 +85,7 @@ def pseudo_values(value: Array, deleted: Array, sizes: tuple[int, ...]) -> Array
     return out
 
 
-def jackknife_covariance(
-    a: Array, deleted_a: Array, b: Array, deleted_b: Array, sizes: tuple[int, ...]
-) -> Array:
+def jackknife_covariance(a: Array, deleted_a: Array, b: Array, deleted_b: Array, sizes: tuple[int, ...]) -> Array:
     """Delete-a-group jackknife covariance of two statistics of the same replicates, groups of any sizes.
 
     (1/G) sum_j (a~_j - a~)(b~_j - b~) / (h_j - 1), a~_j the pseudo-values and a~ their mean weighted by group

@@ -55,6 +55,7 @@ class Replicates:
         if weights is not None:
             self._check(weights, "weights")
             self.weights = {name: weights[name].detach() for name in self.shapes}
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
@@ -157,9 +158,7 @@ class Replicates:
         """Replicates counted so far."""
         return sum(self.sizes)
 
-    def moments(
-        self, *, offset: Mapping[str, Tensor] | None = None, weighted: bool = False
-    ) -> dict[str, Moments]:
+    def moments(self, *, offset: Mapping[str, Tensor] | None = None, weighted: bool = False) -> dict[str, Moments]:
         """Per tensor, the moments of `d`, of `offset + d`, or of either with every entry weighted."""
         self._check_offset(offset)
         if weighted and self.weights is None:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hessdiag.files import BadFileError, shown, size_text
-from hessdiag.tensorfiles import TensorFacts
+from hessdiag.store.files import BadFileError, shown, size_text
+from hessdiag.store.tensorfiles import TensorFacts
 
 CHILD = Path(__file__).with_name("pickle_child.py")
 MAX_PICKLE = 32 * 2**20

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hessdiag.files import BadFileError, PathLike, parse_json, read_bytes, shown, write_bytes
-from hessdiag.tensorfiles import looks_like, read_header, read_tensors
+from hessdiag.store.files import BadFileError, PathLike, parse_json, read_bytes, shown, write_bytes
+from hessdiag.store.tensorfiles import looks_like, read_header, read_tensors
 
 BUDGET = 1 << 36
 

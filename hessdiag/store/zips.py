@@ -10,7 +10,7 @@ import struct
 import zipfile
 import zlib
 
-from hessdiag.files import BadFileError, shown, size_text
+from hessdiag.store.files import BadFileError, shown, size_text
 
 MAX_ENTRIES = 25_000
 MAX_NAME = 512

@@ -21,7 +21,7 @@ from hessdiag.errors import (
     TargetError,
     UnknownNameError,
 )
-from hessdiag.perturbation import cross_entropy
+from hessdiag.problem.perturbation import cross_entropy
 
 
 def seeded(seed: int = 3) -> torch.Generator:
@@ -305,8 +305,7 @@ def test_zero_gradients_are_told() -> None:
     flat = aa2(net, x, y, eps=0.05, steps=2, targets=1, forward=lambda z: net(z).detach() + 0 * z.sum())
     clean = int(flat.clean.sum())
     assert flat.warnings == tuple(
-        f"{name}: {clean} runs began at a zero gradient, where it can tell nothing"
-        for name in flat.per_attack
+        f"{name}: {clean} runs began at a zero gradient, where it can tell nothing" for name in flat.per_attack
     )
 
 

@@ -26,9 +26,7 @@ from hessdiag.errors import (
 
 def small_net() -> nn.Sequential:
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(144, 5)
-    ).double()
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(144, 5)).double()
     net(torch.rand(64, 1, 8, 8, dtype=torch.float64))
     return net
 
@@ -72,9 +70,7 @@ def test_trades_attack_against_a_loop() -> None:
     net, (x, y) = small_net(), images()
     clean = F.softmax(net.eval()(x), 1).detach()
     start = x + 0.001 * torch.randn(x.shape, generator=seeded(), dtype=x.dtype)
-    expected = loop(
-        net, x, start, 0.1, 0.02, 10, lambda f: F.kl_div(F.log_softmax(f, 1), clean, reduction="sum")
-    )
+    expected = loop(net, x, start, 0.1, 0.02, 10, lambda f: F.kl_div(F.log_softmax(f, 1), clean, reduction="sum"))
     options = {"eps": 0.1, "step": 0.02, "steps": 10, "start": "gauss", "loss": "kl"}
     close(pgd(net.train(), x, y, generator=seeded(), **options), expected)
     close(pgd(net, x, None, generator=seeded(), **options), expected)
@@ -87,9 +83,7 @@ def test_trades_attack_against_a_loop() -> None:
 def test_madry_attack_against_a_loop_in_both_modes(bn: str) -> None:
     net, (x, y) = small_net(), images()
     start = (x + 0.1 * (2 * torch.rand(x.shape, generator=seeded(), dtype=x.dtype) - 1)).clamp(0, 1)
-    expected = loop(
-        net.train(bn == "train"), x, start, 0.1, 0.03, 7, lambda f: F.cross_entropy(f, y, reduction="sum")
-    )
+    expected = loop(net.train(bn == "train"), x, start, 0.1, 0.03, 7, lambda f: F.cross_entropy(f, y, reduction="sum"))
     found = pgd(small_net().train(bn == "eval"), x, y, eps=0.1, step=0.03, steps=7, generator=seeded(), bn=bn)
     close(found, expected)
 
@@ -107,9 +101,7 @@ def test_callable_loss_gets_its_target_unread() -> None:
     other = y.roll(1)
 
     def loss(f: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(f, target[0], reduction="none") + 0.5 * F.cross_entropy(
-            f, target[1], reduction="none"
-        )
+        return F.cross_entropy(f, target[0], reduction="none") + 0.5 * F.cross_entropy(f, target[1], reduction="none")
 
     expected = loop(net, x, x, 0.1, 0.05, 3, lambda f: loss(f, (y, other)).sum())
     close(pgd(net, x, (y, other), eps=0.1, step=0.05, steps=3, start="none", loss=loss), expected)

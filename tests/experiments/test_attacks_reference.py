@@ -18,7 +18,5 @@ def test_mean_robust_accuracy_is_within_half_a_point(attack: str, capsys: pytest
     row = compare(*trained(), attack)
     low, high = row.interval
     with capsys.disabled():
-        print(
-            f"\n{attack}: ours - theirs {row.difference:+.3f} points, 95% interval [{low:+.3f}, {high:+.3f}]"
-        )
+        print(f"\n{attack}: ours - theirs {row.difference:+.3f} points, 95% interval [{low:+.3f}, {high:+.3f}]")
     assert abs(row.difference) <= 0.5

@@ -36,7 +36,7 @@ from hessdiag.errors import (
     StoreError,
     TargetError,
 )
-from hessdiag.perturbation import cross_entropy
+from hessdiag.problem.perturbation import cross_entropy
 
 FEW = Budgets(apgd_steps=10, targets=3, fab_steps=4, square_queries=30)
 EPS = 0.1

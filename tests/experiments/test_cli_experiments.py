@@ -62,7 +62,15 @@ def test_progress_is_one_line_an_epoch_where_there_is_no_terminal(
 
 def test_dry_run_shows_the_whole_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     code, shown, _ = call(
-        capsys, "train", "--method", "trades", "--activation", "rct:beta=1,curvature=7", "--data", "cifar10", "--dry-run"
+        capsys,
+        "train",
+        "--method",
+        "trades",
+        "--activation",
+        "rct:beta=1,curvature=7",
+        "--data",
+        "cifar10",
+        "--dry-run",
     )
     assert code == 0
     assert shown["config"]["activation"] == "rct:beta=1,alpha=14"
@@ -182,9 +190,7 @@ def test_a_robustbench_entry_has_the_fields_of_the_leaderboard() -> None:
 
 
 @pytest.mark.slow
-def test_the_digits_recipe_beats_standard_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_digits_recipe_beats_standard_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained and attacked (AA-2 on 300 images, AutoAttack on 50)."""
     code, robust, _ = call(capsys, "train", "--recipe", "digits_n_fgsm", "--out", str(tmp_path / "a"), "--quiet")
     assert code == 0

@@ -1,6 +1,6 @@
 """The k-th open, write, fsync or rename fails, for every k: the old file or the new one stands, whole, and it is said.
 
-Over the one module that opens files (`hessdiag.files`), after SQLite's tests, which make each call fail in turn. `make
+Over the one module that opens files (`hessdiag.store.files`), after SQLite's tests, which make each call fail in turn. `make
 test` tries every seventh k and the first few, `make test-all` all of them.
 """
 
@@ -26,16 +26,16 @@ from experiments.sweep.keys import RunConfig
 from experiments.sweep.store import Store
 from experiments.sweep.worker import work
 from experiments.trained import load_trained
-from hessdiag import files
-from hessdiag.cli import app
+from hessdiag.cli.program import app
 from hessdiag.errors import HessdiagError
-from hessdiag.report import read_document
+from hessdiag.show import read_document
+from hessdiag.store import files
 
 CALLS = ("open", "write", "fsync", "replace")
 
 
 class Faulty:
-    """`os` as `hessdiag.files` sees it; the call number `fails` of those in CALLS ends as on a full disk."""
+    """`os` as `hessdiag.store.files` sees it; the call number `fails` of those in CALLS ends as on a full disk."""
 
     def __init__(self, fails: int | None) -> None:
         self.fails, self.calls = fails, 0
@@ -79,10 +79,12 @@ STEPS = [pytest.param(7, id="some"), pytest.param(1, id="all", marks=pytest.mark
 
 @pytest.mark.parametrize("step", STEPS)
 def test_measure(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 1e9)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 1e9)
     checkpoint, state, told, diagonal = (tmp_path / name for name in ("m.pt", "m.resume", "m.json", "m.diag"))
     hd.save_checkpoint(checkpoint, hd.networks.build("mlp", in_features=64, widths=(3,), seed=0), data="digits")
-    line = f"measure {checkpoint} --samples 8 --batch-size 8 --method hutchinson --min-replicates 4 --max-replicates 4 -q"
+    line = (
+        f"measure {checkpoint} --samples 8 --batch-size 8 --method hutchinson --min-replicates 4 --max-replicates 4 -q"
+    )
     line += f" --resume {state} --json {told} --save-diagonal {diagonal}"
     first = CliRunner().invoke(app, line.split())
     assert first.exit_code == 1, first.output  # wider than asked for

@@ -528,7 +528,9 @@ def test_wall_time_and_forecast_by_hand():
 def test_the_commands_say_what_could_be_decided_and_what_was(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     save(made("smoke/figure3", [0, 1, 2]), tmp_path)
-    assert main(["power", str(SWEEPS / "quick" / "figure3_cpu.toml"), "--seeds", "0,1", "--results", str(tmp_path)]) == 0
+    assert (
+        main(["power", str(SWEEPS / "quick" / "figure3_cpu.toml"), "--seeds", "0,1", "--results", str(tmp_path)]) == 0
+    )
     told = capsys.readouterr().out
     assert "from smoke/figure3; differs: data digits for cifar10, network small_resnet for small_resnet (" in told
     assert told.count("band less low") == told.count("band less high") == 6  # three β by two quantities that are stored

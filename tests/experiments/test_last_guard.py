@@ -12,7 +12,7 @@ from experiments.__main__ import main
 from experiments.commands import train as command
 from experiments.config import MAX_TOML
 from experiments.sweep.export import FORMAT
-from hessdiag.commands.exits import CODES
+from hessdiag.cli.exits import CODES
 
 TRAIN = "train --method standard --network mlp --data digits --quiet --device cpu --epochs 1 --set train_samples=64"
 
@@ -65,7 +65,9 @@ def test_wrong_usage_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
 
 
-@pytest.mark.parametrize("opened", ["a = " + "[" * 50_000, "a = " + "{b=" * 50_000, "[" + "a." * 50_000 + "a]", "[" + "a." * 50 + "a]"])
+@pytest.mark.parametrize(
+    "opened", ["a = " + "[" * 50_000, "a = " + "{b=" * 50_000, "[" + "a." * 50_000 + "a]", "[" + "a." * 50 + "a]"]
+)
 @pytest.mark.parametrize("words", [["train", "--recipe"], ["sweep"]])
 def test_toml_nested_deeply(
     words: list[str], opened: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

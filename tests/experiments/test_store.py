@@ -23,7 +23,7 @@ from experiments.sweep.reader import Reader
 from experiments.sweep.store import Store
 from experiments.sweep.worker import do, work
 from hessdiag.errors import ConfigurationError, StoreError
-from hessdiag.files import replace_file
+from hessdiag.store.files import replace_file
 
 
 def configs(number: int, **extra: object) -> list[RunConfig]:

@@ -329,7 +329,9 @@ class Cluster:
 
 def test_a_cluster_does_every_run_once_and_again_where_its_task_died(tmp_path, monkeypatch):
     """The driver's side without Ray itself; tests/experiments/test_sweep_ray.py has a real cluster."""
-    (tmp_path / "squares.py").write_text("def run_one(config, out):\n    return {'value': config.train['number'] ** 2}\n")
+    (tmp_path / "squares.py").write_text(
+        "def run_one(config, out):\n    return {'value': config.train['number'] ** 2}\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     there = Cluster(deaths=2)
     monkeypatch.setattr(cluster, "connect", lambda address: there)
@@ -364,8 +366,6 @@ def test_a_full_disk_of_the_driver_of_a_cluster_is_one_line(tmp_path, monkeypatc
         ray = SimpleNamespace(get=lambda reference: ("done", {}, 1.0), exceptions=SimpleNamespace(RayError=OSError))
         with pytest.raises(StoreError, match="the disk is full; free space and start the same command again"):
             cluster._record(ray, store, None, claim, 10)
-
-
 
 
 def test_networks_that_did_not_learn_are_named_and_give_an_exit_code(

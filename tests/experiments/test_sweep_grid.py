@@ -146,7 +146,9 @@ def test_an_override_that_would_do_nothing_is_refused(tmp_path, change, words):
 
 
 def test_an_override_reaches_the_runs_of_the_grid_that_has_its_key(tmp_path):
-    more = '[[grid]]\nactivation = ["relu"]\nseed = [0]\n[[override]]\nwhere = { beta = 1 }\nattack = { aa_samples = 5 }\n'
+    more = (
+        '[[grid]]\nactivation = ["relu"]\nseed = [0]\n[[override]]\nwhere = { beta = 1 }\nattack = { aa_samples = 5 }\n'
+    )
     runs = load(write(tmp_path, BASE + more)).runs
     assert [run.attack["aa_samples"] for run in runs if run.train["activation"] == "relu"] == [0]
     assert [run.attack["aa_samples"] for run in runs].count(5) == 4
@@ -269,7 +271,10 @@ def test_a_whole_sweep_from_the_command_line(tmp_path):
     assert subprocess.run(figures, capture_output=True, check=False).returncode == 0
     assert (tmp_path / "results" / "figures" / "mine_smoke.png").exists()
 
-STAGED = BASE.replace("seed = [0, 1]", "seed = [0]\nstage = 2") + "[[grid]]\nbeta = 1\ncurvature = [7, 4]\nseed = [1, 0]\n"
+
+STAGED = (
+    BASE.replace("seed = [0, 1]", "seed = [0]\nstage = 2") + "[[grid]]\nbeta = 1\ncurvature = [7, 4]\nseed = [1, 0]\n"
+)
 
 
 def test_a_stage_comes_before_the_next_and_within_it_a_seed(tmp_path):
@@ -293,7 +298,9 @@ def test_a_stage_comes_before_the_next_and_within_it_a_seed(tmp_path):
 def test_a_sweep_is_found_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # wherever the command is called
     assert load("smoke/figure3").name == "smoke/figure3"
-    with pytest.raises(ConfigurationError, match="no such file, and no sweep of that name; did you mean 'smoke/figure3'"):
+    with pytest.raises(
+        ConfigurationError, match="no such file, and no sweep of that name; did you mean 'smoke/figure3'"
+    ):
         load("smoke/figur3")
 
 

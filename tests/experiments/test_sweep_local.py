@@ -239,7 +239,9 @@ def test_workers_that_die_before_they_take_a_run_end_the_sweep(house, monkeypatc
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_is_told_though_the_log_lies_on_it(house, monkeypatch):
     """/dev/full takes no byte: the worker says by its exit code what it cannot write, and the driver tells it."""
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # a buffer that cannot be emptied changes a process's exit code
+    monkeypatch.delenv(
+        "PYTHONUNBUFFERED", raising=False
+    )  # a buffer that cannot be emptied changes a process's exit code
     root = house / "store"
     fill(root, 2)
     (house / "fakes" / "full_runs.py").write_text(

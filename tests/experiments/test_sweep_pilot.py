@@ -63,7 +63,9 @@ def test_each_part_is_scaled_to_what_was_asked(monkeypatch):
         clock.laps["norm"] = 3.0
 
     monkeypatch.setattr(module, "measured", measured)
-    assert module._norms(config.replace(measure={"samples": 256}), model, Sets(settings), 1000, device) == 2 * 4 * 3.0 * 4
+    assert (
+        module._norms(config.replace(measure={"samples": 256}), model, Sets(settings), 1000, device) == 2 * 4 * 3.0 * 4
+    )
     assert module._norms(config.replace(measure={"splits": []}), model, Sets(settings), 1000, device) == 0.0
 
 

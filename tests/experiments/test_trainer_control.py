@@ -127,7 +127,9 @@ def test_a_network_with_changed_eps_is_not_misread(tmp_path: Any) -> None:
 
 def test_refusals_of_the_control() -> None:
     with pytest.raises(ConfigurationError, match="no RCT-AF"):
-        build_network(configuration("mlp", 1.0).replace({"activation": "relu", "control": {"as_alpha": 2}}), (1, 8, 8), 4)
+        build_network(
+            configuration("mlp", 1.0).replace({"activation": "relu", "control": {"as_alpha": 2}}), (1, 8, 8), 4
+        )
     with pytest.raises(UnknownNameError, match="decay"):
         Control(as_alpha=2.0, factors=("deacy",))
     with pytest.raises(ConfigurationError, match="positive"):

@@ -538,7 +538,13 @@ def test_a_damaged_state_is_refused_never_finished_with(tmp_path: Path) -> None:
         path.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
         with pytest.raises(ResumeError, match=r"state\.pt: cannot be read"):
             train(configuration(epochs=1), tmp_path)
-    changes: tuple[dict[str, Any], ...] = ({"epoch": 7}, {"epoch": -1}, {"seconds": -1.0}, {"model": {}}, {"optimiser": 3})
+    changes: tuple[dict[str, Any], ...] = (
+        {"epoch": 7},
+        {"epoch": -1},
+        {"seconds": -1.0},
+        {"model": {}},
+        {"optimiser": 3},
+    )
     for change in changes:
         path.write_bytes(data)
         write_state(path, FORMAT, read_state(path, FORMAT) | change)

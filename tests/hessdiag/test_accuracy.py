@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import hessdiag as hd
-from hessdiag.cli import app
-from hessdiag.commands.accuracy import judged
-from hessdiag.commands.options import STATISTICS, normalize_of
+from hessdiag.cli.accuracy import judged
+from hessdiag.cli.options import STATISTICS, normalize_of
+from hessdiag.cli.program import app
 from hessdiag.data import load
 from hessdiag.data.dataset import make
 from hessdiag.errors import ConfigurationError
@@ -106,7 +106,7 @@ def test_normalize_is_that_of_the_library(tmp_path: Path, monkeypatch: pytest.Mo
     """For bare weights of a known network, and for a model of one's own, whose parameters keep their names."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ownnets.py").write_text(FACTORY)
-    from hessdiag.factories import import_object
+    from hessdiag.store.factories import import_object
 
     model = import_object("ownnets:Own")().double()
     save_file(model.state_dict(), tmp_path / "own.safetensors")

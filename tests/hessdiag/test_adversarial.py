@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import dense_diagonal
 
 import hessdiag as hd
-from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import (
     AuditError,
     ConfigurationError,
@@ -29,6 +28,7 @@ from hessdiag.errors import (
     UncoveredModelError,
 )
 from hessdiag.graph import Linearisation
+from hessdiag.kernels.propagator import Propagator
 from hessdiag.methods.plan import Plan
 
 torch.set_num_threads(1)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessdiag import Objective, diagonal, measure
+from hessdiag import Objective, diagonal
 from hessdiag.errors import HessdiagError, UncoveredModelError
-from hessdiag.guard import AUTOCAST_OFF
+from hessdiag.measuring import entry as measure
+from hessdiag.problem.handing_back import AUTOCAST_OFF
 
 METHODS = ("exact", "propagation", "hutchinson", "reference")
 

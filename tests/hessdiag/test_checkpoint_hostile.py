@@ -384,9 +384,18 @@ def test_a_child_that_lies_is_not_believed(tmp_path: Path, monkeypatch: pytest.M
     say = "import sys; sys.stdin.buffer.read(); out = sys.stdout.buffer\n"
     said = 'out.write(len(text).to_bytes(8, "little") + text)'
     for code, reason in (
-        (f'text = b\'{{"trees": [["dict", "w", ["tensor", "float32", "0", 4, 0, [9], [1]]]], "end": 3}}\'; {said}', "reaches"),
-        (f'text = b\'{{"trees": [["dict", "w", ["tensor", "float32", "0", 4, -1, [1], [1]]]], "end": 3}}\'; {said}', "shape"),
-        (f'text = b\'{{"trees": [["dict", "w", ["tensor", "load", "0", 4, 0, [1], [1]]]], "end": 3}}\'; {said}', "no answer"),
+        (
+            f'text = b\'{{"trees": [["dict", "w", ["tensor", "float32", "0", 4, 0, [9], [1]]]], "end": 3}}\'; {said}',
+            "reaches",
+        ),
+        (
+            f'text = b\'{{"trees": [["dict", "w", ["tensor", "float32", "0", 4, -1, [1], [1]]]], "end": 3}}\'; {said}',
+            "shape",
+        ),
+        (
+            f'text = b\'{{"trees": [["dict", "w", ["tensor", "load", "0", 4, 0, [1], [1]]]], "end": 3}}\'; {said}',
+            "no answer",
+        ),
         ("out.write(b'x' * 100)", "no answer"),
         ("out.write(bytes(2 << 20))", "without end"),
         ("import os; os.kill(os.getpid(), 11)", "brings its reader down"),
@@ -428,7 +437,11 @@ def test_what_is_not_data_is_left_out_by_name(
             assert torch.equal(found.model.state_dict()[name], tensor)
         assert found.epoch == 7
         notes = " ".join(found.notes)
-        for word in ("'args' (argparse.Namespace, left out)", "'best' (numpy", "'meter' (training_utils.Meter, left out)"):
+        for word in (
+            "'args' (argparse.Namespace, left out)",
+            "'best' (numpy",
+            "'meter' (training_utils.Meter, left out)",
+        ):
             assert word in notes
         assert "'args' (argparse.Namespace, left out)" in " ".join(inspect_checkpoint(path).notes)
     assert capfd.readouterr() == ("", "")

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import hessdiag as hd
-from hessdiag.cli import app
+from hessdiag.cli.program import app
 from hessdiag.data import load
 from hessdiag.methods.pilot import DEFLATE
-from hessdiag.perturbation import parse_pgd, perturb_batches
+from hessdiag.problem.perturbation import parse_pgd, perturb_batches
 
 SMALL = ["--samples", "24", "--batch-size", "10"]
 FACTORY = """
@@ -66,7 +66,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A module of the user's own in the working directory, and the weights of its models."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "usernets.py").write_text(FACTORY)
-    from hessdiag.factories import import_object
+    from hessdiag.store.factories import import_object
 
     torch.save(import_object("usernets:twice")().state_dict(), tmp_path / "twice.pt")
     torch.save(import_object("usernets:wide")().state_dict(), tmp_path / "wide.pt")
@@ -201,7 +201,7 @@ def test_internal_errors_are_told_as_such(small: str, monkeypatch: pytest.Monkey
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a fault\nof two lines")
 
-    monkeypatch.setattr("hessdiag.commands.measuring.measure", broken)
+    monkeypatch.setattr("hessdiag.cli.measuring.measure", broken)
     found = run(small)
     assert found.exit_code == 70
     assert found.stderr.count("\n") == 1
@@ -221,7 +221,7 @@ def test_loss_of_ones_own(code: Path, small: str) -> None:
     found = run(small, *SMALL, "--loss", "usernets:cubic", "--json", "-", "--method", "reference", "--dtype", "float64")
     content = json.loads(found.stdout)
     model = hd.load_checkpoint(small).model.double()
-    from hessdiag.factories import import_object
+    from hessdiag.store.factories import import_object
 
     objective = hd.Objective(model, import_object("usernets:cubic"))
     batches = load("digits", samples=24).batches(10, dtype=torch.float64)
@@ -281,8 +281,8 @@ def test_dry_run_runs_nothing(small: str, monkeypatch: pytest.MonkeyPatch) -> No
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a dry run measured")
 
-    monkeypatch.setattr("hessdiag.commands.measuring.measure", never)
-    monkeypatch.setattr("hessdiag.commands.setup.keyed_pgd", never)
+    monkeypatch.setattr("hessdiag.cli.measuring.measure", never)
+    monkeypatch.setattr("hessdiag.cli.setup.keyed_pgd", never)
     found = run(small, *SMALL, "--dry-run", "--attack", "pgd:eps=8/255,steps=3")
     assert found.exit_code == 0, found.output
     for word in ("exact", "propagation", "hutchinson", "reference", "Nothing was measured", "multiplications"):
@@ -314,7 +314,7 @@ def test_no_line_is_wider_than_the_terminal(columns: int) -> None:
 
 
 def test_interrupted_gives_what_is_there(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hessdiag.measurement.loop import Loop
+    from hessdiag.measuring.loop import Loop
 
     honest = Loop.run_round
 

@@ -19,14 +19,14 @@ import torch
 from typer.testing import CliRunner, Result
 
 import hessdiag as hd
-from hessdiag.cli import app
+from hessdiag.cli.program import app
 from hessdiag.data import load
 from hessdiag.errors import DataError
 from hessdiag.examples import example_path
 from hessdiag.examples.build_digits import accuracy, train
 from hessdiag.norm import ratio
-from hessdiag.report import norm_of, read_document
-from hessdiag.report.compare import compare, unpaired
+from hessdiag.show import norm_of, read_document
+from hessdiag.show.comparison import compare, unpaired
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -310,7 +310,7 @@ def test_json_page_names_every_key(files: dict[str, Path]) -> None:
 
 
 def test_exit_codes_are_documented() -> None:
-    from hessdiag.commands.exits import CODES
+    from hessdiag.cli.exits import CODES
 
     text = (DOCS / "measure.md").read_text()
     for code, meaning in CODES.items():
@@ -329,9 +329,7 @@ def test_every_option_has_a_word_in_the_pages() -> None:
         assert f"# `hessdiag {command}`" in (DOCS / f"{command}.md").read_text()
 
 
-def test_quickstart_python(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quickstart_python(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "quickstart.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "quickstart.md", "exec"), {})

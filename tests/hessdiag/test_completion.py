@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hessdiag.measurement.plan import METHODS
+from hessdiag.measuring.plan import METHODS
 from typer.testing import CliRunner
 
 from hessdiag import activations, networks
 from hessdiag.activations.registry import ALIASES, REGISTRY
-from hessdiag.cli import app
-from hessdiag.commands import complete
-from hessdiag.commands.options import DTYPES, STATISTICS
+from hessdiag.cli import complete
+from hessdiag.cli.options import DTYPES, STATISTICS
+from hessdiag.cli.program import app
 from hessdiag.data.load import NAMES, SCHEMES
 from hessdiag.examples import EXAMPLES
-from hessdiag.losses import LOSSES
-from hessdiag.perturbation import parse_pgd
+from hessdiag.problem.losses import LOSSES
+from hessdiag.problem.perturbation import parse_pgd
 
 
 def _offered(words: str) -> list[str]:

@@ -24,7 +24,7 @@ import torch
 
 from hessdiag.data import DataSet, fetch, load
 from hessdiag.data.fetch import default_root
-from hessdiag.data.registry import SOURCES, Source
+from hessdiag.data.published import SOURCES, Source
 from hessdiag.errors import DataError, UnknownNameError
 
 BOTH = pytest.mark.parametrize("name", ["cifar10", "cifar100"])

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import Function, Residual, Tokens, dense_diagonal, seeded
 
 import hessdiag as hd
-from hessdiag.diagonal.parts import accumulate
-from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import BudgetError, NotDeterministicError, ResumeError
 from hessdiag.graph import Linearisation
+from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import accumulate
 from hessdiag.methods.pilot import DEFLATE, DEFLATE_LEAST, choose_rank, product_moments, replicates_needed
 from hessdiag.methods.plan import Plan
 from hessdiag.signs import Signs

@@ -21,10 +21,10 @@ from models import Function, Tokens, dense_diagonal, seeded
 
 import hessdiag as hd
 from hessdiag.activations import RCTAF
-from hessdiag.diagonal.parts import accumulate, zeros
-from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import ConfigurationError, NotDeterministicError, ResumeError, UncoveredModelError
 from hessdiag.graph import Linearisation, chunks
+from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import accumulate, zeros
 from hessdiag.methods.pilot import choose_rank
 from hessdiag.methods.plan import Plan
 from hessdiag.signs import Signs
@@ -275,7 +275,7 @@ def test_no_curvature_in_any_site_is_no_noise() -> None:
 def test_without_a_double_backward_directions_are_left_out_or_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hessdiag.forward._MENDED", {})  # hardsigmoid as torch has it
+    monkeypatch.setattr("hessdiag.problem.forward._MENDED", {})  # hardsigmoid as torch has it
     model = single(lambda: nn.Sequential(Function(torch.tanh), nn.Hardsigmoid(), nn.Linear(3, 4), nn.SiLU()))
     model = nn.Sequential(model, nn.Linear(4, 3)).double()
     x, y = data(6, 5)
@@ -331,8 +331,8 @@ def test_taken_up_in_the_middle_of_a_phase(
     phase: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last batch is one sample; directions of batches already counted are found anew, bit for bit."""
-    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
-    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_SHARE", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_SHARE", 0.0)
     model, path, seen = seeded(Gates), tmp_path / "r.st", [0]
     x, y = data(13, 2, 5, 5)
 

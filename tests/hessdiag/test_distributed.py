@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import hessdiag as hd
-from hessdiag.cli import app
+from hessdiag.cli.program import app
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process tables are read from /proc")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -117,7 +117,7 @@ def test_state_of_one_process_is_taken_up_by_two(checkpoint: Path, tmp_path: Pat
     rounds = ("--method", "hutchinson", "--min-replicates", "12", "--max-replicates", "12")
     CliRunner().invoke(app, arguments(checkpoint, *rounds, "--json", str(whole))[2:])
     script = (
-        "import sys, hessdiag.measurement.loop as loop\n"
+        "import sys, hessdiag.measuring.loop as loop\n"
         "loop.SAVE_EVERY = loop.SAVE_SHARE = 0.0\n"
         "honest, seen = loop.Loop._save_in_time, []\n"
         "def stop(self):\n"

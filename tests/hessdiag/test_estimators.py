@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import Function, Residual, Tokens, dense_diagonal, seeded
 
 import hessdiag as hd
-from hessdiag.diagonal.products import Products
-from hessdiag.diagonal.propagation import Propagator
 from hessdiag.graph import Linearisation
+from hessdiag.kernels.products import Products
+from hessdiag.kernels.propagator import Propagator
 from hessdiag.methods.hutchinson import probe
 from hessdiag.methods.pilot import balance_products
 from hessdiag.signs import BLOCK, Signs, key

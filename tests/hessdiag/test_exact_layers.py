@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hessdiag.diagonal import exact
 from hessdiag.errors import BudgetError, UncoveredModelError
 from hessdiag.graph import Linearisation, route
+from hessdiag.kernels import exact_batch as exact
 from hessdiag.methods import reference
-from hessdiag.objective import Objective
+from hessdiag.problem.objective import Objective
 
 
 def check(model: nn.Module, x: Tensor, *, outputs: int = 3, loss: object = "cross_entropy", **options: object) -> None:

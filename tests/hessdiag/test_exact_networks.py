@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import ELEMENTWISE, Function, Residual, Tokens, seeded
 
 import hessdiag as hd
-from hessdiag.diagonal import chain, exact, price
 from hessdiag.graph import Linearisation
+from hessdiag.kernels import chain, price
+from hessdiag.kernels import exact_batch as exact
 from hessdiag.methods import reference
-from hessdiag.objective import Objective
+from hessdiag.problem.objective import Objective
 
 CURVES = {
     "gelu": F.gelu,

@@ -17,10 +17,10 @@ from models import Residual, Tokens, dense_diagonal, seeded
 
 import hessdiag as hd
 from hessdiag.activations import functions, registry
-from hessdiag.diagonal import exact as exact_module
-from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import AuditError, CheckpointError, ConfigurationError, UncoveredModelError
 from hessdiag.graph import Layer, LayerKind, Linearisation, Pointwise, Site, SiteKind, layers, saved, sites
+from hessdiag.kernels import exact_batch as exact_module
+from hessdiag.kernels.propagator import Propagator
 from hessdiag.signs import Signs
 
 torch.set_num_threads(1)
@@ -253,7 +253,10 @@ def test_a_custom_function_is_known_wherever_the_graph_shows_it() -> None:
         ({"keep": False}, "does not save its input"),
         ({"carry": False}, "does not carry 'alpha'"),
         ({"slope": lambda x: (x > 0).to(x)}, "another than the one given"),
-        ({"slope": lambda x: (torch.sigmoid(2 * x) * (1 + 2 * x * torch.sigmoid(-2 * x))).detach()}, "second derivative"),
+        (
+            {"slope": lambda x: (torch.sigmoid(2 * x) * (1 + 2 * x * torch.sigmoid(-2 * x))).detach()},
+            "second derivative",
+        ),
     ],
 )
 def test_a_custom_function_is_admitted_by_test(options: dict[str, Any], message: str) -> None:
@@ -308,7 +311,9 @@ def test_what_follows_from_gradients_alone_is_what_the_kinds_know(build: Callabl
         assert torch.allclose(plain.gram(delta), known.gram(delta), rtol=1e-11, atol=1e-11), layer.name
         for name, square in known.summed(delta).items():
             assert torch.allclose(square, plain.each(delta)[name].square().sum(0), rtol=1e-11, atol=1e-12), name
-        mine = {(n, k): t for n, i, s in plain.directions(objective.parameters, 3) for k, t in _entries(i, s, known.out)}
+        mine = {
+            (n, k): t for n, i, s in plain.directions(objective.parameters, 3) for k, t in _entries(i, s, known.out)
+        }
         its = {(n, k): t for n, i, s in known.directions(objective.parameters, 4) for k, t in _entries(i, s, known.out)}
         turned = layer.weight if layer.transposed else None
         if turned is None:
@@ -329,7 +334,9 @@ def with_outer(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     """A table in which `Outer` stands for `Linear`."""
     linear = layers.KINDS._kinds["linear"]
     kind = type(
-        "Stand", (Outer,), {"match": classmethod(linear.match.__func__), "carries": classmethod(linear.carries.__func__), "wrong": wrong}
+        "Stand",
+        (Outer,),
+        {"match": classmethod(linear.match.__func__), "carries": classmethod(linear.carries.__func__), "wrong": wrong},
     )
     monkeypatch.setitem(layers.KINDS._kinds, "linear", kind)
 

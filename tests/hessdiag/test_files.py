@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 import hessdiag as hd
-from hessdiag.cli import app
-from hessdiag.files import (
+from hessdiag.cli.program import app
+from hessdiag.store.files import (
     MAX_VALUES,
     BadFileError,
     check_writable,

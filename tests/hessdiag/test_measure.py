@@ -19,9 +19,9 @@ import hessdiag as hd
 from hessdiag.errors import AuditError, BudgetError, ResumeError, UnknownNameError
 from hessdiag.graph import LayerKind
 from hessdiag.graph.sites.elementwise import Elementwise
-from hessdiag.measurement import audit as audit_module
-from hessdiag.measurement.loop import Event, Loop
-from hessdiag.measurement.population import deal
+from hessdiag.measuring import audit as audit_module
+from hessdiag.measuring.loop import Event, Loop
+from hessdiag.measuring.population import deal
 
 torch.set_num_threads(1)
 G = torch.Generator().manual_seed(1)
@@ -213,7 +213,7 @@ def test_accumulators_do_not_grow_with_replicates(model: nn.Module, monkeypatch:
 def test_resumed_equals_uninterrupted_bit_for_bit(
     model: nn.Module, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
     batches = list(zip(X.split(5), Y.split(5)))
     options: dict[str, Any] = {"method": method, "rtol": 1e-6, "max_replicates": 12, "audit_model": False}
     whole = hd.measure(hd.Objective(model), batches, **options)

@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import seeded
 
 import hessdiag as hd
-from hessdiag.diagonal.parts import accumulate, zeros
-from hessdiag.diagonal.products import Products
 from hessdiag.errors import AuditError, ConfigurationError, ResumeError, UnknownNameError
-from hessdiag.measurement.world import World
+from hessdiag.kernels.products import Products
+from hessdiag.kernels.tensors import accumulate, zeros
+from hessdiag.measuring.ranks import World
 from hessdiag.methods import METHODS, Case, base
+from hessdiag.methods.batches import Numbered, numbered, survey
 from hessdiag.methods.hutchinson import blocks, probe
-from hessdiag.stream import Numbered, numbered, survey
 
 ROOT = Path(__file__).parents[2]
 ENGINE = [p for p in (ROOT / "hessdiag").rglob("*.py") if not {"commands", "report"} & set(p.parts)]
@@ -118,7 +118,7 @@ def test_the_documented_example_runs_and_agrees(table: None, capsys: pytest.Capt
 
 def test_a_method_from_outside_serves_every_command(table: None) -> None:
     """Diagonal by one-hot products: both commands, several batches, the population target, the forecast, resume."""
-    from hessdiag.measurement.forecast import forecast
+    from hessdiag.measuring.forecast import forecast
 
     hd.register_method(_method(OneByOne, deterministic=True))
     objective, batches = hd.Objective(small(), l2=0.1), [data(), data(30, 2)]

@@ -181,9 +181,7 @@ def test_initialisation() -> None:
 def test_config_rebuilds_the_network(network: str) -> None:
     channels = 1 if network in ("mlp", "small_resnet") else 3
     statistics = ((0.5,) * channels, (0.25,) * channels)
-    model = build(
-        network, activation="rct:curvature=7", num_classes=3, normalize=statistics, seed=5, **SMALL[network]
-    )
+    model = build(network, activation="rct:curvature=7", num_classes=3, normalize=statistics, seed=5, **SMALL[network])
     config: dict[str, Any] = json.loads(json.dumps(model.config))  # plain values survive a text format
     assert config == model.config
     assert (config["network"], config["activation"]) == (network, "rct:beta=1,alpha=14")

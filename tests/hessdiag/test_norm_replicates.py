@@ -23,9 +23,7 @@ from hessdiag.norm import Replicates, estimate, exact_norm, plug_in_square, trac
 SHAPES = {"conv.weight": (3, 2, 2, 2), "conv.bias": (3,), "gain": ()}
 
 
-def draw(
-    count: int, *, seed: int = 0, shapes: dict[str, tuple[int, ...]] = SHAPES
-) -> list[dict[str, Tensor]]:
+def draw(count: int, *, seed: int = 0, shapes: dict[str, tuple[int, ...]] = SHAPES) -> list[dict[str, Tensor]]:
     """Random replicates around a random diagonal, in float64."""
     generator = torch.Generator().manual_seed(seed)
     centre = {k: torch.randn(s, generator=generator, dtype=torch.float64) for k, s in shapes.items()}
@@ -355,9 +353,7 @@ def test_the_same_on_cuda() -> None:
     for out in (
         filled(there, weights=weights),
         filled(replicates, weights=weights, device="cuda"),
-        filled(there[:4], weights=weights, device="cuda").merge(
-            filled(replicates[4:], first=4, weights=weights)
-        ),
+        filled(there[:4], weights=weights, device="cuda").merge(filled(replicates[4:], first=4, weights=weights)),
     ):
         for weighted in (False, True):
             a, b = (estimate(x, offset=offset, weighted=weighted).total for x in (out, here))

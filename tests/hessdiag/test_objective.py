@@ -21,8 +21,8 @@ from hessdiag.errors import (
     TargetError,
     UnknownNameError,
 )
-from hessdiag.losses import make_loss
-from hessdiag.stream import check_deterministic, survey
+from hessdiag.methods.batches import check_deterministic, survey
+from hessdiag.problem.losses import make_loss
 
 torch.set_num_threads(1)
 G = torch.Generator().manual_seed(0)

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from hessdiag import Objective, data, measure
-from hessdiag.cli import app
+from hessdiag import Objective, data
+from hessdiag.cli.program import app
 from hessdiag.errors import OutOfMemoryError
+from hessdiag.measuring import entry as measure
 
 TORCH = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
 
@@ -46,7 +47,7 @@ def test_of_images_it_is_not_the_batch_that_is_too_large(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("fails", [full, full_of_tensors])
 def test_of_json_too(fails: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.json").write_text("{}")
-    monkeypatch.setattr(sys.modules["hessdiag.report.document"], "read_json", fails)
+    monkeypatch.setattr(sys.modules["hessdiag.show.result_file"], "read_json", fails)
     found = CliRunner().invoke(app, ["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")])
     assert found.exit_code == 5
     assert found.stderr.count("\n") == 1
@@ -55,7 +56,7 @@ def test_of_json_too(fails: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_of_a_pass_it_is_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hessdiag.commands.setup.forward", full_of_tensors)
+    monkeypatch.setattr("hessdiag.cli.setup.forward", full_of_tensors)
     found = CliRunner().invoke(app, ["measure", "digits-example"])
     assert found.exit_code == 5
     assert "out of memory; lower --batch-size" in found.stderr

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from hessdiag.ascent import check_box, handed_back, project_linf
 from hessdiag.errors import (
     ConfigurationError,
     DataError,
@@ -17,7 +16,8 @@ from hessdiag.errors import (
     NonFiniteError,
     UnknownNameError,
 )
-from hessdiag.perturbation import (
+from hessdiag.problem.ascent import check_box, handed_back, project_linf
+from hessdiag.problem.perturbation import (
     PGDSpec,
     fraction,
     keyed_pgd,
@@ -29,9 +29,7 @@ from hessdiag.perturbation import (
 
 def small_net(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 36, 5)
-    ).double()
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).double()
 
 
 def images(count: int = 12, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,9 +172,7 @@ def test_another_loss_and_the_default_agree_with_a_loop() -> None:
             (g,) = torch.autograd.grad(loss(net(points), y).mean(), points)
             points = torch.min(torch.max(points.detach() + 0.04 * g.sign(), x - 0.1), x + 0.1).clamp(0, 1)
         options = {} if name == "ce" else {"loss": loss}
-        torch.testing.assert_close(
-            keyed_pgd(net, x, y, range(12), spec, **options), points, rtol=0, atol=1e-12
-        )
+        torch.testing.assert_close(keyed_pgd(net, x, y, range(12), spec, **options), points, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train", "as_is"])

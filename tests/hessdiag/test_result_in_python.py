@@ -14,7 +14,7 @@ import torch
 import hessdiag as hd
 from hessdiag.data import load
 from hessdiag.errors import ConfigurationError, UnknownNameError
-from hessdiag.report import read_document
+from hessdiag.show import read_document
 
 
 def _measured(**options: Any) -> hd.Measurement:
@@ -123,7 +123,7 @@ def test_progress_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     screen.HTML, screen.display = str, display
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", screen)
-    monkeypatch.setattr("hessdiag.progress.PAUSE", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.progress.PAUSE", 0.0)
     m = _measured(method="hutchinson", rtol=1e-6, max_replicates=12, progress=True)
     assert m.replicates == 12
     assert "reading" in shown[0]

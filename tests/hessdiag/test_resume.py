@@ -17,10 +17,10 @@ import torch
 from typer.testing import CliRunner
 
 import hessdiag as hd
-from hessdiag.cli import app
+from hessdiag.cli.program import app
 from hessdiag.data import load
 from hessdiag.errors import ResumeError
-from hessdiag.measurement.loop import Event
+from hessdiag.measuring.loop import Event
 from hessdiag.methods import METHODS, Plan, Work
 
 COUNT = 40
@@ -64,8 +64,8 @@ def killer(after: int) -> Any:
 @pytest.mark.parametrize("plan", [Plan("hutchinson"), Plan("propagation"), Plan("propagation", deflate=2)])
 def test_killed_anywhere_gives_the_same_bits(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after every few events, the file written as often as can be: all numbers equal, the history too."""
-    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
-    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_SHARE", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_SHARE", 0.0)
     whole = plain(measured(plan=plan, min_replicates=10))
     path, kills, rng = tmp_path / "r.st", 0, random.Random(0)
     while True:
@@ -83,8 +83,8 @@ def test_killed_anywhere_gives_the_same_bits(plan: Plan, tmp_path: Path, monkeyp
 
 def test_ctrl_c_within_a_batch_does_not_count_it_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A KeyboardInterrupt between the replicates of one batch must not leave half of them in the file."""
-    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
-    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_SHARE", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_SHARE", 0.0)
     whole = plain(measured(method="hutchinson"))
     work = METHODS["hutchinson"].work
     path, honest, calls = tmp_path / "r.st", work.replicate, [0]
@@ -104,8 +104,8 @@ def test_ctrl_c_within_a_batch_does_not_count_it_twice(tmp_path: Path, monkeypat
 
 
 def test_exact_part_is_taken_up_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
-    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_SHARE", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_SHARE", 0.0)
     whole, path = plain(measured(method="exact")), tmp_path / "r.st"
     batches = [0]
     work = METHODS["exact"].work
@@ -126,9 +126,9 @@ def test_exact_part_is_taken_up_in_the_middle(tmp_path: Path, monkeypatch: pytes
 
 def test_writes_are_rare_where_they_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write of 0.02 s is not repeated within 20 times that, whatever SAVE_EVERY says."""
-    from hessdiag.measurement import resume as files
+    from hessdiag.measuring import resume as files
 
-    monkeypatch.setattr("hessdiag.measurement.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
     honest, writes = files.store, []
 
     def slow(*args: Any, **kwargs: Any) -> None:
@@ -211,10 +211,9 @@ def test_sigkill_at_many_times(tmp_path: Path, seed: int) -> None:
     kill_and_resume(tmp_path, kills=5, seed=seed)
 
 
-
 def test_a_damaged_resume_file_is_refused_not_measured_with(tmp_path: Path) -> None:
     """Flipped bits by the checksum; numbers out of range even where the checksum is right."""
-    from hessdiag.measurement.resume import FORMAT
+    from hessdiag.measuring.resume import FORMAT
     from hessdiag.store.states import read_state, write_state
 
     path = tmp_path / "r.st"
@@ -247,7 +246,7 @@ def test_a_damaged_resume_file_is_refused_not_measured_with(tmp_path: Path) -> N
 def test_a_resume_file_that_cannot_be_written_any_more_does_not_cost_the_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hessdiag.measurement import resume as files
+    from hessdiag.measuring import resume as files
 
     path, honest, calls = tmp_path / "r.st", files.write_state, [0]
 

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import ELEMENTWISE, Function, Residual, Tokens, dense_diagonal, seeded
 
 import hessdiag as hd
-from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import StochasticModeError, UncoveredModelError
 from hessdiag.graph import Linearisation, visit
-from hessdiag.measurement.comparisons import push
+from hessdiag.kernels.propagator import Propagator
+from hessdiag.measuring.comparisons import push
 
 torch.set_num_threads(1)
 

@@ -13,10 +13,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import hessdiag as hd
-from hessdiag.cli import app
+from hessdiag.cli.program import app
 from hessdiag.data import load
 from hessdiag.errors import ConfigurationError, EmptyDataError
-from hessdiag.spread import WIDTH, _shards, _sketch, of_groups, spread
+from hessdiag.measuring.spread import WIDTH, _shards, _sketch, of_groups, spread
 
 
 def _network(widths: tuple[int, ...] = (6, 5)) -> nn.Module:
@@ -80,7 +80,7 @@ def test_one_by_one_equals_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, batches = hd.Objective(model), load("digits", samples=40).batches(16, dtype=torch.float64)
     m = hd.measure(objective, batches)
     a = spread(m, objective, batches)
-    monkeypatch.setattr("hessdiag.spread.PER_SAMPLE_BYTES", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.spread.PER_SAMPLE_BYTES", 0.0)
     b = spread(m, objective, batches)
     assert a.passes == b.passes == 16
     assert a.square == pytest.approx(b.square, rel=1e-10)
@@ -95,7 +95,7 @@ def test_signs_do_not_count_as_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     m = hd.measure(objective, batches, method="hutchinson", rtol=1e-6, max_replicates=256)
     exact = spread(m, objective, batches)
     assert exact.passes == 16
-    monkeypatch.setattr("hessdiag.spread.AUTO_EXACT_FLOPS", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.spread.AUTO_EXACT_FLOPS", 0.0)
     noisy = spread(m, objective, batches)
     assert noisy.passes == 32
     assert noisy.square_error == pytest.approx(exact.square_error, rel=0.5)
@@ -175,7 +175,13 @@ def _command(*args: str) -> Any:
 def test_the_command_tells_it() -> None:
     found = _command("digits-example", "--samples", "24")
     assert found.exit_code == 0, found.output
-    for words in ("exact for these 24 samples", "other samples", "all 500 samples", "16 groups of 1 sample", "take about"):
+    for words in (
+        "exact for these 24 samples",
+        "other samples",
+        "all 500 samples",
+        "16 groups of 1 sample",
+        "take about",
+    ):
         assert words in found.stdout, words
     content = json.loads(_command("digits-example", "--samples", "24", "--json", "-").stdout)
     told = content["cli"]["spread"]
@@ -193,7 +199,7 @@ def test_a_failing_spread_keeps_the_measurement(monkeypatch: pytest.MonkeyPatch)
         def broken(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("hessdiag.commands.measuring.spread", broken)
+        monkeypatch.setattr("hessdiag.cli.measuring.spread", broken)
         found = _command("digits-example", "--samples", "8")
         assert found.exit_code == 0, found.output
         assert "not told" in found.stdout

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import hessdiag as hd
 from hessdiag import feed
 from hessdiag.errors import ConfigurationError, EmptyDataError, TargetError
-from hessdiag.spread import spread
+from hessdiag.measuring.spread import spread
 
 
 @dataclass

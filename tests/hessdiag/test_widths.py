@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 
 from hessdiag import activations
 from hessdiag.checkpoint import inspect_checkpoint
-from hessdiag.cli import app
+from hessdiag.cli.program import app
 from hessdiag.examples import example_path
-from hessdiag.report.columns import Column, fold, print_table
-from hessdiag.report.compare import compare, print_comparison
-from hessdiag.report.curve import print_curvature
-from hessdiag.report.summary import print_summary
-from hessdiag.report.table import print_measurement
-from hessdiag.report.text import value
+from hessdiag.show.columns import Column, fold, print_table
+from hessdiag.show.comparison import compare, print_comparison
+from hessdiag.show.curve import print_curvature
+from hessdiag.show.inspection import print_summary
+from hessdiag.show.table import print_measurement
+from hessdiag.show.text import value
 
 WIDTHS = range(40, 121)
 NUMBER = re.compile(r"\d[\d,]*\.\d+(?:e[+-]\d+)?%?|\d+e[+-]\d+|\d+(?:,\d{3})+|\d+%")

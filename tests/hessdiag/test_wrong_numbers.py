@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hessdiag as hd
-from hessdiag.diagonal.propagation import Propagator
 from hessdiag.errors import AuditError, ConfigurationError, HessdiagError, UncoveredModelError
 from hessdiag.graph import Linearisation
 from hessdiag.graph.layers.conv import Conv
+from hessdiag.kernels.propagator import Propagator
 from hessdiag.methods import reference
 from hessdiag.methods.plan import Plan
-from hessdiag.objective import Objective
+from hessdiag.problem.objective import Objective
 from hessdiag.signs import Signs
 
 torch.set_num_threads(1)
@@ -198,8 +198,6 @@ def test_directions_beside_parameters_of_leading_size_one(dtype: torch.dtype) ->
     assert found.status == "estimate"
 
 
-
-
 # -- where the samples lie, and how parameters lie in memory
 
 
@@ -266,7 +264,11 @@ def test_weights_that_do_not_lie_in_order(method: str, dtype: torch.dtype) -> No
         dtype=dtype, a=lambda: nn.Conv2d(2, 4, 3), b=lambda: nn.Conv2d(4, 4, 3), c=lambda: L(4, 3),
     ).to(memory_format=torch.channels_last)  # fmt: skip
     x, y = data(2, 6, 6, dtype=dtype)
-    for one, batch in ((model, data(dtype=dtype)), (images, (x, y)), (images, (x.to(memory_format=torch.channels_last), y))):
+    for one, batch in (
+        (model, data(dtype=dtype)),
+        (images, (x, y)),
+        (images, (x.to(memory_format=torch.channels_last), y)),
+    ):
         found = hd.measure(hd.Objective(one), [batch], method=method, rtol=0.5, keep_diagonal=True)
         assert found.plan.method == method
         if method == "exact":
@@ -412,7 +414,9 @@ def test_losses_that_couple_samples_are_refused(method: str, place: int) -> None
         losses = F.cross_entropy(f, y, reduction="none")
         if float(y.sum()) != wanted or len(f) < N:
             return losses
-        return losses + torch.cat([losses.new_zeros(1), (f[1:2] - f[2:3]).square().sum(1), losses.new_zeros(len(f) - 2)])
+        return losses + torch.cat(
+            [losses.new_zeros(1), (f[1:2] - f[2:3]).square().sum(1), losses.new_zeros(len(f) - 2)]
+        )
 
     model = net(lambda s, x: s.b(torch.tanh(s.a(x))), a=lambda: L(5, 4), b=lambda: L(4, 3))
     batches = [data(), data(seed=4)]

@@ -223,9 +223,12 @@ def test_every_formula_can_be_set(claim: str) -> None:
 
 def test_closure_holds_what_a_check_rests_on() -> None:
     found = state.closure("validation.checks.deep")
-    assert {"theory.symbolic.deep", "theory.path_expansion", "hessdiag.diagonal.exact", "validation.evidence"} <= set(
-        found
-    )
+    assert {
+        "theory.symbolic.deep",
+        "theory.path_expansion",
+        "hessdiag.kernels.exact_batch",
+        "validation.evidence",
+    } <= set(found)
     assert "validation.report.page" not in found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hessdiag.errors import DataError
-from hessdiag.files import BadFileError, read_json
+from hessdiag.store.files import BadFileError, read_json
 from theory.claims import CLAIMS
 from validation.evidence import Evidence, Figure, Report
 from validation.register import Function, Run, check, slug

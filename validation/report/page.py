@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure as Canvas
 
-from hessdiag.files import write_bytes
+from hessdiag.store.files import write_bytes
 from validation.ledger import Ledger
 from validation.report.formulas import svg
 from validation.report.terminal import _number

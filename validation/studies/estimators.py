@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import hessdiag as hd
-from hessdiag.diagonal.products import Products
-from hessdiag.diagonal.propagation import Propagator
 from hessdiag.graph import Linearisation
+from hessdiag.kernels.products import Products
+from hessdiag.kernels.propagator import Propagator
 from hessdiag.methods.hutchinson import probe
 from hessdiag.norm import Replicates, estimate
 from hessdiag.norm.report import plug_in_square
-from hessdiag.objective import Objective
+from hessdiag.problem.objective import Objective
 from hessdiag.signs import Signs
 from theory.estimators import (
     coverage_of_normal_quantile,

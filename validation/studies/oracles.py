@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from hessdiag.objective import Objective
+from hessdiag.problem.objective import Objective
 from validation.bridge import deviation, engine_diagonal, full_hessian, vector
 from validation.evidence import Figure, Finding, measured
 from validation.register import Run

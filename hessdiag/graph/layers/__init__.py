@@ -1,12 +1,12 @@
 """Where parameters enter a model: one file per kind of layer, in one table."""
 
-from ..kinds import Table
-from .conv import Conv
-from .layer import Layer, LayerKind, Way
-from .linear import Linear
-from .norm import Norm
-from .scale import Scale
-from .shift import Shift
+from hessdiag.graph.kinds import Table
+from hessdiag.graph.layers.conv import Conv
+from hessdiag.graph.layers.layer import Layer, LayerKind, Way
+from hessdiag.graph.layers.linear import Linear
+from hessdiag.graph.layers.norm import Norm
+from hessdiag.graph.layers.scale import Scale
+from hessdiag.graph.layers.shift import Shift
 
 KINDS: Table[LayerKind] = Table("layer kind", LayerKind, Norm, Conv, Linear, Scale, Shift)
 

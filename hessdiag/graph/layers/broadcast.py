@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...errors import UncoveredModelError
-from ..chunks import grouped, spread
-from ..nodes import is_leaf
-from ..tangents import Tangent
-from .layer import LayerKind, Parts
+from hessdiag.errors import UncoveredModelError
+from hessdiag.graph.chunks import grouped, spread
+from hessdiag.graph.layers.layer import LayerKind, Parts
+from hessdiag.graph.nodes import is_leaf
+from hessdiag.graph.tangents import Tangent
 
 if TYPE_CHECKING:
-    from ..reading import Graph
+    from hessdiag.graph.reading import Graph
 
 
 def own_slots(node: Any, graph: Graph) -> list[int]:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import saved
-from ..chunks import chunk_samples, grouped, outer, over_pixels, spread
-from ..kinds import Given
-from ..nodes import edge_shape, sizes
-from ..tangents import Tangent
-from .layer import Layer, Parts
-from .positions import PositionWise
+from hessdiag.graph import saved
+from hessdiag.graph.chunks import chunk_samples, grouped, outer, over_pixels, spread
+from hessdiag.graph.kinds import Given
+from hessdiag.graph.layers.layer import Layer, Parts
+from hessdiag.graph.layers.positions import PositionWise
+from hessdiag.graph.nodes import edge_shape, sizes
+from hessdiag.graph.tangents import Tangent
 
 if TYPE_CHECKING:
-    from ..reading import Graph
+    from hessdiag.graph.reading import Graph
 
 BANDED = 12
 """Fewer directions per channel than this are worth no pass of their own."""

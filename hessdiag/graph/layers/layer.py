@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ...errors import ConfigurationError, UncoveredModelError
-from ..chunks import grouped
-from ..kinds import NodeKind
-from ..nodes import edge_shape, sizes
-from ..tangents import Tangent
+from hessdiag.errors import ConfigurationError, UncoveredModelError
+from hessdiag.graph.chunks import grouped
+from hessdiag.graph.kinds import NodeKind
+from hessdiag.graph.nodes import edge_shape, sizes
+from hessdiag.graph.tangents import Tangent
 
 if TYPE_CHECKING:
-    from ..reading import Graph
+    from hessdiag.graph.reading import Graph
 
 Parts = Iterator[tuple[str, Tensor | Iterator[Tensor]]]
 """For each parameter: its gradients by groups in chunks, or the sum of their squares where that is cheaper."""

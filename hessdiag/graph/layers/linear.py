@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...errors import UncoveredModelError
-from .. import saved
-from ..chunks import gram_product, grouped, outer
-from ..kinds import Given
-from ..nodes import Edge, edge_shape, is_leaf, sizes
-from ..tangents import Tangent
-from .layer import Along, Into, Layer, Parts, Way
-from .positions import PositionWise
+from hessdiag.errors import UncoveredModelError
+from hessdiag.graph import saved
+from hessdiag.graph.chunks import gram_product, grouped, outer
+from hessdiag.graph.kinds import Given
+from hessdiag.graph.layers.layer import Along, Into, Layer, Parts, Way
+from hessdiag.graph.layers.positions import PositionWise
+from hessdiag.graph.nodes import Edge, edge_shape, is_leaf, sizes
+from hessdiag.graph.tangents import Tangent
 
 if TYPE_CHECKING:
-    from ..reading import Graph
+    from hessdiag.graph.reading import Graph
 
 _TURNED = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
 _SLOTS: dict[str, tuple[int, int, int | None]] = {

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...errors import StochasticModeError
-from .. import saved
-from ..chunks import grouped, over_pixels, spread
-from ..tangents import Tangent
-from .layer import Layer, LayerKind, Parts
+from hessdiag.errors import StochasticModeError
+from hessdiag.graph import saved
+from hessdiag.graph.chunks import grouped, over_pixels, spread
+from hessdiag.graph.layers.layer import Layer, LayerKind, Parts
+from hessdiag.graph.tangents import Tangent
 
 if TYPE_CHECKING:
-    from ..reading import Graph
+    from hessdiag.graph.reading import Graph
 
 
 def _scale(node: Any) -> Tensor:

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..tangents import Tangent
-from .layer import Along, Into, LayerKind, Way
+from hessdiag.graph.layers.layer import Along, Into, LayerKind, Way
+from hessdiag.graph.tangents import Tangent
 
 
 class PositionWise(LayerKind):

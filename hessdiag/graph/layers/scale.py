@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .. import saved
-from .broadcast import Broadcast, own_slots
-from .layer import Layer
+from hessdiag.graph import saved
+from hessdiag.graph.layers.broadcast import Broadcast, own_slots
+from hessdiag.graph.layers.layer import Layer
 
 if TYPE_CHECKING:
-    from ..reading import Graph
+    from hessdiag.graph.reading import Graph
 
 
 class Scale(Broadcast):

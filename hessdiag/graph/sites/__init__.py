@@ -1,9 +1,9 @@
 """Where a model bends: one file per kind of site, in one table."""
 
-from ..kinds import Table
-from .elementwise import Elementwise
-from .product import Product
-from .site import Pairs, Pointwise, Site, SiteKind
+from hessdiag.graph.kinds import Table
+from hessdiag.graph.sites.elementwise import Elementwise
+from hessdiag.graph.sites.product import Product
+from hessdiag.graph.sites.site import Pairs, Pointwise, Site, SiteKind
 
 KINDS: Table[SiteKind] = Table("site kind", SiteKind, Elementwise, Product)
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...activations import max_curvature
-from ...activations.functions import curve_of
-from ...errors import UncoveredModelError
-from .. import saved
-from ..nodes import short_name
-from .formulas import CURVED, PIECEWISE_LINEAR, Derivatives
-from .site import Pairs, Pointwise
+from hessdiag.activations import max_curvature
+from hessdiag.activations.functions import curve_of
+from hessdiag.errors import UncoveredModelError
+from hessdiag.graph import saved
+from hessdiag.graph.nodes import short_name
+from hessdiag.graph.sites.formulas import CURVED, PIECEWISE_LINEAR, Derivatives
+from hessdiag.graph.sites.site import Pairs, Pointwise
 
 
 def derivatives(node: Any) -> Derivatives:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..saved import number, number_or_none, tensor, text
+from hessdiag.graph.saved import number, number_or_none, tensor, text
 
 Derivatives = tuple[Tensor, Tensor | None]
 

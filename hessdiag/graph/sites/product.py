@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import saved
-from ..kinds import Given
-from ..nodes import edge_shape
-from ..tangents import Tangent, aligned, broadcast
-from .site import Pairs, Pointwise, Site
+from hessdiag.graph import saved
+from hessdiag.graph.kinds import Given
+from hessdiag.graph.nodes import edge_shape
+from hessdiag.graph.sites.site import Pairs, Pointwise, Site
+from hessdiag.graph.tangents import Tangent, aligned, broadcast
 
 
 class Product(Pointwise):

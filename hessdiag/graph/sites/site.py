@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..kinds import NodeKind
-from ..nodes import Edge
+from hessdiag.graph.kinds import NodeKind
+from hessdiag.graph.nodes import Edge
 
 if TYPE_CHECKING:
-    from ..reading import Graph
+    from hessdiag.graph.reading import Graph
 
 
 @dataclass(frozen=True)

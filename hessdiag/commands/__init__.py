@@ -1,1 +1,0 @@
-"""One module per sub-command: its arguments, its help, and the call that does the work."""

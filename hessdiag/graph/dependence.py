@@ -1,0 +1,74 @@
+"""What of a model's autograd graph depends on the chosen parameters, and who takes whose output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from hessdiag.errors import UncoveredModelError
+from hessdiag.graph.nodes import forward_order, is_leaf, short_name
+
+
+class Live:
+    """The nodes between chosen parameters and outputs, in forward order, with look-ups in either direction."""
+
+    def __init__(self, outputs: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.outputs = outputs
+        self._chosen = {id(parameter): name for name, parameter in parameters.items()}
+        self.nodes = forward_order(outputs.grad_fn)
+        self._uses: dict[int, list[tuple[Any, int]]] = {}
+        self._live = self._mark()
+        self._below: dict[int, str] = {}  # the layer last passed on the way to a node, by the node's id
+
+    def is_live(self, node: Any) -> bool:
+        """True if the node's output depends on a chosen parameter."""
+        return node is not None and id(node) in self._live
+
+    def place(self, node: Any) -> str:
+        """Where a node stands: the layer last passed on the way to it."""
+        below = self._below.get(id(node), "")
+        return f"after {below!r}" if below else "at the model's entrance"
+
+    def consumers(self, node: Any) -> list[tuple[Any, int]]:
+        """(node, input slot) of everything that takes `node`'s output, dead branches included."""
+        return self._uses.get(id(node), [])
+
+    def parameter_of(self, node: Any) -> str | None:
+        """Name of the chosen parameter that an AccumulateGrad node stands for."""
+        return self._chosen.get(id(node.variable)) if is_leaf(node) else None
+
+    def _mark(self) -> set[int]:
+        live: set[int] = set()
+        for node in self.nodes:
+            if is_leaf(node):
+                if id(node.variable) in self._chosen:
+                    live.add(id(node))
+                continue
+            for slot, (source, _) in enumerate(node.next_functions):
+                if source is not None:
+                    self._uses.setdefault(id(source), []).append((node, slot))
+                    if id(source) in live:
+                        live.add(id(node))
+        return live
+
+    def through(self, node: Any) -> str:
+        """Name of a chosen parameter that a node is computed from; empty if there is none."""
+        stack, seen = [node], set()
+        while stack:
+            current = stack.pop()
+            if current is None or id(current) in seen or not self.is_live(current):
+                continue
+            seen.add(id(current))
+            if is_leaf(current):
+                return self.parameter_of(current) or ""
+            stack += [source for source, _ in current.next_functions]
+        return ""
+
+    def refuse(self, node: Any, what: str) -> NoReturn:
+        """Raise UncoveredModelError: what stands where, and what to do."""
+        raise UncoveredModelError(
+            f"{short_name(node)} {self.place(node)}: {what}; use method='hutchinson' (or 'auto'), "
+            "or choose other parameters"
+        )

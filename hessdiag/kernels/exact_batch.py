@@ -1,0 +1,252 @@
+"""Exact diagonals of one linearised batch, by the site identity and forward-mode products.
+
+    H_kk = sum_n [ (df_n/dtheta_k)^T (d2l_n/df2) (df_n/dtheta_k) + sum_j c_nj (dz_nj/dtheta_k)^2 ]
+
+The Gauss-Newton part takes one backward pass per column of the loss's Hessian factor. The functional part
+takes, layer by layer, one forward pass per neuron, per weight or per output position, whichever costs least
+(see `directions`); chains of linear layers on vectors need no passes at all (see `chain`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessdiag.errors import BudgetError, UncoveredModelError
+from hessdiag.graph import Layer, Linearisation
+from hessdiag.graph.layers import Way
+from hessdiag.graph.layers.linear import given
+from hessdiag.graph.moves import Cache
+from hessdiag.graph.nodes import Edge
+from hessdiag.graph.route import Route
+from hessdiag.kernels.chain import CACHED, Level, best_switch, find_chain, gauss_newton
+from hessdiag.kernels.chain import functional as diagonal_along
+from hessdiag.kernels.collector import Collector
+from hessdiag.kernels.directions import Directions
+from hessdiag.kernels.price import Price, prices
+from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import Tensors
+from hessdiag.signs import cpu_generator
+
+Progress = Callable[[int, int], None]
+MEMORY = 1 << 28
+NODE = 1e5
+"""Multiplications done in the time that it takes to pass a node with nothing to multiply (tens of microseconds)."""
+CLOSE = 1 << 26  # bytes of tangents beyond which a processor waits for its memory
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an exact diagonal of one batch takes: directions moved, multiplications, bytes at the peak, nodes passed."""
+
+    passes: int
+    flops: float
+    bytes: int
+    nodes: int = 0
+
+    @property
+    def effort(self) -> float:
+        """Multiplications, each node passed counted as `NODE` more: what small layers cost in large number."""
+        return self.flops + NODE * self.nodes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one layer's directions are chosen and how many go in one pass."""
+
+    way: Way
+    flops: float
+    bytes_each: int
+    count: int
+    nodes: int
+
+
+def batch_diagonal(
+    batch: Linearisation,
+    *,
+    progress: Progress | None = None,
+    memory: int = MEMORY,
+    budget: float | None = None,
+    per_sample: bool = False,
+) -> tuple[Tensors, Tensors]:
+    """(Gauss-Newton, functional) diagonals summed over one batch, in float64; with the samples as first axis
+    if `per_sample`.
+
+    `memory` bounds the bytes of the tangents alive at once; `budget` the multiplications (see `cost`), beyond
+    which the work is refused. `progress(done, total)` counts directions.
+    """
+    with torch.no_grad():
+        chain = find_chain(batch)
+        steps = [] if chain else _plan(batch, memory)
+        price = _chain_price(batch, chain, memory) if chain else _price(batch, [choice for _, choice in steps], memory)
+        if budget is not None and price.flops > budget:
+            raise BudgetError(
+                f"an exact diagonal of this batch takes {price.flops:.2g} multiplications in "
+                f"{price.passes} passes, more than the budget of {budget:.2g}; use method='propagation', "
+                "fewer samples, or choose parameters"
+            )
+        functional = Collector(batch.objective.parameters, batch.samples, per_sample=per_sample)
+        if chain:
+            outer = Collector(batch.objective.parameters, batch.samples, per_sample=per_sample)
+            _along_chain(batch, chain, outer, functional, memory)
+            if progress:
+                progress(price.passes, price.passes)
+            turned = _turned(batch.layers)
+            return outer.result(turned), functional.result(turned)
+        check_separate(batch)
+        done, total = 0, price.passes
+        for directions, choice in steps:
+            choice.way.run(directions, functional, choice.count)
+            done += choice.way.passes
+            if progress:
+                progress(done, total)
+        gauss_newton = _gauss_newton(batch, per_sample)
+        if progress:
+            progress(total, total)
+        return gauss_newton, functional.result(_turned(batch.layers))
+
+
+def cost(batch: Linearisation, *, memory: int = MEMORY) -> Cost:
+    """What `batch_diagonal` would take, without doing it."""
+    with torch.no_grad():
+        chain = find_chain(batch)
+        if chain:
+            return _chain_price(batch, chain, memory)
+        bent = [site for site in batch.sites if bool(site.c.any())]
+        found = zip(batch.layers, prices(batch.graph, batch.layers, bent))
+        choices = [
+            _choose(layer.on(batch.samples).ways(batch.objective.parameters), price, batch, memory)
+            for layer, price in found
+            if price.sites
+        ]
+        return _price(batch, choices, memory)
+
+
+def check_separate(batch: Linearisation) -> None:
+    """Refuse a model in which samples of a batch reach one another or change places: half of them must not
+    see the rest.
+
+    One backward pass from every site and output of a random half; the gradients at the other half's layers
+    must vanish.
+    """
+    samples = batch.samples
+    if samples == 1 or not batch.layers:
+        return
+    order = torch.randperm(samples, generator=cpu_generator(samples), device="cpu")
+    half = (order < (samples + 1) // 2).to(batch.outputs.device)
+    seeds: list[Tensor | None] = []
+    for site in batch.sites:
+        if site.c.numel() % samples:
+            raise UncoveredModelError(
+                f"{site.name}: {list(site.c.shape)} is not laid out by samples; use method='hutchinson'"
+            )
+        rows = half.to(site.c.dtype)[:, None].expand(-1, site.c.numel() // samples)
+        seeds.append(rows.reshape(site.c.shape))
+    top = half.to(batch.outputs.dtype).reshape(-1, *(1,) * (batch.outputs.ndim - 1)).expand(batch.outputs.shape)
+    found = batch.backward(seeds, top, [layer.edge for layer in batch.layers])
+    for layer, gradient in zip(batch.layers, found):
+        if gradient is None:
+            continue
+        if gradient.numel() % samples or bool(gradient.reshape(samples, -1)[~half].any()):
+            raise UncoveredModelError(
+                f"above layer {layer.name!r} the samples of a batch meet (a mean or a turn over the "
+                "first axis); use method='hutchinson'"
+            )
+
+
+def _plan(batch: Linearisation, memory: int) -> list[tuple[Directions, Choice]]:
+    sites = [site for site in batch.sites if bool(site.c.any())]
+    cache: Cache = {}
+    steps = []
+    for layer in batch.layers:
+        edge: Edge = (layer.node, 0)
+        route = Route(batch.graph, edge, sites, cache)
+        if route.sites:
+            directions, (work, entries) = Directions(batch, layer, route), route.cost()
+            price = Price(work, entries, sum(site.c.numel() for _, site in route.sites), len(route.nodes))
+            steps.append((directions, _choose(directions.ways, price, batch, memory)))
+    return steps
+
+
+def _choose(ways: list[Way], price: Price, batch: Linearisation, memory: int) -> Choice:
+    """The way that costs least of those whose directions fit into memory together."""
+    each = 3 * price.entries * batch.outputs.element_size()
+    on_processor = batch.outputs.device.type == "cpu"
+    count = max((min(memory, CLOSE) if on_processor else memory) // each, 1)
+    fitting = [way for way in ways if way.together <= count]
+    flops, best = min(((price.work * way.passes + way.extra(price.sites), way) for way in fitting), key=lambda p: p[0])
+    return Choice(best, flops, each, count, price.nodes * -(-best.passes // count))
+
+
+def _price(batch: Linearisation, choices: list[Choice], memory: int) -> Cost:
+    passes = sum(choice.way.passes for choice in choices)
+    needed = max((min(memory, choice.bytes_each * choice.way.passes) for choice in choices), default=0)
+    out = 16 * batch.objective.size
+    return Cost(passes, sum(choice.flops for choice in choices), needed + out, sum(choice.nodes for choice in choices))
+
+
+def _chain_price(batch: Linearisation, levels: list[Level], memory: int) -> Cost:
+    work, _, entries = best_switch(levels)
+    size, samples = batch.outputs.element_size(), batch.samples
+    columns = len(batch.curvature.signs)
+    small = float(sum(level.weight.numel() for level in levels)) * (columns + 3)
+    held = max(min(memory, max(4 * entries * size * samples, 0)), 4 * entries * size)
+    return Cost(len(levels), (work + small) * samples, held + 16 * batch.objective.size)
+
+
+def _along_chain(
+    batch: Linearisation, levels: list[Level], outer: Collector, functional: Collector, memory: int
+) -> None:
+    """Both parts of a chain: q level by level, then H_ab = sum_n q_na x_nb^2."""
+    squares = {
+        place: given(level.node).square()
+        for place, level in enumerate(levels)
+        if level.layer is not None and level.layer.weight
+    }
+    for columns, signs in batch.curvature.blocks():
+        for place, q in gauss_newton(levels, columns, signs):
+            _gather(outer, levels[place], q, squares.get(place))
+    _, switch, entries = best_switch(levels)
+    each = 4 * entries * batch.outputs.element_size()
+    step = min(max(min(memory, CACHED) // max(each, 1), 1), batch.samples)
+    found: list[list[Tensor]] = [[] for _ in levels]
+    for low in range(0, batch.samples, step):
+        for place, part in diagonal_along(levels, low, min(low + step, batch.samples), switch=switch):
+            if part is not None:
+                found[place].append(part)
+    for place, parts in enumerate(found):
+        if parts:
+            _gather(functional, levels[place], parts[0] if len(parts) == 1 else torch.cat(parts), squares.get(place))
+
+
+def _gather(into: Collector, level: Level, q: Tensor, squares: Tensor | None) -> None:
+    if level.layer is None:
+        return
+    if level.layer.weight and squares is not None:
+        into.outer(level.layer.weight, 0, q.T, squares)
+    if level.layer.bias:
+        into.add(level.layer.bias, slice(0, level.width), q.T)
+
+
+def _gauss_newton(batch: Linearisation, per_sample: bool) -> Tensors:
+    propagator = Propagator(batch)
+    if not per_sample:
+        return propagator.gauss_newton()
+    blank: list[Any] = [None] * len(batch.sites)
+    device, curvature = batch.outputs.device, batch.curvature
+    out = {
+        name: torch.zeros(batch.samples, *p.shape, dtype=torch.float64, device=device)
+        for name, p in batch.objective.parameters.items()
+    }
+    for column, sign in curvature.each():
+        for name, gradient in propagator.each(blank, column).items():
+            out[name].add_(gradient.double().square().reshape(out[name].shape), alpha=sign)
+    return out
+
+
+def _turned(layers: list[Layer]) -> set[str]:
+    return {layer.weight for layer in layers if layer.transposed and layer.weight}

@@ -1,0 +1,173 @@
+"""Stochastic diagonals by curvature propagation over sites, split by sign.
+
+After J. Martens, I. Sutskever and K. Swersky, "Estimating the Hessian by Back-propagating Curvature" (ICML 2012), in a
+form that stays real and needs first-order backward passes only. With independent signs s_j per sample and site
+
+    a = sum_{c_j > 0} s_j sqrt(c_j) dz_j/dtheta,   b = sum_{c_j < 0} s_j sqrt(-c_j) dz_j/dtheta,
+    E[a^2 - b^2] = functional part,
+
+each of a and b one backward pass with many roots, squared *per sample* layer by layer.
+
+What needs no signs is taken out of them. The Gauss-Newton part is exact in one pass per column of the loss's Hessian
+factor (C - 1 for softmax cross-entropy), or takes one signed pass instead. And a layer that feeds a site tensor by an
+elementwise map (through its normalisation and a residual sum) has its share of that site in closed form,
+sum_j c_j slope_j^2 (da_j/dtheta)^2: `direct`, once; the signed passes then carry the remote sites only, the layer's own
+seed being subtracted from its cotangent before squaring. And the directions of a sample's sites in which signs would be
+noisiest can be squared one by one, once: `deflate`, `deflated` (hessdiag.kernels.deflation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hessdiag.graph import Linearisation, edge_shape, visit
+from hessdiag.kernels.deflation import Deflation, deflation
+from hessdiag.kernels.tensors import Tensors, accumulate, zeros
+from hessdiag.signs import Signs
+
+FUNCTIONAL, GAUSS_NEWTON = 0, 1  # streams of signs
+KEEP_ROOTS = 1 << 26
+"""Square roots of all c are kept between replicates up to this size; beyond it signs are drawn as bytes, too."""
+
+
+class Propagator:
+    """Passes over one linearised batch: squares prepared once, then as many replicates as wanted.
+
+    `groups` gives, per layer name, how many neighbouring samples are summed before squaring (1: per sample).
+    `start` is the batch's first sample in the whole data; it keys the signs.
+    """
+
+    def __init__(
+        self,
+        batch: Linearisation,
+        *,
+        start: int = 0,
+        groups: Mapping[str, int] | None = None,
+        keep: bool = False,
+        deflation: Deflation | None = None,
+    ) -> None:
+        self.batch = batch
+        self.deflation = deflation
+        self.start = start
+        self.squares = [layer.on(batch.samples, keep=keep) for layer in batch.layers]
+        self._groups = [(groups or {}).get(layer.name, 1) for layer in batch.layers]
+        self._edges = [layer.edge for layer in batch.layers]
+        size = sum(site.c.numel() * site.c.element_size() for site in batch.sites)
+        self._small = size <= KEEP_ROOTS
+        self._roots: dict[int, list[Tensor | None]] = {}
+
+    def direct(self) -> Tensors:
+        """The functional part's share of the sites that each layer feeds directly: exact, no pass at all."""
+        out = zeros(self.batch.objective.parameters)
+        for place, direct in self.batch.direct.items():
+            c = self.batch.sites[direct.site].c
+            slope = direct.slope
+            weight = c.reshape(edge_shape((self.batch.layers[place].node, 0))) * slope * slope
+            accumulate(out, self.squares[place].weighted(weight))
+        return out
+
+    def deflate(self, signs: Signs, rank: int) -> Deflation | None:
+        """Find `rank` directions per sample for the signed passes to leave out, if there is anything to leave out."""
+        if rank and self.batch.sites:
+            self.deflation = deflation(self.batch, self.squares, signs, start=self.start, rank=rank)
+        return self.deflation
+
+    def deflated(self, *, absolute: bool = False) -> Tensors:
+        """The functional part's share along the directions left out: exact, two passes a direction.
+
+        `absolute` adds what sites of negative c contribute rather than taking it off: rounding is relative to that.
+        """
+        out = zeros(self.batch.objective.parameters)
+        single = [1] * len(self.squares)
+        for number in range(self.deflation.rank if self.deflation is not None else 0):
+            assert self.deflation is not None
+            direction = self.deflation.direction(number)
+            for sign in (1, -1):
+                self._square_pass(self._seeds(sign, direction), None, out, 1.0 if absolute else float(sign), single)
+        return out
+
+    def functional(self, signs: Signs, replicate: int) -> Tensors:
+        """One unbiased replicate of the functional part beyond its `direct` and `deflated` shares, samples summed."""
+        samples = self.batch.samples
+        drawn = [
+            signs.samples(
+                torch.Size((samples, site.c.numel() // samples)),
+                self.start,
+                replicate,
+                FUNCTIONAL,
+                number,
+                dtype=site.c.dtype if self._small or self.deflation is not None else torch.int8,
+            )
+            for number, site in enumerate(self.batch.sites)
+        ]
+        out = zeros(self.batch.objective.parameters)
+        for sign in (1, -1):
+            left = drawn if self.deflation is None else self.deflation.project(drawn, sign)
+            self._square_pass(self._seeds(sign, left), None, out, float(sign), self._groups)
+        return out
+
+    def gauss_newton(self) -> Tensors:
+        """The Gauss-Newton part exactly: one pass per column of the loss's Hessian factor."""
+        out = zeros(self.batch.objective.parameters)
+        curvature = self.batch.curvature
+        single = [1] * len(self.squares)
+        for column, sign in curvature.each():
+            self._square_pass([None] * len(self.batch.sites), column, out, sign, single)
+        return out
+
+    def gauss_newton_signed(self, signs: Signs, replicate: int) -> Tensors:
+        """One unbiased replicate of the Gauss-Newton part: columns summed under random signs, per eigenvalue sign."""
+        out = zeros(self.batch.objective.parameters)
+        curvature = self.batch.curvature
+        shape = torch.Size((self.batch.samples, len(curvature.signs)))
+        drawn = signs.samples(shape, self.start, replicate, GAUSS_NEWTON, dtype=curvature.signs.dtype).T
+        for sign in (1.0, -1.0):
+            chosen = curvature.signs == sign
+            if bool(chosen.any()):
+                seed = curvature.columns.combined(drawn * chosen[:, None])
+                self._square_pass([None] * len(self.batch.sites), seed, out, sign, self._groups)
+        return out
+
+    def each(self, seeds: Sequence[Tensor | None], output_seed: Tensor | None) -> Tensors:
+        """Per-sample gradients [N, ...] of every parameter for given cotangents."""
+        deltas = self.batch.backward(seeds, output_seed, self._edges)
+        out: Tensors = {}
+        for square, delta in zip(self.squares, deltas):
+            if delta is not None:
+                out |= square.each(delta.detach())
+        return out
+
+    def _seeds(self, sign: int, drawn: Sequence[Tensor]) -> list[Tensor | None]:
+        """Signs (or a direction) times sqrt(max(+-c, 0)), site by site, None where it vanishes."""
+        roots = self._roots.get(sign)
+        if roots is None:
+            roots = [self._root(site.c, sign) for site in self.batch.sites]
+            if self._small:
+                self._roots[sign] = roots
+        if self._small:
+            return [None if root is None else root * s.reshape(root.shape) for root, s in zip(roots, drawn)]
+        return [None if root is None else root.mul_(s.reshape(root.shape)) for root, s in zip(roots, drawn)]
+
+    def _root(self, c: Tensor, sign: int) -> Tensor | None:
+        part = (c * sign).clamp_(min=0)
+        return part.sqrt_() if bool(part.any()) else None
+
+    def _square_pass(
+        self,
+        seeds: Sequence[Tensor | None],
+        output_seed: Tensor | None,
+        out: Tensors,
+        sign: float,
+        groups: Sequence[int],
+    ) -> None:
+        if output_seed is None and all(seed is None for seed in seeds):
+            return
+
+        def square(place: int, delta: Tensor) -> None:
+            delta = self.batch.remote(place, delta, seeds)
+            accumulate(out, self.squares[place].summed(delta.detach(), group=groups[place]), sign)
+
+        visit(self.batch, seeds, output_seed, square)

@@ -1,0 +1,203 @@
+"""Whether autograd's derivatives are the model's and the loss's: held against difference quotients in float64.
+
+A custom function with a wrong backward, a backward that forgets what it depends on, detach(), no_grad() or a
+straight-through estimator give a plausible gradient or Hessian of another function. No method here can do without
+autograd's derivatives, so all are refused the same way. Along one direction u of all parameters, large where the
+gradient is, for a well-conditioned scalar S of the outputs (a fitted loss is rounding; it is looked at by itself):
+
+slope       u . grad S by autograd against (S(theta + h u) - S(theta - h u)) / 2h: all tensors add to it, of one sign;
+difference  H u against (grad S(theta + h u) - grad S(theta - h u)) / 2h, tensor by tensor;
+loss        for a callable loss, both of the loss as a function of the outputs alone.
+
+Parameters stand a little off where they were: off the kinks that zeros sit on. A row of an embedding that its
+padding_idx keeps from having a gradient is a constant, and not moved.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessdiag.errors import HessdiagError
+from hessdiag.graph import saved
+from hessdiag.graph.nodes import forward_order, is_leaf
+from hessdiag.kernels.products import Products
+from hessdiag.measuring.rounding import ROUNDINGS
+from hessdiag.methods.batches import Numbered
+from hessdiag.problem.objective import Objective
+from hessdiag.problem.persample import CallableLoss, Curvature, Loss, as_rows
+
+STEPS = (1e-7, 1e-8, 1e-6)
+"""Relative steps; so small that no unit of a piecewise-linear network changes sides, or none at one of them."""
+LOSS_STEP = 1e-6
+MOVED = 1e-3
+_EPS = torch.finfo(torch.float64).eps
+
+
+class Probe(Loss):
+    """S = sum of the outputs under random signs and of half their squares: gradient and Hessian of order one."""
+
+    name = "probe"
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """S, sample by sample."""
+        rows = as_rows(outputs)
+        signs = torch.cos(torch.arange(rows.numel(), device=rows.device) * 2.3).sign().to(rows).reshape(rows.shape)
+        return (rows * signs).sum(1) + 0.5 * rows.square().sum(1)
+
+
+@dataclass(frozen=True)
+class Quotients:
+    """What the comparisons found: `slope` for all, `apart` naming parameters cut off, `difference` for each tensor."""
+
+    slope: float
+    apart: tuple[str, ...]
+    difference: dict[str, float]
+
+
+class Moved:
+    """A copy of the model in float64, moved off its kinks, with S and its gradient along one direction.
+
+    `directions` are random signs, moved along and then used up. The copy's parameters are left where the last
+    comparison put them.
+    """
+
+    def __init__(self, objective: Objective, few: Numbered, directions: dict[str, Tensor]) -> None:
+        self.objective = copy.copy(objective)
+        self.objective.loss = Probe()
+        self.inputs, self.targets, self.index = few.inputs, few.targets, few.index
+        self.parameters, self._directions = objective.parameters, directions
+        self.size = {n: float(p.detach().norm()) / p.numel() ** 0.5 or 1e-3 for n, p in self.parameters.items()}
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.add_(directions[name], alpha=MOVED * self.size[name])
+        self._here = 0.0
+
+    def run(self, *, slope: float, difference: float) -> Quotients:
+        """Everything. Beyond the tolerances `slope` and `difference` it is looked at more closely: which parameters
+        are cut off, whether other steps agree.
+        """
+        within, tolerance = slope, difference
+        products = Products(self.objective, self.inputs, self.targets, index=self.index, parts=False)
+        gradient = {n: None if g is None else g.detach() for n, g in zip(products.names, products._gradient)}
+        along = self._direction(gradient, products)
+        curved = products.hessian(along)
+        norm = sum(float(g.norm()) ** 2 for g in gradient.values() if g is not None) ** 0.5
+        off = dict.fromkeys(along, float("inf"))
+        apart = tuple[str, ...]()
+        found = float("inf")
+        for number, step in enumerate(STEPS):
+            values, gradients = zip(*(self._at(along, sign * step, gradient=True) for sign in (1.0, -1.0)))
+            if not number:
+                found = self._slope(gradient, along, values, step)
+                if found > within:
+                    apart = self._cut_off(gradient, along, within)
+            noise = ROUNDINGS * _EPS * norm / step
+            for name in along:
+                quotient = torch.sub(gradients[0][name], gradients[1][name]).div_(2 * step)
+                beyond = max(float((quotient - curved[name]).norm()) - noise, 0.0)
+                size = max(float(quotient.norm()), float(curved[name].norm())) if beyond else 1.0
+                off[name] = min(off[name], beyond / size)
+            if max(off.values(), default=0.0) <= tolerance:
+                break
+        return Quotients(found, apart, off)
+
+    def _direction(self, gradient: dict[str, Tensor | None], products: Products) -> dict[str, Tensor]:
+        fixed = _padding(products._outputs)
+        along = {}
+        for name, p in self.parameters.items():
+            u, g = self._directions[name], gradient[name]
+            length = 0.0 if g is None else float(g.norm())
+            if g is not None and length:
+                u.add_(g, alpha=p.numel() ** 0.5 / length)
+            for leaf, row in fixed:
+                if leaf is p:
+                    u[row] = 0
+            along[name] = u.mul_(self.size[name])
+        return along
+
+    def _slope(self, gradient: dict[str, Tensor | None], along: dict[str, Tensor], values: Any, step: float) -> float:
+        terms = [float(g.flatten() @ along[n].flatten()) for n, g in gradient.items() if g is not None and n in along]
+        quotient = (values[0] - values[1]) / (2 * step)
+        scale = max(sum(abs(t) for t in terms), abs(quotient))
+        off = max(abs(quotient - sum(terms)) - ROUNDINGS * _EPS * abs(values[0]) / step, 0.0)
+        return off / scale if off else 0.0
+
+    def _cut_off(
+        self, gradient: dict[str, Tensor | None], along: dict[str, Tensor], tolerance: float
+    ) -> tuple[str, ...]:
+        """Parameters without any gradient, if leaving them where they are mends the slope."""
+        names = tuple(name for name, g in gradient.items() if g is None)
+        if not names:
+            return ()
+        self._move(along, 0.0)
+        rest = {name: u for name, u in along.items() if name not in names}
+        values = [self._at(rest, sign * STEPS[0], gradient=False)[0] for sign in (1.0, -1.0)]
+        self._move(rest, 0.0)
+        return names if self._slope(gradient, rest, values, STEPS[0]) <= tolerance else ()
+
+    def _at(self, along: dict[str, Tensor], step: float, *, gradient: bool) -> tuple[float, dict[str, Tensor]]:
+        """(S, its gradient) with the parameters `step * along` from the middle."""
+        self._move(along, step)
+        with torch.set_grad_enabled(gradient):
+            value, _ = self.objective.summed_loss(self.inputs, self.targets, index=self.index)
+        found: Any = [None] * len(self.parameters)
+        if gradient:
+            found = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
+        pairs = zip(self.parameters.items(), found)
+        return float(value.detach()), {name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in pairs}
+
+    def _move(self, along: dict[str, Tensor], step: float) -> None:
+        with torch.no_grad():
+            for name, u in along.items():
+                self.parameters[name].add_(u, alpha=step - self._here)
+        self._here = step
+
+
+def _padding(outputs: Tensor) -> list[tuple[Any, int]]:
+    """(parameter, row) that a lookup keeps from having a gradient."""
+    found = []
+    for node in forward_order(outputs.grad_fn):
+        row = saved.integer(node, "padding_idx", -1) if "Embedding" in node.name() else -1
+        leaf: Any = node.next_functions[0][0] if node.next_functions else None
+        if is_leaf(leaf) and 0 <= row < len(leaf.variable):
+            found.append((leaf.variable, row))
+    return found
+
+
+def loss_quotients(loss: Loss, outputs: Tensor, targets: Tensor) -> float:
+    """Gradient and Hessian of a callable loss against quotients, the larger deviation; 0 for losses known by name.
+
+    Nothing is said where the loss does not run in float64.
+    """
+    if not isinstance(loss, CallableLoss):
+        return 0.0
+    f = outputs.detach().double()
+    size = max(float(f.square().mean().sqrt()), 1e-3)
+    wave = torch.cos(torch.arange(f.numel(), dtype=torch.float64, device=f.device) * 1.3 + 0.4).reshape(f.shape)
+    f = f + MOVED * size * wave.flip(0).sin()
+    along = size * wave
+    ends: list[Curvature] = []
+    try:
+        if loss._in_double(f, targets)[0].dtype != torch.float64:
+            return 0.0
+        middle = loss.curvature(f, targets)
+        ends = [loss.curvature(f + sign * LOSS_STEP * along, targets) for sign in (1.0, -1.0)]
+    except (HessdiagError, RuntimeError):
+        return 0.0
+    u = as_rows(along)
+    curved = middle.times(u)
+    slope = (middle.gradient * u).sum(1)
+    worst = 0.0
+    for quotient, mine, noise in (
+        ((ends[0].loss - ends[1].loss) / (2 * LOSS_STEP), slope, middle.loss),
+        ((ends[0].gradient - ends[1].gradient) / (2 * LOSS_STEP), curved, middle.gradient),
+    ):
+        floor = ROUNDINGS * _EPS * (float(noise.norm()) + size) / LOSS_STEP
+        off = max(float((quotient - mine).norm()) - floor, 0.0)
+        worst = max(worst, off / max(float(quotient.norm()), float(mine.norm())) if off else 0.0)
+    return worst

@@ -1,0 +1,277 @@
+"""The single comparisons of an audit, each of two ways to one number.
+
+Comparisons, each relative to a scale that cancellation cannot shrink:
+identity   u^T H u by one Hessian-vector product against sum c (J u)^2 + the loss term, u random in one layer's
+           parameters, relative to sum |c| (J u)^2 + the Gauss-Newton term;
+squares    the layer functions' per-sample gradients against autograd's, for two samples and random cotangents (a
+           model that mixes samples, or uses a layer twice in parallel, fails here), relative to the tensor's norm;
+entries    for the exact method, a few entries against Hessian-vector products, relative to the largest entry;
+closed     for propagation, two entries per parameter of a layer's closed share, and of its gradients without the sites
+           that the closed share stands for, against forward products, relative to the sums of absolute contributions;
+own        for a method from outside, a few entries of what it gives against Hessian-vector products, those of a
+           stochastic method beyond eight standard errors of the mean of its replicates.
+Hutchinson needs no identity; there the double backward is checked by its symmetry v^T (H u) = u^T (H v). Whatever the
+method, autograd's derivatives are held against difference quotients (see `derivatives`). No comparison asks for more
+digits than autograd has (see `rounding`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessdiag.graph import Layer, Linearisation
+from hessdiag.kernels.products import Products, one_hot
+from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import Tensors
+from hessdiag.measuring.autograd_check import Moved
+from hessdiag.measuring.rounding import ROUNDINGS, unit
+from hessdiag.methods.base import Method
+from hessdiag.methods.batches import Numbered
+from hessdiag.methods.case import Case
+from hessdiag.problem.objective import Objective
+from hessdiag.signs import Signs, cpu_generator
+
+DIFFERENCE = 1e-2
+"""Tolerance of difference quotients of the gradient: what they are to catch is off by tens of per cent."""
+SLOPE = 1e-4
+"""Tolerance of the slope, to which one tensor of many adds a hundredth."""
+AUDIT = 1 << 41  # sign streams of the audit
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    """One comparison: `deviation` relative to the scale named in the module's docstring."""
+
+    check: str
+    layer: str
+    deviation: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Within tolerance (NaN is not)."""
+        return self.deviation <= self.tolerance
+
+
+def identity(
+    layer: Layer, linear: Linearisation, forward: Forward, products: Products, directions: Tensors, tolerance: float
+) -> AuditEntry:
+    """The site identity along one random direction of one layer; `forward` is that of all parameters."""
+    names = [name for name in (layer.weight, layer.bias) if name]
+    everything = linear.objective.parameters
+    u = {name: directions[name] for name in names}
+    curved = products.hessian(u)
+    left = sum(float(torch.linalg.vecdot(u[n].double().flatten(), curved[n].double().flatten())) for n in names)
+    value, scale = _site_sums(linear, forward, [u.get(n) for n in everything])
+    off = abs(left - value)
+    if off > tolerance * scale:
+        loose = unit(linear.objective, products.inputs, products.targets, 0)
+        alone = Forward(loose, [everything[n] for n in names])
+        noise = ROUNDINGS * torch.finfo(linear.outputs.dtype).eps * _site_sums(loose, alone, [u[n] for n in names])[1]
+        off = max(off - noise, 0.0)
+    return AuditEntry("identity", layer.name, off / scale if scale else off, tolerance)
+
+
+def _site_sums(linear: Linearisation, forward: Forward, u: Sequence[Tensor | None]) -> tuple[float, float]:
+    """(sum c (J u)^2 + the loss term, the same of absolute values)."""
+    pushed, output = forward.along(u)
+    value = scale = 0.0
+    for site, along in zip(linear.sites, pushed):
+        weighted = site.c.double() * along.double().square()
+        value += float(weighted.sum())
+        scale += float(weighted.abs().sum())
+    flat = output.double().reshape(linear.samples, -1)
+    loss = linear.curvature.columns.against(flat).square().sum(1) * linear.curvature.signs
+    value += float(loss.sum())
+    scale += float(loss.abs().sum())
+    return value, scale
+
+
+class Forward:
+    """J u as the derivative of <J^T v, u> with respect to v: J^T v is recorded once, for any number of directions u."""
+
+    def __init__(self, linear: Linearisation, wrt: Sequence[Any]) -> None:
+        with torch.enable_grad():
+            self._seeds = [torch.zeros_like(site.c, requires_grad=True) for site in linear.sites]
+            self._output = torch.zeros_like(linear.outputs, requires_grad=True)
+            self._pulled = linear.backward(self._seeds, self._output, wrt, create_graph=True)
+
+    def along(self, u: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
+        """dz along a direction, for every site, and df; None where a parameter stays."""
+        ends = [*self._seeds, self._output]
+        pairs = [(p, d) for p, d in zip(self._pulled, u) if p is not None and p.requires_grad and d is not None]
+        if not pairs:
+            return [torch.zeros_like(s) for s in self._seeds], torch.zeros_like(self._output)
+        roots, vectors = [p for p, _ in pairs], [d for _, d in pairs]
+        found = torch.autograd.grad(roots, ends, vectors, allow_unused=True, retain_graph=True)
+        full = [torch.zeros_like(s) if f is None else f for s, f in zip(ends, found)]
+        return full[:-1], full[-1]
+
+
+def push(linear: Linearisation, wrt: Sequence[Any], along: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """dz along one direction, for every site, and df."""
+    return Forward(linear, wrt).along(along)
+
+
+def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[AuditEntry]:
+    """Every layer function's per-sample gradients, one entry of the audit per parameter."""
+    propagator = Propagator(linear)
+    seeds = [signs.plain(site.c, AUDIT, 1, number) for number, site in enumerate(linear.sites)]
+    output = signs.plain(linear.outputs, AUDIT, 2)
+    each = propagator.each(seeds, output)
+    names = [name for layer in linear.layers for name in (layer.weight, layer.bias) if name]
+    worst = dict.fromkeys(names, 0.0)
+    for n in range(linear.samples):
+        only = [_one(seed, n, linear.samples) for seed in seeds]
+        own = [linear.objective.parameters[name] for name in names]
+        found = linear.backward(only, _one(output, n, linear.samples), own)
+        for name, truth in zip(names, found):
+            mine = each[name][n] if name in each else torch.zeros_like(linear.objective.parameters[name])
+            expected = torch.zeros_like(mine) if truth is None else truth
+            size = float(expected.double().norm()) or float(mine.double().norm()) or 1.0
+            worst[name] = max(worst[name], float(mine.sub_(expected).double().norm()) / size)
+    return [AuditEntry("squares", name, deviation, tolerance) for name, deviation in worst.items()]
+
+
+def _one(seed: Tensor, sample: int, samples: int) -> Tensor:
+    """The cotangent of one sample alone, whose rows of the first axis stand together."""
+    rows = seed.reshape(samples, -1)
+    out = torch.zeros_like(rows)
+    out[sample] = rows[sample]
+    return out.reshape(seed.shape)
+
+
+def entries(
+    linear: Linearisation,
+    products: Products,
+    layers: list[Layer],
+    signs: Signs,
+    tolerance: float,
+    diagonal: Callable[[Linearisation], tuple[Tensors, Tensors]],
+) -> list[AuditEntry]:
+    """Two random entries of every parameter of `layers`, as `diagonal` gives its two parts."""
+    outer, inner = diagonal(linear)
+    generator = cpu_generator(signs.seed)
+    entries = []
+    for layer in layers:
+        for name in (n for n in (layer.weight, layer.bias) if n):
+            first, second = outer[name].reshape(-1), inner[name].reshape(-1)
+            scale = max(float(torch.linalg.vector_norm(part, torch.inf)) for part in (first, second)) or 1.0
+            worst = 0.0
+            places = torch.randint(0, first.numel(), (2,), generator=generator, device="cpu").tolist()
+            for k, truth in zip(places, products.entries(name, places)):
+                off = abs(truth - float(first[k] + second[k]))
+                if off > tolerance * scale:
+                    off = max(off - _entry_noise(linear, products, name, diagonal), 0.0)
+                worst = max(worst, off / scale)
+            entries.append(AuditEntry("entries", name, worst, tolerance))
+    return entries
+
+
+def closed(
+    linear: Linearisation, forward: Forward, layers: list[Layer], signs: Signs, tolerance: float
+) -> list[AuditEntry]:
+    """Entries of the closed shares and of the remote gradients of `layers`, by the propagation method."""
+    propagator = Propagator(linear)
+    places = [place for place in linear.direct if linear.layers[place] in layers]
+    if not places:
+        return []
+    shares, generator = propagator.direct(), cpu_generator(signs.seed)
+    seeds: list[Tensor | None] = [signs.plain(s.c, AUDIT, 6, n) for n, s in enumerate(linear.sites)]
+    deltas = linear.backward(seeds, None, [layer.edge for layer in linear.layers])
+    found = []
+    for place in places:
+        layer, site, delta = linear.layers[place], linear.direct[place].site, deltas[place]
+        remote = {} if delta is None else propagator.squares[place].each(linear.remote(place, delta.detach(), seeds))
+        for name in (n for n in (layer.weight, layer.bias) if n):
+            parameter, worst = linear.objective.parameters[name], 0.0
+            for k in torch.randint(0, parameter.numel(), (2,), generator=generator, device="cpu").tolist():
+                u = one_hot(parameter, name, k)
+                pushed, _ = forward.along([u.get(n) for n in linear.objective.parameters])
+                own = linear.sites[site].c.double() * pushed[site].double().square()
+                off = abs(float(shares[name].reshape(-1)[k]) - float(own.sum()))
+                worst = max(worst, off / (float(own.abs().sum()) or 1.0) if off else 0.0)
+                terms = [(s * p).double() for n, (s, p) in enumerate(zip(seeds, pushed)) if s is not None and n != site]
+                if name in remote:
+                    size = sum(float((s * p).double().abs().sum()) for s, p in zip(seeds, pushed) if s is not None)
+                    mine = float(remote[name].double().sum(0).reshape(-1)[k])
+                    off = abs(mine - sum(float(t.sum()) for t in terms))
+                    worst = max(worst, off / (size or 1.0) if off else 0.0)
+            found.append(AuditEntry("closed", name, worst, tolerance))
+    return found
+
+
+OWN_REPLICATES = 256
+OWN_ENTRIES = 8
+OWN_ERRORS = 8.0
+"""Standard errors of a mean of replicates within which a stochastic method is right."""
+
+
+def own(case: Case, method: Method, products: Products, signs: Signs, tolerance: float) -> list[AuditEntry]:
+    """Two random entries of every parameter as the method itself gives them, or means of replicates of a few more.
+
+    Means are looked at one by one, and all together: sum_k h_k d_k against sum_k h_k^2, h by Hessian-vector products.
+    """
+    work, batch, parts, streams = method.work(case), case.first, method.known(case.plan), method.streams(case.plan)
+    known = work.known(batch, lambda done, total: None) if parts else {}
+    stream = "total" if "total" in streams else "functional"
+    drawn = [work.replicate(batch, r)[stream] for r in range(OWN_REPLICATES)] if streams else []
+    generator, found = cpu_generator(signs.seed), []
+    pooled, square = torch.zeros(max(len(drawn), 1), dtype=torch.float64), 0.0
+    for name, parameter in case.objective.parameters.items():
+        count = OWN_ENTRIES if drawn else 2
+        places = torch.randint(0, parameter.numel(), (count,), generator=generator, device="cpu")
+        truth = torch.tensor(products.entries(name, places.tolist()), dtype=torch.float64)
+        exact = sum((known[part][name].double() for part in parts), torch.zeros(parameter.shape, dtype=torch.float64))
+        rows = torch.stack([one[name].double() for one in drawn]) if drawn else torch.zeros(1, *parameter.shape)
+        rows = (rows + exact).reshape(len(rows), -1)
+        scale, chosen = float(rows.mean(0).abs().max()) or 1.0, rows[:, places]
+        off = chosen.mean(0) - truth
+        found.append(AuditEntry("own", name, _beyond(off, chosen, scale), tolerance))
+        pooled += ((chosen - truth) * truth).sum(1)
+        square += float(truth.square().sum())
+    if drawn:
+        found.append(AuditEntry("own", "the whole model", _beyond(pooled.mean(), pooled, square or 1.0), tolerance))
+    return found
+
+
+def _beyond(off: Tensor, rows: Tensor, scale: float) -> float:
+    """The largest deviation of a mean of rows, beyond what their spread allows; infinite where there is none."""
+    spread = rows.std(0) / len(rows) ** 0.5 if len(rows) > 1 else torch.zeros_like(off)
+    worst = float((off.abs() - OWN_ERRORS * spread).max() / scale)
+    return max(worst, 0.0) if worst == worst else float("inf")
+
+
+def _entry_noise(
+    linear: Linearisation,
+    products: Products,
+    name: str,
+    diagonal: Callable[[Linearisation], tuple[Tensors, Tensors]],
+) -> float:
+    outer, inner = diagonal(unit(linear.objective, products.inputs, products.targets, 0))
+    return ROUNDINGS * torch.finfo(linear.outputs.dtype).eps * float((outer[name] + inner[name].abs()).max())
+
+
+def quotients(movable: Objective, few: Numbered, directions: Tensors) -> list[AuditEntry]:
+    """Autograd's derivatives of the model against difference quotients (see `derivatives`)."""
+    directions = {name: u.to(movable.dtype) for name, u in directions.items()}
+    found = Moved(movable, few, directions).run(slope=SLOPE, difference=DIFFERENCE)
+    what, where = ("cut off", ", ".join(found.apart)) if found.apart else ("slope", "the whole model")
+    entries = [AuditEntry(what, where, found.slope, SLOPE)]
+    return entries + [AuditEntry("difference", name, off, DIFFERENCE) for name, off in found.difference.items()]
+
+
+def symmetry(objective: Objective, products: Products, signs: Signs, tolerance: float) -> AuditEntry:
+    """Of the double backward: v^T (H u) against u^T (H v)."""
+    u = {n: signs.plain(p, AUDIT, 3, i) for i, (n, p) in enumerate(objective.parameters.items())}
+    v = {n: signs.plain(p, AUDIT, 4, i) for i, (n, p) in enumerate(objective.parameters.items())}
+    hu, hv = products.hessian(u), products.hessian(v)
+    left = sum(float((v[n].double() * hu[n].double()).sum()) for n in u)
+    right = sum(float((u[n].double() * hv[n].double()).sum()) for n in u)
+    size = sum(float((v[n].double() * hu[n].double()).abs().sum()) for n in u) or 1.0
+    return AuditEntry("symmetry", "the whole model", abs(left - right) / size, tolerance)

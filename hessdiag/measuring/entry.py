@@ -1,0 +1,250 @@
+"""measure(): the norm of a loss's Hessian diagonal, with an interval narrow enough to be trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hessdiag.errors import ConfigurationError, HessdiagError, UnknownNameError, nearest
+from hessdiag.graph import Linearisation
+from hessdiag.kernels.tensors import Tensors
+from hessdiag.measuring.choose import EXACT_BUDGET, check_budget, check_given, decide, stored_plan
+from hessdiag.measuring.diagonal import Diagonal
+from hessdiag.measuring.loop import Callback, Loop
+from hessdiag.measuring.population import shards_of
+from hessdiag.measuring.progress import reporting
+from hessdiag.measuring.provenance import provenance
+from hessdiag.measuring.ranks import World
+from hessdiag.measuring.result import Measurement
+from hessdiag.measuring.stopping import run
+from hessdiag.measuring.summary import Course, effective, reports, reports_of_shards, summarise
+from hessdiag.methods import METHODS, Aim, Case, Plan, find
+from hessdiag.methods.base import FUNCTIONAL, GAUSS_NEWTON, known
+from hessdiag.methods.batches import (
+    Batches,
+    Numbered,
+    Seen,
+    check_apart,
+    check_deterministic,
+    numbered,
+    survey,
+)
+from hessdiag.norm.estimates import check_confidence
+from hessdiag.problem.handing_back import as_it_was, memory_errors
+from hessdiag.problem.objective import Objective
+
+POPULATION = "population"
+ADVICE = "lower the batch size, choose fewer parameters (parameters=...), or a method that needs less (propagation)"
+
+
+def measure(
+    objective: Objective,
+    batches: Batches,
+    *,
+    method: str = "auto",
+    rtol: float = 0.05,
+    confidence: float = 0.95,
+    seed: int = 0,
+    min_replicates: int = 10,
+    max_replicates: int = 1000,
+    max_seconds: float | None = None,
+    target: str = "data",
+    plan: Plan | None = None,
+    budget: float | None = EXACT_BUDGET,
+    deterministic_check: bool = True,
+    audit_model: bool = True,
+    keep_diagonal: bool = False,
+    progress: Callback | bool | None = None,
+    resume: str | os.PathLike[str] | None = None,
+) -> Measurement:
+    """Measure ||diag H|| of `objective` over `batches`, until the interval of `rms` is within `rtol` of it.
+
+    `batches` is any re-iterable of (inputs, targets), a DataLoader or a list, or one such pair; the mean loss is over
+    samples, however they are cut into batches.
+
+    `method`: "exact", "propagation", "hutchinson", "reference", one that was registered, or "auto" - exact where it is
+    cheap, propagation where the site identity covers the model, Hutchinson where it does not; the notes say which and
+    why. `plan` gives method and all its choices, as an earlier measurement's `plan` does, in place of a pilot.
+
+    Replicates are drawn by `seed` (the same seed, plan, dtype and number of threads give the same bits) until half the
+    interval at `confidence` is within `rtol` of the norm: at least `min_replicates`, at most `max_replicates`, and for
+    no longer than `max_seconds`. Stopped so, or by Ctrl-C, the result is what is there, and its status says so.
+
+    `target`: "data" for the Hessian of the mean loss of these samples; "population" for that of the distribution they
+    come from, replicates then being independent in data as well.
+
+    `budget` refuses an exact method that takes more multiplications (None: none is refused). `deterministic_check`
+    looks at the data twice and refuses what differs, `audit_model` holds method, model and derivatives against each
+    other on two samples: switch them off only where both are known to be right. `keep_diagonal` keeps the diagonal in
+    the result. `progress` is True for a bar on a terminal or a line in a notebook, or a function of an `Event`.
+    `resume` names a file that the state is written to as it goes; started again with the same file, the measurement
+    goes on from there to the same bits.
+    """
+    begun = time.monotonic()
+    _check_basics(objective, method, seed)
+    _check_arguments(rtol, confidence, min_replicates, max_replicates, max_seconds, target)
+    with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
+        case = _case(objective, batches, plan.method if plan else method, seed, twice=deterministic_check)
+        path, checked = None if resume is None else Path(resume), None
+        if plan is None and path is not None and path.exists():
+            plan = stored_plan(path, method)
+        if plan is None:
+            plan, checked = decide(case, method, Aim(rtol), audit_model=audit_model)
+        else:
+            plan = replace(plan, deflate=0) if target == POPULATION else plan
+            checked = check_given(case, plan, audit_model=audit_model)
+        if target == POPULATION:  # every sample is used once, for a total: nothing to spread the exact passes over
+            plan = replace(plan, deflate=0, parts=False)
+        case.chosen = _everywhere(case, plan)
+        check_budget(case, budget)
+        found, notes = effective(case)
+        notes += told
+        if case.survey.shuffled:
+            notes.append("the data come in another order in every pass")
+        course = Course(target, checked, "", notes, begun, found)
+        if target == POPULATION:
+            stream = shards_of(case, min_replicates)
+            notes.insert(0, f"population target: {stream.count} shards of the data, {case.plan.method}")
+            norms = reports_of_shards(objective, stream, confidence)
+            return summarise(case, norms, replace(course, status=norms.total.total.status))
+        loop = Loop(case, progress=callback, resume=path)
+        if path is not None and not path.exists():
+            loop.save()  # the plan first: a pilot repeated might choose otherwise
+        status = run(loop, rtol, confidence, min_replicates, max_replicates, max_seconds)
+        loop.work.forget()
+        if loop.unsaved is not None:
+            notes.append(loop.unsaved)
+        kept = loop.diagonal if keep_diagonal else None
+        course = replace(course, status=status, history=tuple(loop.history), diagonal=kept)
+        return summarise(case, reports(loop, confidence), course)
+
+
+def diagonal(
+    objective: Objective,
+    batches: Batches,
+    *,
+    method: str = "exact",
+    seed: int = 0,
+    replicates: int = 16,
+    plan: Plan | None = None,
+    per_sample: bool = False,
+    budget: float | None = EXACT_BUDGET,
+    deterministic_check: bool = True,
+    audit_model: bool = True,
+    progress: Callback | bool | None = None,
+) -> Diagonal:
+    """The diagonal itself of `objective` over `batches`: total, Gauss-Newton and functional part, by parameter name.
+
+    `method` is one of those of `measure`, or "auto"; `plan` gives it with all its choices. Stochastic methods average
+    `replicates` drawn by `seed` and come with per-entry standard errors. `per_sample` gives the diagonals of the single
+    samples' losses (method "exact"). `budget`, `deterministic_check`, `audit_model` and `progress` are those of
+    `measure`.
+    """
+    _check_basics(objective, method, seed)
+    if not isinstance(replicates, int) or replicates < 2:
+        raise ConfigurationError(f"replicates={replicates!r}: at least 2 are needed for an error")
+    with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
+        case = _case(objective, batches, plan.method if plan else method, seed, twice=deterministic_check)
+        if plan is None:
+            plan, _ = decide(case, method, Aim(replicates=replicates), audit_model=audit_model)
+        else:
+            check_given(case, plan, audit_model=audit_model)
+        case.chosen = plan
+        check_budget(case, budget)
+        if per_sample:
+            return _per_sample(case, told)
+        loop = Loop(case, invariant=False, progress=callback)
+        loop.run_known()
+        while loop.streams and loop.done < replicates:
+            loop.run_round(min(plan.at_once, replicates - loop.done))
+        return loop.diagonal(provenance(case, target="data") | _told(told))
+
+
+def _case(objective: Objective, batches: Batches, method: str, seed: int, *, twice: bool) -> Case:
+    """What is known of the data before any method is chosen, and their first batch, linearised if that may be used."""
+    objective.check_modes()
+    sites = method not in METHODS or METHODS[method].sites
+    firsts: list[Numbered] = []
+    read: list[Linearisation | HessdiagError] = []
+
+    def look(first: Numbered) -> Tensor | None:
+        firsts.append(first)
+        if not sites:
+            return None
+        try:
+            linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
+        except HessdiagError as error:  # told when it matters: what is wrong with data or model goes first
+            read.append(error)
+            return None
+        read.append(linear)
+        return linear.outputs.detach()
+
+    if twice:
+        facts = check_deterministic(objective, batches, coverage=sites, read=look)
+    else:
+        seen: list[Seen] = []
+        facts = survey(objective, batches, coverage=sites, read=look, keep=seen)
+        check_apart(objective, firsts[0], seen)
+    return Case(objective, batches, facts, firsts[0], seed, World.current(), read[0] if read else None)
+
+
+def _everywhere(case: Case, plan: Plan) -> Plan:
+    """The first process's plan in all of them: a pilot's clock may choose otherwise elsewhere."""
+    if case.world.size == 1:
+        return plan
+    told = case.world.text_from_first(json.dumps(plan.to_dict()), case.objective.device)
+    return Plan.from_dict(json.loads(told))
+
+
+def _check_basics(objective: Objective, method: str, seed: int) -> None:
+    if not isinstance(objective, Objective):
+        raise ConfigurationError(f"an Objective(model, loss) is needed first, not a {type(objective).__name__}")
+    known(method)
+    if not isinstance(seed, int):
+        raise ConfigurationError(f"seed={seed!r}: an integer is needed")
+
+
+def _check_arguments(rtol: float, confidence: float, low: int, high: int, seconds: float | None, target: str) -> None:
+    if not (isinstance(rtol, (int, float)) and 0.0 < rtol < float("inf")):
+        raise ConfigurationError(f"rtol={rtol!r}: a positive number is needed, e.g. 0.05 for five per cent")
+    check_confidence(confidence)
+    whole = isinstance(low, int) and isinstance(high, int)
+    if not whole or low < 2 or high < 2 or high < low:
+        raise ConfigurationError(f"min_replicates={low}, max_replicates={high}: at least 2 probes, and min <= max")
+    if seconds is not None and not seconds > 0:
+        raise ConfigurationError(f"max_seconds={seconds!r} must be positive")
+    if target not in ("data", POPULATION):
+        raise UnknownNameError(f"unknown target {target!r}; {nearest(target, ['data', POPULATION])}")
+
+
+def _told(notes: list[str]) -> dict[str, list[str]]:
+    return {"notes": notes} if notes else {}
+
+
+def _per_sample(case: Case, notes: list[str]) -> Diagonal:
+    objective, method = case.objective, find(case.plan.method)
+    if not method.singles:
+        raise ConfigurationError("per-sample diagonals come from method='exact'")
+    each: Callable[[Numbered], dict[str, Tensors]] = method.work(case).per_sample  # type: ignore[attr-defined]
+    outer: dict[str, list[Tensor]] = {name: [] for name in objective.parameters}
+    inner: dict[str, list[Tensor]] = {name: [] for name in objective.parameters}
+    for batch in numbered(objective, case.batches):
+        found = each(batch)
+        for name in objective.parameters:
+            outer[name].append(found[GAUSS_NEWTON][name] + objective.l2)
+            inner[name].append(found[FUNCTIONAL][name])
+    gauss_newton = {name: torch.cat(parts) for name, parts in outer.items()}
+    functional = {name: torch.cat(parts) for name, parts in inner.items()}
+    total = {name: gauss_newton[name] + functional[name] for name in gauss_newton}
+    errors = {name: torch.zeros_like(t) for name, t in total.items()}
+    return Diagonal(
+        total, gauss_newton, functional, errors, case.plan.method, case.survey.samples,
+        per_sample=True, provenance=_told(notes),
+    )  # fmt: skip

@@ -1,0 +1,141 @@
+"""One forward pass of a model that is not ours: inputs kept as they were, no hooks on gradients, torch's slips mended.
+
+The inputs are copies, since a model may change them in place. A hook on a gradient changes what autograd shows, not
+the loss, and is not set. Two of torch's derivatives are mended, by the same function in operations that have both:
+hardsigmoid has no second derivative and keeps 1/6 in float32, CELU keeps 1/alpha in float32 (both of 2.13, 3e-8 off in
+float64). A model that switches autocast on inside its own forward is refused: it would be measured as a function of
+bfloat16. Compiled models run as they are: they are no sequence of torch calls.
+
+Inputs may be a tensor, or tensors in tuples, lists, dictionaries and other mappings (a tokenizer's, `UserDict`).
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+from hessdiag.errors import UncoveredModelError
+
+
+def forward(model: nn.Module, inputs: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> Any:
+    """What the model gives for a copy of the inputs, called as `call` says."""
+    with _mended(model):
+        own = mapped(inputs, lambda x: x.detach().clone())
+        return model(own) if call is None else call(model, own)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper: a compiled one shows no graph of torch calls. Parameters are shared."""
+    compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())  # not imported for this
+    while isinstance(model, compiled):
+        model = model._orig_mod
+    return model
+
+
+def mapped(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with every tensor replaced by `function` of it."""
+    return _pytree.tree_map(lambda x: _leaf(x, function), inputs)
+
+
+def leaves(inputs: Any) -> Iterator[Any]:
+    """Everything in the structure that is no container."""
+    for value in _pytree.tree_leaves(inputs):
+        if isinstance(value, Mapping):
+            yield from leaves(dict(value))
+        else:
+            yield value
+
+
+def _leaf(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, MutableMapping):  # of a kind that torch does not look into
+        out = copy.copy(value)
+        for key in value:
+            out[key] = mapped(value[key], function)
+        return out
+    return value
+
+
+def _celu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    function = torch.ops.aten.elu_ if inplace else torch.ops.aten.elu
+    out: Tensor = function(x, alpha, 1.0, 1.0 / alpha)
+    return out
+
+
+def _celu_(x: Tensor, alpha: float = 1.0) -> Tensor:
+    return _celu(x, alpha, True)
+
+
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu6(x.add_(3.0), inplace=True).div_(6.0) if inplace else F.relu6(x + 3.0) / 6.0
+
+
+def _hardsigmoid_(x: Tensor) -> Tensor:
+    return _hardsigmoid(x, True)
+
+
+def _no_hook(*_: Any) -> RemovableHandle:
+    return RemovableHandle(OrderedDict())
+
+
+AUTOCAST = (
+    "autocast is on where the model runs, which rounds to bfloat16 or float16, and no method here measures what is "
+    "rounded: take torch.autocast out of the model's forward, or from around this call"
+)
+
+_MENDED: dict[Any, Callable[..., Any]] = {
+    F.celu: _celu,
+    torch.celu: _celu,
+    torch.celu_: _celu_,
+    F.hardsigmoid: _hardsigmoid,
+    torch._C._nn.hardsigmoid: _hardsigmoid,
+    torch._C._nn.hardsigmoid_: _hardsigmoid_,
+    Tensor.register_hook: _no_hook,
+}
+
+
+class _Mending(TorchFunctionMode):
+    def __init__(self, kinds: Iterable[str]) -> None:
+        super().__init__()
+        self._kinds = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The mended function in the place of torch's; none under autocast."""
+        if any(map(torch.is_autocast_enabled, self._kinds)):
+            raise UncoveredModelError(AUTOCAST)
+        return _MENDED.get(func, func)(*args, **(kwargs or {}))
+
+
+def _mended(model: nn.Module) -> AbstractContextManager[Any]:
+    compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())  # not imported for this
+    if any(isinstance(module, compiled) or module._compiled_call_impl is not None for module in model.modules()):
+        return nullcontext()
+    return _Mending({p.device.type for p in model.parameters()})
+
+
+class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Conversions to a shorter type give float64: a model that computes its norms in float32 is audited in double."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The operation, its dtype lifted."""
+        wanted = dict(kwargs or {})
+        if wanted.get("dtype") in (torch.float32, torch.float16, torch.bfloat16):
+            wanted["dtype"] = torch.float64
+        return func(*args, **wanted)

@@ -1,0 +1,101 @@
+"""The user's model is handed back as it came, also after an error: modes, gradients, buffers, flags and hooks; and so
+are the random states of torch, numpy and python, which a loader that shuffles or augments draws from.
+
+Autocast is off meanwhile. What is measured is the function in the dtype of its parameters: under autocast it would be
+that of bfloat16, 2e-4 off for a small net, and its casts are no part of the sites' allow-list.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from hessdiag.errors import HessdiagError, OutOfMemoryError, UncoveredModelError, ran_out
+
+AUTOCAST_OFF = "autocast was on and is switched off for the measurement: what is measured is not rounded to bfloat16"
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[list[str]]:
+    """Restore everything a measurement could touch; gives what the result's notes have to say of it."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise UncoveredModelError(
+                f"parameter {name!r} was made under torch.inference_mode(), which forbids differentiating it; "
+                "build or load the model outside of it"
+            )
+    modes = [(module, module.training) for module in model.modules()]
+    scripted = torch.jit.ScriptModule  # whose buffers cannot be bound anew
+    bound = [(m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, scripted)]
+    gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    values = [(b, b.detach().clone()) for b in model.buffers()]
+    hooks = [(found, dict(found)) for found in _gradient_hooks(model) if found]
+    states = _random_states(model)
+    kept = random.getstate(), numpy.random.get_state()  # noqa: NPY002 (the global state is what loaders draw from)
+    try:
+        for found, _ in hooks:  # they change gradients, hence the Hessian that autograd shows, not the loss
+            found.clear()
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            rounded = autocast_on(model)
+            for kind in rounded:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield [AUTOCAST_OFF] if rounded else []
+    finally:
+        for found, before in hooks:
+            found.update(before)
+        for module, training in modes:
+            module.training = training
+        for present, buffers in bound:
+            present.clear()
+            present.update(buffers)
+        for parameter, gradient, requires in gradients:
+            parameter.grad = gradient
+            parameter.requires_grad_(requires)
+        for buffer, value in values:
+            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        torch.set_rng_state(states[0])
+        for device, state in states[1]:
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(kept[0])
+        numpy.random.set_state(kept[1])  # noqa: NPY002
+
+
+def autocast_on(model: nn.Module) -> list[str]:
+    """The kinds of device, among those of the model, for which autocast is switched on here and now."""
+    kinds = {p.device.type for p in model.parameters()}
+    return [kind for kind in sorted(kinds) if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
+
+
+def _gradient_hooks(model: nn.Module) -> Iterator[dict[int, Any]]:
+    for parameter in model.parameters():
+        yield parameter._backward_hooks or {}
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield module._backward_hooks
+            yield module._backward_pre_hooks
+
+
+def _random_states(model: nn.Module) -> tuple[Tensor, list[tuple[torch.device, Tensor]]]:
+    """Global random states, which a shuffling loader or the model itself may draw from."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return torch.get_rng_state(), [(device, torch.cuda.get_rng_state(device)) for device in devices]
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turn the several ways of running out of memory into one exception that says what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, HessdiagError) or not ran_out(error):
+            raise
+        raise OutOfMemoryError(f"out of memory; {advice}") from error

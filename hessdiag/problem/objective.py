@@ -1,0 +1,238 @@
+"""What is differentiated: a model, a loss, the parameters chosen, and optional weight decay.
+
+    L(theta) = (1/W) sum_n w_n l(f(x_n; theta), y_n) + (l2/2) |theta|^2,   W = sum of weights (samples, as a rule)
+
+The objective holds no data. It checks what can be checked before any pass (modes, parameters) and what each batch
+brings (shapes, dtypes, devices, targets), and evaluates model and loss on a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessdiag.errors import (
+    ConfigurationError,
+    DeviceError,
+    DtypeError,
+    EmptyDataError,
+    HessdiagError,
+    NonFiniteError,
+    NoParametersError,
+    StochasticModeError,
+    TargetError,
+    ran_out,
+)
+from hessdiag.problem.forward import forward, leaves, unwrapped
+from hessdiag.problem.losses import make_loss
+from hessdiag.problem.outputs import Output, advice, meant
+from hessdiag.problem.persample import Loss, PerSample
+from hessdiag.problem.selection import choose
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_DROPOUT = nn.modules.dropout._DropoutNd
+
+
+class Objective:
+    """A `model` and a `loss`, ready to be differentiated on batches.
+
+    `loss` is "cross_entropy" (with `label_smoothing` and `class_weights` as torch has them), another name, or any
+    callable that gives one value per sample. `parameters` chooses some of the model's: names, a regular expression
+    matched against whole names, or a function of the name.
+    `l2` adds (l2/2)|theta|^2 over the chosen parameters: +l2 on every diagonal entry (counted with the
+    Gauss-Newton part, being positive and free of sigma''). Off by default.
+    `output` names what is meant of a model that returns more than a tensor: a key or attribute ("logits"), a place (0),
+    or a function of what it returns. `forward` calls a model that takes more than one argument:
+    `lambda model, x: model(**x)`. A model compiled by torch.compile(model) is taken out of its wrapper.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str | PerSample = "cross_entropy",
+        *,
+        parameters: str | Iterable[str] | Callable[[str], bool] | None = None,
+        l2: float = 0.0,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | Sequence[float] | None = None,
+        output: Output = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigurationError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        if not (isinstance(l2, (int, float)) and 0.0 <= l2 < float("inf")):
+            raise ConfigurationError(f"l2 must be a finite number >= 0, not {l2!r}")
+        weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float64)
+        if forward is not None and not callable(forward):
+            raise ConfigurationError("forward must be a function (model, inputs) -> outputs")
+        self.model = model = unwrapped(model)
+        self.output, self.call = output, forward
+        self.loss: Loss = make_loss(loss, label_smoothing=label_smoothing, class_weights=weights)
+        self.l2 = float(l2)
+        self.parameters: dict[str, nn.Parameter] = choose(model, parameters)
+        first = next(iter(self.parameters.values()))
+        self.device, self.dtype = first.device, first.dtype
+        self._check_parameters()
+
+    @property
+    def size(self) -> int:
+        """Number of chosen scalar parameters, p."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    def check_modes(self) -> None:
+        """Refuse a model that is no longer the one described, and what makes the loss no mean over samples:
+        BatchNorm on batch statistics, active dropout.
+        """
+        present = dict(self.model.named_parameters())
+        for name, parameter in self.parameters.items():
+            if present.get(name) is not parameter or not parameter.requires_grad or parameter.dtype != self.dtype:
+                raise ConfigurationError(
+                    f"parameter {name!r} was replaced, frozen or converted after Objective(...) was made; make it anew"
+                )
+        for name, module in self.model.named_modules():
+            if isinstance(module, _BATCH_NORM) and (module.training or module.running_mean is None):
+                why = "is in training mode" if module.training else "has no running statistics"
+                raise StochasticModeError(
+                    f"BatchNorm {name or 'model'!r} {why}: it mixes the samples of a batch; call model.eval()"
+                )
+            if isinstance(module, _DROPOUT) and module.training and module.p > 0:
+                raise StochasticModeError(f"dropout {name or 'model'!r} is in training mode; call model.eval()")
+            if isinstance(module, nn.RNNBase) and module.training and module.dropout > 0:
+                raise StochasticModeError(f"dropout of {name or 'model'!r} is in training mode; call model.eval()")
+
+    def check_batch(self, batch: Any, index: int) -> tuple[Any, Tensor]:
+        """`(inputs, targets)` of `batch` number `index`, or the exception that says what is wrong with it."""
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ConfigurationError(
+                f"batch {index} is no pair (inputs, targets) but {_describe(batch)}; hessdiag.feed.batches(data, "
+                "targets=...) makes pairs of dictionaries, arrays and Datasets"
+            )
+        inputs, targets = batch
+        if not isinstance(targets, Tensor):
+            raise TargetError(f"targets of batch {index} are no tensor but {_describe(targets)}")
+        if isinstance(inputs, Tensor):
+            if len(inputs) == 0:
+                raise EmptyDataError(f"batch {index} holds no samples")
+            if len(inputs) != len(targets):
+                raise TargetError(f"batch {index}: {len(inputs)} inputs but {len(targets)} targets")
+            if inputs.device != self.device:
+                raise DeviceError(
+                    f"batch {index} is on {inputs.device}, the model on {self.device}; move one with .to()"
+                )
+            if inputs.is_floating_point() and inputs.dtype != self.dtype:
+                raise DtypeError(f"batch {index} is {inputs.dtype}, the model {self.dtype}; convert one with .to()")
+        if targets.device != self.device:
+            raise DeviceError(f"targets of batch {index} are on {targets.device}, the model on {self.device}")
+        if len(targets) == 0:
+            raise EmptyDataError(f"batch {index} holds no samples")
+        return inputs, targets
+
+    def outputs(self, inputs: Any, targets: Tensor, *, index: int) -> Tensor:
+        """The model's outputs for checked `inputs`, themselves checked against the `targets` of batch `index`."""
+        try:
+            outputs = meant(forward(self.model, inputs, self.call), self.output)
+        except HessdiagError:
+            raise
+        except Exception as error:
+            if ran_out(error):
+                raise
+            raise self._failure(error, inputs, index) from error
+        if not isinstance(outputs, Tensor):
+            raise ConfigurationError(f"the model returned {_describe(outputs)}; {advice(outputs)}")
+        if not outputs.is_floating_point():
+            raise DtypeError(f"the model's outputs are {outputs.dtype}; real floating-point outputs are needed")
+        if outputs.ndim == 0 or len(outputs) != len(targets):
+            raise TargetError(
+                f"batch {index}: outputs of shape {list(outputs.shape)} for {len(targets)} targets; "
+                "the first axis must be the samples"
+            )
+        self.loss.check(outputs, targets)
+        if not bool(torch.isfinite(outputs.detach()).all()):
+            raise NonFiniteError(f"batch {index}: {self._first_non_finite(inputs)}")
+        return outputs
+
+    def summed_loss(self, inputs: Any, targets: Tensor, *, index: int = 0) -> tuple[Tensor, Tensor]:
+        """`(sum_n w_n l_n, W)` of `inputs` and `targets`, batch `index`: differentiable, without weight decay."""
+        return self.summed_losses(self.outputs(inputs, targets, index=index), targets, index=index)
+
+    def summed_losses(self, outputs: Tensor, targets: Tensor, *, index: int = 0) -> tuple[Tensor, Tensor]:
+        """The same from the `outputs` for `targets`, batch `index`."""
+        losses = self.loss.values(outputs, targets)
+        if not bool(torch.isfinite(losses.detach()).all()):
+            raise NonFiniteError(f"batch {index}: the loss {self.loss.name!r} is not finite; check the targets")
+        return losses.sum(), self.loss.weights(outputs, targets).sum()
+
+    def _check_parameters(self) -> None:
+        for name, parameter in self.parameters.items():
+            if not isinstance(parameter, nn.parameter.UninitializedParameter) and parameter.numel() == 0:
+                raise NoParametersError(f"parameter {name!r} has no entries: leave it out (parameters=...)")
+            if parameter.device != self.device:
+                raise DeviceError(f"parameter {name!r} is on {parameter.device}, others on {self.device}")
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise DtypeError(
+                    f"parameter {name!r} is {parameter.dtype}: curvature needs float32 or float64; call model.float()"
+                )
+            if parameter.dtype != self.dtype:
+                raise DtypeError(f"parameter {name!r} is {parameter.dtype}, others {self.dtype}; convert with .to()")
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
+                raise ConfigurationError(f"{name!r} has no shape yet: run the model once on a batch")
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+                raise NonFiniteError(f"{name!r} holds NaN or Inf: the model cannot be measured; reload or retrain it")
+
+    def _failure(self, error: Exception, inputs: Any, index: int) -> HessdiagError:
+        """The model's own exception as one line, with what is visibly wrong with the inputs."""
+        for leaf in leaves(inputs):
+            if not isinstance(leaf, Tensor):
+                if hasattr(leaf, "__array__"):
+                    return ConfigurationError(
+                        f"batch {index} holds a {type(leaf).__name__} where a tensor is needed; use torch.as_tensor"
+                    )
+                continue
+            if leaf.device != self.device:
+                return DeviceError(f"batch {index} is on {leaf.device}, the model on {self.device}; use .to()")
+            if leaf.is_inference():
+                return ConfigurationError(
+                    f"batch {index} was made under torch.inference_mode(); load it outside, or clone its tensors"
+                )
+            if leaf.dtype != self.dtype and "dtype" in str(error):
+                return DtypeError(f"batch {index} is {leaf.dtype}, the model {self.dtype}; convert one with .to()")
+        text = (str(error).splitlines() or [""])[0]
+        return ConfigurationError(f"batch {index}: the model raised {type(error).__name__}: {text}")
+
+    def _first_non_finite(self, inputs: Any) -> str:
+        """Name of the first module whose output is NaN or Inf, found by one more pass with hooks."""
+        found: list[str] = []
+
+        def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                    found.append(name)
+
+            return look
+
+        handles = [
+            module.register_forward_hook(hook(name))
+            for name, module in self.model.named_modules()
+            if name and not list(module.children())
+        ]
+        try:
+            with torch.no_grad():
+                forward(self.model, inputs, self.call)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if isinstance(inputs, Tensor) and inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
+            return "the inputs hold NaN or Inf"
+        return f"layer {found[0]!r} gives NaN or Inf" if found else "the model's outputs are NaN or Inf"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)} items"
+    return f"a {type(value).__name__}"

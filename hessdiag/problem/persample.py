@@ -1,0 +1,240 @@
+"""A loss per sample: what a measurement needs to know of it, and any callable as one; all in float64.
+
+For one sample with outputs f and loss l(f) the measurement needs the value l, the gradient dl/df and a
+factor of the output Hessian: columns s with signs e such that  d2l/df2 = sum_c e_c s_c s_c^T. Where the columns have a
+closed form they are never a C x C square: what is needed are sums of them and products with them.
+Everything is computed in float64 from the outputs: in float32 the softmax of a well-fitted sample has lost
+the digits of p - 1 that the gradient consists of.
+
+Every loss here is *a sum over samples divided by a weight that is known only when all data were seen*
+(the number of samples, or for class weights the sum of the weights of the targets); the weight of each
+sample is returned beside its loss, and the division is left to whoever sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessdiag.errors import ConfigurationError, HessdiagError, NonFiniteError, UncoveredModelError, ran_out
+
+PerSample = Callable[[Tensor, Tensor], Tensor]
+
+
+class Columns:
+    """The columns s_c of a factor of the C x C output Hessians, [columns, N, C], used without being written out.
+
+    Written out they are a C x C square per sample: 80 GB for one sample of 100,000 classes.
+    """
+
+    count: int
+
+    def part(self, low: int, high: int) -> Tensor:
+        """Columns low..high-1, [high - low, N, C]."""
+        raise NotImplementedError
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """sum_c w_cn s_cn, [N, C], for weights [columns, N]."""
+        raise NotImplementedError
+
+    def against(self, vectors: Tensor) -> Tensor:
+        """<s_cn, v_n>, [columns, N], for vectors [N, C]."""
+        raise NotImplementedError
+
+
+class Written(Columns):
+    """Columns that are there as a tensor."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self.factor = factor
+        self.count = len(factor)
+
+    def part(self, low: int, high: int) -> Tensor:
+        """A slice of the tensor."""
+        return self.factor[low:high]
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """The sum as it stands."""
+        return (self.factor * weights[:, :, None]).sum(0)
+
+    def against(self, vectors: Tensor) -> Tensor:
+        """The products as they stand."""
+        return (self.factor * vectors[None]).sum(2)
+
+
+class Diagonals(Columns):
+    """One column per output, with one entry: for a Hessian diag(root^2), root [N, C]."""
+
+    def __init__(self, root: Tensor) -> None:
+        self.root = root
+        self.count = root.shape[1]
+
+    def part(self, low: int, high: int) -> Tensor:
+        """root_nc e_c."""
+        out = self.root.new_zeros(high - low, *self.root.shape)
+        rows = torch.arange(high - low, device=out.device)
+        out[rows, :, rows + low] = self.root[:, low:high].T
+        return out
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """root w."""
+        return self.root * weights.T
+
+    def against(self, vectors: Tensor) -> Tensor:
+        """root v."""
+        return (self.root * vectors).T
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What the loss looks like at the outputs of one batch: `columns` of its Hessian's factor, `signs` [columns].
+
+    d2l_n/df2 = sum_c signs[c] s_cn s_cn^T, for the loss *summed* over samples.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    columns: Columns
+    signs: Tensor
+
+    @property
+    def factor(self) -> Tensor:
+        """All columns written out, [columns, N, C]."""
+        return self.columns.part(0, self.columns.count)
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Columns [k, N, C] with their signs [k], as many at a time as may be written out."""
+        step = max(WRITTEN // max(self.gradient.numel(), 1), 1)
+        for low in range(0, self.columns.count, step):
+            high = min(low + step, self.columns.count)
+            yield self.columns.part(low, high), self.signs[low:high]
+
+    def each(self) -> Iterator[tuple[Tensor, float]]:
+        """One column [N, C] with its sign after the other."""
+        for columns, signs in self.blocks():
+            yield from zip(columns, signs.tolist())
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """d2l_n/df2 v_n, [N, C]."""
+        return self.columns.combined(self.columns.against(vectors) * self.signs[:, None])
+
+
+WRITTEN = 1 << 22
+"""Entries of columns written out at a time."""
+
+
+class Loss:
+    """One named loss: value, gradient and Hessian factor per sample."""
+
+    name: str
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise TargetError if the targets do not fit the outputs."""
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss per sample [N], differentiable, in the dtype of the outputs."""
+        raise NotImplementedError
+
+    def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """What each sample adds to the divisor of the mean: 1 unless classes are weighted."""
+        return torch.ones(len(targets), dtype=torch.float64, device=outputs.device)
+
+    def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
+        """Loss, gradient and Hessian factor at `outputs`, in float64 and shaped [N, C]."""
+        raise NotImplementedError
+
+
+class CallableLoss(Loss):
+    """Any twice-differentiable `function(outputs, targets) -> loss per sample [N]`; its C x C Hessian by autograd.
+
+    The Hessian of each sample is eigen-decomposed; columns of negative eigenvalue carry sign -1, so every column
+    index has one sign for all samples: 2C columns, the first C with the positive parts, the last C the negative.
+    """
+
+    def __init__(self, function: PerSample) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The function itself, its shape checked."""
+        try:
+            loss = self.function(outputs, targets)
+        except HessdiagError:
+            raise
+        except Exception as error:
+            if ran_out(error):
+                raise
+            text = (str(error).splitlines() or [""])[0]
+            raise ConfigurationError(f"loss {self.name!r} raised {type(error).__name__}: {text}") from error
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            raise ConfigurationError(f"loss {self.name!r} must return a real tensor, one value per sample")
+        if loss.shape != (len(outputs),):
+            raise ConfigurationError(
+                f"loss {self.name!r} must return one value per sample, shape [{len(outputs)}], not {list(loss.shape)}; "
+                "use reduction='none'"
+            )
+        return loss
+
+    def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
+        """C Hessian-vector products on the outputs alone, then eigenvectors scaled by sqrt|eigenvalue|."""
+        with torch.enable_grad():
+            f, loss = self._in_double(outputs, targets)
+            if not loss.requires_grad:
+                raise ConfigurationError(
+                    f"loss {self.name!r} does not depend differentiably on the outputs (is it detached?)"
+                )
+            try:
+                flat, rows = _rows_of_hessian(loss, f)
+            except RuntimeError as error:
+                if ran_out(error):
+                    raise
+                raise UncoveredModelError(
+                    f"the loss {self.name!r} has no second derivative in torch ({str(error).splitlines()[0]}); write "
+                    "it in operations that have one; no method here measures it"
+                ) from error
+        hessian = torch.stack(rows, 1).detach().double()
+        loss, flat = loss.detach().double(), flat.detach().double()
+        if not bool(torch.isfinite(hessian).all()):
+            raise NonFiniteError(f"the loss {self.name!r} has a second derivative that is NaN or Inf")
+        values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.transpose(1, 2)))
+        positive = vectors * values.clamp(min=0).sqrt()[:, None, :]
+        negative = vectors * (-values).clamp(min=0).sqrt()[:, None, :]
+        signs = torch.ones(positive.shape[2], dtype=torch.float64, device=f.device)
+        parts, kept = [positive], [signs]
+        if bool((values < 0).any()):
+            parts.append(negative)
+            kept.append(-signs)
+        factor = torch.cat(parts, 2).permute(2, 0, 1).contiguous()
+        return Curvature(loss, flat, Written(factor), torch.cat(kept))
+
+    def _in_double(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(outputs, loss) in float64; in the outputs' own dtype where the function holds tensors that insist on it."""
+        f = outputs.detach().double().requires_grad_(True)
+        try:
+            return f, self.values(f, targets.double() if targets.is_floating_point() else targets)
+        except ConfigurationError as error:
+            if outputs.dtype == torch.float64 or not isinstance(error.__cause__, RuntimeError):
+                raise
+        f = outputs.detach().requires_grad_(True)
+        return f, self.values(f, targets)
+
+
+def _rows_of_hessian(loss: Tensor, f: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """(gradient [N, C], one row [N, C] of the C x C Hessians for each output)."""
+    (gradient,) = torch.autograd.grad(loss.sum(), f, create_graph=True)
+    flat = as_rows(gradient)
+    if not flat.requires_grad:
+        return flat, [torch.zeros_like(flat)] * flat.shape[1]
+    rows = []
+    for c in range(flat.shape[1]):
+        (row,) = torch.autograd.grad(flat[:, c].sum(), f, retain_graph=True, allow_unused=True)
+        rows.append(torch.zeros_like(flat) if row is None else as_rows(row))
+    return flat, rows
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[N, C] from [N] or [N, ...]."""
+    return tensor[:, None] if tensor.ndim == 1 else tensor.flatten(1)

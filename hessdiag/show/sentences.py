@@ -1,0 +1,224 @@
+"""The sentences around the numbers: what was measured, on what, how, and what to know about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hessdiag.norm import STATUS
+from hessdiag.show.text import bytes_, counted, interval, plain, seconds, value
+
+Row = tuple[str, str]
+
+
+def title(content: dict[str, Any]) -> str:
+    """One line that names the model."""
+    checkpoint = content.get("cli", {}).get("checkpoint", {})
+    config = checkpoint.get("config") or {}
+    parts = [checkpoint.get("name", content["provenance"].get("model", "model"))]
+    if config.get("network"):
+        parts.append(f"{config['network']} with {config.get('activation', '?')}")
+    parts.append(f"{counted(content['parameters'], 'parameter')}")
+    return ", ".join(plain(part) for part in parts)
+
+
+def model_rows(content: dict[str, Any]) -> list[Row]:
+    """Where the weights come from."""
+    checkpoint = content.get("cli", {}).get("checkpoint")
+    if not checkpoint:
+        return []
+    told = [f"sha256 {checkpoint['sha256'][:12]}"]
+    if checkpoint.get("trained_by"):
+        told.append(checkpoint["trained_by"])
+    if checkpoint.get("epoch") is not None:
+        told.append(f"epoch {checkpoint['epoch']}")
+    if checkpoint.get("weights") == "ema":
+        told.append("averaged weights")
+    metrics = [f"{k} {value(v)}" for k, v in list((checkpoint.get("metrics") or {}).items())[:6] if _is_number(v)]
+    rows = [("checkpoint", plain(", ".join(told)))]
+    if metrics:
+        rows.append(("its metrics", plain(", ".join(metrics))))
+    return rows
+
+
+def data_rows(content: dict[str, Any]) -> list[Row]:
+    """What was measured on: data, loss, mode, perturbation."""
+    facts, cli = content["provenance"], content.get("cli", {})
+    data = cli.get("data")
+    rows = []
+    if data:
+        chosen = f", chosen with seed {data['data_seed']}" if data["chosen"] else ""
+        rows.append(
+            (
+                "data",
+                plain(
+                    f"{data['name']} ({data['split']}), {_count(data)}{chosen}, "
+                    f"batches of {data['batch_size']}, sha256 {data['sha256'][:12]}"
+                ),
+            )
+        )
+    else:
+        batches = counted(facts["batches"], "batch", "batches")
+        rows.append(("data", f"{counted(content['samples'], 'sample')} in {batches}"))
+    l2 = f" + (l2/2)|theta|^2, l2 = {value(facts['l2'])}" if facts["l2"] else ""
+    if cli.get("normalize"):
+        rows.append(("normalised", plain(f"inputs in [0, 1], by {cli['normalize']}")))
+    rows.append(("loss", plain(f"{facts['loss']} {value(content['loss'])}{l2}")))
+    mode = {"eval": "eval mode (running statistics)", "none": "none in the model"}
+    rows.append(("BatchNorm", mode.get(facts["batchnorm"], plain(facts["batchnorm"]))))
+    perturbation = cli.get("perturbation")
+    if perturbation:
+        told = f"{perturbation['spec']}, crafted once and held fixed; clean loss {value(perturbation['clean_loss'])}"
+        if perturbation.get("accuracy") is not None:
+            told += (
+                f", accuracy {value(100 * perturbation['clean_accuracy'])}% clean, "
+                f"{value(100 * perturbation['accuracy'])}% perturbed"
+            )
+        rows.append(("perturbation", plain(told)))
+    else:
+        rows.append(("perturbation", "none (clean inputs)"))
+    if cli.get("layers"):
+        rows.append(("parameters", plain(f"those that match {cli['layers']!r}")))
+    if facts["target"] == "population":
+        rows.append(("target", "the population the samples come from"))
+    return rows
+
+
+def accuracy_rows(content: dict[str, Any]) -> list[Row]:
+    """The accuracy on these data, and the checkpoint's own beside it."""
+    found = content.get("cli", {}).get("accuracy")
+    if not found:
+        return []
+    told = f"{value(100 * found['value'])}% of {counted(found['samples'], 'sample')}"
+    told += f" (chance: {value(100 * found['chance'], 3)}%)"
+    if found["own"] is not None:
+        told += f"; the checkpoint's own {found['own_name']}: {value(100 * found['own'])}%"
+    rows = [("accuracy", plain(told))]
+    return rows + [("warning", line) for line in warnings(content)]
+
+
+def warnings(content: dict[str, Any]) -> list[str]:
+    """What makes a number misleading however exact it is."""
+    found = content.get("cli", {}).get("accuracy")
+    if not found:
+        return []
+    check = "check the order of the classes, the data, and how inputs are normalised (--normalize)"
+    if found["no_better_than_chance"]:
+        return [f"the accuracy is no better than chance: a network that has learned nothing? Else {check}"]
+    if found["below_own"]:
+        return [f"the accuracy is far below the checkpoint's own: {check}"]
+    return []
+
+
+def spread_lines(content: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(label, rms, interval, meaning) for other samples, and for all of the data."""
+    found = content.get("cli", {}).get("spread")
+    if not found or "missing" in found:
+        return []
+    sure = f" at {100 * found['confidence']:g}%"
+    if found["low"] is None:
+        return [("other samples", "n/a", "", "the noise of the replicates hides how far others would be")]
+    lines = [
+        (
+            "other samples",
+            value(found["rms"], 3),
+            interval(found["low"], found["high"], 3) + sure,
+            "expected of many more samples",
+        )
+    ]
+    if whole := found.get("whole"):
+        lines.append(
+            (
+                f"all {whole['samples']:,} samples",
+                value(whole["rms"], 3),
+                interval(whole["low"], whole["high"], 3) + sure,
+                "expected of the whole data",
+            )
+        )
+    return lines
+
+
+def spread_rows(content: dict[str, Any]) -> list[Row]:
+    """What the spread over samples took, or why there is none."""
+    found = content.get("cli", {}).get("spread")
+    if not found:
+        return []
+    if "missing" in found:
+        return [("other samples", plain(f"not told: {found['missing']}"))]
+    took = f"{found['groups']} groups of {counted(found['group_size'], 'sample')}, jackknifed"
+    rows = [("other samples", f"{took}; {seconds(found['seconds'])}, {bytes_(found['bytes'])}")]
+    if whole := found.get("whole"):
+        rows.append(("whole data", f"{counted(whole['samples'], 'sample')} take about {seconds(whole['seconds'])}"))
+    return rows
+
+
+def run_rows(content: dict[str, Any]) -> list[Row]:
+    """How it was measured and how long it took."""
+    facts = content["provenance"]
+    count = content["replicates"]
+    how = facts["method"] + (f", {counted(count, 'replicate')}" if count else "") + f", seed {facts['seed']}"
+    where = f"{facts['device']}, {facts['dtype']}, {counted(facts['threads'], 'thread')}"
+    if facts["processes"] > 1:
+        where += f", {facts['processes']} processes"
+    return [
+        ("method", plain(how)),
+        ("audit", audit(content)),
+        *spread_rows(content),
+        ("where", plain(where)),
+        ("wall time", seconds(content["seconds"])),
+    ]
+
+
+def audit(content: dict[str, Any]) -> str:
+    """The outcome of the measurement's own check."""
+    found = content.get("audit")
+    if not found:
+        return "none was made"
+    if not found["entries"]:
+        return "nothing to compare"
+    worst = max(found["entries"], key=lambda e: _size(e["deviation"]) / e["tolerance"])
+    word = "passed" if found["passed"] else "FAILED"
+    return plain(
+        f"{word}: {counted(len(found['entries']), 'comparison')} with autograd in {found['dtype']}, worst "
+        f"{value(worst['deviation'], 2)} ({worst['check']}, {worst['layer']}; allowed {value(worst['tolerance'], 1)})"
+    )
+
+
+def exact_for(content: dict[str, Any]) -> str:
+    """What stands in place of an interval; for these samples, since others would give another norm."""
+    count = content["samples"]
+    return f"exact for these {counted(count, 'sample')}" if count != 1 else "exact for this sample"
+
+
+def status(content: dict[str, Any]) -> str:
+    """The status and what it means."""
+    text = content["status"]
+    head = text.partition(";")[0]
+    if text == "exact":
+        return f"{exact_for(content)}; other samples would give another norm"
+    return plain(f"{text} ({STATUS[head]})" if head in STATUS else text)
+
+
+def notes(content: dict[str, Any]) -> list[str]:
+    """All notes: of the measurement, the checkpoint, the data, and every flag of the total."""
+    cli = content.get("cli", {})
+    flags = [f for f in content["norm"]["total"]["flags"] if f not in ("exact",)]
+    found = [f"{flag}: {STATUS[flag]}" for flag in flags[1:] if flag in STATUS]
+    found += content["notes"]
+    found += cli.get("checkpoint", {}).get("notes", [])
+    found += cli.get("data", {}).get("notes", [])
+    return [plain(note) for note in found]
+
+
+def _count(data: dict[str, Any]) -> str:
+    whole = data.get("of")
+    if whole and whole > data["samples"]:
+        return f"{data['samples']:,} of {counted(whole, 'sample')}"
+    return counted(data["samples"], "sample")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _size(x: Any) -> float:
+    return float(x) if isinstance(x, (int, float)) else float("inf")
