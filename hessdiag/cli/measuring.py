@@ -16,6 +16,7 @@ from hessdiag.measuring import Measurement, Plan
 from hessdiag.measuring.entry import measure
 from hessdiag.measuring.resume import UNSAVED
 from hessdiag.measuring.spread import LEAST, spread
+from hessdiag.methods.base import AUTO
 from hessdiag.show.result_file import document, read_document, strict, write_json
 from hessdiag.show.sentences import warnings
 from hessdiag.show.table import print_measurement, terminal
@@ -109,7 +110,7 @@ def plan_of(path: Path, method: str) -> Plan:
         plan = Plan.from_dict(content["plan"])
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigurationError(f"--plan {path}: holds no plan ({error})") from None
-    if method not in ("auto", plan.method):
+    if method not in {AUTO, plan.method}:
         raise ConfigurationError(f"--plan {path}: is for {plan.method}, not --method {method}; leave one of them out")
     return plan
 

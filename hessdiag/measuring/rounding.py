@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hessdiag.graph import Linearisation
 from hessdiag.problem.objective import Objective
-from hessdiag.problem.persample import Curvature, Loss
+from hessdiag.problem.persample import Curvature, Loss, Written
 
 ROUNDINGS = 256.0
 
@@ -41,7 +41,8 @@ class _UnitLoss(Loss):
         gradient = size * torch.cos(torch.arange(f.numel(), device=f.device) * 2.3).sign().to(f).reshape(f.shape)
         eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device) * size**0.5
         factor = eye[:, None, :].expand(-1, len(f), -1)
-        return Curvature(gradient.sum(1), gradient, factor, torch.ones(len(eye), dtype=f.dtype, device=f.device))
+        signs = torch.ones(len(eye), dtype=f.dtype, device=f.device)
+        return Curvature(gradient.sum(1), gradient, Written(factor), signs)
 
 
 def unit(objective: Objective, inputs: Any, targets: Tensor, index: int) -> Linearisation:

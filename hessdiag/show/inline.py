@@ -19,6 +19,9 @@ STYLE = """<style>
 .hessdiag td,.hessdiag th{padding:2px 10px;white-space:nowrap;text-align:right}.hessdiag tbody th{text-align:left}
 </style>"""
 
+WIDTH = 120
+"""Columns of the six lines; a status that is longer is cut there, and whole in `m.status`."""
+
 
 def lines(m: Measurement) -> str:
     """What `repr` shows: the norm, its parts, on what and how, and where the rest is."""
@@ -44,7 +47,7 @@ def lines(m: Measurement) -> str:
             f"  rms norm  {value(m.rms, digits(low, high))}, {sure}",
             f"  parts     {', '.join(parts)} of the sum of squares",
             f"  others    {', '.join(other)}",
-            f"  status    {plain(m.status, 90)}; {how}",
+            f"  status    {plain(m.status, WIDTH - 14 - len(how))}; {how}",
             "  more in   .rows() .plot() .norm .layers .groups .notes .provenance .save_html(path) .save_json(path)",
         ]
     )

@@ -92,6 +92,8 @@ def drawn(tmp_path_factory):
 
 def test_every_sweep_file_loads_and_every_figure_has_one_per_tier():
     for tier in grid.TIERS:
+        if tier == grid.OWN:
+            continue
         figures = {load(path).figure for path in (SWEEPS / tier).glob("*.toml")}
         if tier == "campaign":  # it asks its own questions, several of one figure
             assert figures - {grid.NOWHERE} < set(grid.FIGURES)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import hessdiag
 from experiments.__main__ import main
 from experiments.commands import sweep as command
 from experiments.config import TrainConfig
@@ -225,14 +226,13 @@ def test_a_measurement_cut_short_by_ctrl_c_is_no_result(tmp_path, monkeypatch):
     config = grid.load(write(tmp_path)).runs[0]
     settings = TrainConfig.from_dict(config.train)
     model = build_network(settings, (1, 8, 8), 10).eval()
-    module, events = import_module("hessdiag.measure"), count()
-    real = module.measure
+    events, real = count(), hessdiag.measure
 
     def progress(event: object) -> None:
         if next(events) > 30:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "measure", partial(real, progress=progress))
+    monkeypatch.setattr(hessdiag, "measure", partial(real, progress=progress))
     with pytest.raises(KeyboardInterrupt):
         measured(config, model, torch.device("cpu"), Clock(), Sets(settings))
     assert next(events) > 30  # it was Ctrl-C that ended it

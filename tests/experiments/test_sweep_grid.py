@@ -181,7 +181,7 @@ def test_a_sweep_of_ones_own_has_any_name_and_any_folder(tmp_path, name):
 
 
 def test_a_missing_file_and_a_foreign_store_end_with_one_line(tmp_path, capsys):
-    assert main(["sweep", str(tmp_path / "none.toml"), "--store", str(tmp_path / "s")]) == 2
+    assert main(["sweep", str(tmp_path / "none.toml"), "--store", str(tmp_path / "s")]) == 3
     assert "no such file" in capsys.readouterr().err
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "thesis.tex").write_text("")

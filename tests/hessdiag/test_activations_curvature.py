@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hessdiag.activations import RCTAF, REGISTRY, Curvature, alpha_for, build, max_curvature, rct, rct_d2
-from hessdiag.activations import largest as curvature
+from hessdiag.activations import RCTAF, REGISTRY, Curvature, alpha_for, build, curvature, max_curvature, rct, rct_d2
 from hessdiag.activations.supremum import supremum
 from hessdiag.errors import ConfigurationError, NonFiniteError
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessdiag import Objective, diagonal
+from hessdiag import Objective, diagonal, measure
 from hessdiag.errors import HessdiagError, UncoveredModelError
-from hessdiag.measuring import entry as measure
 from hessdiag.problem.handing_back import AUTOCAST_OFF
 
 METHODS = ("exact", "propagation", "hutchinson", "reference")

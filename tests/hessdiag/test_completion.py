@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hessdiag.measuring.plan import METHODS
 from typer.testing import CliRunner
 
 from hessdiag import activations, networks
@@ -15,6 +14,7 @@ from hessdiag.cli.options import DTYPES, STATISTICS
 from hessdiag.cli.program import app
 from hessdiag.data.load import NAMES, SCHEMES
 from hessdiag.examples import EXAMPLES
+from hessdiag.methods import METHODS
 from hessdiag.problem.losses import LOSSES
 from hessdiag.problem.perturbation import parse_pgd
 

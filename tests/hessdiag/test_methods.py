@@ -67,11 +67,11 @@ def test_no_method_is_compared_by_name_outside_its_file() -> None:
 
 def test_no_function_of_the_engine_takes_more_than_seven_parameters() -> None:
     """Besides what users call: `measure`, `diagonal`, `Objective`. Networks and checkpoints are not the engine."""
-    rooms = ("measurement", "methods", "diagonal", "norm", "graph", "layers", "sites")
-    loose = ("measure", "stream", "objective", "signs", "selection", "persample", "guard", "forward", "losses")
+    rooms = ("measuring", "methods", "kernels", "norm", "graph", "layers", "sites", "problem")
     found, seen = [], 0
     for path in ENGINE:
-        if path.parent.name not in rooms and not (path.parent.name == "hessdiag" and path.stem in loose):
+        attack = path.stem in ("ascent", "perturbation")  # a user's door too
+        if (path.parent.name not in rooms and path.stem != "signs") or attack:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
@@ -80,7 +80,7 @@ def test_no_function_of_the_engine_takes_more_than_seven_parameters() -> None:
                 if len([a for a in taken if a not in ("self", "cls")]) > 7:
                     found.append(f"{path.name}:{node.name}")
     assert seen > 300
-    assert sorted(found) == ["measure.py:diagonal", "measure.py:measure", "objective.py:__init__"]
+    assert sorted(found) == ["entry.py:diagonal", "entry.py:measure", "objective.py:__init__"]
 
 
 @pytest.mark.parametrize("name", [n for n in hd.__all__ if inspect.isroutine(getattr(hd, n)) or n in ("Objective",

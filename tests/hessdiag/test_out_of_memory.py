@@ -14,10 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from hessdiag import Objective, data
+from hessdiag import Objective, data, measure
 from hessdiag.cli.program import app
 from hessdiag.errors import OutOfMemoryError
-from hessdiag.measuring import entry as measure
 
 TORCH = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
 
