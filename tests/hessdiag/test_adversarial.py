@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models import dense_diagonal
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-from models import dense_diagonal
 
 import hessdiag as hd
 from hessdiag.errors import (

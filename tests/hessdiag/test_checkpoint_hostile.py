@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import resource
 import stat
 import struct
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from children import most_held, spent
 
 from hessdiag import networks
 from hessdiag.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
@@ -329,26 +329,18 @@ def test_hostile_file_is_refused_in_one_quick_line(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hostile.pt"]
 
 
-def spent() -> float:
-    """Processor seconds of this process and of those that it started and that ended."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
 def refusal(action: Callable[[], Any], kind: type[HessdiagError] = CheckpointError) -> str:
     """The message of the error that `action` must raise, checked for form and time."""
     begun = time.process_time()  # processor time: other work on the machine is no fault of the loader
     sum(i * i for i in range(400_000))
     limit = LIMIT_SECONDS * max(1.0, (time.process_time() - begun) / WORK_SECONDS)  # nor is a slow processor
-    begun, largest = spent(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    begun, largest = spent(), most_held()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(kind) as caught:
             action()
     assert spent() - begun < limit
-    # The largest child there ever was, other tests' among them; Linux counts in KiB.
-    most = max(largest << 10, pickled.MEMORY + 4 * pickled.MAX_PICKLE)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10 <= most
+    assert most_held() <= max(largest, pickled.MEMORY + 4 * pickled.MAX_PICKLE)  # other tests have children too
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 600

@@ -7,17 +7,14 @@ the other, and the squares are added up.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from models import Function, Tokens, dense_diagonal, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-from models import Function, Tokens, dense_diagonal, seeded
 
 import hessdiag as hd
 from hessdiag.activations import RCTAF

@@ -5,16 +5,11 @@ z-tests are seeded; each compares at |z| < 5 over a few hundred entries at most:
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from models import Function, Residual, Tokens, dense_diagonal, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-from models import Function, Residual, Tokens, dense_diagonal, seeded
 
 import hessdiag as hd
 from hessdiag.graph import Linearisation

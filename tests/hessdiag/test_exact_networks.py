@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import ELEMENTWISE, Function, Residual, Tokens, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-from models import ELEMENTWISE, Function, Residual, Tokens, seeded
 
 import hessdiag as hd
 from hessdiag.graph import Linearisation

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
 from models import Residual, Tokens, dense_diagonal, seeded
+from torch import Tensor, nn
 
 import hessdiag as hd
 from hessdiag.activations import functions, registry

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models import Function, Residual, dense_diagonal, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-from models import Function, Residual, dense_diagonal, seeded
 
 import hessdiag as hd
 from hessdiag.errors import AuditError, BudgetError, ResumeError, UnknownNameError

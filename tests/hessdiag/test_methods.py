@@ -5,17 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
 from models import seeded
+from torch import Tensor, nn
 
 import hessdiag as hd
 from hessdiag.errors import AuditError, ConfigurationError, ResumeError, UnknownNameError

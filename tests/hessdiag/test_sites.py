@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from models import ELEMENTWISE, Function, Residual, Tokens, dense_diagonal, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-from models import ELEMENTWISE, Function, Residual, Tokens, dense_diagonal, seeded
 
 import hessdiag as hd
 from hessdiag.errors import StochasticModeError, UncoveredModelError

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from children import most_held, spent
 
 from hessdiag import networks
 from hessdiag.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
@@ -254,16 +255,11 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         _events.append(event)
 
 
-def spent() -> float:
-    """Processor seconds of this process and of those that it started and that ended."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
 def attempt(path: Path, options: dict[str, Any], look: bool, report: Report, label: str) -> None:
     """Load (or inspect) one file and record what came of it."""
     global _watching
     _events.clear()
+    before = most_held()
     begun = spent()
     _watching = True
     try:
@@ -280,13 +276,13 @@ def attempt(path: Path, options: dict[str, Any], look: bool, report: Report, lab
     finally:
         _watching = False
     seconds = spent() - begun
-    held = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10  # of the largest child so far
+    held = most_held()
     report.slowest = max(report.slowest, seconds)
     if _events:
         outcome = f"OFFENDER did {sorted(set(_events))}"
     elif seconds > report.limit:
         outcome = f"OFFENDER took {seconds:.1f} s"
-    elif held > LIMIT_BYTES:
+    elif held > max(LIMIT_BYTES, before):
         outcome = f"OFFENDER took {held >> 20} MiB"
     if outcome.startswith("OFFENDER"):
         report.offenders.append(f"{label}: {outcome[9:]}")
