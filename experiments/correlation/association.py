@@ -1,7 +1,8 @@
 """Does one measured quantity go with another, among runs that differ by their luck alone?
 
 Along a curve it cannot be told from one experiment: two independent smooth curves over eight curvatures correlate
-significantly in 38% of cases by any test that permutes levels, for they hold two or three independent numbers each.
+significantly in more than a quarter of cases by a test that permutes levels (`tests/experiments/test_contrasts.py`),
+for they hold two or three independent numbers each.
 So every run is set against the others of its own cell (its activation): cell and seed are taken away from both
 quantities, and what is left of y is regressed on what is left of x. Whatever the cells' means are, smooth curves or
 not, they are gone. Coefficients along the curve are given as descriptions, without a p-value.
