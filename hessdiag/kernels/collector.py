@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Collector:
-    """Float64 sums over samples (or values per sample) of second derivatives, entry by entry."""
+    """Float64 sums over samples (or values per sample) of second derivatives, each entry given once."""
 
     def __init__(self, parameters: Mapping[str, Tensor], samples: int, *, per_sample: bool) -> None:
         self.per_sample = per_sample

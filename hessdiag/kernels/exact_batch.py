@@ -207,9 +207,12 @@ def _along_chain(
         for place, level in enumerate(levels)
         if level.layer is not None and level.layer.weight
     }
+    sums: dict[int, Tensor] = {}
     for columns, signs in batch.curvature.blocks():
         for place, q in gauss_newton(levels, columns, signs):
-            _gather(outer, levels[place], q, squares.get(place))
+            sums[place] = sums[place].add_(q) if place in sums else q
+    for place, q in sums.items():
+        _gather(outer, levels[place], q, squares.get(place))
     _, switch, entries = best_switch(levels)
     each = 4 * entries * batch.outputs.element_size()
     step = min(max(min(memory, CACHED) // max(each, 1), 1), batch.samples)

@@ -180,6 +180,36 @@ def test_chains_at_every_switch(
         torch.testing.assert_close(general[name], value, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("name", "written"), [(n, w) for n in ("chain", "net", "indefinite") for w in (1, 70, 10**9)] + [("chain", None)]
+)
+def test_columns_in_blocks_are_all_counted(name: str, written: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns of the loss's factor that are written out block by block give what they give at once: 512 samples of 100
+    classes are two blocks as they are.
+    """
+    classes, samples = (100, 512) if written is None else (7, 9)
+    loss: Any = bowl_and_saddle if name == "indefinite" else "cross_entropy"
+    if written is not None:
+        monkeypatch.setattr("hessdiag.problem.persample.WRITTEN", written)
+    torch.manual_seed(0)
+    middle: nn.Module = nn.LayerNorm(5) if name == "net" else nn.Tanh()
+    model = nn.Sequential(nn.Linear(6, 5), middle, nn.SiLU(), nn.Linear(5, classes)).double()
+    batches = [(torch.randn(samples, 6, dtype=torch.float64), torch.randint(classes, (samples,)))]
+    objective = Objective(model, loss)
+    linear = Linearisation(objective, *batches[0])
+    assert (chain.find_chain(linear) is None) == (name == "net")
+    assert (len(list(linear.curvature.blocks())) > 1) == (written != 10**9)
+    found, wanted = (hd.diagonal(objective, batches, method=method) for method in ("exact", "reference"))
+    for part in ("total", "gauss_newton", "functional"):
+        for key, tensor in getattr(wanted, part).items():
+            assert (getattr(found, part)[key] - tensor).norm() <= 1e-10 * wanted.total[key].norm(), (part, key)
+
+
+def bowl_and_saddle(f: Tensor, y: Tensor) -> Tensor:
+    """A loss per sample with Hessians of either sign."""
+    return F.cross_entropy(f, y, reduction="none") + f[:, 0] * f[:, 1]
+
+
 def test_what_is_no_chain() -> None:
     """Skips, normalisation with parameters and positions go the general way."""
 
