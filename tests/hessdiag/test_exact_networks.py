@@ -192,7 +192,7 @@ def test_columns_in_blocks_are_all_counted(name: str, written: int | None, monke
     if written is not None:
         monkeypatch.setattr("hessdiag.problem.persample.WRITTEN", written)
     torch.manual_seed(0)
-    middle: nn.Module = nn.LayerNorm(5) if name == "net" else nn.Tanh()
+    middle = Beside() if name == "net" else nn.Tanh()
     model = nn.Sequential(nn.Linear(6, 5), middle, nn.SiLU(), nn.Linear(5, classes)).double()
     batches = [(torch.randn(samples, 6, dtype=torch.float64), torch.randint(classes, (samples,)))]
     objective = Objective(model, loss)
@@ -203,6 +203,17 @@ def test_columns_in_blocks_are_all_counted(name: str, written: int | None, monke
     for part in ("total", "gauss_newton", "functional"):
         for key, tensor in getattr(wanted, part).items():
             assert (getattr(found, part)[key] - tensor).norm() <= 1e-10 * wanted.total[key].norm(), (part, key)
+
+
+class Beside(nn.Module):
+    """A residual sum: no chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.inner(x))
 
 
 def bowl_and_saddle(f: Tensor, y: Tensor) -> Tensor:
