@@ -35,6 +35,11 @@ class Live:
         """(node, input slot) of everything that takes `node`'s output, dead branches included."""
         return self._uses.get(id(node), [])
 
+    def outputs_in_use(self, node: Any) -> set[int]:
+        """Numbers of the node's outputs that something takes, the model's own outputs included."""
+        found = {user.next_functions[slot][1] for user, slot in self.consumers(node)}
+        return found | ({self.outputs.output_nr} if node is self.outputs.grad_fn else set())
+
     def parameter_of(self, node: Any) -> str | None:
         """Name of the chosen parameter that an AccumulateGrad node stands for."""
         return self._chosen.get(id(node.variable)) if is_leaf(node) else None

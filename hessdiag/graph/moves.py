@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag.errors import UncoveredModelError
 from hessdiag.graph import affine, layers, sites
 from hessdiag.graph.kinds import Given, NodeKind
 from hessdiag.graph.nodes import edge_shape, sizes
+from hessdiag.graph.pullback import pullback
 from hessdiag.graph.tangents import Tangent
 
 Cache = dict[tuple[str, int, int], Any]
@@ -66,7 +66,7 @@ def double_backward(
             meta = sizes(node, output)
             seed = torch.zeros(shape, dtype=meta.dtype, device=meta.device, requires_grad=True)
             outputs = len(node._input_metadata)
-            cache[key] = seed, _pullback(node, [seed if number == output else None for number in range(outputs)])
+            cache[key] = seed, pullback(node, [seed if number == output else None for number in range(outputs)])
     seed, pulled = cache[key]
     count = len(parts[0][1])
     roots, vectors = [], []
@@ -87,20 +87,3 @@ def double_backward(
         return batched
     rows = [torch.autograd.grad(roots, seed, [v[k] for v in vectors], retain_graph=True)[0] for k in range(count)]
     return torch.stack(rows).detach()
-
-
-def _pullback(node: Any, seeds: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The node's own backward, one result for each of its inputs in the graph."""
-    custom = getattr(node, "_forward_cls", None) is not None
-    pulled = node.apply(*seeds) if custom else node(*seeds)
-    found = pulled if isinstance(pulled, tuple) else (pulled,)
-    if custom and len(found) != len(node.next_functions):  # it answers for arguments that are no tensors, too
-        found = tuple(one for one in found if one is not None)
-        wanted = [slot for slot, (source, _) in enumerate(node.next_functions) if source is not None]
-        if len(found) != len(wanted):
-            raise UncoveredModelError(
-                f"{node.name()}: which of its gradients belongs to which input is not known; give its kind a `move`"
-            )
-        places = dict(zip(wanted, found))
-        found = tuple(places.get(slot) for slot in range(len(node.next_functions)))
-    return found

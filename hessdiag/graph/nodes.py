@@ -19,7 +19,7 @@ MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D Ma
 ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D
 UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D
 UpsampleTrilinear3D PixelShuffle PixelUnshuffle ChannelShuffle Unfold Im2Col Col2Im
-Threshold Softshrink Hardshrink
+Threshold Softshrink Hardshrink Copysign
 """
 _OVERLOADS = """
 Add Sub Rsub Mean Sum Squeeze Max Mul Div Transpose ClampMin Unsqueeze Threshold
@@ -30,6 +30,7 @@ AFFINE = (
     | {"SqueezeBackward2"}
 )
 RANDOM = frozenset({"NativeDropoutBackward0", "FusedDropoutBackward0"})
+RANDOM_IN_TRAINING = frozenset({"RreluWithNoiseBackward0", "RreluWithNoiseBackward1"})
 
 
 def is_leaf(node: Any) -> bool:
@@ -77,5 +78,5 @@ def short_name(node: Any) -> str:
 
 
 def sizes(node: Any, output: int = 0) -> Any:
-    """Shape, dtype and device of one output of a node."""
-    return node._input_metadata[output]
+    """Shape, dtype and device of one output of a node, or of the parameter that it stands for."""
+    return node.variable if is_leaf(node) else node._input_metadata[output]

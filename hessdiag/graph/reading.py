@@ -1,9 +1,10 @@
 """Reading a model's autograd graph: which nodes are affine, where it bends, and which node applies each parameter.
 
-Coverage is an allow-list. Between the chosen parameters and the outputs every node must be known: as that of a layer
-kind (`layers.KINDS`), of a site kind (`sites.KINDS`), or as affine. Anything else - a normalisation over features,
-softmax, a product of matrices, scripted or custom code, a parameter used twice or behind a parametrisation - raises
-UncoveredModelError with its name and place.
+Between the chosen parameters and the outputs every node must be known: as that of a layer kind (`layers.KINDS`), of a
+site kind (`sites.KINDS`), or as affine, by its name. A node of torch's own that no list names is tested: its backward
+says whether it is affine, or bends entry by entry (`sites.tested`). Anything else - softmax, a product of matrices,
+scripted or custom code, a parameter used twice or behind a parametrisation - raises UncoveredModelError with its name
+and place.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from hessdiag.errors import StochasticModeError, UncoveredModelError
-from hessdiag.graph import layers, sites
+from hessdiag.graph import layers, saved, sites
 from hessdiag.graph.dependence import Live
 from hessdiag.graph.layers import Layer
-from hessdiag.graph.nodes import AFFINE, RANDOM, is_leaf
+from hessdiag.graph.nodes import AFFINE, RANDOM, RANDOM_IN_TRAINING, is_leaf, sizes
 from hessdiag.graph.sites import SiteKind
+from hessdiag.graph.sites.tested import Tested
 
 
 class Graph(Live):
@@ -79,15 +81,12 @@ class Graph(Live):
     # -- construction
 
     def _classify(self, node: Any) -> None:
-        name, sources = node.name(), [source for source, _ in node.next_functions]
+        sources = [source for source, _ in node.next_functions]
         self._below[id(node)] = next((self._below[id(s)] for s in sources if id(s) in self._below), "")
-        if name in RANDOM:
+        if node.name() in RANDOM or (node.name() in RANDOM_IN_TRAINING and saved.flag(node, "training")):
             raise StochasticModeError(f"active dropout {self.place(node)}; call model.eval()")
-        if self._is_layer(node) or self._is_site(node) or self._is_affine(node):
-            return
-        taken = [self.parameter_of(s) for s in sources if is_leaf(s) and self.is_live(s)]
-        of = f" (it takes parameter {taken[0]!r} itself: a parametrisation?)" if taken else ""
-        self.refuse(node, f"an operation that the site identity does not cover{of}")
+        if not self._is_layer(node) and not self._is_site(node):
+            self._test(node)
 
     def _is_layer(self, node: Any) -> bool:
         for kind in layers.KINDS:
@@ -109,19 +108,17 @@ class Graph(Live):
         for kind in sites.KINDS.of(node):
             if kind.match(node, self):
                 self._refuse_parameters(node)
+                self._refuse_complex(node)
                 self._found.setdefault(kind.name, []).append(node)
                 return True
         return False
 
-    def _is_affine(self, node: Any) -> bool:
-        name, live = node.name(), [self.is_live(source) for source, _ in node.next_functions]
-        known = name in AFFINE or name == "DivBackward0" or (name == "BmmBackward0" and sum(live) == 1)
-        if not known or (name == "MulBackward0" and sum(live) > 1):
-            return False
+    def _test(self, node: Any) -> None:
+        """What is left is affine by its name or by test, or a site by test, or refused."""
         self._refuse_parameters(node)
-        if name == "DivBackward0" and len(live) > 1 and live[1]:
-            self.refuse(node, "a quotient whose denominator depends on the parameters")
-        return True
+        if node.name() not in AFFINE and Tested.match(node, self):
+            self._refuse_complex(node)
+            self._found.setdefault(Tested.name, []).append(node)
 
     def _refuse_parameters(self, node: Any) -> None:
         for source, _ in node.next_functions:
@@ -130,6 +127,11 @@ class Graph(Live):
                     node,
                     f"parameter {self.parameter_of(source)!r} is not the weight or bias of a known layer",
                 )
+
+    def _refuse_complex(self, node: Any) -> None:
+        edges = [(node, 0), *(edge for edge in node.next_functions if self.is_live(edge[0]))]
+        if any(sizes(*edge).dtype.is_complex for edge in edges):
+            self.refuse(node, "a function of complex numbers that is not affine")
 
     def _check_all_uses(self, reached: set[str]) -> None:
         for node in self.nodes:

@@ -128,16 +128,23 @@ def cost(batch: Linearisation, *, memory: int = MEMORY) -> Cost:
 
 def check_separate(batch: Linearisation) -> None:
     """Refuse a model in which samples of a batch reach one another or change places: half of them must not
-    see the rest.
+    see the rest, nor the rest them.
 
-    One backward pass from every site and output of a random half; the gradients at the other half's layers
-    must vanish.
+    One backward pass from every site and output of a random half, one from those of the rest; the gradients at
+    the layers of the samples left out must vanish.
     """
     samples = batch.samples
     if samples == 1 or not batch.layers:
         return
     order = torch.randperm(samples, generator=cpu_generator(samples), device="cpu")
     half = (order < (samples + 1) // 2).to(batch.outputs.device)
+    for some in (half, ~half):
+        _check_unseen(batch, some)
+
+
+def _check_unseen(batch: Linearisation, half: Tensor) -> None:
+    """Refuse a model in which the samples of `half` see others."""
+    samples = batch.samples
     seeds: list[Tensor | None] = []
     for site in batch.sites:
         if site.c.numel() % samples:

@@ -14,6 +14,7 @@ from torch.utils import checkpoint
 import hessdiag as hd
 from hessdiag.errors import StochasticModeError, UncoveredModelError
 from hessdiag.graph import Linearisation, visit
+from hessdiag.kernels.exact_batch import check_separate
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.measuring.comparisons import push
 
@@ -189,7 +190,6 @@ UNCOVERED = {
                                                        nn.Linear(5, 3)), "'0."),
     "learnable alpha": (lambda: chain(Swish()), "learnable factor '1.alpha'"),
     "prelu": (lambda: chain(nn.PReLU()), "'1.weight' is not the weight"),
-    "softsign": (lambda: chain(nn.Softsign()), "denominator"),
     "custom function": (lambda: chain(Lambda(Custom.apply)), "Custom"),
     "product of matrices": (lambda: chain(Lambda(lambda h: (h[:, :, None] @ h[:, None, :]).sum(2))), "Bmm"),
     "reentrant checkpoint": (lambda: chain(Lambda(lambda h: checkpoint.checkpoint(torch.tanh, h, use_reentrant=True))),
@@ -243,6 +243,16 @@ def test_train_mode_and_dropout_are_refused_by_every_method() -> None:
         for method in ("auto", "exact", "propagation", "hutchinson", "reference"):
             with pytest.raises(StochasticModeError, match=message):
                 hd.measure(hd.Objective(model), [(x, y)], method=method)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_samples_that_see_their_neighbours_one_way_are_refused(shift: int) -> None:
+    """The first of two does not see the second, whichever of them the check happens to look from."""
+    model = seeded(lambda: chain(Lambda(lambda h: torch.tanh(h + F.pad(h, (0, 0, 1, 0))[:-1] if shift > 0 else
+                                                             h + F.pad(h, (0, 0, 0, 1))[1:])), Lambda(torch.tanh)))  # fmt: skip
+    x, y = batch_for(model, n=2)
+    with pytest.raises(UncoveredModelError, match="samples of a batch meet"):
+        check_separate(Linearisation(hd.Objective(model), x, y))
 
 
 def test_models_that_mix_samples_are_refused_by_every_method() -> None:

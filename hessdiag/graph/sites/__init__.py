@@ -3,9 +3,11 @@
 from hessdiag.graph.kinds import Table
 from hessdiag.graph.sites.elementwise import Elementwise
 from hessdiag.graph.sites.product import Product
+from hessdiag.graph.sites.several import Several
 from hessdiag.graph.sites.site import Pairs, Pointwise, Site, SiteKind
+from hessdiag.graph.sites.tested import Tested
 
-KINDS: Table[SiteKind] = Table("site kind", SiteKind, Elementwise, Product)
+KINDS: Table[SiteKind] = Table("site kind", SiteKind, Elementwise, Product, Several, Tested)
 
 
 def register_site(kind: type[SiteKind]) -> type[SiteKind]:

@@ -128,6 +128,20 @@ def _of_result(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Ten
     return lambda node: (first(tensor(node, "result")), second(tensor(node, "result")))
 
 
+def _of_function(function: Callable[..., Tensor], *kept: str) -> Callable[[Any], Derivatives]:
+    """By autograd on a copy of the input; `kept` names further arguments, numbers or None."""
+
+    def derivatives(node: Any) -> Derivatives:
+        further = [number_or_none(node, name) for name in kept]
+        with torch.enable_grad():
+            x = tensor(node, "self").clone().requires_grad_()
+            (first,) = torch.autograd.grad(function(x, *further).sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(first.sum(), x, materialize_grads=True)
+        return first, second
+
+    return derivatives
+
+
 def _relu(node: Any) -> Derivatives:
     r = tensor(node, "result")
     return (r > 0).to(r), None
@@ -189,7 +203,31 @@ CURVED: dict[str, Callable[[Any], Derivatives]] = {
     "ErfBackward0": _of_self(
         lambda x: 2 / _ROOT_PI * torch.exp(-x * x), lambda x: -4 / _ROOT_PI * x * torch.exp(-x * x)
     ),
+    "ErfcBackward0": _of_self(
+        lambda x: -2 / _ROOT_PI * torch.exp(-x * x), lambda x: 4 / _ROOT_PI * x * torch.exp(-x * x)
+    ),
+    "TanBackward0": _of_result(lambda r: 1 + r * r, lambda r: 2 * r * (1 + r * r)),
+    "Exp2Backward0": _of_result(lambda r: math.log(2) * r, lambda r: math.log(2) ** 2 * r),
+    "SinhBackward0": _of_self(torch.cosh, torch.sinh),
+    "CoshBackward0": _of_self(torch.sinh, torch.cosh),
+    "Log2Backward0": _of_self(lambda x: 1 / (math.log(2) * x), lambda x: -1 / (math.log(2) * x**2)),
+    "Log10Backward0": _of_self(lambda x: 1 / (math.log(10) * x), lambda x: -1 / (math.log(10) * x**2)),
+    "AsinBackward0": _of_function(torch.asin),
+    "AcosBackward0": _of_function(torch.acos),
+    "AsinhBackward0": _of_function(torch.asinh),
+    "AcoshBackward0": _of_function(torch.acosh),
+    "AtanhBackward0": _of_function(torch.atanh),
+    "SincBackward0": _of_function(torch.sinc),
+    "ErfinvBackward0": _of_function(torch.erfinv),
+    "LgammaBackward0": _of_function(torch.lgamma),
+    "DigammaBackward0": _of_function(torch.digamma),
+    "LogitBackward0": _of_function(torch.logit, "eps"),
+    "SpecialEntrBackward0": _of_function(torch.special.entr),
+    "SpecialLogNdtrBackward0": _of_function(torch.special.log_ndtr),
+    "SpecialErfcxBackward0": _of_function(torch.special.erfcx),
+    "I0Backward0": _of_function(torch.special.i0),
 }
+"""Those that curve. What else acts on single entries is found by test (see `tested`), and not merged with others."""
 
 PIECEWISE_LINEAR: dict[str, Callable[[Any], Derivatives]] = {
     "ReluBackward0": _relu,
