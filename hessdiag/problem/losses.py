@@ -16,8 +16,8 @@ IGNORE = -100
 class CrossEntropy(Loss):
     """Softmax cross-entropy -sum_k q_k log p_k: class weights, label smoothing and ignored targets as torch has them.
 
-    A sample has one place, outputs [N, C], or several: a sequence [N, T, C] with targets [N, T], or classes first, as in
-    images, [N, C, ...] with targets [N, ...]. Places of one sample interact in the model, so the sample is the whole
+    A sample has one place, outputs [N, C], or several: a sequence [N, T, C] with targets [N, T], or with the classes
+    first, as in images, [N, C, ...] with targets [N, ...]. Places of one sample interact in the model, so the sample is the whole
     sequence, its loss the sum over places, and what it adds to the divisor the number of places that are not ignored
     (the class weights of their targets): over all data the mean per place, as torch has it for all data in one batch.
     `shift` compares what stands at place t with the target at t + shift: outputs[:, :-shift] with targets[:, shift:].
@@ -157,8 +157,8 @@ class CrossEntropy(Loss):
             ends = [axis for axis in (1, len(shape) - 1) if shape[:axis] + shape[axis + 1 :] == targets.shape]
             if targets.is_floating_point() or len(ends) == 2:
                 raise TargetError(
-                    f"outputs {list(shape)} with targets {list(targets.shape)} may have their classes first or last; say "
-                    "Objective(..., class_axis=-1) for [N, T, C], class_axis=1 for [N, C, T]"
+                    f"outputs {list(shape)} with targets {list(targets.shape)} may have their classes first or "
+                    "last; say Objective(..., class_axis=-1) for [N, T, C], class_axis=1 for [N, C, T]"
                 )
             axis = ends[0] if ends else len(shape) - 1
         wanted = shape if targets.is_floating_point() else shape[:axis] + shape[axis + 1 :]
