@@ -17,9 +17,9 @@ class CrossEntropy(Loss):
     """Softmax cross-entropy -sum_k q_k log p_k: class weights, label smoothing and ignored targets as torch has them.
 
     A sample has one place, outputs [N, C], or several: a sequence [N, T, C] with targets [N, T], or with the classes
-    first, as in images, [N, C, ...] with targets [N, ...]. Places of one sample interact in the model, so the sample is the whole
-    sequence, its loss the sum over places, and what it adds to the divisor the number of places that are not ignored
-    (the class weights of their targets): over all data the mean per place, as torch has it for all data in one batch.
+    first, as in images, [N, C, ...] with targets [N, ...]. Places of one sample interact in the model, so the sample is
+    the whole sequence, its loss the sum over places, and what it adds to the divisor the number of places that are not
+    ignored (the class weights of their targets): over all data the mean per place, as torch has it for one batch.
     `shift` compares what stands at place t with the target at t + shift: outputs[:, :-shift] with targets[:, shift:].
 
     With any targets q the Hessian of a place is (sum_k q_k)(diag p - p p^T) = S S^T, S = diag(sqrt p) - p sqrt(p)^T, of
