@@ -125,7 +125,7 @@ class Embedding(LayerKind):
         def run(along: Along, into: Into, count: int) -> None:
             width, meta = self._width, sizes(self.layer.node)
             columns = torch.arange(most * width, device=rank.device)
-            for part in columns.split(count):
+            for part in torch.split(columns, count):
                 slot, column = part // width, part % width
                 here = (rank[None] == slot[:, None, None]) & (self._numbers >= 0)[None]  # [K, samples, places]
                 seed = torch.zeros(*here.shape, width, dtype=meta.dtype, device=rank.device)
