@@ -33,6 +33,14 @@ class Collector:
         else:
             self._sums(name)[low * fan : (low + len(rows)) * fan] = values
 
+    def scatter(self, name: str, places: Tensor, values: Tensor) -> None:
+        """Second derivatives [k, N] of the entries `places` [k, N]."""
+        sums, added = self._sums(name), values.double()
+        if self.per_sample:
+            sums.scatter_add_(0, places, added)
+        else:
+            sums.index_add_(0, places.reshape(-1), added.reshape(-1))
+
     def _sums(self, name: str) -> Tensor:
         """What there is of a parameter, zeros where nothing was added."""
         if name not in self._flat:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hessdiag.graph import Linearisation
 from hessdiag.problem.objective import Objective
-from hessdiag.problem.persample import Curvature, Loss, Written
+from hessdiag.problem.persample import Curvature, Diagonals, Loss
 
 ROUNDINGS = 256.0
 
@@ -25,6 +25,10 @@ class _UnitLoss(Loss):
 
     def __init__(self, loss: Loss) -> None:
         self.loss, self.name = loss, loss.name
+
+    def by_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """As the loss does."""
+        return self.loss.by_sample(outputs, targets)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """As the loss does."""
@@ -39,10 +43,9 @@ class _UnitLoss(Loss):
         f = outputs.detach().double().reshape(len(outputs), -1)
         size = max(float(f.abs().max()), 1.0)
         gradient = size * torch.cos(torch.arange(f.numel(), device=f.device) * 2.3).sign().to(f).reshape(f.shape)
-        eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device) * size**0.5
-        factor = eye[:, None, :].expand(-1, len(f), -1)
-        signs = torch.ones(len(eye), dtype=f.dtype, device=f.device)
-        return Curvature(gradient.sum(1), gradient, Written(factor), signs)
+        columns = Diagonals(torch.full_like(f, size**0.5))
+        signs = torch.ones(columns.count, dtype=f.dtype, device=f.device)
+        return Curvature(gradient.sum(1), gradient, columns, signs)
 
 
 def unit(objective: Objective, inputs: Any, targets: Tensor, index: int) -> Linearisation:

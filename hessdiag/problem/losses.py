@@ -9,37 +9,60 @@ from torch.nn import functional as F
 from hessdiag.errors import ConfigurationError, TargetError, UnknownNameError, nearest
 from hessdiag.problem.persample import CallableLoss, Columns, Curvature, Diagonals, Loss, PerSample, as_rows
 
+IGNORE = -100
+"""torch's own ignore_index."""
+
 
 class CrossEntropy(Loss):
-    """Softmax cross-entropy -sum_k q_k log p_k, with class weights and label smoothing as torch defines them.
+    """Softmax cross-entropy -sum_k q_k log p_k: class weights, label smoothing and ignored targets as torch has them.
 
-    With any targets q the Hessian is (sum_k q_k)(diag p - p p^T) = S S^T, S = diag(sqrt p) - p sqrt(p)^T, of
+    A sample has one place, outputs [N, C], or several: a sequence [N, T, C] with targets [N, T], or with the classes
+    first, as in images, [N, C, ...] with targets [N, ...]. Places of one sample interact in the model, so the sample is
+    the whole sequence, its loss the sum over places, and what it adds to the divisor the number of places that are not
+    ignored (the class weights of their targets): over all data the mean per place, as torch has it for one batch.
+    `shift` compares what stands at place t with the target at t + shift: outputs[:, :-shift] with targets[:, shift:].
+
+    With any targets q the Hessian of a place is (sum_k q_k)(diag p - p p^T) = S S^T, S = diag(sqrt p) - p sqrt(p)^T, of
     rank C - 1: its null direction sqrt(p) is turned onto the last axis by a Householder reflection and dropped.
     """
 
     name = "cross_entropy"
 
-    def __init__(self, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+        ignore_index: int = IGNORE,
+        class_axis: int | None = None,
+        shift: int = 0,
+    ) -> None:
         if not 0.0 <= label_smoothing <= 1.0:
             raise ConfigurationError(f"label_smoothing must lie in [0, 1], not {label_smoothing}")
         if class_weights is not None and (class_weights.ndim != 1 or not bool((class_weights >= 0).all())):
             raise ConfigurationError("class_weights must be one non-negative number per class")
+        if class_axis not in (None, 1, -1):
+            raise ConfigurationError(f"class_axis is 1 ([N, C, ...]) or -1 ([N, ..., C]), not {class_axis!r}")
+        if not isinstance(shift, int) or isinstance(shift, bool) or shift < 0:
+            raise ConfigurationError(f"shift must be a whole number >= 0, not {shift!r}")
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
+        self.ignore_index, self.class_axis, self.shift = ignore_index, class_axis, shift
+
+    def by_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[N, T, C] where a model returns the places of all samples as rows, [N T, C], for targets [N, T]."""
+        rows = outputs.ndim == 2 and targets.ndim > 1 and not targets.is_floating_point()
+        folded = rows and len(targets) < len(outputs) == targets.numel()
+        return outputs.reshape(*targets.shape, -1) if folded else outputs
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Outputs [N, C]; targets are class indices [N] in 0..C-1, or probabilities [N, C]."""
-        if outputs.ndim != 2:
+        """Targets are class indices, in 0..C-1 or ignored, one per place; or probabilities shaped like the outputs."""
+        if outputs.ndim < 2:
             raise TargetError(
-                f"cross_entropy needs outputs of shape [N, C], the model gave {list(outputs.shape)}; "
-                "flatten them or pass loss=callable"
+                f"cross_entropy needs outputs of shape [N, C] or [N, T, C], the model gave {list(outputs.shape)}; "
+                "let it return one column per class, or pass loss=callable"
             )
-        classes = outputs.shape[1]
-        if self.class_weights is not None and len(self.class_weights) != classes:
-            raise ConfigurationError(f"{len(self.class_weights)} class weights for {classes} outputs")
         if targets.is_floating_point():
-            if bool((targets < 0).any()):
-                raise TargetError("probability targets must not be negative")
             if targets.ndim == 1 and len(targets) == len(outputs) and bool((targets == targets.round()).all()):
                 raise TargetError(
                     f"targets are whole numbers stored as {targets.dtype}: if they are classes, give targets.long(); "
@@ -49,86 +72,194 @@ class CrossEntropy(Loss):
                 raise TargetError(
                     f"probability targets must have the outputs' shape {list(outputs.shape)}, not {list(targets.shape)}"
                 )
-            return
-        if targets.ndim != 1 or len(targets) != len(outputs):
-            raise TargetError(f"class targets must have shape [{len(outputs)}], not {list(targets.shape)}")
-        if targets.dtype == torch.bool or targets.is_complex():
+            if bool((targets < 0).any()):
+                raise TargetError("probability targets must not be negative")
+            if self.shift:
+                raise ConfigurationError("shift is for targets that are class indices")
+        elif targets.dtype == torch.bool or targets.is_complex():
             raise TargetError(f"class targets must be integers, not {targets.dtype}")
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= classes:
-            wrong = low if low < 0 else high
-            raise TargetError(f"target {wrong} is out of range: the model has {classes} outputs (0 to {classes - 1})")
-
-    def _soft_targets(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        classes, dtype = outputs.shape[1], outputs.dtype
-        weight = None if self.class_weights is None else self.class_weights.to(outputs)
+        classes = outputs.shape[self._axis(outputs.shape, targets)]
+        if self.class_weights is not None and len(self.class_weights) != classes:
+            raise ConfigurationError(f"{len(self.class_weights)} class weights for {classes} outputs")
         if targets.is_floating_point():
-            soft = targets.to(dtype) * (1 - self.label_smoothing) + self.label_smoothing / classes
-            return soft if weight is None else soft * weight
-        soft = F.one_hot(targets.long(), classes).to(dtype) * (1 - self.label_smoothing)
-        soft = soft + self.label_smoothing / classes
-        return soft if weight is None else soft * weight
+            return
+        if self.shift and (targets.ndim != 2 or targets.shape[1] <= self.shift):
+            raise TargetError(
+                f"shift={self.shift} needs targets [N, T] with T > {self.shift}, not {list(targets.shape)}"
+            )
+        wrong = targets[((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)]
+        if len(wrong):
+            raise TargetError(
+                f"target {int(wrong[0])} is out of range: the model has {classes} outputs (0 to {classes - 1}); "
+                f"only ignore_index={self.ignore_index} may lie outside"
+            )
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """-sum_k q_k log softmax(f)_k."""
-        return -(self._soft_targets(outputs, targets) * F.log_softmax(outputs, 1)).sum(1)
+        """-sum_k q_k log softmax(f)_k, summed over the places of a sample."""
+        log_p = F.log_softmax(self._places(outputs, targets), -1)
+        if targets.is_floating_point():
+            return -(self._probabilities(outputs, targets) * log_p).sum((1, 2))
+        numbers, kept = self._numbers(targets, log_p.dtype)
+        scale = self._class_weights(log_p)
+        here = kept if scale is None else kept * scale[numbers]
+        loss = -(1 - self.label_smoothing) * here * log_p.gather(-1, numbers[..., None])[..., 0]
+        if self.label_smoothing:
+            smooth = log_p.sum(-1) if scale is None else log_p @ scale
+            loss = loss - self.label_smoothing / log_p.shape[-1] * kept * smooth
+        return loss.sum(1)
 
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Weights of the target classes, as torch divides by them; 1 for probability targets."""
-        if self.class_weights is None or targets.is_floating_point():
-            return super().weights(outputs, targets)
-        return self.class_weights.to(outputs.device, torch.float64)[targets.long()]
+        """Places that are not ignored, or the weights of their classes, as torch divides by them."""
+        if targets.is_floating_point():
+            places = targets.numel() // max(len(targets) * targets.shape[self._axis(targets.shape, targets)], 1)
+            return super().weights(outputs, targets) * places
+        numbers, kept = self._numbers(targets, torch.float64)
+        weight = self._class_weights(kept)
+        return (kept if weight is None else kept * weight[numbers]).sum(1).to(outputs.device)
 
     def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
-        """Closed form; C - 1 columns, all of positive sign."""
-        f = outputs.detach().double()
-        q = self._soft_targets(f, targets)
-        mass = q.sum(1, keepdim=True)
-        log_p = F.log_softmax(f, 1)
-        p = log_p.exp()
-        columns = SoftmaxColumns(p, (0.5 * log_p).exp(), mass.sqrt())
+        """Closed form; C - 1 columns a place, all of positive sign."""
+        f = self._places(outputs.detach().double(), targets)
+        first = outputs.ndim > 2 and self._axis(outputs.shape, targets) == 1
+        log_p = F.log_softmax(f, -1)
+        gradient = log_p.exp()
+        if targets.is_floating_point():
+            q = self._probabilities(f, targets)
+            mass = q.sum(-1, keepdim=True)
+            loss = -(q * log_p).sum((1, 2))
+            gradient = gradient.mul_(mass).sub_(q)
+        else:
+            numbers, kept = self._numbers(targets, f.dtype)
+            scale = self._class_weights(f)
+            one, smooth = 1 - self.label_smoothing, self.label_smoothing / f.shape[-1]
+            here = one * (kept if scale is None else kept * scale[numbers])
+            rest = smooth * kept[..., None] * (torch.ones_like(f[0, 0]) if scale is None else scale)
+            mass = here[..., None] + rest.sum(-1, keepdim=True)
+            loss = -(here * log_p.gather(-1, numbers[..., None])[..., 0]).sum(1)
+            gradient = gradient.mul_(mass)
+            if smooth:
+                loss = loss - (rest * log_p).sum((1, 2))
+                gradient -= rest
+            gradient.scatter_add_(-1, numbers[..., None], -here[..., None])
+        columns = SoftmaxColumns(log_p, mass.sqrt(), first=first)
         signs = torch.ones(columns.count, dtype=f.dtype, device=f.device)
-        return Curvature(-(q * log_p).sum(1), mass * p - q, columns, signs)
+        return Curvature(loss, columns.flat(gradient), columns, signs)
+
+    # -- places and classes
+
+    def _axis(self, shape: torch.Size, targets: Tensor) -> int:
+        """Where the classes are; refused where the shapes leave it open."""
+        if len(shape) == 2 or self.class_axis == 1:
+            axis = 1
+        elif self.class_axis == -1:
+            axis = len(shape) - 1
+        else:
+            ends = [axis for axis in (1, len(shape) - 1) if shape[:axis] + shape[axis + 1 :] == targets.shape]
+            if targets.is_floating_point() or len(ends) == 2:
+                raise TargetError(
+                    f"outputs {list(shape)} with targets {list(targets.shape)} may have their classes first or "
+                    "last; say Objective(..., class_axis=-1) for [N, T, C], class_axis=1 for [N, C, T]"
+                )
+            axis = ends[0] if ends else len(shape) - 1
+        wanted = shape if targets.is_floating_point() else shape[:axis] + shape[axis + 1 :]
+        if targets.shape != wanted:
+            raise TargetError(
+                f"class targets for outputs of shape {list(shape)} must have shape {list(wanted)}, "
+                f"not {list(targets.shape)}"
+            )
+        return axis
+
+    def _places(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[N, places, C]."""
+        if outputs.ndim == 2:
+            return outputs[:, None]
+        moved = outputs.movedim(self._axis(outputs.shape, targets), -1)
+        return moved.reshape(len(outputs), -1, moved.shape[-1])
+
+    def _numbers(self, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(class of every place, 0 where it is ignored; 1 where it counts, else 0), [N, places]."""
+        numbers = targets.long()
+        if self.shift:
+            ended = torch.full_like(numbers[:, : self.shift], self.ignore_index)
+            numbers = torch.cat([numbers[:, self.shift :], ended], 1)
+        numbers = numbers.reshape(len(numbers), -1)
+        kept = numbers != self.ignore_index
+        return torch.where(kept, numbers, 0), kept.to(dtype)
+
+    def _probabilities(self, like: Tensor, targets: Tensor) -> Tensor:
+        """Targets [N, places, C], smoothed and weighted."""
+        soft = self._places(targets.to(like.dtype), targets) * (1 - self.label_smoothing)
+        soft = soft + self.label_smoothing / soft.shape[-1]
+        weight = self._class_weights(soft)
+        return soft if weight is None else soft * weight
+
+    def _class_weights(self, like: Tensor) -> Tensor | None:
+        return None if self.class_weights is None else self.class_weights.to(like)
 
 
 class SoftmaxColumns(Columns):
-    """S R without its last column, times sqrt(mass): S = diag(sqrt p) - p sqrt(p)^T, R = I - 2 a a^T the reflection
-    that turns S's null direction sqrt(p) onto the last axis (a along sqrt(p) + e_C).
+    """S R without its last column, times `scale`, at every place: S = diag(sqrt p) - p sqrt(p)^T, R = I - 2 a a^T the
+    reflection that turns S's null direction sqrt(p) onto the last axis (a along sqrt(p) + e_C).
 
-    Both are a diagonal and a product of two vectors, so that sums and products cost N C and no square is written.
+    Both are a diagonal and a product of two vectors, so that sums and products cost N C a place and no square is
+    written: S a = sqrt(p_C) (e_C - p) / |sqrt(p) + e_C|. Columns go place by place; all that is kept is log p,
+    [N, places, C], and `scale` [N, places, 1]. `first` says that the outputs have their classes before the places.
     """
 
-    def __init__(self, p: Tensor, root: Tensor, scale: Tensor) -> None:
-        self.p, self.root, self.scale = p, root, scale
-        self.count = p.shape[1] - 1
-        axis = root.clone()
-        axis[:, -1] += 1.0
-        self.axis: Tensor = axis / axis.norm(dim=1, keepdim=True)
+    apart = True
+
+    def __init__(self, log_p: Tensor, scale: Tensor, *, first: bool = False) -> None:
+        self.log_p, self.scale, self.first = log_p, scale, first
+        self._each = log_p.shape[2] - 1
+        self.count = log_p.shape[1] * self._each
+        self._last = (0.5 * log_p[..., -1:]).exp()
+        self._length = (2.0 * (1.0 + self._last)).sqrt()
+
+    def flat(self, values: Tensor) -> Tensor:
+        """[..., places, C] in the order of the outputs, [..., their number]."""
+        return (values.transpose(-1, -2) if self.first else values).flatten(-2)
+
+    def diagonal(self) -> Tensor:
+        """scale^2 p (1 - p)."""
+        p = self.log_p.exp()
+        return self.flat(p.mul_(-torch.expm1(self.log_p)).mul_(self.scale.square()))
 
     def part(self, low: int, high: int) -> Tensor:
         """S (e_c - 2 a_c a)."""
-        picked = self.axis[:, low:high].T[:, :, None]
-        out: Tensor = picked * (-2.0 * self._s(self.axis))
-        rows = torch.arange(high - low, device=out.device)
-        root = self.root[:, low:high].T
-        out -= root[:, :, None] * self.p
-        out[rows, :, rows + low] += root
-        return out.mul_(self.scale)
+        columns = torch.arange(low, high, device=self.log_p.device)
+        place, c = columns // max(self._each, 1), columns % max(self._each, 1)
+        rows = torch.arange(len(columns), device=columns.device)
+        log_p = self.log_p.transpose(0, 1)[place]  # [k, N, C]
+        root = (0.5 * log_p[rows, :, c]).exp()[..., None]
+        last, length, scale = (x.transpose(0, 1)[place] for x in (self._last, self._length, self.scale))
+        turned = -2.0 * root / length**2 * last  # S a is last / length (e_C - p), a_c is root / length
+        value = log_p.exp().mul_(-root - turned)
+        value[rows, :, c] += root[..., 0]
+        value[..., -1] += turned[..., 0]
+        out = value.new_zeros(len(columns), *self.log_p.shape)
+        out[rows, :, place] = value.mul_(scale)
+        return self.flat(out)
 
     def combined(self, weights: Tensor) -> Tensor:
         """S R w."""
-        w = F.pad(weights.T, (0, 1))
-        return self.scale * self._s(w - 2.0 * (w * self.axis).sum(1, keepdim=True) * self.axis)
+        w = F.pad(weights.T.reshape(*self.log_p.shape[:2], self._each), (0, 1))
+        root = (0.5 * self.log_p).exp()
+        out = root * w
+        inner = out.sum(-1, keepdim=True)  # sqrt(p).w, w_C being zero
+        turned = -2.0 * inner / self._length**2 * self._last
+        out -= root.square_().mul_(inner + turned)
+        out[..., -1:] += turned
+        return self.flat(out.mul_(self.scale))
 
     def against(self, vectors: Tensor) -> Tensor:
         """R S^T v without its last entry."""
-        u: Tensor = self.root * (vectors - (self.p * vectors).sum(1, keepdim=True))
-        u = u - 2.0 * (u * self.axis).sum(1, keepdim=True) * self.axis
-        return (self.scale * u)[:, :-1].T
-
-    def _s(self, v: Tensor) -> Tensor:
-        rooted = self.root * v
-        return rooted - self.p * rooted.sum(1, keepdim=True)
+        n, places, classes = self.log_p.shape
+        v = vectors.reshape(n, classes, places).transpose(1, 2) if self.first else vectors.reshape(n, places, classes)
+        root = (0.5 * self.log_p).exp()
+        u = root * (v - (self.log_p.exp() * v).sum(-1, keepdim=True))
+        along = ((u * root).sum(-1, keepdim=True) + u[..., -1:]) / self._length**2
+        u = (u - 2.0 * along * root)[..., :-1]
+        return (self.scale * u).flatten(1).T
 
 
 class SquaredError(Loss):
@@ -193,14 +324,31 @@ class BinaryCrossEntropy(Loss):
 LOSSES = ("cross_entropy", "mse", "half_mse", "bce")
 
 
-def make_loss(loss: str | PerSample, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> Loss:
+def make_loss(
+    loss: str | PerSample,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+    ignore_index: int = IGNORE,
+    class_axis: int | None = None,
+    shift: int = 0,
+) -> Loss:
     """A loss by its name, or around a per-sample callable."""
-    if (label_smoothing or class_weights is not None) and loss != "cross_entropy":
-        raise ConfigurationError("label_smoothing and class_weights belong to loss='cross_entropy'")
+    given = label_smoothing or class_weights is not None or ignore_index != IGNORE or class_axis is not None or shift
+    if given and loss != "cross_entropy":
+        raise ConfigurationError(
+            "label_smoothing, class_weights, ignore_index, class_axis and shift belong to loss='cross_entropy'"
+        )
     if callable(loss):
         return CallableLoss(loss)
     if loss == "cross_entropy":
-        return CrossEntropy(label_smoothing=label_smoothing, class_weights=class_weights)
+        return CrossEntropy(
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            ignore_index=ignore_index,
+            class_axis=class_axis,
+            shift=shift,
+        )
     if loss in ("mse", "half_mse"):
         return SquaredError(half=loss == "half_mse")
     if loss == "bce":

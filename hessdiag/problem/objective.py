@@ -27,7 +27,7 @@ from hessdiag.errors import (
     ran_out,
 )
 from hessdiag.problem.forward import forward, leaves, unwrapped
-from hessdiag.problem.losses import make_loss
+from hessdiag.problem.losses import IGNORE, make_loss
 from hessdiag.problem.outputs import Output, advice, meant
 from hessdiag.problem.persample import Loss, PerSample
 from hessdiag.problem.selection import choose
@@ -39,8 +39,11 @@ _DROPOUT = nn.modules.dropout._DropoutNd
 class Objective:
     """A `model` and a `loss`, ready to be differentiated on batches.
 
-    `loss` is "cross_entropy" (with `label_smoothing` and `class_weights` as torch has them), another name, or any
-    callable that gives one value per sample. `parameters` chooses some of the model's: names, a regular expression
+    `loss` is "cross_entropy" (with `label_smoothing`, `class_weights` and `ignore_index` as torch has them), another
+    name, or any callable that gives one value per sample. Of sequences, outputs [N, T, C] and targets [N, T], the
+    sample is the sequence and the mean is per token that counts; `shift=1` compares each token's output with the next
+    token, outputs[:, :-1] with targets[:, 1:]. `class_axis` says where the classes are, 1 or -1, if shapes do not.
+    `parameters` chooses some of the model's: names, a regular expression
     matched against whole names, or a function of the name.
     `l2` adds (l2/2)|theta|^2 over the chosen parameters: +l2 on every diagonal entry (counted with the
     Gauss-Newton part, being positive and free of sigma''). Off by default.
@@ -58,6 +61,9 @@ class Objective:
         l2: float = 0.0,
         label_smoothing: float = 0.0,
         class_weights: Tensor | Sequence[float] | None = None,
+        ignore_index: int = IGNORE,
+        class_axis: int | None = None,
+        shift: int = 0,
         output: Output = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
@@ -70,7 +76,14 @@ class Objective:
             raise ConfigurationError("forward must be a function (model, inputs) -> outputs")
         self.model = model = unwrapped(model)
         self.output, self.call = output, forward
-        self.loss: Loss = make_loss(loss, label_smoothing=label_smoothing, class_weights=weights)
+        self.loss: Loss = make_loss(
+            loss,
+            label_smoothing=label_smoothing,
+            class_weights=weights,
+            ignore_index=ignore_index,
+            class_axis=class_axis,
+            shift=shift,
+        )
         self.l2 = float(l2)
         self.parameters: dict[str, nn.Parameter] = choose(model, parameters)
         first = next(iter(self.parameters.values()))
@@ -144,6 +157,8 @@ class Objective:
             raise ConfigurationError(f"the model returned {_describe(outputs)}; {advice(outputs)}")
         if not outputs.is_floating_point():
             raise DtypeError(f"the model's outputs are {outputs.dtype}; real floating-point outputs are needed")
+        if outputs.ndim:
+            outputs = self.loss.by_sample(outputs, targets)
         if outputs.ndim == 0 or len(outputs) != len(targets):
             raise TargetError(
                 f"batch {index}: outputs of shape {list(outputs.shape)} for {len(targets)} targets; "

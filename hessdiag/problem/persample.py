@@ -7,8 +7,9 @@ Everything is computed in float64 from the outputs: in float32 the softmax of a 
 the digits of p - 1 that the gradient consists of.
 
 Every loss here is *a sum over samples divided by a weight that is known only when all data were seen*
-(the number of samples, or for class weights the sum of the weights of the targets); the weight of each
-sample is returned beside its loss, and the division is left to whoever sums.
+(the number of samples; of sequences the number of their tokens that count; for class weights the sum of the
+weights of the targets). The weight of each sample is returned beside its loss, and the division is left to whoever
+sums. A mean over a population is then E[loss of a sample] / E[its weight]: per token, not per sequence.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ class Columns:
     """
 
     count: int
+    apart: bool = False
+    """Whether outputs of one channel at different places (tokens, pixels) are known to have no mixed derivative."""
+
+    def diagonal(self) -> Tensor:
+        """sum_c s_c^2, [N, C]: the Hessian's own diagonal where all signs are positive."""
+        raise NotImplementedError
 
     def part(self, low: int, high: int) -> Tensor:
         """Columns low..high-1, [high - low, N, C]."""
@@ -68,9 +75,15 @@ class Written(Columns):
 class Diagonals(Columns):
     """One column per output, with one entry: for a Hessian diag(root^2), root [N, C]."""
 
+    apart = True
+
     def __init__(self, root: Tensor) -> None:
         self.root = root
         self.count = root.shape[1]
+
+    def diagonal(self) -> Tensor:
+        """root^2."""
+        return self.root.square()
 
     def part(self, low: int, high: int) -> Tensor:
         """root_nc e_c."""
@@ -131,6 +144,10 @@ class Loss:
 
     name: str
 
+    def by_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The outputs with the samples as first axis, where a model has folded their places into it."""
+        return outputs
+
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise TargetError if the targets do not fit the outputs."""
 
@@ -139,7 +156,7 @@ class Loss:
         raise NotImplementedError
 
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """What each sample adds to the divisor of the mean: 1 unless classes are weighted."""
+        """What each sample adds to the divisor of the mean: 1 unless places or classes are counted."""
         return torch.ones(len(targets), dtype=torch.float64, device=outputs.device)
 
     def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:

@@ -85,6 +85,9 @@ class Into(Protocol):
     def outer(self, name: str, low: int, rows: Tensor, columns: Tensor) -> None:
         """Those of the rows low.. of a matrix: sum over n of rows[a, n] columns[n, i]."""
 
+    def scatter(self, name: str, places: Tensor, values: Tensor) -> None:
+        """Those [k, N] of entries that each sample names for itself, `places` [k, N]."""
+
 
 @dataclass(frozen=True)
 class Way:
