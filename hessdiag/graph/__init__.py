@@ -8,7 +8,7 @@ from hessdiag.graph.layers import Layer, LayerKind, register_layer
 from hessdiag.graph.linearise import Linearisation
 from hessdiag.graph.nodes import edge_shape
 from hessdiag.graph.reading import Graph
-from hessdiag.graph.sites import Pointwise, Site, SiteKind, register_site
+from hessdiag.graph.sites import Map, Pointwise, Site, SiteKind, register_site
 from hessdiag.graph.visit import visit
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Layer",
     "LayerKind",
     "Linearisation",
+    "Map",
     "Pointwise",
     "Site",
     "SiteKind",

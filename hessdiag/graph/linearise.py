@@ -5,16 +5,17 @@ For a loss summed over the samples of a batch (mathematics: the site identity)
     H_kk = sum_n (df_n/dtheta_k)^T (d2l_n/df2) (df_n/dtheta_k) + sum_j c_j (dz_j/dtheta_k)^2,
     c_j = sigma''(z_j) dl/dh_j   at an elementwise node h = sigma(z).
 
-A product h = a b of two activations adds 2 g da db, g = dl/dh; by polarisation two sites of opposite sign,
-(g/2) ((lam da + db/lam)^2 - (lam da - db/lam)^2). Sites whose z are elementwise functions of one and the same tensor
-u are merged into one on u, c_u = sum c_j (dz_j/du)^2 (and 2 g a'(u) b'(u) for a product): x * sigmoid(x) written out
-costs no more than SiLU.
+A node with several inputs y = phi(u) adds <g, phi''(du, du)>, g = dl/dy, written as sites by its kind (see
+`hessdiag.graph.sites.site`); a product h = a b of two activations is a pair, 2 g da db. Sites whose z are elementwise
+functions of one and the same tensor u are merged into one on u, c_u = sum c_j (dz_j/du)^2 (and 2 g a'(u) b'(u) for a
+product): x * sigmoid(x) written out costs no more than SiLU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from hessdiag.graph.reading import Graph, detach_guard
 from hessdiag.graph.saved import constant
 from hessdiag.graph.sites import Pointwise, Site, SiteKind
 from hessdiag.graph.sites.elementwise import Elementwise, derivatives
-from hessdiag.graph.sites.product import Product
+from hessdiag.graph.sites.site import pulled
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import Curvature
 
@@ -79,9 +80,12 @@ class Linearisation:
             self.weight = float(objective.loss.weights(self.outputs, targets).sum())
         if not bool(torch.isfinite(self.curvature.loss).all()):
             raise NonFiniteError(f"batch {index}: the loss {objective.loss.name!r} is not finite; check the targets")
-        self.balance = dict(balance or {})
         self.sites: list[Site] = self._find_sites(index)
-        owners = {edge_key(site.legs[0][0]): n for n, site in enumerate(self.sites) if len(site.legs) == 1}
+        pairs = [number for number, site in enumerate(self.sites) if site.right]
+        for number, lam in (balance or {}).items():
+            if number < len(pairs):
+                self.sites[pairs[number]] = replace(self.sites[pairs[number]], lam=lam)
+        owners = {edge_key(site.legs[0][0]): n for n, site in enumerate(self.sites) if site.plain}
         self.direct: dict[int, Direct] = find_direct(self.graph, owners)
 
     @property
@@ -95,18 +99,20 @@ class Linearisation:
         output_seed: Tensor | None,
         targets: Sequence[GradientEdge | Tensor],
         *,
+        right: Sequence[Tensor | None] | None = None,
         create_graph: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """One backward pass with many roots: sum_j seed_j dz_j/dt + output_seed . df/dt for every t in `targets`."""
+        """One backward pass with many roots: sum_j seed_j dz_j/dt + output_seed . df/dt for every t in `targets`.
+
+        Of a pair the second half takes the seeds of `right`, or without these the same as the first.
+        """
         roots: list[Any] = []
         vectors: list[Tensor] = []
-        for site, seed in zip(self.sites, seeds):
-            if seed is None:
-                continue
-            for edge, factor in site.legs:
-                roots.append(GradientEdge(*edge))
-                plain = isinstance(factor, float) and factor == 1.0
-                vectors.append((seed if plain else seed * factor).sum_to_size(edge_shape(edge)))
+        for site, seed, other in zip(self.sites, seeds, seeds if right is None else right):
+            for legs, s in ((site.legs, seed), (site.right, other)):
+                for edge, vector in pulled(legs, s) if s is not None else ():
+                    roots.append(GradientEdge(*edge))
+                    vectors.append(vector)
         if output_seed is not None:
             roots.append(self.outputs)
             vectors.append(output_seed.to(self.outputs.dtype).reshape(self.outputs.shape))
@@ -151,10 +157,15 @@ class Linearisation:
             raw = [_Bend(kind, node, g, self._name(node)) for (kind, node), g in zip(self.graph.bends, adjoints)]
             for bend in raw:
                 if not all(bool(torch.isfinite(c).all()) for c in bend.form.values()):
-                    raise NonFiniteError(
-                        f"batch {index}: {bend.node.name()} {self.graph.place(bend.node)} has NaN or Inf curvature"
-                    )
-            return self._merge(raw)
+                    self._not_finite(index, bend.name)
+            sites = self._merge(raw)
+            for site in sites:
+                if not bool(torch.isfinite(site.c).all()):
+                    self._not_finite(index, site.name)
+            return sites
+
+    def _not_finite(self, index: int, where: str) -> NoReturn:
+        raise NonFiniteError(f"batch {index}: {where} has NaN or Inf curvature")
 
     def _merge(self, raw: list[_Bend]) -> list[Site]:
         """Sites of all nodes; those whose inputs are functions of one tensor, entry by entry, become sites of it."""
@@ -165,13 +176,11 @@ class Linearisation:
                 count[key] = count.get(key, 0) + 1
         merged: dict[Key, tuple[str, Edge, Tensor]] = {}
         sites: list[Site] = []
-        products = 0
         for bend, found in zip(raw, bases):
-            product, products = products, products + issubclass(bend.kind, Product)
             edge = found[0][0] if found else None
             alone = edge is None or (len(found) == 1 and count[edge_key(edge)] == 1)
             if alone or len({edge_key(edge) for edge, _ in found}) > 1:
-                sites += self._sites(bend, product)
+                sites += self._sites(bend)
                 continue
             assert edge is not None
             slopes = {slot: slope for slot, (_, slope) in zip(bend.slots, found)}
@@ -180,7 +189,7 @@ class Linearisation:
                 part = c * slopes[i] * (slopes[i] if i == j else 2 * slopes[j])
                 weight = part if weight is None else weight + part
             if weight is None or tuple(weight.shape) != tuple(edge_shape(edge)):
-                sites += self._sites(bend, product)
+                sites += self._sites(bend)
                 continue
             old = merged.get(edge_key(edge))
             name, weight = (bend.name, weight) if old is None else (old[0], old[2] + weight)
@@ -188,10 +197,7 @@ class Linearisation:
         sites += [Site(name, c, ((edge, 1.0),)) for name, edge, c in merged.values()]
         return sites
 
-    def _sites(self, bend: _Bend, product: int) -> list[Site]:
-        if issubclass(bend.kind, Product):
-            lam = self.balance.get(product, 1.0)
-            return bend.kind.halves(bend.node, bend.adjoint, bend.name, product, lam)
+    def _sites(self, bend: _Bend) -> list[Site]:
         if issubclass(bend.kind, Pointwise) and len(bend.slots) == 1:
             return [Site(bend.name, bend.form[bend.slots[0], bend.slots[0]], ((bend.edges[0], 1.0),))]
         return bend.kind.sites(bend.node, bend.adjoint, bend.name)

@@ -85,7 +85,10 @@ class Graph(Live):
         self._below[id(node)] = next((self._below[id(s)] for s in sources if id(s) in self._below), "")
         if node.name() in RANDOM or (node.name() in RANDOM_IN_TRAINING and saved.flag(node, "training")):
             raise StochasticModeError(f"active dropout {self.place(node)}; call model.eval()")
-        if not self._is_layer(node) and not self._is_site(node):
+        if self._is_layer(node):
+            if self.is_layer(node) and self.layers[-1].kind.bends:
+                self._is_site(node)
+        elif not self._is_site(node):
             self._test(node)
 
     def _is_layer(self, node: Any) -> bool:
@@ -121,8 +124,9 @@ class Graph(Live):
             self._found.setdefault(Tested.name, []).append(node)
 
     def _refuse_parameters(self, node: Any) -> None:
+        own = self.layers[-1].own if self.is_layer(node) else ()
         for source, _ in node.next_functions:
-            if is_leaf(source) and self.is_live(source):
+            if is_leaf(source) and self.is_live(source) and self.parameter_of(source) not in own:
                 self.refuse(
                     node,
                     f"parameter {self.parameter_of(source)!r} is not the weight or bias of a known layer",

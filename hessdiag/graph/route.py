@@ -17,7 +17,7 @@ from hessdiag.graph.affine import sign_of
 from hessdiag.graph.moves import Cache, double_backward, factor_of, fan_of, move
 from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape
 from hessdiag.graph.reading import Graph
-from hessdiag.graph.sites import Site
+from hessdiag.graph.sites import Map, Site
 from hessdiag.graph.tangents import Tangent
 
 
@@ -37,9 +37,9 @@ class Route:
                 reached.add(id(node))
                 above.append(node)
         self.sites = [
-            (number, site) for number, site in enumerate(sites) if any(id(edge[0]) in reached for edge, _ in site.legs)
+            (number, site) for number, site in enumerate(sites) if any(id(edge[0]) in reached for edge in site.edges)
         ]
-        needed = {id(edge[0]) for _, site in self.sites for edge, _ in site.legs}
+        needed = {id(edge[0]) for _, site in self.sites for edge in site.edges}
         self.nodes: list[tuple[Any, list[int]]] = []
         for node in reversed(above):
             if id(node) in needed:
@@ -62,7 +62,7 @@ class Route:
         place[id(self.start[0])] = -1
         self._due: dict[int, list[tuple[int, Site]]] = {}
         for number, site in self.sites:
-            legs = [edge for edge, _ in site.legs if id(edge[0]) in place]
+            legs = [edge for edge in site.edges if id(edge[0]) in place]
             when = max(place[id(edge[0])] for edge in legs)
             self._due.setdefault(when, []).append((number, site))
             for node, output in legs:
@@ -85,8 +85,11 @@ class Route:
                 alive.pop(key, None)
         return work + 4.0 * sum(site.c.numel() for _, site in self.sites), max(peak, sum(alive.values()))
 
-    def run(self, seed: Tangent) -> Iterator[tuple[int, Site, Tangent]]:
-        """Move a tangent of the start up; yield every site's dz as it becomes known: (index, site, dz)."""
+    def run(self, seed: Tangent) -> Iterator[tuple[int, Site, Tangent, Tangent | None]]:
+        """Move a tangent of the start up; yield every site's dz as it becomes known: (index, site, dz, dw of a pair).
+
+        Those of a pair are dense; one of which only half is reached adds nothing.
+        """
         tangents: dict[Key, Tangent] = {(id(self.start[0]), self.start[1]): seed}
         yield from self._sites_at(-1, tangents)
         for key in self._ends.get(-1, ()):
@@ -104,32 +107,41 @@ class Route:
 
     def _free(self, position: int, tangents: dict[Key, Tangent]) -> set[int]:
         """Storages that nothing needs once the node at `position` has been passed."""
-        due = {edge_key(edge) for _, site in self._due.get(position, ()) for edge, _ in site.legs}
+        due = {edge_key(edge) for _, site in self._due.get(position, ()) for edge in site.edges}
         ending = [key for key in self._ends.get(position, ()) if key in tangents and key not in due]
         kept = {_storage(tangent) for key, tangent in tangents.items() if key not in ending}
         freed = [_storage(tangents[key]) for key in ending]
         return {storage for storage in freed if storage not in kept and freed.count(storage) == 1}
 
-    def _sites_at(self, position: int, tangents: dict[Key, Tangent]) -> Iterator[tuple[int, Site, Tangent]]:
+    def _sites_at(
+        self, position: int, tangents: dict[Key, Tangent]
+    ) -> Iterator[tuple[int, Site, Tangent, Tangent | None]]:
         for number, site in self._due.get(position, ()):
-            legs = _known(site.legs, tangents)
-            shape = tuple(site.c.shape)
-            if len(legs) == 1 and tuple(edge_shape(legs[0][1])) == shape:
-                factor, _, tangent = legs[0]
-                if isinstance(factor, Tensor):
-                    yield number, site, tangent.scaled(factor.expand(shape))
-                elif factor != 1.0:
-                    yield number, site, Tangent(tangent.value * factor, tangent.factor, tangent.band)
-                else:
-                    yield number, site, tangent
-                continue
-            total: Tensor | None = None
-            for factor, edge, tangent in legs:
-                part = tangent.dense(edge_shape(edge))
+            left, right = (_known(legs, tangents) for legs in (site.legs, site.right))
+            if not site.right:
+                yield number, site, self._along(site, left), None
+            elif left and right:
+                halves = (Tangent(self._along(site, legs).dense(site.c.shape)) for legs in (left, right))
+                yield number, site, next(halves), next(halves)
+
+    def _along(self, site: Site, legs: list[tuple[float | Tensor | Map, Edge, Tangent]]) -> Tangent:
+        """The sum over legs."""
+        shape = tuple(site.c.shape)
+        factor, edge, tangent = legs[0]
+        if len(legs) == 1 and not isinstance(factor, Map) and tuple(edge_shape(edge)) == shape:
+            if isinstance(factor, Tensor):
+                return tangent.scaled(factor.expand(shape))
+            return tangent if factor == 1.0 else Tangent(tangent.value * factor, tangent.factor, tangent.band)
+        total: Tensor | None = None
+        for factor, edge, tangent in legs:
+            part = tangent.dense(edge_shape(edge))
+            if isinstance(factor, Map):
+                part = factor.push(part)
+            else:
                 part = part.reshape(len(part), *(1,) * (len(shape) - part.ndim + 1), *part.shape[1:]) * factor
-                total = part if total is None else total + part
-            assert total is not None
-            yield number, site, Tangent(total.expand(-1, *shape))
+            total = part if total is None else total + part
+        assert total is not None
+        return Tangent(total.expand(-1, *shape))
 
     def _step(self, node: Any, output: int, given: list[tuple[int, Edge, Tangent]], free: set[int]) -> Tangent:
         shape = edge_shape((node, output))

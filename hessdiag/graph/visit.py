@@ -14,17 +14,25 @@ from hessdiag.graph.linearise import Linearisation
 Visitor = Callable[[int, Tensor], None]
 
 
-def visit(batch: Linearisation, seeds: Sequence[Tensor | None], output_seed: Tensor | None, visitor: Visitor) -> None:
+def visit(
+    batch: Linearisation,
+    seeds: Sequence[Tensor | None],
+    output_seed: Tensor | None,
+    visitor: Visitor,
+    *,
+    right: Sequence[Tensor | None] | None = None,
+) -> None:
     """Call `visitor(place, cotangent)` once for every layer that the roots reach, `place` being its index in `layers`.
 
-    The pass goes down to the layers with none below them, and so through all the others.
+    Seeds are those of `Linearisation.backward`. The pass goes down to the layers with none below them, and so through
+    all the others.
     """
     first = [place for place, layer in enumerate(batch.layers) if batch.graph.is_first(layer)]
     handles = []
     try:
         for place in set(range(len(batch.layers))) - set(first):
             handles.append(batch.layers[place].node.register_prehook(_teller(place, visitor)))
-        found = batch.backward(seeds, output_seed, [batch.layers[place].edge for place in first])
+        found = batch.backward(seeds, output_seed, [batch.layers[place].edge for place in first], right=right)
     finally:
         for handle in handles:
             handle.remove()

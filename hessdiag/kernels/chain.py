@@ -28,8 +28,9 @@ from hessdiag.graph.layers import LayerKind
 from hessdiag.graph.layers.linear import Linear, input_edge, is_plain, matrix
 from hessdiag.graph.moves import kinds_of
 from hessdiag.graph.nodes import Edge, is_leaf, sizes
-from hessdiag.graph.sites import Pointwise
+from hessdiag.graph.sites import Map, Pointwise
 from hessdiag.graph.sites.elementwise import derivatives, is_elementwise
+from hessdiag.graph.sites.site import Legs
 
 _NAMES = ("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Alias", "Clone", "View", "UnsafeView", "ReshapeAlias")
 _POINTWISE = frozenset(f"{name}Backward{number}" for name in _NAMES for number in (0, 1))
@@ -88,7 +89,7 @@ def _levels(
 ) -> list[Level] | None:
     curved: dict[int, list[Site]] = {}
     for site in batch.sites:
-        places = {segment.get(id(edge[0]), -1) for edge, _ in site.legs}
+        places = {segment.get(id(edge[0]), -1) for edge in site.edges}
         if len(places) != 1 or -1 in places:
             return None
         if bool(site.c.any()):
@@ -98,11 +99,10 @@ def _levels(
         top: Edge = input_edge(maps[place + 1]) if place + 1 < len(maps) else (batch.outputs.grad_fn, 0)
         c: Tensor | None = None
         for site in curved.get(place, []):
-            slopes = [(_slope(edge, node), factor) for edge, factor in site.legs]
-            if all(slope is None and isinstance(factor, float) and factor == 1.0 for slope, factor in slopes):
-                part = site.c
-            else:
-                part = site.c * sum(factor if slope is None else slope * factor for slope, factor in slopes) ** 2
+            part = site.c
+            if not (site.plain and site.legs[0][0][0] is node):
+                slope = _combined(site.legs, node)
+                part = part * slope * (_combined(site.right, node) if site.right else slope)
             c = part if c is None else c + part
         levels.append(Level(node, layers.get(id(node)), _matrix(batch, node, layers), _slope(top, node), c))
     return levels
@@ -126,6 +126,16 @@ def _is_pointwise(kind: type[NodeKind]) -> bool:
     if issubclass(kind, LayerKind):
         return kind.pointwise is not None
     return issubclass(kind, Pointwise) and kind.live_inputs == 1
+
+
+def _combined(legs: Legs, node: Any) -> Tensor | float:
+    """d(the legs' sum)/d(output of node), entry by entry."""
+    total: Tensor | float = 0.0
+    for edge, factor in legs:
+        assert not isinstance(factor, Map)  # no kind of a chain has one
+        slope = _slope(edge, node)
+        total = total + (factor if slope is None else slope * factor)
+    return total
 
 
 def _slope(edge: Edge, node: Any) -> Tensor | None:

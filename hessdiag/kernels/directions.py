@@ -26,18 +26,20 @@ class Directions:
     def total(self, seed: Tangent) -> Tensor:
         """[K, N]: sum over the sites of each sample of c dz^2."""
         total = torch.zeros(len(seed.value), self.samples, dtype=torch.float64, device=seed.value.device)
-        for _, site, tangent in self.route.run(seed):
+        for _, site, tangent, other in self.route.run(seed):
             value, c = self._at_site(site, tangent)
-            total += (value * c).mul_(value).sum(2)
+            total += (value * c).mul_(value if other is None else self._at_site(site, other)[0]).sum(2)
         return total
 
     def block(self, seed: Tangent) -> Tensor:
-        """[N, K, K]: sum over the sites of each sample of c dz_k dz_l."""
+        """[N, K, K]: sum over the sites of each sample of c dz_k dz_l (of pairs c dz_k dw_l, whose mean with its
+        transpose is meant).
+        """
         places = len(seed.value)
         block = self.batch.outputs.new_zeros(self.samples, places, places)
-        for _, site, tangent in self.route.run(seed):
+        for _, site, tangent, other in self.route.run(seed):
             t, c = self._at_site(site, tangent)
-            block += torch.einsum("knj,nj,lnj->nkl", t, c, t)
+            block += torch.einsum("knj,nj,lnj->nkl", t, c, t if other is None else self._at_site(site, other)[0])
         return block
 
     def _at_site(self, site: Site, tangent: Tangent) -> tuple[Tensor, Tensor]:

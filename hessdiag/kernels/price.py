@@ -44,13 +44,13 @@ class _Nodes:
 
     def __init__(self, graph: Graph, sites: Sequence[Site]) -> None:
         self.place = {id(node): number for number, node in enumerate(graph.nodes)}
-        self.legs = [[self.place[id(edge[0])] for edge, _ in site.legs] for site in sites]
+        self.legs = [[self.place[id(edge[0])] for edge in site.edges] for site in sites]
         self.sizes = [float(site.c.numel()) for site in sites]
         leads = {place for places in self.legs for place in places}
         last: dict[Key, int] = {}
         self.edges: dict[Key, Edge] = {}
         for site, places in zip(sites, self.legs):
-            for edge, _ in site.legs:
+            for edge in site.edges:
                 last[edge_key(edge)] = max(last.get(edge_key(edge), -1), *places)
                 self.edges[edge_key(edge)] = edge
         self.sources: list[list[int]] = [[] for _ in graph.nodes]

@@ -6,12 +6,11 @@ H v is the derivative of <gradient, v>; G v = J^T (d2l/df2) J v, with J v the de
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessdiag.errors import UncoveredModelError, ran_out
 from hessdiag.kernels.tensors import Tensors
@@ -38,7 +37,7 @@ class Products:
         self.objective, self.inputs, self.targets = objective, inputs, targets
         self.names = list(objective.parameters)
         self._parameters = [objective.parameters[name] for name in self.names]
-        with torch.enable_grad(), twice_differentiable():
+        with torch.enable_grad():
             if outputs is None:
                 outputs = objective.outputs(inputs, targets, index=index)
             losses = objective.loss.values(outputs, targets)
@@ -120,11 +119,6 @@ def _gradient(loss: Tensor, parameters: list[Any]) -> tuple[Tensor | None, ...]:
     with once_more():
         found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
     return found
-
-
-def twice_differentiable() -> AbstractContextManager[Any]:
-    """Attention by its formula: the fused kernels have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 @contextmanager

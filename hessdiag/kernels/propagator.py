@@ -6,7 +6,10 @@ form that stays real and needs first-order backward passes only. With independen
     a = sum_{c_j > 0} s_j sqrt(c_j) dz_j/dtheta,   b = sum_{c_j < 0} s_j sqrt(-c_j) dz_j/dtheta,
     E[a^2 - b^2] = functional part,
 
-each of a and b one backward pass with many roots, squared *per sample* layer by layer.
+each of a and b one backward pass with many roots, squared *per sample* layer by layer. A pair, c dz dw, draws one sign
+for both halves: with s sqrt|c| lam dz = A and s sgn(c) sqrt|c| dw / lam = B its share of a is (A + B)/2, that of b
+(A - B)/2, so that a^2 - b^2 = A B. (Read as A = a + b and B = a - b the same two passes are the product form: all sites
+seed A and B with the same signs, and their product is taken per sample.)
 
 What needs no signs is taken out of them. The Gauss-Newton part is exact in one pass per column of the loss's Hessian
 factor (C - 1 for softmax cross-entropy), or takes one signed pass instead. And a layer that feeds a site tensor by an
@@ -23,7 +26,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hessdiag.graph import Linearisation, edge_shape, visit
+from hessdiag.graph import Linearisation, Site, edge_shape, visit
 from hessdiag.kernels.deflation import Deflation, deflation
 from hessdiag.kernels.tensors import Tensors, accumulate, zeros
 from hessdiag.signs import Signs
@@ -58,6 +61,7 @@ class Propagator:
         size = sum(site.c.numel() * site.c.element_size() for site in batch.sites)
         self._small = size <= KEEP_ROOTS
         self._roots: dict[int, list[Tensor | None]] = {}
+        self._blank: list[Tensor | None] = [None] * len(batch.sites)
 
     def direct(self) -> Tensors:
         """The functional part's share of the sites that each layer feeds directly: exact, no pass at all."""
@@ -86,7 +90,7 @@ class Propagator:
             assert self.deflation is not None
             direction = self.deflation.direction(number)
             for sign in (1, -1):
-                self._square_pass(self._seeds(sign, direction), None, out, 1.0 if absolute else float(sign), single)
+                self._square_pass(*self._seeds(sign, direction), None, out, 1.0 if absolute else float(sign), single)
         return out
 
     def functional(self, signs: Signs, replicate: int) -> Tensors:
@@ -103,10 +107,14 @@ class Propagator:
             )
             for number, site in enumerate(self.batch.sites)
         ]
+        return self.beyond(drawn)
+
+    def beyond(self, drawn: Sequence[Tensor]) -> Tensors:
+        """The same for given signs, shaped like the sites; summed over all unit vectors in their place it is exact."""
         out = zeros(self.batch.objective.parameters)
         for sign in (1, -1):
-            left = drawn if self.deflation is None else self.deflation.project(drawn, sign)
-            self._square_pass(self._seeds(sign, left), None, out, float(sign), self._groups)
+            kept = drawn if self.deflation is None else self.deflation.project(drawn, sign)
+            self._square_pass(*self._seeds(sign, kept), None, out, float(sign), self._groups)
         return out
 
     def gauss_newton(self) -> Tensors:
@@ -115,7 +123,7 @@ class Propagator:
         curvature = self.batch.curvature
         single = [1] * len(self.squares)
         for column, sign in curvature.each():
-            self._square_pass([None] * len(self.batch.sites), column, out, sign, single)
+            self._square_pass(self._blank, self._blank, column, out, sign, single)
         return out
 
     def gauss_newton_signed(self, signs: Signs, replicate: int) -> Tensors:
@@ -128,7 +136,7 @@ class Propagator:
             chosen = curvature.signs == sign
             if bool(chosen.any()):
                 seed = curvature.columns.combined(drawn * chosen[:, None])
-                self._square_pass([None] * len(self.batch.sites), seed, out, sign, self._groups)
+                self._square_pass(self._blank, self._blank, seed, out, sign, self._groups)
         return out
 
     def each(self, seeds: Sequence[Tensor | None], output_seed: Tensor | None) -> Tensors:
@@ -140,34 +148,45 @@ class Propagator:
                 out |= square.each(delta.detach())
         return out
 
-    def _seeds(self, sign: int, drawn: Sequence[Tensor]) -> list[Tensor | None]:
-        """Signs (or a direction) times sqrt(max(+-c, 0)), site by site, None where it vanishes."""
+    def _seeds(self, sign: int, drawn: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Signs (or a direction) times sqrt(max(+-c, 0)), site by site, None where it vanishes; and those of the second
+        halves of pairs.
+        """
         roots = self._roots.get(sign)
         if roots is None:
-            roots = [self._root(site.c, sign) for site in self.batch.sites]
+            roots = [self._root(site, sign) for site in self.batch.sites]
             if self._small:
                 self._roots[sign] = roots
-        if self._small:
-            return [None if root is None else root * s.reshape(root.shape) for root, s in zip(roots, drawn)]
-        return [None if root is None else root.mul_(s.reshape(root.shape)) for root, s in zip(roots, drawn)]
+        left: list[Tensor | None] = []
+        right: list[Tensor | None] = []
+        for site, root, s in zip(self.batch.sites, roots, drawn):
+            seed: Tensor | None = None
+            if root is not None:
+                seed = root * s.reshape(root.shape) if self._small else root.mul_(s.reshape(root.shape))
+            pair = seed is not None and bool(site.right)
+            left.append(seed * site.lam if seed is not None and pair else seed)
+            right.append(seed * site.c.sign().mul_(sign / site.lam) if seed is not None and pair else None)
+        return left, right
 
-    def _root(self, c: Tensor, sign: int) -> Tensor | None:
-        part = (c * sign).clamp_(min=0)
-        return part.sqrt_() if bool(part.any()) else None
+    def _root(self, site: Site, sign: int) -> Tensor | None:
+        """sqrt(max(+-c, 0)), of a pair sqrt|c| / 2."""
+        part = site.c.abs() if site.right else (site.c * sign).clamp_(min=0)
+        return part.sqrt_().mul_(0.5 if site.right else 1.0) if bool(part.any()) else None
 
     def _square_pass(
         self,
         seeds: Sequence[Tensor | None],
+        right: Sequence[Tensor | None],
         output_seed: Tensor | None,
         out: Tensors,
         sign: float,
         groups: Sequence[int],
     ) -> None:
-        if output_seed is None and all(seed is None for seed in seeds):
+        if output_seed is None and all(seed is None for seed in (*seeds, *right)):
             return
 
         def square(place: int, delta: Tensor) -> None:
             delta = self.batch.remote(place, delta, seeds)
             accumulate(out, self.squares[place].summed(delta.detach(), group=groups[place]), sign)
 
-        visit(self.batch, seeds, output_seed, square)
+        visit(self.batch, seeds, output_seed, square, right=right)

@@ -81,8 +81,8 @@ def _site_sums(linear: Linearisation, forward: Forward, u: Sequence[Tensor | Non
     """(sum c (J u)^2 + the loss term, the same of absolute values)."""
     pushed, output = forward.along(u)
     value = scale = 0.0
-    for site, along in zip(linear.sites, pushed):
-        weighted = site.c.double() * along.double().square()
+    for site, (left, right) in zip(linear.sites, pushed):
+        weighted = site.c.double() * left.double() * right.double()
         value += float(weighted.sum())
         scale += float(weighted.abs().sum())
     flat = output.double().reshape(linear.samples, -1)
@@ -98,23 +98,32 @@ class Forward:
     def __init__(self, linear: Linearisation, wrt: Sequence[Any]) -> None:
         with torch.enable_grad():
             self._seeds = [torch.zeros_like(site.c, requires_grad=True) for site in linear.sites]
+            self._others = [
+                torch.zeros_like(site.c, requires_grad=True) if site.right else None for site in linear.sites
+            ]
             self._output = torch.zeros_like(linear.outputs, requires_grad=True)
-            self._pulled = linear.backward(self._seeds, self._output, wrt, create_graph=True)
+            self._pulled = linear.backward(self._seeds, self._output, wrt, right=self._others, create_graph=True)
 
-    def along(self, u: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
-        """dz along a direction, for every site, and df; None where a parameter stays."""
-        ends = [*self._seeds, self._output]
+    def along(self, u: Sequence[Tensor | None]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """dz along a direction, twice, or dz and dw of a pair, for every site; and df. None where a parameter stays."""
+        others = [other for other in self._others if other is not None]
+        ends = [*self._seeds, *others, self._output]
         pairs = [(p, d) for p, d in zip(self._pulled, u) if p is not None and p.requires_grad and d is not None]
-        if not pairs:
-            return [torch.zeros_like(s) for s in self._seeds], torch.zeros_like(self._output)
-        roots, vectors = [p for p, _ in pairs], [d for _, d in pairs]
-        found = torch.autograd.grad(roots, ends, vectors, allow_unused=True, retain_graph=True)
+        found: Sequence[Tensor | None] = [None] * len(ends)
+        if pairs:
+            roots, vectors = [p for p, _ in pairs], [d for _, d in pairs]
+            found = torch.autograd.grad(roots, ends, vectors, allow_unused=True, retain_graph=True)
         full = [torch.zeros_like(s) if f is None else f for s, f in zip(ends, found)]
-        return full[:-1], full[-1]
+        count = len(self._seeds)
+        halves = iter(full[count:-1])
+        rights = [dz if other is None else next(halves) for dz, other in zip(full[:count], self._others)]
+        return list(zip(full[:count], rights)), full[-1]
 
 
-def push(linear: Linearisation, wrt: Sequence[Any], along: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """dz along one direction, for every site, and df."""
+def push(
+    linear: Linearisation, wrt: Sequence[Any], along: Sequence[Tensor]
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """What `Forward.along` gives for one direction."""
     return Forward(linear, wrt).along(along)
 
 
@@ -193,12 +202,13 @@ def closed(
             for k in torch.randint(0, parameter.numel(), (2,), generator=generator, device="cpu").tolist():
                 u = one_hot(parameter, name, k)
                 pushed, _ = forward.along([u.get(n) for n in linear.objective.parameters])
-                own = linear.sites[site].c.double() * pushed[site].double().square()
+                own = linear.sites[site].c.double() * pushed[site][0].double().square()
                 off = abs(float(shares[name].reshape(-1)[k]) - float(own.sum()))
                 worst = max(worst, off / (float(own.abs().sum()) or 1.0) if off else 0.0)
-                terms = [(s * p).double() for n, (s, p) in enumerate(zip(seeds, pushed)) if s is not None and n != site]
+                sides = [left + right if one.right else left for one, (left, right) in zip(linear.sites, pushed)]
+                terms = [(s * p).double() for n, (s, p) in enumerate(zip(seeds, sides)) if s is not None and n != site]
                 if name in remote:
-                    size = sum(float((s * p).double().abs().sum()) for s, p in zip(seeds, pushed) if s is not None)
+                    size = sum(float((s * p).double().abs().sum()) for s, p in zip(seeds, sides) if s is not None)
                     mine = float(remote[name].double().sum(0).reshape(-1)[k])
                     off = abs(mine - sum(float(t.sum()) for t in terms))
                     worst = max(worst, off / (size or 1.0) if off else 0.0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.errors import UncoveredModelError
-from hessdiag.graph import Linearisation, edge_shape
+from hessdiag.graph import Linearisation
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors, accumulate
 from hessdiag.signs import BLOCK, Signs
@@ -59,30 +59,22 @@ def choose_groups(batch: Linearisation, seed: int, *, candidates: tuple[int, ...
 
 
 def balance_products(batch: Linearisation, seed: int) -> dict[int, float]:
-    """Lambda of each product of activations, so that both factors reach the parameters with equal strength.
+    """Lambda of each pair, so that both halves reach the parameters with equal strength.
 
-    lambda^4 = |J_b^T s|^2 / |J_a^T s|^2 with random signs s on the product's entries: two backward passes each.
+    lambda^4 = |J_w^T s|^2 / |J_z^T s|^2 with random signs s on its entries, weighted by sqrt|c|: two backward passes.
     """
-    halves: dict[int, int] = {}
-    for number, site in enumerate(batch.sites):
-        if site.product is not None and site.product not in halves:
-            halves[site.product] = number
+    halves = [number for number, site in enumerate(batch.sites) if site.right]
     signs = Signs(seed, batch.outputs.device)
     parameters = list(batch.objective.parameters.values())
     balance: dict[int, float] = {}
-    for product, number in halves.items():
+    blank: list[Tensor | None] = [None] * len(batch.sites)
+    for product, number in enumerate(halves):
         site = batch.sites[number]
         s = signs.plain(site.c, _PILOT, number) * site.c.abs().sqrt()
+        one = [*blank[:number], s, *blank[number + 1 :]]
         strength = []
-        for edge, _ in site.legs:
-            seed_ = s.sum_to_size(edge_shape(edge))
-            found = torch.autograd.grad(
-                [torch.autograd.graph.GradientEdge(*edge)],
-                parameters,
-                [seed_],
-                retain_graph=True,
-                allow_unused=True,
-            )
+        for left, right in ((one, blank), (blank, one)):
+            found = batch.backward(left, None, parameters, right=right)
             strength.append(sum(float(g.double().square().sum()) for g in found if g is not None))
         a, b = strength
         if a > 0 and b > 0:

@@ -5,7 +5,8 @@ the loss, and is not set; nor are an embedding's `scale_grad_by_freq` and `spars
 mended, by the same function in operations that have both: hardsigmoid has no second derivative and keeps 1/6 in
 float32, CELU keeps 1/alpha in float32 (both of 2.13, 3e-8 off in float64), and bags of embeddings have no second
 derivative. A model that switches autocast on inside its own forward is refused: it would be measured as a function of
-bfloat16. Compiled models run as they are: they are no sequence of torch calls.
+bfloat16. Compiled models run as they are: they are no sequence of torch calls. Attention runs
+by its formula, on every device: fused kernels have no second derivative, and hide what bends in them.
 
 Inputs may be a tensor, or tensors in tuples, lists, dictionaries and other mappings (a tokenizer's, `UserDict`).
 """
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,9 +34,14 @@ from hessdiag.errors import UncoveredModelError
 
 def forward(model: nn.Module, inputs: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> Any:
     """What the model gives for a copy of the inputs, called as `call` says."""
-    with _mended(model):
+    with _mended(model), twice_differentiable():
         own = mapped(inputs, lambda x: x.detach().clone())
         return model(own) if call is None else call(model, own)
+
+
+def twice_differentiable() -> AbstractContextManager[Any]:
+    """Attention by its formula, on every device: the fused kernels have no second derivative and hide what bends."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

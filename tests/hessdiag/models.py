@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessdiag.activations import RCTAF
+from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import accumulate, zeros
 
 
 class Function(nn.Module):
@@ -147,3 +149,15 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "curve of a curve": lambda x: torch.tanh(F.silu(x) * 2),
     "glu": lambda x: x * torch.sigmoid(x.flip(1)),
 }
+
+
+def beyond_in_the_mean(propagator: Propagator) -> dict[str, Tensor]:
+    """What propagation leaves to signs, on average over them: every one-hot vector in their place, summed."""
+    out = zeros(propagator.batch.objective.parameters)
+    sites, samples = propagator.batch.sites, propagator.batch.samples
+    for place, site in enumerate(sites):
+        for entry in range(site.c.numel() // samples):
+            unit = [torch.zeros(samples, s.c.numel() // samples, dtype=s.c.dtype) for s in sites]
+            unit[place][:, entry] = 1
+            accumulate(out, propagator.beyond(unit))
+    return out

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import dense_diagonal
+from models import beyond_in_the_mean, dense_diagonal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +25,7 @@ from hessdiag.errors import (
 )
 from hessdiag.graph import Linearisation
 from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import accumulate
 from hessdiag.methods.plan import Plan
 
 torch.set_num_threads(1)
@@ -65,19 +66,10 @@ def expected_propagation(objective: hd.Objective, x: Tensor, y: Tensor) -> dict[
     """The expectation of propagation over its signs: one pass per scalar site instead of random ones."""
     batch = Linearisation(objective, x, y)
     propagator = Propagator(batch)
-    out = propagator.direct()
-    single = [1] * len(propagator.squares)
-    for number, site in enumerate(batch.sites):
-        for sign in (1, -1):
-            root = (site.c * sign).clamp(min=0).sqrt()
-            for j in root.flatten().nonzero().flatten().tolist():
-                seed = torch.zeros(root.numel(), dtype=root.dtype)
-                seed[j] = root.flatten()[j]
-                seeds: list[Tensor | None] = [None] * len(batch.sites)
-                seeds[number] = seed.reshape(root.shape)
-                propagator._square_pass(seeds, None, out, float(sign), single)
-    outer = propagator.gauss_newton()
-    return {name: (out[name] + outer[name]) / batch.weight for name in out}
+    out = beyond_in_the_mean(propagator)
+    for part in (propagator.direct(), propagator.gauss_newton()):
+        accumulate(out, part)
+    return {name: value / batch.weight for name, value in out.items()}
 
 
 def highway(s: Any, x: Tensor) -> Tensor:

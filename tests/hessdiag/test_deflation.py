@@ -26,6 +26,7 @@ from hessdiag.signs import Signs
 torch.set_num_threads(1)
 BUILDERS = {
     "chain": lambda: Function(F.silu),
+    "wide": lambda: Function(F.silu, 24),
     "residual": Residual,
     "tokens": Tokens,
 }
@@ -99,14 +100,17 @@ def test_a_full_basis_leaves_nothing_to_signs(name: str) -> None:
     assert flat(propagator.functional(signs, 0)).norm() <= 1e-10 * truth.norm()
 
 
-def test_the_basis_is_orthonormal_for_each_sign_and_belongs_to_the_sample() -> None:
+@pytest.mark.parametrize("name", ["residual", "wide"])
+def test_the_basis_is_orthonormal_and_belongs_to_the_sample(name: str) -> None:
     """Keyed like all signs: a sample's basis does not depend on the batch it is met in."""
-    model, x, y, propagator = prepared("residual")
+    model, x, y, propagator = prepared(name)
     whole = propagator.deflate(Signs(3), 3)
     assert whole is not None
-    for wanted in (True, False):
+    assert any(site.right for site in propagator.batch.sites) == (name == "residual")
+    for wanted in (None,) if name == "residual" else (True, False):  # signs of c apart where there are no pairs
         parts = [
-            u * ((site.c > 0).reshape(len(y), 1, -1) == wanted) for u, site in zip(whole.basis, propagator.batch.sites)
+            u if wanted is None else u * ((site.c > 0).reshape(len(y), 1, -1) == wanted)
+            for u, site in zip(whole.basis, propagator.batch.sites)
         ]
         products = sum(torch.bmm(part, part.transpose(1, 2)) for part in parts)
         assert torch.allclose(products, torch.eye(3, dtype=torch.float64).expand(len(y), 3, 3), atol=1e-12)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Residual, Tokens, dense_diagonal, seeded
+from models import Residual, Tokens, beyond_in_the_mean, dense_diagonal, seeded
 from torch import Tensor, nn
 
 import hessdiag as hd
@@ -18,6 +18,7 @@ from hessdiag.errors import AuditError, CheckpointError, ConfigurationError, Unc
 from hessdiag.graph import Layer, LayerKind, Linearisation, Pointwise, Site, SiteKind, layers, saved, sites
 from hessdiag.kernels import exact_batch as exact_module
 from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import accumulate
 from hessdiag.signs import Signs
 
 torch.set_num_threads(1)
@@ -67,18 +68,9 @@ def agrees_in_the_mean(model: nn.Module, x: Tensor = X, y: Tensor = Y, *, rank: 
     linear = Linearisation(objective, x, y)
     propagator = Propagator(linear)
     propagator.deflate(Signs(0), rank)
-    out = {n: t.clone() for n, t in propagator.direct().items()}
-    for name, part in propagator.deflated().items():
-        out[name] += part
-    single = [1] * len(linear.layers)
-    width = [site.c.numel() // linear.samples for site in linear.sites]
-    for number in range(len(width)):
-        for k in range(width[number]):
-            drawn = [torch.zeros(linear.samples, w, dtype=x.dtype) for w in width]
-            drawn[number][:, k] = 1
-            for sign in (1, -1):
-                left = drawn if propagator.deflation is None else propagator.deflation.project(drawn, sign)
-                propagator._square_pass(propagator._seeds(sign, left), None, out, float(sign), single)
+    out = beyond_in_the_mean(propagator)
+    for part in (propagator.direct(), propagator.deflated()):
+        accumulate(out, part)
     wanted = hd.diagonal(objective, [(x, y)], method="exact").functional
     for name, truth in wanted.items():
         assert torch.allclose(out[name] / len(y), truth, rtol=1e-9, atol=1e-10 * float(truth.abs().max() + 1)), name

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import beyond_in_the_mean
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +23,7 @@ from hessdiag.errors import AuditError, ConfigurationError, HessdiagError, Uncov
 from hessdiag.graph import Linearisation
 from hessdiag.graph.layers.conv import Conv
 from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import accumulate
 from hessdiag.methods import reference
 from hessdiag.methods.plan import Plan
 from hessdiag.problem.objective import Objective
@@ -81,20 +83,10 @@ def expected_propagation(objective: Objective, x: Any, y: Tensor, *, rank: int =
     """What propagation gives on average: every one-hot vector in the place of the signs, `rank` directions apart."""
     batch = Linearisation(objective, x, y)
     propagator = Propagator(batch)
-    out = propagator.direct()
     propagator.deflate(Signs(0), rank)
-    parts = [propagator.gauss_newton(), propagator.deflated()]
-    single = [1] * len(propagator.squares)
-    sizes = [site.c.numel() // batch.samples for site in batch.sites]
-    for number, size in enumerate(sizes):
-        for j in range(size):
-            unit = [torch.zeros(batch.samples, s, dtype=site.c.dtype) for s, site in zip(sizes, batch.sites)]
-            unit[number][:, j] = 1
-            for sign in (1, -1):
-                left = unit if propagator.deflation is None else propagator.deflation.project(unit, sign)
-                propagator._square_pass(propagator._seeds(sign, left), None, out, float(sign), single)
-    for part in parts:
-        out = {name: out[name] + part[name] for name in out}
+    out = beyond_in_the_mean(propagator)
+    for part in (propagator.direct(), propagator.gauss_newton(), propagator.deflated()):
+        accumulate(out, part)
     return {name: value / batch.weight for name, value in out.items()}
 
 

@@ -3,13 +3,16 @@
 from hessdiag.graph.kinds import Table
 from hessdiag.graph.layers.conv import Conv
 from hessdiag.graph.layers.embedding import Embedding
+from hessdiag.graph.layers.gain import GroupGain, LayerGain
 from hessdiag.graph.layers.layer import Layer, LayerKind, Way
 from hessdiag.graph.layers.linear import Linear
 from hessdiag.graph.layers.norm import Norm
 from hessdiag.graph.layers.scale import Scale
 from hessdiag.graph.layers.shift import Shift
 
-KINDS: Table[LayerKind] = Table("layer kind", LayerKind, Norm, Conv, Linear, Embedding, Scale, Shift)
+KINDS: Table[LayerKind] = Table(
+    "layer kind", LayerKind, Norm, Conv, Linear, Embedding, Scale, Shift, LayerGain, GroupGain
+)
 
 
 def register_layer(kind: type[LayerKind]) -> type[LayerKind]:

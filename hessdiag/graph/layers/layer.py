@@ -110,6 +110,8 @@ class LayerKind(NodeKind, ABC):
     """Its nodes are of no other kind: where none of their parameters is chosen they are affine in their input."""
     pointwise: ClassVar[int | None] = None
     """The input on which the node acts entry by entry and affinely, if any."""
+    bends: ClassVar[bool] = False
+    """Its nodes bend in their inputs besides: they are of a kind of site, too."""
     always_audited: ClassVar[bool] = True
     """Its layers are compared in every audit, rather than by lot."""
     sums_samples: ClassVar[bool] = False

@@ -1,13 +1,22 @@
 """Where a model bends: one file per kind of site, in one table."""
 
 from hessdiag.graph.kinds import Table
+from hessdiag.graph.sites.bilinear import Bilinear
 from hessdiag.graph.sites.elementwise import Elementwise
+from hessdiag.graph.sites.length import Length
+from hessdiag.graph.sites.normalised import GroupNorm, LayerNorm
 from hessdiag.graph.sites.product import Product
+from hessdiag.graph.sites.quotient import Quotient
 from hessdiag.graph.sites.several import Several
-from hessdiag.graph.sites.site import Pairs, Pointwise, Site, SiteKind
+from hessdiag.graph.sites.site import Map, Pairs, Pointwise, Site, SiteKind
+from hessdiag.graph.sites.softmax import LogSoftmax, LogSumExp, Softmax
 from hessdiag.graph.sites.tested import Tested
 
-KINDS: Table[SiteKind] = Table("site kind", SiteKind, Elementwise, Product, Several, Tested)
+KINDS: Table[SiteKind] = Table(
+    "site kind", SiteKind,
+    Elementwise, Product, Quotient, Several, Bilinear, Softmax, LogSoftmax, LogSumExp, LayerNorm, GroupNorm, Length,
+    Tested,
+)  # fmt: skip
 
 
 def register_site(kind: type[SiteKind]) -> type[SiteKind]:
@@ -15,4 +24,4 @@ def register_site(kind: type[SiteKind]) -> type[SiteKind]:
     return KINDS.add(kind)
 
 
-__all__ = ["KINDS", "Pairs", "Pointwise", "Site", "SiteKind", "register_site"]
+__all__ = ["KINDS", "Map", "Pairs", "Pointwise", "Site", "SiteKind", "register_site"]

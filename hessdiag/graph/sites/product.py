@@ -1,6 +1,6 @@
 """A product y = a b of two tensors that both depend on parameters: 2 g da db, g the adjoint of y.
 
-By polarisation two sites of opposite sign, (g/2) ((lam da + db/lam)^2 - (lam da - db/lam)^2); lam balances the halves.
+A pair: weights 2 g on da db. Where both are functions of one tensor, entry by entry, it is merged into a site of that.
 """
 
 from __future__ import annotations
@@ -32,17 +32,9 @@ class Product(Pointwise):
 
     @classmethod
     def sites(cls, node: Any, adjoint: Tensor, name: str) -> list[Site]:
-        """Two halves with lam = 1."""
-        return cls.halves(node, adjoint, name, 0, 1.0)
-
-    @classmethod
-    def halves(cls, node: Any, adjoint: Tensor, name: str, product: int, lam: float) -> list[Site]:
-        """The two halves of product number `product`."""
+        """One pair."""
         a, b = node.next_functions
-        return [
-            Site(f"{name} (sum)", 0.5 * adjoint, ((a, lam), (b, 1.0 / lam)), product),
-            Site(f"{name} (difference)", -0.5 * adjoint, ((a, lam), (b, -1.0 / lam)), product),
-        ]
+        return [Site(name, 2.0 * adjoint, ((a, 1.0),), ((b, 1.0),))]
 
     @classmethod
     def factor(cls, node: Any, slot: int) -> tuple[bool, Tensor | None]:

@@ -1,4 +1,4 @@
-"""A function of several tensors, entry by entry: a quotient, a power, an interpolation by a gate.
+"""A function of several tensors, entry by entry: a power, an angle, an interpolation by a gate.
 
 Its first and second derivatives are those of the formula, by autograd on copies of what the node saved, expanded to the
 output's shape. With inputs that enter affinely alone the node is none of these.
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Formula = Callable[..., Tensor]
 _FORMULAS: dict[str, tuple[Mapping[int, str], Formula]] = {
-    "DivBackward0": ({0: "self", 1: "other"}, torch.div),
     "AddcdivBackward0": ({1: "tensor1", 2: "tensor2"}, torch.div),
     "AddcmulBackward0": ({1: "tensor1", 2: "tensor2"}, torch.mul),
     "LerpBackward1": ({0: "self", 1: "end", 2: "weight"}, lambda a, b, w: a + w * (b - a)),
@@ -38,7 +37,7 @@ _FORMULAS: dict[str, tuple[Mapping[int, str], Formula]] = {
 
 
 class Several(Pointwise):
-    """Quotients, products with an addend, powers, angles, interpolations."""
+    """Products with an addend, powers, angles, interpolations."""
 
     name = "several"
     nodes = frozenset(_FORMULAS)

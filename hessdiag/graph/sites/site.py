@@ -1,9 +1,10 @@
 """A site: a tensor of scalar places where a computation bends, and what a kind of site must tell.
 
-Along one parameter a node y = phi(u_1..u_m) adds sum_ij g (d2 phi / du_i du_j) du_i du_j to the second derivative, g
-its adjoint. A kind writes that as sites, sum of c dz^2, c a weight per entry and z a linear combination of the inputs.
-Most need no more than second derivatives, entry by entry: see `Pointwise`. Such sites are merged where all their inputs
-are functions of one tensor, entry by entry.
+Along one parameter a node y = phi(u_1..u_m) adds <g, phi''(du, du)> to the second derivative, g its adjoint. A kind
+writes that quadratic form as sites: sums of c dz^2, c a weight per entry and dz linear in the du of the node's inputs
+(times a factor entry by entry, or by a `Map` that mixes entries of one sample); or sums of c dz dw with two such
+combinations, where the form is a product of two (a pair). Most kinds need no more than second derivatives, entry by
+entry: see `Pointwise`. Such sites are merged where all their inputs are functions of one tensor, entry by entry.
 """
 
 from __future__ import annotations
@@ -17,20 +18,62 @@ import torch
 from torch import Tensor
 
 from hessdiag.graph.kinds import NodeKind
-from hessdiag.graph.nodes import Edge
+from hessdiag.graph.nodes import Edge, edge_shape
 
 if TYPE_CHECKING:
     from hessdiag.graph.reading import Graph
 
 
+class Map(ABC):
+    """A linear map from the tensor of an edge to the entries of a site, which never mixes samples."""
+
+    @abstractmethod
+    def push(self, tangents: Tensor) -> Tensor:
+        """dz [K, *shape of c] for tangents [K, *shape of the edge]."""
+
+    @abstractmethod
+    def pull(self, seed: Tensor) -> Tensor:
+        """Its transpose: a cotangent of the edge for a seed shaped like c; differentiable in the seed."""
+
+
+Legs = tuple[tuple[Edge, "float | Tensor | Map"], ...]
+"""A linear combination: the sum over legs of factor * d(edge), or of map(d(edge))."""
+
+
 @dataclass(frozen=True)
 class Site:
-    """A tensor of scalar sites: weights `c` and the direction dz = sum over legs of factor * d(edge)."""
+    """A tensor of scalar sites: weights `c` on dz^2, dz along `legs`; or on dz dw with dw along `right` (a pair).
+
+    `lam` balances the halves of a pair, (lam dz) (dw / lam): the sum is the same, its noise under signs is not.
+    """
 
     name: str
     c: Tensor
-    legs: tuple[tuple[Edge, float | Tensor], ...]
-    product: int | None = None  # index of the product this half of a polarisation belongs to
+    legs: Legs
+    right: Legs = ()
+    lam: float = 1.0
+
+    @property
+    def edges(self) -> list[Edge]:
+        """Everything that the site looks at."""
+        return [edge for edge, _ in (*self.legs, *self.right)]
+
+    @property
+    def plain(self) -> bool:
+        """Whether dz is one tensor as it is."""
+        return not self.right and len(self.legs) == 1 and isinstance(self.legs[0][1], float) and self.legs[0][1] == 1.0
+
+
+def pulled(legs: Legs, seed: Tensor) -> list[tuple[Edge, Tensor]]:
+    """Cotangents of the edges of a combination for a seed on its entries."""
+    found = []
+    for edge, factor in legs:
+        if isinstance(factor, Map):
+            found.append((edge, factor.pull(seed)))
+        else:
+            plain = isinstance(factor, float) and factor == 1.0
+            found.append((edge, (seed if plain else seed * factor).sum_to_size(edge_shape(edge))))
+    return found
 
 
 class SiteKind(NodeKind, ABC):
@@ -102,3 +145,12 @@ def apart(form: Mapping[tuple[int, int], Tensor], node: Any, name: str) -> list[
         for number in range(len(slots))
         if bool(values[..., number].any())
     ]
+
+
+def turned(a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., 2] and eigenvectors [..., 2, 2] (one per column) of the matrices [[a, b], [b, d]]."""
+    angle = 0.5 * torch.atan2(2.0 * b, a - d)
+    cos, sin = angle.cos(), angle.sin()
+    cross = 2.0 * b * cos * sin
+    values = torch.stack([a * cos * cos + cross + d * sin * sin, a * sin * sin - cross + d * cos * cos], -1)
+    return values, torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
