@@ -58,13 +58,13 @@ def double_backward(
     node: Any, output: int, shape: torch.Size, parts: Sequence[tuple[int, Tensor]], cache: Cache
 ) -> Tensor:
     """J u for one node from its own backward: the pullback is recorded once, then differentiated along the
-    tangents.
+    tangents. It is linear in its seed, so any will do; some of torch's own (logcumsumexp) have no derivative at zero.
     """
     key = ("pullback", id(node), output)
     if key not in cache:
         with torch.enable_grad():
             meta = sizes(node, output)
-            seed = torch.zeros(shape, dtype=meta.dtype, device=meta.device, requires_grad=True)
+            seed = torch.ones(shape, dtype=meta.dtype, device=meta.device, requires_grad=True)
             outputs = len(node._input_metadata)
             cache[key] = seed, pullback(node, [seed if number == output else None for number in range(outputs)])
     seed, pulled = cache[key]

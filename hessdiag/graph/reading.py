@@ -2,9 +2,8 @@
 
 Between the chosen parameters and the outputs every node must be known: as that of a layer kind (`layers.KINDS`), of a
 site kind (`sites.KINDS`), or as affine, by its name. A node of torch's own that no list names is tested: its backward
-says whether it is affine, or bends entry by entry (`sites.tested`). Anything else - softmax, a product of matrices,
-scripted or custom code, a parameter used twice or behind a parametrisation - raises UncoveredModelError with its name
-and place.
+says whether it is affine, or how it bends (`sites.tested`). Anything else - scripted or custom code, a parameter used
+twice or behind a parametrisation - raises UncoveredModelError with its name and place.
 """
 
 from __future__ import annotations

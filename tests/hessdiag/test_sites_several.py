@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessdiag as hd
+from hessdiag.errors import UncoveredModelError
 from hessdiag.graph import Linearisation
 from hessdiag.kernels.exact_batch import batch_diagonal
 from hessdiag.kernels.products import Products
@@ -46,6 +47,11 @@ class Applied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self.a(x), self.b(x))
+
+
+class Cumulated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumprod(-1)
 
 
 class Attention(nn.Module):
@@ -189,6 +195,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "length": one(lambda a: torch.linalg.vector_norm(a, dim=-1, keepdim=True)),
     "length over two axes": one(lambda a: a.norm(dim=(1, 2)).reshape(-1, 1, 1)),
     "cosine similarity": both(lambda a, b: F.cosine_similarity(a, b, dim=-1).unsqueeze(-1) * a),
+    "cumulative product": one(lambda a: a.cumprod(-1)),
+    "inverses": one(lambda a: torch.linalg.inv(a[..., :4].unflatten(-1, (2, 2)) + 4 * torch.eye(2)).flatten(-2).repeat(1, 1, 2)[..., :6]),
+    "several that depend on each other": both(lambda a, b: torch.logaddexp(a.tanh(), a * b)),
     "gpt": lambda: Head(nn.Sequential(Block(norm, Attention(fused=True), mlp()), norm()), first=False),
     "gpt by hand": lambda: Head(Block(norm, Attention(fused=False), mlp())),
     "qk norm": lambda: Head(Block(norm, Attention(fused=False, normalised=True), mlp()), first=False),
@@ -275,3 +284,9 @@ def test_measurements_are_audited_and_right(name: str, dtype: torch.dtype) -> No
     drawn = hd.measure(objective, batch, method="propagation", rtol=0.02, max_replicates=60)
     low, high = drawn.interval
     assert low - (high - low) <= expected <= high + (high - low)
+
+
+def test_a_large_block_of_entries_that_bend_together_is_refused_by_its_size() -> None:
+    model = nn.Sequential(nn.Linear(5, 300), Cumulated(), nn.Linear(300, CLASSES))
+    with pytest.raises(UncoveredModelError, match=r"Cumprod.*300 of its entries bend together"):
+        Linearisation(hd.Objective(model), torch.randn(2, 5), torch.tensor([0, 1]))

@@ -45,14 +45,8 @@ class Length(SiteKind):
     @classmethod
     def match(cls, node: Any, graph: Graph) -> bool:
         """Of order 2, and not over the axis of the samples."""
-        order = saved.number_or_none(node, "ord" if saved.has(node, "ord") else "p")
-        axes = len(edge_shape(node.next_functions[0]))
-        dims = saved.integers(node, "dim")
-        if order is not None and order != 2:
-            graph.refuse(node, f"a norm of order {order:g}")
-        if not dims or any(dim % axes == 0 for dim in dims):
-            graph.refuse(node, "a norm over the axis of the samples")
-        return True
+        axes, dims = len(edge_shape(node.next_functions[0])), saved.integers(node, "dim")
+        return cls._euclidean(node) and bool(dims) and all(dim % axes for dim in dims)
 
     @classmethod
     def sites(cls, node: Any, adjoint: Tensor, name: str) -> list[Site]:
@@ -64,10 +58,16 @@ class Length(SiteKind):
     @classmethod
     def move(cls, node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent | None:
         """y.dx."""
+        if not cls._euclidean(node) or not saved.integers(node, "dim"):
+            return None
         _, edge, tangent = given[0]
         y, _, dims = cls._read(node)
         moved = (y * tangent.dense(edge_shape(edge))).sum(dims)
         return Tangent(moved.reshape(len(moved), *shape))
+
+    @classmethod
+    def _euclidean(cls, node: Any) -> bool:
+        return saved.number_or_none(node, "ord" if saved.has(node, "ord") else "p") in (None, 2)
 
     @classmethod
     def _read(cls, node: Any) -> tuple[Tensor, Tensor, tuple[int, ...]]:

@@ -2,8 +2,9 @@
 
 Affine: the pullback does not depend on the inputs. Otherwise, with one live input u and one output in use, the node's
 Hessian contracted with its adjoint, a matrix on the entries of u, is applied to a vector of ones and to random ones.
-Where both agree with one diagonal c, that is a site on u, sum of c du^2; where they do not, entries of u bend together,
-and the node is refused. Both tests are made of every batch, with the numbers of that batch.
+Where both agree with one diagonal c, that is a site on u, sum of c du^2; where they do not, or with several live
+inputs, entries bend together: in small blocks, which are filled (`contracted`), or the node is refused. The tests are
+made of every batch, with the numbers of that batch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from hessdiag.graph.nodes import edge_key, edge_shape, sizes
 from hessdiag.graph.pullback import Recorded, random_like
+from hessdiag.graph.sites.contracted import BLOCKS, LARGEST, Contracted
 from hessdiag.graph.sites.site import Site, SiteKind
 
 if TYPE_CHECKING:
@@ -52,21 +54,33 @@ class Tested(SiteKind):
             graph.refuse(node, _reason(error))
         if not bent:
             return False
-        if len({edge_key(node.next_functions[slot]) for slot in slots}) > 1:
-            graph.refuse(
-                node, "an operation that the site identity does not cover: it bends in several tensors at once"
-            )
         if any(number for number in graph.outputs_in_use(node)):
             graph.refuse(node, "an operation that the site identity does not cover: it bends, and has several outputs")
-        node.metadata[_KEPT] = slots
-        if not _is_diagonal(node, slots, _seeds(node)[0]):
+        several = len({edge_key(node.next_functions[slot]) for slot in slots}) > 1
+        seed, order = _seeds(node)[0], {id(one): place for place, one in enumerate(graph.nodes)}
+        node.metadata[_KEPT] = slots, None, order
+        if not several and _is_diagonal(node, slots, seed):
+            return True
+        if seed is None or seed.dtype not in DIAGONAL:
             graph.refuse(node, "an operation that the site identity does not cover: its entries bend together")
+        contracted = Contracted(node, slots, seed, order)
+        axes = contracted.rows()
+        if axes is None:
+            graph.refuse(node, "an operation that the site identity does not cover: it bends in all samples together")
+        block, entries = contracted.size(axes)
+        if block > LARGEST or entries > BLOCKS:
+            graph.refuse(
+                node, f"an operation that the site identity does not cover: {block} of its entries bend together"
+            )
+        node.metadata[_KEPT] = slots, axes, order
         return True
 
     @classmethod
     def sites(cls, node: Any, adjoint: Tensor, name: str) -> list[Site]:
-        """The diagonal of its Hessian as a site on its input."""
-        slots = node.metadata[_KEPT]
+        """The diagonal of its Hessian as a site on its input, or its blocks."""
+        slots, axes, order = node.metadata[_KEPT]
+        if axes is not None:
+            return [Contracted(node, slots, adjoint, order).site(name, axes)]
         return [Site(name, _diagonal(node, slots, adjoint), ((node.next_functions[slots[0]], 1.0),))]
 
 
