@@ -10,12 +10,13 @@ import copy
 from typing import Any
 
 import torch
+from models import beyond_in_the_mean
 from torch import Tensor, nn
 
 from hessdiag.graph import Linearisation
 from hessdiag.kernels import exact_batch as exact
 from hessdiag.kernels.propagator import Propagator
-from hessdiag.kernels.tensors import Tensors
+from hessdiag.kernels.tensors import Tensors, accumulate
 from hessdiag.methods import reference
 from hessdiag.problem.objective import Objective
 
@@ -51,17 +52,10 @@ def close(found: Tensors, truth: Tensors, outer: Tensors, tolerance: float) -> N
 
 def one_hot(propagator: Propagator) -> Tensors:
     """What propagation gives on average, the Gauss-Newton part exactly."""
-    batch = propagator.batch
-    out = propagator.direct()
-    single = [1] * len(propagator.squares)
-    sizes = [site.c.numel() // batch.samples for site in batch.sites]
-    for number, size in enumerate(sizes):
-        for j in range(size):
-            unit = [torch.zeros(batch.samples, s, dtype=site.c.dtype) for s, site in zip(sizes, batch.sites)]
-            unit[number][:, j] = 1
-            for sign in (1, -1):
-                propagator._square_pass(propagator._seeds(sign, unit), None, out, float(sign), single)
-    return {name: out[name] + part for name, part in propagator.gauss_newton().items()}
+    out = beyond_in_the_mean(propagator)
+    for part in (propagator.direct(), propagator.gauss_newton()):
+        accumulate(out, part)
+    return out
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
