@@ -374,8 +374,10 @@ class LogAddExp(Pointwise):
 
 def test_a_site_of_two_inputs_is_split_or_merged() -> None:
     model = seeded(Smooth)
-    with pytest.raises(UncoveredModelError, match="Logaddexp after"):
-        Linearisation(hd.Objective(model), X, Y)
+    agrees_with_dense(model)  # by its backward alone, in blocks
+    assert all(
+        len(site.legs) == 2 for site in Linearisation(hd.Objective(model), X, Y).sites if "Logaddexp" in site.name
+    )
     hd.register_site(LogAddExp)
     sites_ = Linearisation(hd.Objective(model), X, Y).sites
     assert sum(len(site.legs) == 2 for site in sites_) == 1  # the other eigenvalue is zero
