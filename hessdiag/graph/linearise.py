@@ -77,6 +77,7 @@ class Linearisation:
         self.layers: list[Layer] = self.graph.layers
         with torch.no_grad():
             self.curvature: Curvature = objective.loss.curvature(self.outputs, targets)
+            self.columns = self.curvature.columns.count  # refused here where they would be too large a square
             self.weight = float(objective.loss.weights(self.outputs, targets).sum())
         if not bool(torch.isfinite(self.curvature.loss).all()):
             raise NonFiniteError(f"batch {index}: the loss {objective.loss.name!r} is not finite; check the targets")

@@ -199,7 +199,7 @@ def _price(batch: Linearisation, choices: list[Choice], memory: int) -> Cost:
 def _chain_price(batch: Linearisation, levels: list[Level], memory: int) -> Cost:
     work, _, entries = best_switch(levels)
     size, samples = batch.outputs.element_size(), batch.samples
-    columns = len(batch.curvature.signs)
+    columns = batch.columns
     small = float(sum(level.weight.numel() for level in levels)) * (columns + 3)
     held = max(min(memory, max(4 * entries * size * samples, 0)), 4 * entries * size)
     return Cost(len(levels), (work + small) * samples, held + 16 * batch.objective.size)

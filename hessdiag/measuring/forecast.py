@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessdiag.errors import UncoveredModelError
 from hessdiag.measuring.ranks import World
 from hessdiag.methods import METHODS, Case, FirstPass, Forecast
 from hessdiag.methods.batches import Batches, Numbered, Survey, numbered
@@ -44,7 +45,10 @@ def _look(objective: Objective, first: Numbered) -> FirstPass:
     work = _Work(objective.model)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), work:
         outputs = objective.outputs(first.inputs, first.targets, index=first.index)
-    columns = len(objective.loss.curvature(outputs.detach(), first.targets).signs)
+    try:
+        columns = objective.loss.curvature(outputs.detach(), first.targets).columns.count
+    except UncoveredModelError:  # whichever method needs them says so itself
+        columns = outputs[0].numel()
     del outputs
     return FirstPass(_timed(objective, first), sum(held.values()), max(work.total, 1.0), columns)
 

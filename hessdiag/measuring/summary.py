@@ -150,9 +150,9 @@ def _underflown(objective: Objective, first: Numbered, report: NormReport) -> li
     few = first.few(2)
     with torch.enable_grad():
         outputs = objective.outputs(few.inputs, few.targets, index=few.index)
-    columns = objective.loss.curvature(outputs.detach(), few.targets).columns
+    curvature = objective.loss.curvature(outputs.detach(), few.targets)
     found = set()
-    for column in columns.part(0, min(COLUMNS_SEEN, columns.count)) if outputs.requires_grad else ():
+    for column in curvature.some(COLUMNS_SEEN) if outputs.requires_grad else ():
         seed = column.to(outputs.dtype).reshape(outputs.shape)
         wanted = [objective.parameters[name] for name in doubtful]
         gradients = torch.autograd.grad(outputs, wanted, seed, retain_graph=True, allow_unused=True)

@@ -235,7 +235,7 @@ def check_loss(objective: Objective, outputs: Tensor, batch: Numbered) -> None:
                 f"the loss {loss.name!r} depends on parameter {taken!r} itself, beside the outputs (a penalty?), "
                 "so it is no mean over samples; give weight decay by l2=, or let the model return what is penalised"
             )
-        loss.curvature(outputs[:2], batch.targets[:2])  # raises where there is none
+        loss.curvature(outputs[:2], batch.targets[:2]).some(1)  # raises where there is none
     whole, count = loss.values(outputs, batch.targets), len(batch.targets)
     parts = list(torch.split(torch.arange(count, device="cpu"), 1)) if batch.index == 0 else _halves(batch)
     cut = torch.zeros_like(whole)

@@ -127,7 +127,7 @@ class Propagation(Method):
     def plan(self, case: Case, aim: Aim, reason: str) -> Plan:
         """Groups, balance and directions by a pilot on the first samples."""
         batch = case.few(PILOT_SAMPLES)
-        gauss_newton = "exact" if len(batch.curvature.signs) <= EXACT_COLUMNS else "signs"
+        gauss_newton = "exact" if batch.columns <= EXACT_COLUMNS else "signs"
         balance = balance_products(batch, case.seed)
         if balance:
             batch = case.few(PILOT_SAMPLES, balance)

@@ -124,7 +124,7 @@ def _quadratic_forms(products: Products, position: int, units: Tensor) -> Tensor
     assert pushed is not None
     flat = pushed.double().reshape(count, products.samples, -1)
     curvature = products._curvature
-    return torch.stack([(curvature.columns.against(v).square().T @ curvature.signs).sum() for v in flat])
+    return torch.stack([(v * curvature.times(v)).sum() for v in flat])
 
 
 def _grad_batched(output: Tensor, wrt: Tensor, vectors: Tensor) -> Tensor | None:

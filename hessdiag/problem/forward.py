@@ -5,8 +5,9 @@ the loss, and is not set; nor are an embedding's `scale_grad_by_freq` and `spars
 mended, by the same function in operations that have both: hardsigmoid has no second derivative and keeps 1/6 in
 float32, CELU keeps 1/alpha in float32 (both of 2.13, 3e-8 off in float64), and bags of embeddings have no second
 derivative. A model that switches autocast on inside its own forward is refused: it would be measured as a function of
-bfloat16. Compiled models run as they are: they are no sequence of torch calls. Attention runs
-by its formula, on every device: fused kernels have no second derivative, and hide what bends in them.
+bfloat16. Compiled models, and what is compiled inside a model, run eagerly meanwhile: compiled code is no sequence of
+torch calls, so that neither would be seen. Of scripted ones the operations are watched for what they round. Attention
+runs by its formula, on every device: fused kernels have no second derivative, and hide what bends in them.
 
 Inputs may be a tensor, or tensors in tuples, lists, dictionaries and other mappings (a tokenizer's, `UserDict`).
 """
@@ -17,7 +18,7 @@ import copy
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,9 +35,27 @@ from hessdiag.errors import UncoveredModelError
 
 def forward(model: nn.Module, inputs: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> Any:
     """What the model gives for a copy of the inputs, called as `call` says."""
-    with _mended(model), twice_differentiable():
+    watch = _Rounding() if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()) else None
+    with ExitStack() as stack:
+        if watch is not None:
+            stack.enter_context(watch)
+        stack.enter_context(twice_differentiable())
+        stack.enter_context(as_written({p.device.type for p in model.parameters()}))
         own = mapped(inputs, lambda x: x.detach().clone())
-        return model(own) if call is None else call(model, own)
+        out = model(own) if call is None else call(model, own)
+    if watch is not None and watch.seen:
+        raise UncoveredModelError(AUTOCAST)
+    return out
+
+
+@contextmanager
+def as_written(kinds: Iterable[str]) -> Iterator[None]:
+    """What is called in here runs call by call: nothing compiled, slips mended, autocast on these devices refused."""
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled; not imported for this
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_Mending(kinds))
+        yield
 
 
 def twice_differentiable() -> AbstractContextManager[Any]:
@@ -170,7 +189,7 @@ def _no_hook(*_: Any) -> RemovableHandle:
 
 AUTOCAST = (
     "autocast is on where the model runs, which rounds to bfloat16 or float16, and no method here measures what is "
-    "rounded: take torch.autocast out of the model's forward, or from around this call"
+    "rounded: take torch.autocast out of the model's forward or the loss, or from around this call"
 )
 
 _MENDED: dict[Any, Callable[..., Any]] = {
@@ -200,11 +219,21 @@ class _Mending(TorchFunctionMode):
         return _MENDED.get(func, func)(*args, **(kwargs or {}))
 
 
-def _mended(model: nn.Module) -> AbstractContextManager[Any]:
-    compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())  # not imported for this
-    if any(isinstance(module, compiled) or module._compiled_call_impl is not None for module in model.modules()):
-        return nullcontext()
-    return _Mending({p.device.type for p in model.parameters()})
+class _Rounding(TorchDispatchMode):
+    """Whether anything was rounded to half a float: autocast in a script is no call of Python that could be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The operation, its result looked at."""
+        out = func(*args, **(kwargs or {}))
+        halves = (torch.float16, torch.bfloat16)
+        self.seen |= any(isinstance(x, Tensor) and x.dtype in halves for x in _pytree.tree_leaves(out))
+        return out
 
 
 class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -15,12 +15,14 @@ sums. A mean over a population is then E[loss of a sample] / E[its weight]: per 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hessdiag.errors import ConfigurationError, HessdiagError, NonFiniteError, UncoveredModelError, ran_out
+from hessdiag.problem.forward import as_written
 
 PerSample = Callable[[Tensor, Tensor], Tensor]
 
@@ -101,17 +103,25 @@ class Diagonals(Columns):
         return (self.root * vectors).T
 
 
-@dataclass(frozen=True)
 class Curvature:
     """What the loss looks like at the outputs of one batch: `columns` of its Hessian's factor, `signs` [columns].
 
     d2l_n/df2 = sum_c signs[c] s_cn s_cn^T, for the loss *summed* over samples.
     """
 
-    loss: Tensor
-    gradient: Tensor
-    columns: Columns
-    signs: Tensor
+    def __init__(self, loss: Tensor, gradient: Tensor, columns: Columns, signs: Tensor) -> None:
+        self.loss, self.gradient = loss, gradient
+        self._factor = columns, signs
+
+    @property
+    def columns(self) -> Columns:
+        """The columns s_c."""
+        return self._factor[0]
+
+    @property
+    def signs(self) -> Tensor:
+        """The signs e_c, [columns]."""
+        return self._factor[1]
 
     @property
     def factor(self) -> Tensor:
@@ -130,6 +140,10 @@ class Curvature:
         for columns, signs in self.blocks():
             yield from zip(columns, signs.tolist())
 
+    def some(self, count: int) -> Tensor:
+        """A few vectors [k, N, C] of the Hessians' range, as many as there are or `count`."""
+        return self.columns.part(0, min(count, self.columns.count))
+
     def times(self, vectors: Tensor) -> Tensor:
         """d2l_n/df2 v_n, [N, C]."""
         return self.columns.combined(self.columns.against(vectors) * self.signs[:, None])
@@ -137,6 +151,8 @@ class Curvature:
 
 WRITTEN = 1 << 22
 """Entries of columns written out at a time."""
+SQUARES = 1 << 30
+"""Bytes that the C x C squares of one batch may take, where a loss has no closed form."""
 
 
 class Loss:
@@ -165,11 +181,7 @@ class Loss:
 
 
 class CallableLoss(Loss):
-    """Any twice-differentiable `function(outputs, targets) -> loss per sample [N]`; its C x C Hessian by autograd.
-
-    The Hessian of each sample is eigen-decomposed; columns of negative eigenvalue carry sign -1, so every column
-    index has one sign for all samples: 2C columns, the first C with the positive parts, the last C the negative.
-    """
+    """Any twice-differentiable `function(outputs, targets) -> loss per sample [N]`, by autograd (see `ByProducts`)."""
 
     def __init__(self, function: PerSample) -> None:
         self.function = function
@@ -178,7 +190,8 @@ class CallableLoss(Loss):
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The function itself, its shape checked."""
         try:
-            loss = self.function(outputs, targets)
+            with as_written({outputs.device.type}):
+                loss = self.function(outputs, targets)
         except HessdiagError:
             raise
         except Exception as error:
@@ -196,36 +209,29 @@ class CallableLoss(Loss):
         return loss
 
     def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
-        """C Hessian-vector products on the outputs alone, then eigenvectors scaled by sqrt|eigenvalue|."""
+        """Value and gradient by autograd, whose graph serves products with the Hessian."""
         with torch.enable_grad():
             f, loss = self._in_double(outputs, targets)
             if not loss.requires_grad:
                 raise ConfigurationError(
                     f"loss {self.name!r} does not depend differentiably on the outputs (is it detached?)"
                 )
-            try:
-                flat, rows = _rows_of_hessian(loss, f)
-            except RuntimeError as error:
-                if ran_out(error):
-                    raise
-                raise UncoveredModelError(
-                    f"the loss {self.name!r} has no second derivative in torch ({str(error).splitlines()[0]}); write "
-                    "it in operations that have one; no method here measures it"
-                ) from error
-        hessian = torch.stack(rows, 1).detach().double()
-        loss, flat = loss.detach().double(), flat.detach().double()
-        if not bool(torch.isfinite(hessian).all()):
-            raise NonFiniteError(f"the loss {self.name!r} has a second derivative that is NaN or Inf")
-        values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.transpose(1, 2)))
-        positive = vectors * values.clamp(min=0).sqrt()[:, None, :]
-        negative = vectors * (-values).clamp(min=0).sqrt()[:, None, :]
-        signs = torch.ones(positive.shape[2], dtype=torch.float64, device=f.device)
-        parts, kept = [positive], [signs]
-        if bool((values < 0).any()):
-            parts.append(negative)
-            kept.append(-signs)
-        factor = torch.cat(parts, 2).permute(2, 0, 1).contiguous()
-        return Curvature(loss, flat, Written(factor), torch.cat(kept))
+            with self._twice():
+                (gradient,) = torch.autograd.grad(loss.sum(), f, create_graph=True)
+        return ByProducts(self, loss, f, gradient)
+
+    @contextmanager
+    def _twice(self) -> Iterator[None]:
+        """Refuse a function that torch cannot differentiate twice."""
+        try:
+            yield
+        except RuntimeError as error:
+            if ran_out(error):
+                raise
+            raise UncoveredModelError(
+                f"the loss {self.name!r} has no second derivative in torch ({str(error).splitlines()[0]}); write "
+                "it in operations that have one; no method here measures it"
+            ) from error
 
     def _in_double(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(outputs, loss) in float64; in the outputs' own dtype where the function holds tensors that insist on it."""
@@ -239,17 +245,67 @@ class CallableLoss(Loss):
         return f, self.values(f, targets)
 
 
-def _rows_of_hessian(loss: Tensor, f: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """(gradient [N, C], one row [N, C] of the C x C Hessians for each output)."""
-    (gradient,) = torch.autograd.grad(loss.sum(), f, create_graph=True)
-    flat = as_rows(gradient)
-    if not flat.requires_grad:
-        return flat, [torch.zeros_like(flat)] * flat.shape[1]
-    rows = []
-    for c in range(flat.shape[1]):
-        (row,) = torch.autograd.grad(flat[:, c].sum(), f, retain_graph=True, allow_unused=True)
-        rows.append(torch.zeros_like(flat) if row is None else as_rows(row))
-    return flat, rows
+class ByProducts(Curvature):
+    """Of a loss without a closed form: products with its Hessian by autograd, N C numbers each.
+
+    Only who asks for columns has the C x C Hessian of each sample written out, by C products, and eigen-decomposed:
+    columns of negative eigenvalue carry sign -1, so every column index has one sign for all samples: 2C columns, the
+    first C with the positive parts, the last C with the negative, where there are any.
+    """
+
+    def __init__(self, of: CallableLoss, loss: Tensor, f: Tensor, gradient: Tensor) -> None:
+        self._of, self._f, self._slope = of, f, as_rows(gradient)
+        self.loss, self.gradient = loss.detach().double(), self._slope.detach().double()
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """d2l_n/df2 v_n as the derivative of <gradient, v>."""
+        if not self._slope.requires_grad:
+            return torch.zeros_like(self.gradient)
+        with self._of._twice():
+            along = vectors.to(self._slope.dtype)
+            (found,) = torch.autograd.grad(self._slope, self._f, along, retain_graph=True, allow_unused=True)
+        out = torch.zeros_like(self.gradient) if found is None else as_rows(found).detach().double()
+        if not bool(torch.isfinite(out).all()):
+            raise NonFiniteError(f"the loss {self._of.name!r} has a second derivative that is NaN or Inf")
+        return out
+
+    def some(self, count: int) -> Tensor:
+        """The first columns of the Hessians themselves."""
+        return torch.stack([self.times(unit) for unit in self._units(min(count, self.gradient.shape[1]))])
+
+    def _units(self, count: int) -> Iterator[Tensor]:
+        for c in range(count):
+            unit = torch.zeros_like(self.gradient)
+            unit[:, c] = 1.0
+            yield unit
+
+    @cached_property
+    def _factor(self) -> tuple[Columns, Tensor]:  # type: ignore[override]
+        samples, classes = self.gradient.shape
+        each = 8 * classes**2
+        if samples * each > SQUARES:
+            fit = SQUARES // each
+            advice = f"lower the batch size to {fit}" if fit else "name a loss (cross_entropy, mse, half_mse, bce)"
+            raise UncoveredModelError(
+                f"the loss {self._of.name!r} has no closed form, and its second derivatives in {classes} outputs take "
+                f"{samples * each / 1e9:.1f} GB for {samples} samples; {advice}, or use method='hutchinson', which "
+                "does not need them written out"
+            )
+        hessian = self.gradient.new_empty(samples, classes, classes)
+        for c, unit in enumerate(self._units(classes)):
+            hessian[:, :, c] = self.times(unit)
+        values = self.gradient.new_empty(samples, classes)
+        step = max(WRITTEN // classes**2, 1)
+        for low in range(0, samples, step):  # the square of a sample gives way to its vectors
+            part = hessian[low : low + step]
+            values[low : low + step], part[:] = torch.linalg.eigh(0.5 * (part + part.transpose(1, 2)))
+        hessian *= values.abs().sqrt()[:, None, :]
+        vectors, signs = hessian.permute(2, 0, 1), self.gradient.new_ones(classes)
+        negative = (values < 0).T[:, :, None]
+        if not bool(negative.any()):
+            return Written(vectors.contiguous()), signs
+        factor = torch.cat([vectors.masked_fill(negative, 0.0), vectors.masked_fill(~negative, 0.0)])
+        return Written(factor), torch.cat([signs, -signs])
 
 
 def as_rows(tensor: Tensor) -> Tensor:

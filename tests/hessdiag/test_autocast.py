@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -65,6 +66,67 @@ class Rounded(nn.Module):
 def test_inside_the_model_it_is_refused_by_name(method: str) -> None:
     with pytest.raises(UncoveredModelError, match="autocast"):
         measure(Objective(Rounded()), data(), method=method)
+
+
+def compiled_whole() -> nn.Module:
+    return torch.compile(Rounded(), backend="eager")  # type: ignore[return-value]
+
+
+def compiled_in_place() -> nn.Module:
+    model = Rounded()
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_part_inside() -> nn.Module:
+    return nn.Sequential(torch.compile(Rounded(), backend="eager"))  # type: ignore[arg-type]
+
+
+def compiled_part_under_it() -> nn.Module:
+    model = Rounded()
+    model.net.compile(backend="eager")
+    return model
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(Rounded())  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "make", [compiled_whole, compiled_in_place, compiled_part_inside, compiled_part_under_it, scripted]
+)
+def test_inside_a_compiled_or_scripted_model_it_is_refused_too(make: Callable[[], nn.Module], method: str) -> None:
+    """Compiled code is no sequence of calls in which autocast could be seen: it is run call by call."""
+    with pytest.raises(UncoveredModelError, match="autocast"):
+        measure(Objective(make()), data(), method=method, max_replicates=12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_with_a_compiled_part_is_measured_as_the_plain_one(method: str) -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+            self.fast = torch.compile(self.net, backend="aot_eager")  # which could not be differentiated twice
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fast(x)  # type: ignore[no-any-return]
+
+    found = measure(Objective(Part(), parameters="net.*"), data(), method=method, max_replicates=12)
+    assert found.rms == measure(Objective(net()), data(), method=method, max_replicates=12).rms
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inside_the_loss_it_is_refused_as_well(method: str) -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = outputs @ torch.eye(3).to(outputs)
+        return nn.functional.cross_entropy(mixed.float(), targets, reduction="none")
+
+    with pytest.raises(UncoveredModelError, match="autocast"):
+        measure(Objective(net(), loss), data(), method=method)
 
 
 class Drawing:

@@ -19,6 +19,7 @@ from hessdiag.errors import (
     OutOfMemoryError,
     StochasticModeError,
     TargetError,
+    UncoveredModelError,
     UnknownNameError,
 )
 from hessdiag.methods.batches import check_deterministic, survey
@@ -120,6 +121,61 @@ def test_a_hundred_thousand_classes_need_no_square() -> None:
         assert (found.times(v) - wanted).norm() <= 1e-12 * wanted.norm()
         column = found.columns.part(7, 8)[0]
         assert (found.columns.against(column)[7] - column.square().sum(1)).abs().max() <= 1e-12
+
+
+def own_cross_entropy(f: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(f, y, reduction="none")
+
+
+def test_a_loss_of_ones_own_of_a_hundred_thousand_outputs_needs_no_square_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """80 GB a sample if its Hessian were written out: products serve Hutchinson, and what needs the square says so."""
+    classes = 100_000
+    torch.manual_seed(0)
+    model = nn.Linear(2, classes)
+    batches = [(torch.randn(2, 2), torch.tensor([0, classes - 1]))]
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    for method in ("exact", "propagation"):
+        with pytest.raises(UncoveredModelError, match=r"160\.0 GB for 2 samples; name a loss .*method='hutchinson'"):
+            hd.diagonal(hd.Objective(model, own_cross_entropy), batches, method=method)
+    found = hd.measure(hd.Objective(model, own_cross_entropy), batches, max_replicates=4, min_replicates=4)
+    wanted = hd.measure(hd.Objective(model), batches, method="hutchinson", max_replicates=4, min_replicates=4)
+    assert found.plan.method == "hutchinson"
+    assert found.rms == pytest.approx(wanted.rms, rel=1e-4)
+    assert found.norm.gauss_newton.square == pytest.approx(wanted.norm.gauss_newton.square, rel=1e-3)
+
+
+def test_the_batch_of_a_loss_of_ones_own_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hessdiag.problem.persample.SQUARES", 8 * 4 * 4 * 5)
+    fine, large = [(X[:5], Y[:5])], [(X[:6], Y[:6])]
+    objective = hd.Objective(net(), own_cross_entropy)
+    assert hd.diagonal(objective, fine, method="exact").samples == 5
+    with pytest.raises(UncoveredModelError, match="lower the batch size to 5, or use method='hutchinson'"):
+        hd.diagonal(objective, large, method="exact")
+
+
+def test_products_and_columns_of_a_loss_of_ones_own_agree() -> None:
+    """Chunks of samples as well; against the closed form, and of a Hessian of either sign against autograd."""
+    f = torch.randn(7, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    y, v = torch.arange(7) % 5, torch.cos(torch.arange(35, dtype=torch.float64)).reshape(7, 5)
+
+    def saddle(f: Tensor, y: Tensor) -> Tensor:
+        return own_cross_entropy(f, y) + f[:, 0] * f[:, 1] ** 2
+
+    for loss, wanted in (
+        (own_cross_entropy, make_loss("cross_entropy").curvature(f, y).times(v)),
+        (saddle, torch.autograd.functional.hvp(lambda x: saddle(x, y).sum(), f, v)[1]),
+    ):
+        found = make_loss(loss).curvature(f, y)
+        assert (found.times(v) - wanted).norm() <= 1e-12 * wanted.norm()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hessdiag.problem.persample.WRITTEN", 2 * 25)
+            written = found.columns.combined(found.columns.against(v) * found.signs[:, None])
+        assert (written - wanted).norm() <= 1e-12 * wanted.norm()
+        assert loss is not saddle or found.columns.count == 10
+        units = torch.eye(5, dtype=torch.float64)[:3]
+        assert torch.equal(found.some(3), torch.stack([found.times(unit.expand(7, 5)) for unit in units]))
 
 
 def test_softmax_factor_keeps_its_digits_where_float32_loses_them() -> None:
