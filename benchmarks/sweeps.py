@@ -58,8 +58,8 @@ def idle_seconds(count: int, runs: tuple[export.Result, ...], settings: Settings
     """Wall time of so many runs that do nothing, processes and all."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         root = Path(folder)
-        with Store(root) as opened:
-            opened.add("smoke/idle", [config for config, _ in reseeded(runs, count)], tier="smoke")
+        opened = Store(root)
+        opened.add("smoke/idle", [config for config, _ in reseeded(runs, count)], tier="smoke")
         begun = time.perf_counter()
         done = local.execute(
             root, sweep="smoke/idle", workers=local.Workers(settings.workers), runner="benchmarks.sweeps:nothing"
@@ -78,15 +78,15 @@ def drawn(runs: tuple[export.Result, ...], settings: Settings) -> dict[str, floa
         root, results = Path(folder) / "store", Path(folder) / "results"
         pairs = reseeded(runs, settings.stored_runs)
         origin = {config.key: result for config, result in pairs}
-        with Store(root) as opened:
-            opened.add("smoke/figure3", [config for config, _ in pairs], tier="smoke", figure="figure3")
-            while (claim := opened.claim("benchmark", lease=1e6)) is not None:
-                opened.finish(claim, origin[claim.key].record, origin[claim.key].seconds)
+        opened = Store(root)
+        opened.add("smoke/figure3", [config for config, _ in pairs], tier="smoke", figure="figure3")
+        while (claim := opened.claim()) is not None:
+            claim.finish(origin[claim.config.key].record, origin[claim.config.key].seconds)
         begun = time.perf_counter()
-        with Reader(root) as reader:
-            Console(file=io.StringIO(), width=120).print(status.listing(reader.rows("smoke/figure3")))
-            listed = time.perf_counter()
-            export.save(export.from_store(reader, "smoke/figure3"), results)
+        reader = Reader(root)
+        Console(file=io.StringIO(), width=120).print(status.listing(reader.rows("smoke/figure3")))
+        listed = time.perf_counter()
+        export.save(export.from_store(reader, "smoke/figure3"), results)
         exported = time.perf_counter()
         built = build(results, results / "figures", resamples=None)
         gallery.write(built, results / "gallery.html")

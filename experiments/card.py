@@ -163,42 +163,42 @@ def trained(
     if not todo:
         tell(f"{name}: all {len(sweep.runs)} runs are there")
         return 0
-    with Store(places.store) as store:
-        store.add(sweep.name, todo, tier=sweep.tier, figure=sweep.figure, title=sweep.title)
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "experiments.sweep.worker", str(places.store), "--sweep", sweep.name,
-             "--first", str(len(todo)), "--threads", str(threads), "--parent", str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        end, told, failures = time.monotonic() + seconds, set[str](), 0
+    store = Store(places.store)
+    store.add(sweep.name, todo, tier=sweep.tier, figure=sweep.figure, title=sweep.title)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "experiments.sweep.worker", str(places.store), "--sweep", sweep.name,
+         "--first", str(len(todo)), "--threads", str(threads), "--parent", str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    end, told, failures = time.monotonic() + seconds, set[str](), 0
+    try:
+        over = False
+        while not over:
+            over = worker.poll() is not None or time.monotonic() > end
+            for row in store.rows(sweep.name):
+                if row.key in told or row.state not in ("done", "failed"):
+                    continue
+                told.add(row.key)
+                if row.state == "failed":
+                    failures += 1
+                    tell(f"{name}: {row.label}: failed: {(row.error or '').splitlines()[0]}")
+                    continue
+                record = row.record or {}
+                before[row.key] = export.Result(row.key, row.config, "", row.seconds or 0.0, record)
+                _save(sweep, before, places.out)
+                tell(f"{name}: {row.config.train['activation']}: {_sentence(record)}, {row.seconds or 0:.0f} s")
+            if not over:
+                time.sleep(0.2)
+    finally:
+        late = worker.poll() is None
+        if late:
+            tell(f"{name}: the time is over")
+            worker.terminate()
         try:
-            over = False
-            while not over:
-                over = worker.poll() is not None or time.monotonic() > end
-                for row in store.rows(sweep.name):
-                    if row.key in told or row.state not in ("done", "failed"):
-                        continue
-                    told.add(row.key)
-                    if row.state == "failed":
-                        failures += 1
-                        tell(f"{name}: {row.label}: failed: {(row.error or '').splitlines()[0]}")
-                        continue
-                    record = row.record or {}
-                    before[row.key] = export.Result(row.key, row.config, "", row.seconds or 0.0, record)
-                    _save(sweep, before, places.out)
-                    tell(f"{name}: {row.config.train['activation']}: {_sentence(record)}, {row.seconds or 0:.0f} s")
-                if not over:
-                    time.sleep(0.2)
-        finally:
-            late = worker.poll() is None
-            if late:
-                tell(f"{name}: the time is over")
-                worker.terminate()
-            try:
-                code = worker.wait(10)
-            except subprocess.TimeoutExpired:  # deep in a compiler
-                worker.kill()
-                code = worker.wait()
+            code = worker.wait(10)
+        except subprocess.TimeoutExpired:  # deep in a compiler
+            worker.kill()
+            code = worker.wait()
     return failures + (code != 0 and not late)
 
 

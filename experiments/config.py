@@ -7,9 +7,7 @@ it runs are not part of it.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import methods
-from experiments.fields import merged, plain, read
+from experiments.fields import digest, merged, plain, read
 from experiments.parts import (
     Attack,
     Augment,
@@ -171,9 +169,8 @@ class TrainConfig:
         return read(TrainConfig, merged(base, table))
 
     def key(self) -> str:
-        """The first 20 hexadecimal digits of SHA-256 over everything in here."""
-        text = json.dumps([MEANING, self.to_dict()], sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        """The hash of everything in here."""
+        return digest([MEANING, self.to_dict()])
 
     def refuse_weak_attack(self) -> None:
         """Refuse to train with an attack whose steps together do not reach the radius that it is trained for.

@@ -6,6 +6,8 @@ Every refusal says where in the table it stands and, for a misspelt key, which k
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import numbers
 import types
@@ -45,6 +47,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def digest(value: Any) -> str:
+    """The name of a configuration: the first 20 hexadecimal digits of SHA-256 over its JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:20]
 
 
 def storable(value: Any) -> Any:

@@ -22,18 +22,18 @@ def command(
 ) -> int:
     """Show done, running, queued and failed runs, who works on what, and the errors."""
     console = Console()
-    with Reader(store) as reader:
-        if sweep is not None:
-            reader.about(sweep)
-        if not watch:
-            console.print(status.render(reader, sweep, records=True))
-            if list_runs:
-                console.print(status.listing(reader.rows(sweep)))
-            return 0
-        with Live(status.render(reader, sweep), console=console, refresh_per_second=4) as live:
-            while reader.remaining(sweep):
-                time.sleep(1.0)
-                live.update(status.render(reader, sweep))
+    reader = Reader(store)
+    if sweep is not None:
+        reader.about(sweep)
+    if not watch:
+        console.print(status.render(reader, sweep, records=True))
+        if list_runs:
+            console.print(status.listing(reader.rows(sweep)))
+        return 0
+    with Live(status.render(reader, sweep), console=console, refresh_per_second=4) as live:
+        while reader.remaining(sweep):
+            time.sleep(1.0)
+            live.update(status.render(reader, sweep))
     return 0
 
 

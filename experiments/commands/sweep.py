@@ -13,10 +13,10 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from experiments.sweep import cluster, export, grid, local, preflight, records, schema, status
+from experiments.sweep import cluster, export, grid, local, preflight, records, status
 from experiments.sweep.cost import check_budget, estimate
 from experiments.sweep.keys import RunConfig
-from experiments.sweep.reader import DAMAGED, Reader
+from experiments.sweep.reader import DAMAGED, MARK, Reader
 from experiments.sweep.store import Store
 from hessdiag.cli.exits import OK, complain
 from hessdiag.cli.exits import WIDE as SHORT
@@ -67,30 +67,29 @@ def command(
     plan = local.Workers.plan(workers=workers, threads=threads, per_gpu=per_gpu)
     if executor == "local" and per_gpu > 1 and not plan.gpus and not dry_run:
         raise ConfigurationError(f"--per-gpu {per_gpu}: no GPU is visible here; leave it out, or see to the driver")
-    if list_runs or only_export:
-        Reader(store).close()  # there must be one
-    else:
+    former = (list_runs or only_export) and Reader(store).former  # there must be one
+    if not (list_runs or only_export):
         preflight.check(sweeps, tell=show.print if dry_run or executor == "ray" else None)
     if exporting or only_export:
         export.check_folder(results)
     if executor == "ray" and not (dry_run or list_runs or only_export):
         cluster.connect(ray_address)
-    if not dry_run:
-        with Store(store) as opened:
-            for sweep in sweeps:
-                opened.add(
-                    sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title,
-                    variants=sweep.variants, later=sweep.later,
-                )  # fmt: skip
-                for row in () if list_runs or only_export else opened.requeue_damaged(sweep.name):
-                    print(f"{sweep.name}: {row.key[:8]} {row.label} is {row.error}; it is done again", file=sys.stderr)
+    if not dry_run and not former:
+        opened = Store(store)
+        for sweep in sweeps:
+            opened.add(
+                sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title,
+                variants=sweep.variants, later=sweep.later,
+            )  # fmt: skip
+            for row in () if list_runs or only_export else opened.requeue_damaged(sweep.name):
+                print(f"{sweep.name}: {row.key[:8]} {row.label} is {row.error}; it is done again", file=sys.stderr)
     if list_runs or only_export:
-        with Reader(store) as reader:
-            for sweep in sweeps:
-                if list_runs:
-                    Console().print(status.listing(reader.rows(sweep.name)))
-                if only_export:
-                    print(export.publish(reader, sweep.name, results))
+        reader = Reader(store)
+        for sweep in sweeps:
+            if list_runs:
+                Console().print(status.listing(reader.rows(sweep.name)))
+            if only_export:
+                print(export.publish(reader, sweep.name, results))
         return 0
     failures = unlearned = 0
     try:
@@ -122,10 +121,7 @@ def _run(
     exporting: bool,
 ) -> tuple[int, int]:
     """How many runs failed, and how many are done without having learned."""
-    rows = []
-    if (store / schema.NAME).exists():  # a dry run makes none
-        with Reader(store) as reader:
-            rows = reader.rows(records=False)
+    rows = Reader(store).rows(records=False) if (store / MARK).exists() else []  # a dry run makes none
     own = [(row.config, row.seconds) for row in rows if row.state == "done" and row.seconds]
     finished = [row.key for row in rows if row.state == "done"]
     try:
@@ -144,7 +140,8 @@ def _run(
         return 0, 0
     seeds = sorted({run.train["seed"] for run in sweep.runs})
     first = len(sweep.runs) if sweep.later else None
-    with Reader(store) as reader, Live(console=show, refresh_per_second=2, transient=True) as live:
+    reader = Reader(store)
+    with Live(console=show, refresh_per_second=2, transient=True) as live:
         watch = _watcher(live, reader, sweep.name)
         if executor == "local":
             counts = local.execute(
@@ -155,25 +152,24 @@ def _run(
                 store, sweep=sweep.name, seeds=seeds, first=first, address=address, threads=plan.threads,
                 per_gpu=per_gpu, retries=retries, watch=watch,
             )  # fmt: skip
-    with Reader(store) as reader:
-        rows = [row for row in reader.rows(sweep.name) if row.state == DAMAGED or row.config.train["seed"] in seeds]
-        dead = [row for row in rows if row.record and records.unlearned(row.record, str(row.config.train.get("data")))]
-        told = f", {len(dead)} did not learn" if dead else ""
-        print(f"{sweep.name}: {counts['done']} done, {counts['failed']} failed{told}")
-        for row in dead:
-            print(f"  {row.key[:8]} {row.label}: {records.reason(row.record or {})}", file=sys.stderr)
-        failed = [row for row in rows if row.state in ("failed", DAMAGED)]
-        for row in failed:
-            print(f"  failed {row.key[:8]} {row.label}: {(row.error or '').splitlines()[0]}", file=sys.stderr)
-        if failed:
-            times = max(row.failures for row in failed)
-            print(f"  the same command with --retries {times} tries them once more", file=sys.stderr)
-        if exporting:
-            try:
-                print(export.publish(reader, sweep.name, results))
-            except StoreError as error:  # the next sweep can be run all the same
-                complain(str(error), program="experiments")
-                return counts["failed"] + 1, len(dead)
+    rows = [row for row in reader.rows(sweep.name) if row.state == DAMAGED or row.config.train["seed"] in seeds]
+    dead = [row for row in rows if row.record and records.unlearned(row.record, str(row.config.train.get("data")))]
+    told = f", {len(dead)} did not learn" if dead else ""
+    print(f"{sweep.name}: {counts['done']} done, {counts['failed']} failed{told}")
+    for row in dead:
+        print(f"  {row.key[:8]} {row.label}: {records.reason(row.record or {})}", file=sys.stderr)
+    failed = [row for row in rows if row.state in ("failed", DAMAGED)]
+    for row in failed:
+        print(f"  failed {row.key[:8]} {row.label}: {(row.error or '').splitlines()[0]}", file=sys.stderr)
+    if failed:
+        times = max(row.failures for row in failed)
+        print(f"  the same command with --retries {times} tries them once more", file=sys.stderr)
+    if exporting:
+        try:
+            print(export.publish(reader, sweep.name, results))
+        except StoreError as error:  # the next sweep can be run all the same
+            complain(str(error), program="experiments")
+            return counts["failed"] + 1, len(dead)
     return counts["failed"], len(dead)
 
 

@@ -11,14 +11,13 @@ import contextlib
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from experiments.sweep.files import FULL_ADVICE, disk_full, read_result, write_config, write_result
+from experiments.sweep.files import FULL_ADVICE, disk_full
 from experiments.sweep.keys import RunConfig
-from experiments.sweep.owner import Owner
-from experiments.sweep.store import LEASE_SECONDS, MAX_INTERRUPTIONS, Claim, Store
+from experiments.sweep.store import MAX_INTERRUPTIONS, Claim, Store
 from experiments.sweep.worker import load_runner
 from hessdiag.errors import ConfigurationError, StoreError
 
@@ -66,7 +65,6 @@ def execute(
     threads: int = 1,
     per_gpu: int = 1,
     retries: int = 0,
-    lease: float = LEASE_SECONDS,
     interruptions: int = MAX_INTERRUPTIONS,
     watch: Callable[[], None] | None = None,
 ) -> dict[str, int]:
@@ -82,47 +80,32 @@ def execute(
             + (" and a GPU" if gpus else "") + "; take fewer"
         )  # fmt: skip
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_do)
-    owner = Owner.current().text
     running: dict[Any, Claim] = {}
-    with Store(root) as store:
-        beat = time.monotonic()
-        try:
-            while running or store.remaining(sweep, seeds=seeds, first=first, retries=retries):
-                while len(running) < _slots(ray, threads, gpus) + 1:  # one more, so that no slot waits for the driver
-                    claim = store.claim(
-                        owner, sweep=sweep, seeds=seeds, first=first, retries=retries, lease=lease,
-                        interruptions=interruptions,
-                    )  # fmt: skip
-                    if claim is None:
-                        break
-                    found = read_result(store.folder(claim.key), claim.config)
-                    if found is not None:
-                        store.finish(claim, *found)
-                        continue
-                    with _explained(root):
-                        write_config(store.folder(claim.key), claim.config)
-                    running[task.remote(runner, claim.config.to_dict(), threads)] = claim
-                if not running:
-                    time.sleep(0.5)  # others hold what is left
-                    continue
-                ready, _ = ray.wait(list(running), timeout=0.5)
-                for reference in ready:
-                    _record(ray, store, reference, running.pop(reference), interruptions)
-                if time.monotonic() - beat > lease / 6:
-                    beat = time.monotonic()
-                    for reference, claim in list(running.items()):
-                        if not store.heartbeat(claim, lease=lease):
-                            ray.cancel(reference, force=True)
-                            del running[reference]
-                if watch is not None:
-                    watch()
-        finally:
-            for reference, claim in running.items():
-                with contextlib.suppress(Exception):
-                    ray.cancel(reference, force=True)
-                with contextlib.suppress(StoreError):
-                    store.release(claim, "the driver stopped")
-        return store.counts(sweep)
+    store = Store(root)
+    try:
+        while running or store.remaining(sweep, seeds=seeds, first=first, retries=retries):
+            while len(running) < _slots(ray, threads, gpus) + 1:  # one more, so that no slot waits for the driver
+                claim = store.claim(
+                    sweep=sweep, seeds=seeds, first=first, retries=retries, interruptions=interruptions
+                )  # fmt: skip
+                if claim is None:
+                    break
+                running[task.remote(runner, claim.config.to_dict(), threads)] = claim
+            if not running:
+                time.sleep(0.5)  # others hold what is left
+                continue
+            ready, _ = ray.wait(list(running), timeout=0.5)
+            for reference in ready:
+                _record(ray, reference, running.pop(reference))
+            if watch is not None:
+                watch()
+    finally:
+        for reference, claim in running.items():
+            with contextlib.suppress(Exception):
+                ray.cancel(reference, force=True)
+            with contextlib.suppress(StoreError):
+                claim.release("the driver stopped")
+    return store.counts(sweep)
 
 
 def places(address: str | None, threads: int, per_gpu: int) -> int:
@@ -150,29 +133,20 @@ def _slots(ray: Any, threads: int, gpus: float) -> int:
     return sum(fits)
 
 
-@contextlib.contextmanager
-def _explained(root: Path) -> Iterator[None]:
-    """The driver's own disk, full or gone, in one line."""
-    try:
-        yield
-    except OSError as error:
-        reason = FULL_ADVICE if disk_full(error) else f"it cannot be written ({error.strerror or error})"
-        raise StoreError(f"store {root}: {reason}") from error
-
-
-def _record(ray: Any, store: Store, reference: Any, claim: Claim, interruptions: int) -> None:
+def _record(ray: Any, reference: Any, claim: Claim) -> None:
     """Write down what a task returned, or that its process or node died."""
     try:
         outcome, value, seconds = ray.get(reference)
     except ray.exceptions.RayError as error:
-        store.interrupt(claim, f"{type(error).__name__}", limit=interruptions)
+        claim.interrupt(f"{type(error).__name__}")
         return
-    if outcome == "done":
-        with _explained(store.root):
-            write_result(store.folder(claim.key), claim.config, value, seconds)
-        store.finish(claim, value, seconds)
-    elif outcome == "full":
-        store.release(claim, "the node's disk was full")
-        raise StoreError(f"on a node of the cluster {FULL_ADVICE}")
-    else:
-        store.fail(claim, value)
+    try:
+        if outcome == "done":
+            claim.finish(value, seconds)
+        elif outcome == "full":
+            claim.release("the node's disk was full")
+            raise StoreError(f"on a node of the cluster {FULL_ADVICE}")
+        else:
+            claim.fail(value)
+    finally:
+        claim.let_go()

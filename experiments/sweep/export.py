@@ -67,7 +67,7 @@ def from_store(store: Reader, name: str) -> SweepResults:
     runs = tuple(
         Result(row.key, row.config, row.variant, row.seconds or math.nan, row.record or {}, row.sealed) for row in done
     )
-    return SweepResults(name, about["figure"], about["tier"], about["title"], len(rows) - len(runs), runs)
+    return SweepResults(name, about.figure, about.tier, about.title, len(rows) - len(runs), runs)
 
 
 def check_folder(folder: Path) -> None:

@@ -1,25 +1,41 @@
-"""One directory per run: config.json and result.json, each whole or absent.
+"""What stands in a run's directory, each file whole or absent, and who holds the run.
 
-The result is on disk before the store calls the run done. A process killed in between leaves a result that
-the next holder of the run adopts instead of computing it again.
+    lock            locked (flock) by the process that does the run, for as long as it lives
+    config.json     what the run is, for people
+    attempts.json   every time it was taken up, by whom, and how that ended
+    result.json     its record, under a seal: a run is done when this is there
+
+The kernel ends a lock with its process, killed or not, so that nothing here depends on a clock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.fields import storable
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.seals import DamagedError, sealed, unsealed
+from hessdiag.errors import StoreError
 from hessdiag.store.files import BadFileError, clear_stale, read_json, replace_file
+
+try:
+    import fcntl
+except ImportError:  # Windows: stores are read there, and no run is done
+    fcntl = None  # type: ignore[assignment]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_ADVICE = "the disk is full; free space and start the same command again: nothing that was finished is lost"
+RESULT, LOCK, ATTEMPTS = "result.json", "lock", "attempts.json"
+
+Attempt = dict[str, Any]  # worker, started, outcome (None: not ended by itself), error
 
 
 def disk_full(error: BaseException | None) -> bool:
@@ -35,9 +51,67 @@ def disk_full(error: BaseException | None) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def explained(root: Path) -> Iterator[None]:
+    """What the system refuses in a store, in one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        refusal = f"it cannot be written ({error.strerror or error}); choose another with --store"
+        raise StoreError(f"store {root}: {FULL_ADVICE if disk_full(error) else refusal}") from error
+
+
+def lock(path: Path) -> int | None:
+    """A handle that holds `path` until it is closed or this process ends; None where another process holds it."""
+    handle = _opened(path)
+    for pause in (0.01, 0.01, 0.0):  # a reader that looks who holds it is gone at once
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            time.sleep(pause)
+        except BaseException:
+            os.close(handle)
+            raise
+    os.close(handle)
+    return None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold `path` while the block runs; wait for it first."""
+    handle = _opened(path)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _opened(path: Path) -> int:
+    if fcntl is None:
+        raise StoreError(f"{path}: this system has no flock; run sweeps on Linux or macOS")
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+
+def held(folder: Path) -> bool:
+    """Whether a living process holds the run."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def write_config(folder: Path, config: RunConfig) -> None:
     """Say in the run's directory what the run is, before it begins."""
-    folder.mkdir(parents=True, exist_ok=True)
     clear_stale(folder, seconds=0.0)  # nobody else holds this run
     replace_file(folder / "config.json", (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode())
 
@@ -46,18 +120,35 @@ def write_result(folder: Path, config: RunConfig, record: Mapping[str, Any], sec
     """Put a finished run's record on disk, in one step, with the key and configuration it belongs to."""
     content = {"key": config.key, "config": config.to_dict(), "seconds": seconds, "record": storable(record)}
     text = json.dumps(sealed(content), sort_keys=True, allow_nan=False)
-    replace_file(folder / "result.json", text.encode())
+    replace_file(folder / RESULT, text.encode())
 
 
-def read_result(folder: Path, config: RunConfig) -> tuple[dict[str, Any], float] | None:
-    """The record that `folder` holds for this very configuration, with its seconds; None if there is none."""
+def read_result(folder: Path, config: RunConfig) -> tuple[dict[str, Any], float, bool]:
+    """The record that `folder` holds, its seconds, and whether it had a seal; DamagedError where it is not whole or of
+    another configuration.
+    """
     try:
-        content, _ = unsealed(read_json(folder / "result.json"))
-    except (BadFileError, DamagedError):  # to be done again
-        return None
-    if content.get("key") != config.key or not isinstance(content.get("record"), dict):
-        return None
+        content, whole = unsealed(read_json(folder / RESULT))
+    except BadFileError as reason:
+        raise DamagedError(f"damaged: its record {reason}") from None
+    if content.get("config") != json.loads(json.dumps(config.to_dict())) or not isinstance(content.get("record"), dict):
+        raise DamagedError("damaged: its record is of another configuration")
+    record, _ = unsealed(content["record"])
     seconds = content.get("seconds")
-    if json.dumps(content.get("config"), sort_keys=True) != json.dumps(config.to_dict(), sort_keys=True):
-        return None
-    return content["record"], float(seconds) if isinstance(seconds, (int, float)) else math.nan
+    return record, float(seconds) if isinstance(seconds, (int, float)) else math.nan, whole
+
+
+def write_attempts(folder: Path, attempts: list[Attempt]) -> None:
+    """Keep the history of a run; only who holds it writes."""
+    replace_file(folder / ATTEMPTS, (json.dumps(attempts, indent=1) + "\n").encode())
+
+
+def read_attempts(folder: Path) -> list[Attempt]:
+    """The history of a run; none where it cannot be read, since no result depends on it."""
+    try:
+        found = read_json(folder / ATTEMPTS)
+    except BadFileError:
+        return []
+    known = {"worker": "", "started": None, "outcome": None, "error": None}
+    rows = found if isinstance(found, list) else []
+    return [{name: row.get(name, value) for name, value in known.items()} for row in rows if isinstance(row, dict)]

@@ -7,13 +7,12 @@ them done.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from experiments.fields import digest
 from hessdiag.errors import ConfigurationError
 
 # What a record means. Raise it when the code that makes records changes what a number in them means: every
@@ -38,16 +37,6 @@ def canonical(value: Any, *, where: str = "configuration") -> Any:
     if isinstance(value, (list, tuple)):
         return [canonical(item, where=where) for item in value]
     raise ConfigurationError(f"{where}: a {type(value).__name__} cannot be stored; use numbers, text, lists, tables")
-
-
-def dumps(value: Any) -> str:
-    """Canonical JSON: equal configurations give equal text."""
-    return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-
-def digest(value: Any) -> str:
-    """The first 20 hexadecimal digits of SHA-256 over the canonical JSON."""
-    return hashlib.sha256(dumps(value).encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True)

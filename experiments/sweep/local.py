@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.sweep.files import FULL_ADVICE
-from experiments.sweep.store import LEASE_SECONDS, MAX_INTERRUPTIONS, Store
-from experiments.sweep.worker import FULL, LOST, REFUSED
+from experiments.sweep.store import MAX_INTERRUPTIONS, Store
+from experiments.sweep.worker import FULL, REFUSED
 from hessdiag.errors import ConfigurationError, StoreError
 
 FINE = 0
@@ -74,7 +74,6 @@ def execute(
     first: int | None = None,
     runner: str = "experiments.sweep.run:run_one",
     retries: int = 0,
-    lease: float = LEASE_SECONDS,
     interruptions: int = MAX_INTERRUPTIONS,
     watch: Callable[[], None] | None = None,
     environment: Mapping[str, str] | None = None,
@@ -87,17 +86,8 @@ def execute(
     logs.mkdir(exist_ok=True)
 
     def start(index: int) -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable,
-            "-m",
-            "experiments.sweep.worker",
-            str(root),
-            "--sweep",
-            sweep,
-            "--runner",
-            runner,
-        ]
-        command += ["--retries", str(retries), "--lease", str(lease), "--interruptions", str(interruptions)]
+        command = [sys.executable, "-m", "experiments.sweep.worker", str(root), "--sweep", sweep, "--runner", runner]
+        command += ["--retries", str(retries), "--interruptions", str(interruptions)]
         if seeds is not None:
             command += ["--seeds", *map(str, seeds)]
         if first is not None:
@@ -107,37 +97,37 @@ def execute(
         with open(logs / f"worker-{index}.log", "ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
 
-    with Store(root) as store:
-        wanted = min(workers.count, store.remaining(sweep, seeds=seeds, first=first, retries=retries))
-        crew = {index: start(index) for index in range(wanted)}
-        fruitless, claimed = 0, store.claimed()
-        try:
-            while crew:
-                time.sleep(interval)
-                if watch is not None:
-                    watch()
-                for index, process in list(crew.items()):
-                    code = process.poll()
-                    if code is None:
-                        continue
-                    del crew[index]
-                    if code == FULL:
-                        raise StoreError(f"store {root}: {FULL_ADVICE}")
-                    if code == REFUSED:
-                        raise StoreError(_last_line(logs / f"worker-{index}.log"))
-                    before, claimed = claimed, store.claimed()
-                    if claimed > before:  # the store itself counts how often a run ends its worker
-                        fruitless = 0
-                    elif code not in (FINE, LOST):
-                        fruitless += 1
-                    if fruitless > 3 * workers.count:
-                        line = _last_line(logs / f"worker-{index}.log")
-                        raise StoreError(f"workers end before they take a run; the last said: {line}")
-                    if code != FINE and store.remaining(sweep, seeds=seeds, first=first, retries=retries):
-                        crew[index] = start(index)
-        finally:
-            _end(list(crew.values()))
-        return store.counts(sweep)
+    store = Store(root)
+    wanted = min(workers.count, store.remaining(sweep, seeds=seeds, first=first, retries=retries))
+    crew = {index: start(index) for index in range(wanted)}
+    fruitless, claimed = 0, store.claimed(sweep)
+    try:
+        while crew:
+            time.sleep(interval)
+            if watch is not None:
+                watch()
+            for index, process in list(crew.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del crew[index]
+                if code == FULL:
+                    raise StoreError(f"store {root}: {FULL_ADVICE}")
+                if code == REFUSED:
+                    raise StoreError(_last_line(logs / f"worker-{index}.log"))
+                before, claimed = claimed, store.claimed(sweep)
+                if claimed > before:  # the store itself counts how often a run ends its worker
+                    fruitless = 0
+                elif code != FINE:
+                    fruitless += 1
+                if fruitless > 3 * workers.count:
+                    line = _last_line(logs / f"worker-{index}.log")
+                    raise StoreError(f"workers end before they take a run; the last said: {line}")
+                if code != FINE and store.remaining(sweep, seeds=seeds, first=first, retries=retries):
+                    crew[index] = start(index)
+    finally:
+        _end(list(crew.values()))
+    return store.counts(sweep)
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:

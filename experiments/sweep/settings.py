@@ -14,7 +14,7 @@ import torch
 
 from experiments.config import MEANING, TrainConfig
 from experiments.fields import plain, read
-from experiments.sweep.keys import RECORD_SCHEMA, RunConfig, dumps
+from experiments.sweep.keys import RECORD_SCHEMA, RunConfig
 from experiments.trainer.rig import build_network
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
 from hessdiag.methods import METHODS
@@ -110,7 +110,8 @@ def complete(config: RunConfig) -> RunConfig:
         settings.refuse_weak_attack()
         train = settings.to_dict()
         shape = settings.activation if settings.control.as_alpha is not None else "relu"  # the control reads its alpha
-        _check_network(dumps({**{name: train[name] for name in NETWORK_FIELDS}, "activation": shape}))
+        named = {name: train[name] for name in NETWORK_FIELDS}
+        _check_network(json.dumps({**named, "activation": shape}))
     except ConfigurationError as error:
         raise type(error)(f"[train]: {error}") from error
     attack = read(AttackSettings, config.attack, where="attack")

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.sweep.cost import duration
-from experiments.sweep.owner import Owner
 from experiments.sweep.reader import DAMAGED, Reader, Row
 
 SHOWN = 12
@@ -25,12 +24,12 @@ def render(store: Reader, sweep: str | None = None, *, records: bool = False) ->
     running: dict[str, Row] = {}
     failed: dict[str, Row] = {}
     for about in store.sweeps():
-        if sweep not in (None, about["name"]):
+        if sweep not in (None, about.name):
             continue
-        rows = store.rows(about["name"], records=records)
+        rows = store.rows(about.name, records=records)
         running.update({row.key: row for row in rows if row.state == "running"})
         failed.update({row.key: row for row in rows if row.state in ("failed", DAMAGED)})
-        overview.add_row(*_line(about["name"], rows))
+        overview.add_row(*_line(about.name, rows))
     parts: list[RenderableType] = [overview]
     if running:
         parts.append(_running(list(running.values()), now))
@@ -55,14 +54,8 @@ def _running(rows: list[Row], now: float) -> Table:
     for name in ("run", "what", "since", "attempt", "worker"):
         table.add_column(name, no_wrap=name != "what")
     for row in rows[:SHOWN]:
-        owner = Owner.parse(row.owner) if row.owner else None
-        who = "" if owner is None else f"{owner.machine.split('/')[0]}:{owner.pid}"
-        if owner is not None and (owner.alive is False or (owner.alive is None and (row.lease or 0) < now)):
-            who += " (dead)"
-        elif owner is not None and (row.lease or 0) < now:
-            who += " (stalled)"
         since = duration(now - row.started) if row.started else ""
-        table.add_row(row.key[:8], Text(row.label), since, str(row.attempt), who)
+        table.add_row(row.key[:8], Text(row.label), since, str(row.attempt), row.worker)
     return _rest(table, len(rows), 5)
 
 

@@ -2,9 +2,7 @@
 
     python -m experiments.sweep.worker STORE --sweep NAME --runner experiments.sweep.run:run_one
 
-A thread keeps the lease alive and watches two things: that the run is still this worker's, and that the
-driver that started it still lives. When either ends, so does the worker, at once: nobody wants orphans that
-train through the night.
+As many as like work on one store, on their own or for a driver.
 """
 
 from __future__ import annotations
@@ -18,22 +16,20 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from experiments.sweep.files import FULL_ADVICE, disk_full, read_result, write_config, write_result
+from experiments.sweep.files import FULL_ADVICE, disk_full
 from experiments.sweep.keys import RunConfig
-from experiments.sweep.owner import Owner
-from experiments.sweep.store import LEASE_SECONDS, MAX_INTERRUPTIONS, Claim, Store
+from experiments.sweep.store import MAX_INTERRUPTIONS, Claim, Store
 from experiments.trainer.memory import keep_freed_memory
 from hessdiag.errors import ConfigurationError, StoreError
 
 Runner = Callable[[RunConfig, Path], dict[str, Any]]
-# Exit codes: a refusal, told on standard error; a full disk, on which nothing can be told; the run went to somebody
-# else; the driver is gone.
-REFUSED, FULL, LOST, ORPHANED = 3, 74, 75, 76
+# Exit codes: a refusal, told on standard error; a full disk, on which nothing can be told; the driver is gone.
+REFUSED, FULL, ORPHANED = 3, 74, 76
 
 
 def load_runner(name: str) -> Runner:
@@ -46,68 +42,38 @@ def load_runner(name: str) -> Runner:
     return runner  # type: ignore[no-any-return]
 
 
-class Heart(threading.Thread):
-    """Beats while a claim is held; ends the process when the claim or the driver is gone."""
+def follow(driver: int, held: list[Claim]) -> None:
+    """End this process within a second of its driver, with the run it holds given back: nobody wants orphans that train
+    through the night.
+    """
 
-    def __init__(self, root: Path, claim: Claim, *, lease: float, parent: int | None) -> None:
-        super().__init__(daemon=True)
-        self.root, self.claim, self.lease, self.parent = root, claim, lease, parent
-        self.stopped = threading.Event()
+    def watch() -> None:
+        while os.getppid() == driver:
+            time.sleep(1.0)
+        for claim in held:
+            with contextlib.suppress(StoreError):
+                claim.note("released", "its driver died")
+        os._exit(ORPHANED)
 
-    def run(self) -> None:
-        """Check the driver every second and extend the lease every sixth of it.
-
-        The store is opened for each beat: one that cannot be opened now (a full disk, a long lock) may be at the next.
-        """
-        beat = time.monotonic()
-        while not self.stopped.wait(min(1.0, self.lease / 6)):
-            if self.parent is not None and os.getppid() != self.parent:
-                with contextlib.suppress(StoreError), Store(self.root) as store:
-                    store.release(self.claim, "its driver died")
-                os._exit(ORPHANED)
-            if time.monotonic() - beat < self.lease / 6:
-                continue
-            with contextlib.suppress(StoreError), Store(self.root) as store:
-                held = store.heartbeat(self.claim, lease=self.lease)
-                beat = time.monotonic()
-                if not held and not self.stopped.is_set():
-                    os._exit(LOST)
-
-    @contextlib.contextmanager
-    def beating(self) -> Iterator[None]:
-        """Beat while the block runs."""
-        self.start()
-        try:
-            yield
-        finally:
-            self.stopped.set()
-            self.join()
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def do(store: Store, claim: Claim, runner: Runner, *, lease: float = LEASE_SECONDS, parent: int | None = None) -> str:
-    """Do one claimed run and record it; the outcome is "done", "failed", "adopted" or "lost"."""
-    folder = store.folder(claim.key)
-    found = read_result(folder, claim.config)
-    if found is not None:  # its last holder died between the file and the store
-        return "adopted" if store.finish(claim, *found) else "lost"
+def do(claim: Claim, runner: Runner) -> str:
+    """Do one claimed run and record it; the outcome is "done" or "failed"."""
     begin = time.monotonic()
     try:
-        with Heart(store.root, claim, lease=lease, parent=parent).beating():
-            write_config(folder, claim.config)
-            record = runner(claim.config, folder)
-        seconds = time.monotonic() - begin
-        write_result(folder, claim.config, record, seconds)
+        claim.finish(runner(claim.config, claim.folder), time.monotonic() - begin)
     except (KeyboardInterrupt, SystemExit):
-        store.release(claim, "told to stop")
+        claim.release("told to stop")
         raise
     except Exception as error:
         if disk_full(error):
             with contextlib.suppress(StoreError):  # if even that does not fit, the next claim takes the run back
-                store.release(claim, "the disk was full")
-            raise StoreError(f"store {store.root}: {FULL_ADVICE}") from error
-        text = f"{type(error).__name__}: {error}\n\n{''.join(traceback.format_exception(error))}"
-        return "failed" if store.fail(claim, text) else "lost"
-    return "done" if store.finish(claim, record, seconds) else "lost"
+                claim.release("the disk was full")
+            raise StoreError(f"store {claim.root}: {FULL_ADVICE}") from error
+        claim.fail(f"{type(error).__name__}: {error}\n\n{''.join(traceback.format_exception(error))}")
+        return "failed"
+    return "done"
 
 
 def work(
@@ -118,26 +84,23 @@ def work(
     seeds: Collection[int] | None = None,
     first: int | None = None,
     retries: int = 0,
-    lease: float = LEASE_SECONDS,
     interruptions: int = MAX_INTERRUPTIONS,
-    poll: float = 0.5,
-    parent: int | None = None,
+    driver: int | None = None,
 ) -> dict[str, int]:
     """Do runs until none is left to wait for; returns how often each outcome came."""
     outcomes: dict[str, int] = {}
-    owner = Owner.current().text
-    with Store(root) as store:
-        while store.remaining(sweep, seeds=seeds, first=first, retries=retries):
-            claim = store.claim(
-                owner, sweep=sweep, seeds=seeds, first=first, retries=retries, lease=lease, interruptions=interruptions
-            )
-            if claim is None:  # others hold what is left; they may die yet
-                if parent is not None and os.getppid() != parent:
-                    raise SystemExit(ORPHANED)
-                time.sleep(poll)
-                continue
-            outcome = do(store, claim, runner, lease=lease, parent=parent)
-            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+    store, held = Store(root), list[Claim]()
+    if driver is not None:
+        follow(driver, held)
+    while store.remaining(sweep, seeds=seeds, first=first, retries=retries):
+        claim = store.claim(sweep=sweep, seeds=seeds, first=first, retries=retries, interruptions=interruptions)
+        if claim is None:  # others hold what is left; they may die yet
+            time.sleep(0.5)
+            continue
+        held[:] = [claim]
+        outcome = do(claim, runner)
+        held.clear()
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
     return outcomes
 
 
@@ -154,7 +117,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int)
     parser.add_argument("--runner", default="experiments.sweep.run:run_one")
     parser.add_argument("--retries", type=int, default=0)
-    parser.add_argument("--lease", type=float, default=LEASE_SECONDS)
     parser.add_argument("--interruptions", type=int, default=MAX_INTERRUPTIONS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--parent", type=int)
@@ -172,9 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
             seeds=options.seeds,
             first=options.first,
             retries=options.retries,
-            lease=options.lease,
             interruptions=options.interruptions,
-            parent=options.parent,
+            driver=options.parent,
         )
     except (StoreError, ConfigurationError) as error:
         try:

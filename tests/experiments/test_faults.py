@@ -176,11 +176,11 @@ def test_sweep(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return {"clean_accuracy": {"value": 0.5, "low": 0.25, "high": 0.75, "samples": 4}}
 
     def drive(root: Path) -> bytes:
-        with Store(root) as store:
-            store.add("smoke/figure3", runs, tier="smoke", figure="figure3")
+        store = Store(root)
+        store.add("smoke/figure3", runs, tier="smoke", figure="figure3")
         work(root, runner)
-        with Store(root) as store:
-            export.publish(store, "smoke/figure3", root.with_name(f"{root.name}-results"))
+        store = Store(root)
+        export.publish(store, "smoke/figure3", root.with_name(f"{root.name}-results"))
         return (root.with_name(f"{root.name}-results") / "smoke" / "figure3.json").read_bytes()
 
     def plain(text: bytes) -> list[Any]:

@@ -256,13 +256,13 @@ def test_exports_round_trip_and_notice_what_was_edited(tmp_path):
 
 def test_from_a_store_to_a_figure(tmp_path):
     sweep = load(SWEEPS / "smoke" / "figure7.toml")
-    with Store(tmp_path / "store") as store:
-        store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title)
+    store = Store(tmp_path / "store")
+    store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title)
     assert work(tmp_path / "store", lambda config, out: fake_record(config)) == {"done": 24}
-    with Reader(tmp_path / "store") as store:
-        results = export.from_store(store, sweep.name)
-        with pytest.raises(StoreError, match="smoke/figure7"):
-            export.from_store(store, "smoke/figure8")
+    store = Reader(tmp_path / "store")
+    results = export.from_store(store, sweep.name)
+    with pytest.raises(StoreError, match="smoke/figure7"):
+        export.from_store(store, "smoke/figure8")
     assert (len(results.runs), results.missing) == (24, 0)
     export.save(results, tmp_path / "results")
     built = build(tmp_path / "results", tmp_path / "figures", resamples=100)
@@ -281,14 +281,14 @@ def test_a_thousand_runs_are_listed_and_drawn(tmp_path):
 
     sweep = load(SWEEPS / "smoke" / "figure3.toml", seeds=list(range(42)))
     assert len(sweep.runs) == 1008
-    with Store(tmp_path / "store") as store:
-        store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title)
+    store = Store(tmp_path / "store")
+    store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title)
     work(tmp_path / "store", lambda config, out: fake_record(config))
     console = Console(file=(tmp_path / "out.txt").open("w"), width=120)
-    with Reader(tmp_path / "store") as store:
-        console.print(render(store))
-        console.print(listing(store.rows(sweep.name)))
-        results = export.from_store(store, sweep.name)
+    store = Reader(tmp_path / "store")
+    console.print(render(store))
+    console.print(listing(store.rows(sweep.name)))
+    results = export.from_store(store, sweep.name)
     figure3(results, rows(export.read(export.save(results, tmp_path / "results"))), tmp_path / "figure3")
     assert (tmp_path / "figure3.png").exists()
 

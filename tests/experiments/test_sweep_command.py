@@ -23,7 +23,6 @@ from experiments.config import TrainConfig
 from experiments.sweep import cluster, export, grid, local
 from experiments.sweep.files import read_result
 from experiments.sweep.keys import RunConfig
-from experiments.sweep.owner import Owner
 from experiments.sweep.reader import Reader
 from experiments.sweep.run import Clock, Sets, cost, measured, run_one
 from experiments.sweep.store import Store
@@ -70,25 +69,25 @@ def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, 
 
 def finished(root: Path, sweep: grid.Sweep, number: int) -> None:
     """Register the sweep and put a result under its first so many runs."""
-    with Store(root) as store:
-        store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure)
-        for _ in range(number):
-            claim = store.claim(Owner.current().text, sweep=sweep.name)
-            assert claim is not None
-            assert store.finish(claim, {"clean_accuracy": {"value": 0.5}}, 30.0)
+    store = Store(root)
+    store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure)
+    for _ in range(number):
+        claim = store.claim(sweep=sweep.name)
+        assert claim is not None
+        claim.finish({"clean_accuracy": {"value": 0.5}}, 30.0)
 
 
 def test_a_results_directory_that_cannot_be_written_is_refused_first(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for kind in ("--export", "--only-export"):
         finished(tmp_path / "s", grid.load(write(tmp_path)), 1)
-        before = (tmp_path / "s" / "store.sqlite").read_bytes()
+        before = (tmp_path / "s" / "sweeps" / "smoke" / "mine.json").read_bytes()
         words = ("sweep", write(tmp_path), "--store", tmp_path / "s", "--results", tmp_path / "file", kind)
         code, out, err = call(capsys, *words)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert "--results" in err
         assert "cannot be written" in err
-        assert (tmp_path / "s" / "store.sqlite").read_bytes() == before
+        assert (tmp_path / "s" / "sweeps" / "smoke" / "mine.json").read_bytes() == before
 
 
 def test_listing_and_exporting_make_no_store(tmp_path, capsys):
@@ -127,8 +126,8 @@ def test_an_export_says_what_is_missing_and_never_replaces_more(tmp_path, capsys
 
 def test_results_of_no_tier_are_refused_and_stop_no_sweep(tmp_path, capsys):
     finished(tmp_path / "s", grid.load(write(tmp_path)), 2)
-    with Reader(tmp_path / "s") as store:
-        path = export.save(export.from_store(store, "smoke/mine"), tmp_path / "r")
+    store = Reader(tmp_path / "s")
+    path = export.save(export.from_store(store, "smoke/mine"), tmp_path / "r")
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "tier": "smok"}))
     with pytest.raises(ConfigurationError, match="no tier 'smok'"):
@@ -201,7 +200,8 @@ def test_ray_that_is_not_there_is_missed_before_the_store_is_made(tmp_path, caps
 
 def test_status_names_the_nearest_sweep(tmp_path):
     finished(tmp_path / "s", grid.load(write(tmp_path)), 0)
-    with Reader(tmp_path / "s") as store, pytest.raises(StoreError, match="did you mean 'smoke/mine'"):
+    store = Reader(tmp_path / "s")
+    with pytest.raises(StoreError, match="did you mean 'smoke/mine'"):
         store.about("smoke/mien")
     assert main(["status", "--store", str(tmp_path / "s"), "--sweep", "smoke/mien"]) == 3
     assert main(["status", "--store", str(tmp_path / "s"), "--sweep", "smoke/mine"]) == 0
@@ -336,16 +336,16 @@ def test_a_cluster_does_every_run_once_and_again_where_its_task_died(tmp_path, m
     there = Cluster(deaths=2)
     monkeypatch.setattr(cluster, "connect", lambda address: there)
     runs = [RunConfig({"number": number}) for number in range(5)]
-    with Store(tmp_path / "s") as store:
-        store.add("sweep", runs, tier="smoke")
+    store = Store(tmp_path / "s")
+    store.add("sweep", runs, tier="smoke")
     counts = cluster.execute(tmp_path / "s", sweep="sweep", runner="squares:run_one", per_gpu=4)
     assert counts == {"queued": 0, "running": 0, "done": 5, "failed": 0}
     assert (there.asked["num_cpus"], there.asked["num_gpus"]) == (1, 0.25)
-    with Reader(tmp_path / "s") as store:
-        assert [row.record for row in store.rows("sweep")] == [{"value": number**2} for number in range(5)]
-        outcomes = [attempt["outcome"] for run in runs for attempt in store.attempts(run.key)]
-        assert sorted(outcomes) == ["done"] * 5 + ["interrupted"] * 2
-        assert all(read_result(store.folder(run.key), run) for run in runs)
+    store = Reader(tmp_path / "s")
+    assert [row.record for row in store.rows("sweep")] == [{"value": number**2} for number in range(5)]
+    outcomes = [attempt["outcome"] for run in runs for attempt in store.attempts(run.key)]
+    assert sorted(outcomes) == ["done"] * 5 + ["interrupted"] * 2
+    assert all(read_result(store.folder(run.key), run) for run in runs)
 
 
 def test_a_cluster_without_room_for_a_run_is_refused(tmp_path, monkeypatch):
@@ -358,14 +358,14 @@ def test_a_full_disk_of_the_driver_of_a_cluster_is_one_line(tmp_path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cluster, "write_result", full)
-    with Store(tmp_path / "s") as store:
-        store.add("sweep", [RunConfig({"number": 1})], tier="smoke")
-        claim = store.claim(Owner.current().text)
-        assert claim is not None
-        ray = SimpleNamespace(get=lambda reference: ("done", {}, 1.0), exceptions=SimpleNamespace(RayError=OSError))
-        with pytest.raises(StoreError, match="the disk is full; free space and start the same command again"):
-            cluster._record(ray, store, None, claim, 10)
+    monkeypatch.setattr("experiments.sweep.store.write_result", full)
+    store = Store(tmp_path / "s")
+    store.add("sweep", [RunConfig({"number": 1})], tier="smoke")
+    claim = store.claim()
+    assert claim is not None
+    ray = SimpleNamespace(get=lambda reference: ("done", {}, 1.0), exceptions=SimpleNamespace(RayError=OSError))
+    with pytest.raises(StoreError, match="the disk is full; free space and start the same command again"):
+        cluster._record(ray, None, claim)
 
 
 def test_networks_that_did_not_learn_are_named_and_give_an_exit_code(
@@ -375,10 +375,10 @@ def test_networks_that_did_not_learn_are_named_and_give_an_exit_code(
     sweep = grid.load(write(tmp_path))
     good = {"train": {"status": "finished", "clean_loss": 0.1}, "clean_accuracy": {"value": 0.9, "samples": 500}}
     dead = {"train": {"status": "did_not_learn", "clean_loss": 2.3, "reason": "did not learn: 10%"}}
-    with Store(tmp_path / "s") as store:
-        store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure)
-        while claim := store.claim(Owner.current().text, sweep=sweep.name):
-            assert store.finish(claim, dead if claim.config.train["seed"] else good, 30.0)
+    store = Store(tmp_path / "s")
+    store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure)
+    while claim := store.claim(sweep=sweep.name):
+        claim.finish(dead if claim.config.train["seed"] else good, 30.0)
     words = ("sweep", tmp_path / "mine.toml", "--store", tmp_path / "s", "--results", tmp_path / "r")
     code, out, err = call(capsys, *words)
     assert code == 1

@@ -13,7 +13,6 @@ from experiments.__main__ import main
 from experiments.config import TrainConfig
 from experiments.sweep.cost import check_budget, duration, estimate
 from experiments.sweep.grid import load
-from experiments.sweep.owner import Owner
 from experiments.sweep.settings import AttackSettings, MeasureSettings
 from experiments.sweep.store import Store
 from hessdiag.errors import BudgetError, ConfigurationError, UnknownNameError
@@ -216,13 +215,13 @@ def test_cost_is_said_from_runs_of_the_same_kind(tmp_path):
 def test_status_shows_states_workers_and_errors(tmp_path, capsys):
 
     sweep = load(write(tmp_path, BASE))
-    with Store(tmp_path / "s") as store:
-        store.add(sweep.name, sweep.runs, tier="smoke")
-        mine = [store.claim(Owner.current().text) for _ in range(3)]
-        assert mine[0] is not None
-        assert mine[1] is not None
-        store.finish(mine[0], {"aa2": {"value": 0.5}}, 12.0)
-        store.fail(mine[1], "ValueError: the reason\n\ntraceback")
+    store = Store(tmp_path / "s")
+    store.add(sweep.name, sweep.runs, tier="smoke")
+    mine = [store.claim() for _ in range(3)]
+    assert mine[0] is not None
+    assert mine[1] is not None
+    mine[0].finish({"aa2": {"value": 0.5}}, 12.0)
+    mine[1].fail("ValueError: the reason\n\ntraceback")
     assert main(["status", "--store", str(tmp_path / "s"), "--list"]) == 0
     shown = capsys.readouterr().out
     assert "1/8" in shown
@@ -233,7 +232,7 @@ def test_status_shows_states_workers_and_errors(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_whole_sweep_from_the_command_line(tmp_path):
     """Two real runs on digits: trained, attacked, measured, exported, drawn; the second call does nothing."""
-    path = write(tmp_path, BASE.replace("[0, 1]", "1", 1).replace("[0, 1]", "[0]"))
+    path = write(tmp_path, BASE.replace("[0, 1]", "1", 1).replace("[0, 1]", "[0]").replace("epochs = 2", "epochs = 8"))
     path.write_text(path.read_text() + '[measure]\nsamples = 16\nrtol = 5.0\nplugin_probes = 2\nlosses = ["clean"]\n')
     command = [
         sys.executable,
@@ -252,9 +251,9 @@ def test_a_whole_sweep_from_the_command_line(tmp_path):
     assert "2 done, 0 failed" in first.stdout
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "2 runs, all done" in again.stderr
-    with Store(tmp_path / "s") as store:
-        assert [len(store.attempts(row.key)) for row in store.rows()] == [1, 1]
-        record = store.rows()[0].record
+    store = Store(tmp_path / "s")
+    assert [len(store.attempts(row.key)) for row in store.rows()] == [1, 1]
+    record = store.rows()[0].record
     assert record is not None
     assert {"aa2", "norms", "clean_accuracy", "effective_curvature", "seconds", "provenance"} <= set(record)
     assert record["norms"]["test/clean"]["plugin"]["biased"] is True
@@ -307,24 +306,24 @@ def test_a_sweep_is_found_by_its_name(tmp_path, monkeypatch):
 def test_a_stage_is_done_alone_and_the_sweep_keeps_what_it_had(tmp_path):
     path = write(tmp_path, STAGED)
     whole, first = load(path), load(path, stage=1)
-    with Store(tmp_path / "s") as store:
-        store.add(whole.name, whole.runs, tier=whole.tier)
-        store.add(first.name, first.runs, tier=first.tier, later=first.later)
-        assert len(store.rows(whole.name)) == 7
-        seeds = [0, 1]
-        taken = []
-        while (claim := store.claim(Owner.current().text, sweep=first.name, seeds=seeds, first=4)) is not None:
-            taken.append(claim.key)
-            assert store.finish(claim, {}, 1.0)
-        assert taken == [run.key for run in first.runs]
-        assert store.remaining(whole.name, seeds=seeds, first=4) == 0
-        assert store.remaining(whole.name) == 3
-        store.add("other", reversed(whole.runs), tier="smoke")  # its order is its own
-        assert store.claim(Owner.current().text, sweep="other").key == whole.runs[-1].key
-        assert store.claim(Owner.current().text, sweep=whole.name).key == whole.runs[4].key
-    with Store(tmp_path / "t") as store:  # a stage alone brings no more than itself
-        store.add(first.name, first.runs, tier=first.tier, later=first.later)
-        assert len(store.rows(first.name)) == 4
+    store = Store(tmp_path / "s")
+    store.add(whole.name, whole.runs, tier=whole.tier)
+    store.add(first.name, first.runs, tier=first.tier, later=first.later)
+    assert len(store.rows(whole.name)) == 7
+    seeds = [0, 1]
+    taken = []
+    while (claim := store.claim(sweep=first.name, seeds=seeds, first=4)) is not None:
+        taken.append(claim.config.key)
+        claim.finish({}, 1.0)
+    assert taken == [run.key for run in first.runs]
+    assert store.remaining(whole.name, seeds=seeds, first=4) == 0
+    assert store.remaining(whole.name) == 3
+    store.add("other", reversed(whole.runs), tier="smoke")  # its order is its own
+    assert store.claim(sweep="other").config.key == whole.runs[-1].key
+    assert store.claim(sweep=whole.name).config.key == whole.runs[4].key
+    store = Store(tmp_path / "t")  # a stage alone brings no more than itself
+    store.add(first.name, first.runs, tier=first.tier, later=first.later)
+    assert len(store.rows(first.name)) == 4
 
 
 def test_a_grid_has_a_limit(tmp_path: Path) -> None:

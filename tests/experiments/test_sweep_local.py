@@ -96,8 +96,8 @@ def house(tmp_path, monkeypatch):
 
 def fill(root: Path, number: int, **extra: object) -> list[RunConfig]:
     runs = [RunConfig({"number": i, "activation": "a", "seed": i, **extra}) for i in range(number)]
-    with Store(root) as store:
-        store.add("sweep", runs, tier="smoke")
+    store = Store(root)
+    store.add("sweep", runs, tier="smoke")
     (root / "logs").mkdir(exist_ok=True)
     return runs
 
@@ -148,16 +148,14 @@ def check_all_done(root: Path, runs: list[RunConfig]) -> None:
     """Every run is done, with the right value, in the store and on disk, recorded once, never run by two at
     once.
     """
-    with Reader(root) as store:
-        rows = store.rows("sweep")
-        assert [row.state for row in rows] == ["done"] * len(runs)
-        for run, row in zip(runs, rows, strict=True):
-            assert row.record == {"value": run.train["number"] ** 2}
-            found = read_result(store.folder(run.key), run)
-            assert found is not None
-            assert found[0] == row.record
-            assert [attempt["outcome"] for attempt in store.attempts(run.key)].count("done") == 1
-            assert not list(store.folder(run.key).glob("*.tmp"))
+    store = Reader(root)
+    rows = store.rows("sweep")
+    assert [row.state for row in rows] == ["done"] * len(runs)
+    for run, row in zip(runs, rows, strict=True):
+        assert row.record == {"value": run.train["number"] ** 2}
+        assert read_result(store.folder(run.key), run)[0] == row.record
+        assert [attempt["outcome"] for attempt in store.attempts(run.key)].count("done") == 1
+        assert not list(store.folder(run.key).glob("*.tmp"))
     assert not [word for word, _ in events(root) if word == "TWICE"]
 
 
@@ -200,8 +198,8 @@ def test_sigkill_of_workers_and_drivers_loses_nothing(house):
         kills += not held.exists() or kills < 4  # the fifth comes when four have hit a worker that held a run
     assert driver.wait() == 0
     check_all_done(root, runs)
-    with Reader(root) as store:
-        outcomes = [attempt["outcome"] for run in runs for attempt in store.attempts(run.key)]
+    store = Reader(root)
+    outcomes = [attempt["outcome"] for run in runs for attempt in store.attempts(run.key)]
     assert outcomes.count("interrupted") >= hits
     while any(lives(pid) for pid in orphans):  # else the test's own limit ends it
         time.sleep(0.05)
@@ -211,9 +209,9 @@ def test_a_run_that_ends_its_process_fails_alone(house):
     root = house / "store"
     runs = fill(root, 3)
     assert drive(house, root, 1, "run_badly", interruptions=2).wait() == 0
-    with Reader(root) as store:
-        assert [row.state for row in store.rows("sweep")] == ["done", "failed", "done"]
-        assert len(store.attempts(runs[1].key)) == 2
+    store = Reader(root)
+    assert [row.state for row in store.rows("sweep")] == ["done", "failed", "done"]
+    assert len(store.attempts(runs[1].key)) == 2
 
 
 def test_runs_that_always_end_their_process_fail_after_ten_times_and_end_no_sweep(house):
@@ -221,9 +219,9 @@ def test_runs_that_always_end_their_process_fail_after_ten_times_and_end_no_swee
     root = house / "store"
     runs = fill(root, 2)
     assert drive(house, root, 1, "run_fatally", interruptions=10).wait() == 0
-    with Reader(root) as store:
-        assert [row.state for row in store.rows("sweep")] == ["failed", "failed"]
-        assert [len(store.attempts(run.key)) for run in runs] == [10, 10]
+    store = Reader(root)
+    assert [row.state for row in store.rows("sweep")] == ["failed", "failed"]
+    assert [len(store.attempts(run.key)) for run in runs] == [10, 10]
 
 
 def test_workers_that_die_before_they_take_a_run_end_the_sweep(house, monkeypatch):
@@ -254,8 +252,8 @@ def test_a_full_disk_is_told_though_the_log_lies_on_it(house, monkeypatch):
     monkeypatch.chdir(house)
     with pytest.raises(StoreError, match="the disk is full; free space"):
         local.execute(root, sweep="sweep", workers=local.Workers(1), runner="full_runs:run_one", interval=0.05)
-    with Reader(root) as store:
-        assert store.counts()["queued"] == 2
+    store = Reader(root)
+    assert store.counts()["queued"] == 2
 
 
 def test_a_process_that_may_write_no_more_stops_with_one_line(house):
@@ -272,11 +270,11 @@ def test_a_process_that_may_write_no_more_stops_with_one_line(house):
     assert process.returncode == worker.FULL
     assert "disk is full" in process.stderr
     assert len(process.stderr.strip().splitlines()) == 1
-    with Reader(root) as store:
-        assert store.counts()["queued"] == 2
+    store = Reader(root)
+    assert store.counts()["queued"] == 2
     assert drive(house, root, 1, "run_big").wait(60) == 0
-    with Reader(root) as store:
-        assert store.counts()["done"] == 2
+    store = Reader(root)
+    assert store.counts()["done"] == 2
 
 
 def test_workers_that_cannot_start_are_not_started_for_ever(house, monkeypatch):
@@ -351,8 +349,8 @@ def test_a_driver_of_some_seeds_leaves_the_others_queued(house: Path) -> None:
         interval=0.05,
     )
     assert (wanted["done"], wanted["queued"]) == (2, 2)
-    with Reader(house / "store") as reader:
-        assert {row.config.train["seed"] for row in reader.rows("sweep") if row.state == "done"} == {1, 3}
+    reader = Reader(house / "store")
+    assert {row.config.train["seed"] for row in reader.rows("sweep") if row.state == "done"} == {1, 3}
     check = local.execute(
         house / "store", sweep="sweep", workers=local.Workers(1), runner="fake_runs:run_one", interval=0.05
     )

@@ -44,8 +44,8 @@ def house(tmp_path, monkeypatch):
 
 def fill(root: Path, number: int, sleep: float, **extra: object) -> list[RunConfig]:
     runs = [RunConfig({"number": i, "activation": "a", "sleep": sleep, **extra}) for i in range(number)]
-    with Store(root) as store:
-        store.add("sweep", runs, tier="smoke")
+    store = Store(root)
+    store.add("sweep", runs, tier="smoke")
     return runs
 
 
@@ -73,9 +73,9 @@ def test_two_nodes_one_killed_in_mid_sweep(house):
 
         def kill_when_busy() -> None:
             while True:
-                with Reader(root) as store:
-                    if store.counts()["done"] >= 3:
-                        break
+                store = Reader(root)
+                if store.counts()["done"] >= 3:
+                    break
                 time.sleep(0.1)
             time.sleep(0.4)
             nodes.remove_node(victim, allow_graceful=False)
@@ -90,12 +90,13 @@ def test_two_nodes_one_killed_in_mid_sweep(house):
     assert counts == {"queued": 0, "running": 0, "done": 11, "failed": 1}
     fill(local, 12, 0.0, bad=5)
     work(local, load_runner("fake_ray_runs:run_one"), sweep="sweep")
-    with Reader(root) as store, Reader(local) as other:
-        rows, expected = store.rows("sweep"), other.rows("sweep")
-        assert [row.record for row in rows] == [row.record for row in expected]
-        assert rows[5].failures == 2
-        assert "ValueError: the reason" in str(rows[5].error)
-        outcomes = [attempt["outcome"] for run in runs for attempt in store.attempts(run.key)]
-        assert outcomes.count("done") == 11
-        assert outcomes.count("interrupted") >= 1
-        assert all(read_result(store.folder(run.key), run) for run in runs if run.train["number"] != 5)
+    store = Reader(root)
+    other = Reader(local)
+    rows, expected = store.rows("sweep"), other.rows("sweep")
+    assert [row.record for row in rows] == [row.record for row in expected]
+    assert rows[5].failures == 2
+    assert "ValueError: the reason" in str(rows[5].error)
+    outcomes = [attempt["outcome"] for run in runs for attempt in store.attempts(run.key)]
+    assert outcomes.count("done") == 11
+    assert outcomes.count("interrupted") >= 1
+    assert all(read_result(store.folder(run.key), run) for run in runs if run.train["number"] != 5)
