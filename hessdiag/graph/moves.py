@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hessdiag.graph import affine, layers, sites
 from hessdiag.graph.kinds import Given, NodeKind
-from hessdiag.graph.nodes import edge_shape, sizes
+from hessdiag.graph.nodes import Edge, edge_shape, sizes
 from hessdiag.graph.pullback import pullback
 from hessdiag.graph.tangents import Tangent
 
@@ -52,6 +52,17 @@ def move(node: Any, output: int, shape: torch.Size, given: Sequence[Given]) -> T
         return None
     slot, edge, tangent = given[0]
     return Tangent(rule(node, slot, tangent.dense(edge_shape(edge)), shape))
+
+
+def forward(node: Any, slot: int, edge: Edge, output: int, value: Tensor) -> Tensor:
+    """The tangent [K, *shape] of one output of a node, where only its input `slot`, fed by `edge`, changes."""
+    shape = edge_shape((node, output))
+    if tuple(edge_shape(edge)) == tuple(shape):
+        known, factor = factor_of(node, slot)
+        if known:
+            return value if factor is None else value * factor
+    moved = move(node, output, shape, [(slot, edge, Tangent(value))])
+    return double_backward(node, output, shape, [(slot, value)], {}) if moved is None else moved.dense(shape)
 
 
 def double_backward(

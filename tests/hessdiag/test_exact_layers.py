@@ -69,7 +69,11 @@ def shuffle(model: nn.Module, seed: int = 1) -> nn.Module:
             if not value.is_floating_point():
                 continue
             noise = torch.randn(value.shape, generator=generator)
-            value.copy_(noise.abs() + 0.5 if name.endswith("running_var") else noise / max(value[0].numel(), 1) ** 0.5)
+            value.copy_(
+                noise.abs() + 0.5
+                if name.endswith("running_var")
+                else noise / max(value.reshape(len(value) if value.ndim else 1, -1).shape[1], 1) ** 0.5
+            )
     return model
 
 

@@ -126,17 +126,6 @@ class Shared(nn.Module):
         return self.last(h + torch.tanh(self.inner(2 * x)) if self.parallel else torch.tanh(self.inner(h)))
 
 
-class Swish(nn.Module):
-    """Swish with a learnable alpha."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.tensor(1.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.alpha * x)
-
-
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -184,8 +173,6 @@ UNCOVERED = {
                     "'0.parametrizations.weight.original"),
     "spectral parametrisation": (lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(5, 5)),
                                                        nn.Linear(5, 3)), "'0."),
-    "learnable alpha": (lambda: chain(Swish()), "learnable factor '1.alpha'"),
-    "prelu": (lambda: chain(nn.PReLU()), "'1.weight' is not the weight"),
     "custom function": (lambda: chain(Lambda(Custom.apply)), "Custom"),
     "reentrant checkpoint": (lambda: chain(Lambda(lambda h: checkpoint.checkpoint(torch.tanh, h, use_reentrant=True))),
                              "Checkpoint"),
@@ -203,7 +190,7 @@ def test_uncovered_models_are_refused_by_name(name: str) -> None:
         assert message.lower() in str(caught.value).lower()
 
 
-@pytest.mark.parametrize("name", ["shared in sequence", "shared in parallel", "learnable alpha", "attention"])
+@pytest.mark.parametrize("name", ["shared in sequence", "shared in parallel", "attention"])
 def test_auto_falls_back_to_hutchinson_and_says_so(name: str) -> None:
     model = seeded(UNCOVERED[name][0])
     x, y = batch_for(model)

@@ -1,4 +1,8 @@
-"""Parameters that are added or multiplied elementwise: sums over the axes on which they are broadcast."""
+"""Parameters that are added or multiplied elementwise: sums over the axes on which they are broadcast.
+
+What meets the other input is w, the parameter itself or what became of it on the way (`hessdiag.graph.carried`). Every
+entry of the output is made with one entry of w, and so with one of the parameter.
+"""
 
 from __future__ import annotations
 
@@ -10,78 +14,75 @@ import torch
 from torch import Tensor
 
 from hessdiag.errors import UncoveredModelError
+from hessdiag.graph.carried import Carried
 from hessdiag.graph.chunks import grouped, spread
 from hessdiag.graph.layers.layer import LayerKind, Parts
-from hessdiag.graph.nodes import is_leaf
 from hessdiag.graph.tangents import Tangent
 
 if TYPE_CHECKING:
     from hessdiag.graph.reading import Graph
 
 
-def own_slots(node: Any, graph: Graph) -> list[int]:
-    """Inputs of the node that are chosen parameters themselves."""
-    return [slot for slot, (source, _) in enumerate(node.next_functions) if is_leaf(source) and graph.is_live(source)]
+def own_slot(node: Any, graph: Graph) -> list[Carried]:
+    """The parameters that one input of the node is, or is computed from; refused if two inputs are."""
+    found = [ways for slot in range(len(node.next_functions)) if (ways := graph.carried(node, slot))]
+    if len(found) > 1:
+        graph.refuse(node, f"parameters from two sides, {found[0][0].name!r} and {found[1][0].name!r}")
+    return found[0] if found else []
 
 
 class Broadcast(LayerKind):
-    """a = x (.) theta entry by entry, theta broadcast: over the samples at the least."""
+    """a = x (.) w entry by entry, w broadcast over the samples, or with rows of its own for each."""
 
     sole = False
 
     @abstractmethod
     def scaled(self, delta: Tensor, power: int = 1) -> Tensor:
-        """Delta (da/dtheta)^power, before any sum."""
+        """Delta (da/dw)^power, before any sum."""
 
     def read(self) -> None:
-        """Which input is the parameter, and its shape."""
-        node = self.layer.node
-        self.slot = next(slot for slot, (source, _) in enumerate(node.next_functions) if is_leaf(source))
-        self.shape: torch.Size = node.next_functions[self.slot][0].variable.shape
+        """How w comes from the parameter, and whether it has rows of its own."""
+        assert self.layer.carried is not None
+        self.way = self.layer.carried
+        self.shape = self.way.shape
+        self.own_rows = len(self.shape) == len(self.out) and self.shape[0] == self.rows and self.way.index is not None
+        if len(self.shape) == len(self.out) and self.shape[0] != 1 and not self.own_rows:
+            raise UncoveredModelError(
+                f"parameter {self._name!r} of shape {list(self.shape)} does not broadcast over the samples"
+            )
 
     def per_group(self, delta: Tensor, group: int, *, squares: bool) -> Parts:
         """Of what reaches the parameter, summed where it was broadcast."""
-        yield self._name, iter([self._summed(delta, group)])
+        yield self._name, iter([grouped(self._per_row(delta), group * self.fold)])
 
     def weighted(self, c: Tensor) -> dict[str, Tensor]:
         """sum c (da/dtheta)^2."""
-        return {self._name: self._summed(c.reshape(self.out), 1, power=2).sum(0)}
+        return {self._name: self._per_row(c.reshape(self.out), power=2).sum(0)}
 
     def gram(self, delta: Tensor) -> Tensor:
         """The sum that reaches the parameter, given back."""
-        return torch.zeros_like(delta).add_(self.scaled(spread(self._row_sums(delta), self.fold, delta)))
+        sums = spread(self._per_row(delta).reshape(self.rows, -1), self.fold, delta.reshape(self.rows, -1))
+        back = self.way.push(sums, own_rows=self.own_rows)
+        full = (1,) * (delta.ndim - len(self.shape)) + tuple(self.shape)
+        return torch.zeros_like(delta).add_(self.scaled(back.reshape(-1, *full[1:])))
 
     def directions(self, parameters: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, slice, Tangent]]:
         """Unit parameters, broadcast as the node broadcasts."""
         parameter = parameters[self._name]
-        self._check(len(self.out))
-        size = parameter.numel()
-        for low in range(0, size, count):
-            high = min(low + count, size)
-            unit = torch.zeros(high - low, size, dtype=parameter.dtype, device=parameter.device)
-            rows = torch.arange(high - low, device=unit.device)
-            unit[rows, rows + low] = 1
-            unit = unit.reshape(-1, *(1,) * (len(self.out) - parameter.ndim), *parameter.shape)
+        for low in range(0, parameter.numel(), count):
+            high = min(low + count, parameter.numel())
+            unit = self.way.units(low, high, parameter)
+            unit = unit.reshape(-1, *(1,) * (len(self.out) - len(self.shape)), *self.shape)
             yield self._name, slice(low, high), Tangent(self.scaled(unit).expand(-1, *self.out))
 
     @property
     def _name(self) -> str:
         return self.layer.own[0]
 
-    def _check(self, axes: int) -> None:
-        if axes < 1 or (len(self.shape) == axes and self.shape[0] != 1):
-            raise UncoveredModelError(
-                f"parameter {self._name!r} of shape {list(self.shape)} does not broadcast over the samples"
-            )
-
-    def _summed(self, delta: Tensor, group: int, *, power: int = 1) -> Tensor:
-        per_row = self._row_sums(delta, power=power)
-        return grouped(per_row.reshape(self.rows, *self.shape), group * self.fold)
-
-    def _row_sums(self, delta: Tensor, *, power: int = 1) -> Tensor:
-        """[rows, ...]: what reaches the parameter, summed where it was broadcast."""
+    def _per_row(self, delta: Tensor, *, power: int = 1) -> Tensor:
+        """[rows, *theta]: what reaches the parameter from every row."""
         delta = self.scaled(delta, power)
-        self._check(delta.ndim)
         full = (1,) * (delta.ndim - len(self.shape)) + tuple(self.shape)
         reduce = [axis for axis in range(1, delta.ndim) if full[axis] == 1]
-        return delta.sum(reduce, keepdim=True) if reduce else delta
+        sums = delta.sum(reduce, keepdim=True) if reduce else delta
+        return self.way.pull(sums, own_rows=self.own_rows, power=power)

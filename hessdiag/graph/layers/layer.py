@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hessdiag.errors import ConfigurationError, UncoveredModelError
+from hessdiag.graph.carried import Carried
 from hessdiag.graph.chunks import grouped
 from hessdiag.graph.kinds import NodeKind
 from hessdiag.graph.nodes import edge_shape, sizes
@@ -48,6 +49,8 @@ class Layer:
     weight: str | None
     bias: str | None
     transposed: bool = False
+    carried: Carried | None = None
+    """How its one parameter reaches it, where other nodes stand between."""
 
     @property
     def edge(self) -> GradientEdge:
@@ -121,8 +124,11 @@ class LayerKind(NodeKind, ABC):
 
     @classmethod
     @abstractmethod
-    def match(cls, node: Any, graph: Graph) -> Layer | None:
-        """The layer at a node, or None if the node applies no chosen parameter; `graph.refuse` what is not covered."""
+    def match(cls, node: Any, graph: Graph) -> Layer | list[Layer] | None:
+        """The layer at a node, or None if the node applies no chosen parameter; `graph.refuse` what is not covered.
+
+        A list where the node applies several parameters alike, one layer for each.
+        """
 
     @classmethod
     def carries(cls, node: Any, graph: Graph) -> bool:

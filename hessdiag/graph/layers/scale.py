@@ -1,4 +1,7 @@
-"""A parameter that multiplies: a = theta * x. G_n = delta_n x_n, summed over the axes on which theta is broadcast."""
+"""A parameter that multiplies: a = w * x. G_n = delta_n x_n, summed over the axes on which w is broadcast.
+
+x is the other factor; for PReLU, a = max(x, 0) + w min(x, 0), it is min(x, 0); for a choice by a mask the mask.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hessdiag.graph import saved
-from hessdiag.graph.layers.broadcast import Broadcast, own_slots
+from hessdiag.graph.layers.broadcast import Broadcast, own_slot
 from hessdiag.graph.layers.layer import Layer
 
 if TYPE_CHECKING:
@@ -15,28 +18,34 @@ if TYPE_CHECKING:
 
 
 class Scale(Broadcast):
-    """theta * x for a theta of more than one entry: a single one is as a rule a slope or a temperature."""
+    """w * x, w / x for constant x, PReLU's slope, a parameter that a mask chooses."""
 
     name = "scale"
-    nodes = frozenset({"MulBackward0"})
+    nodes = frozenset({"MulBackward0", "DivBackward0", "PreluKernelBackward0", "WhereBackward0"})
 
     @classmethod
-    def match(cls, node: Any, graph: Graph) -> Layer | None:
-        """Theta must be one factor of two."""
-        slots = own_slots(node, graph)
-        if not slots:
-            return None
-        name = graph.direct(node, slots[0])
-        assert name is not None
-        if len(slots) > 1 or node.next_functions[slots[0]][0].variable.numel() == 1:
-            graph.refuse(node, f"a learnable factor {name!r} (alpha of an activation, a temperature)")
-        return Layer(cls, name, node, name, None)
+    def match(cls, node: Any, graph: Graph) -> list[Layer]:
+        """One factor comes from a parameter, the other from none or from others; by a parameter nothing is divided."""
+        found = own_slot(node, graph)
+        for way in found:
+            if node.name() == "DivBackward0" and (way.slot == 1 or graph.is_live(node.next_functions[1][0])):
+                graph.refuse(node, f"a quotient of parameter {way.name!r}")
+            if node.name() == "PreluKernelBackward0" and way.slot == 0:
+                graph.refuse(node, f"PReLU of parameter {way.name!r} itself")
+        return [Layer(cls, way.name, node, way.name, None, carried=way) for way in found]
 
     def read(self) -> None:
         """x."""
         super().read()
-        self._x = saved.constant(self.layer.node, self.slot)
+        node = self.layer.node
+        if node.name() == "PreluKernelBackward0":
+            self._x = saved.tensor(node, "self").clamp(max=0)
+        elif node.name() == "WhereBackward0":
+            chosen = saved.tensor(node, "condition")
+            self._x = (chosen if self.way.slot == 0 else ~chosen).to(node._input_metadata[0].dtype)
+        else:
+            self._x = saved.constant(node, self.way.slot)
 
     def scaled(self, delta: Tensor, power: int = 1) -> Tensor:
-        """da/dtheta = x."""
+        """da/dw = x."""
         return delta * self._x**power

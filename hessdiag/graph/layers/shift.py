@@ -1,4 +1,4 @@
-"""A parameter that is added: a = x + theta. G_n = delta_n, summed over the axes on which theta is broadcast."""
+"""A parameter that is added: a = x + alpha w. G_n = alpha delta_n, summed over the axes on which w is broadcast."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hessdiag.graph import saved
-from hessdiag.graph.layers.broadcast import Broadcast, own_slots
+from hessdiag.graph.affine import sign_of
+from hessdiag.graph.layers.broadcast import Broadcast, own_slot
 from hessdiag.graph.layers.layer import Layer
 
 if TYPE_CHECKING:
@@ -15,27 +15,21 @@ if TYPE_CHECKING:
 
 
 class Shift(Broadcast):
-    """x + theta, theta + x, theta - x."""
+    """x + w, x - w, w - x, with factors."""
 
     name = "shift"
-    nodes = frozenset({"AddBackward0", "SubBackward0"})
+    nodes = frozenset({"AddBackward0", "SubBackward0", "RsubBackward0"})
 
     @classmethod
-    def match(cls, node: Any, graph: Graph) -> Layer | None:
-        """Theta must be added as it is, neither scaled nor subtracted."""
-        slots = own_slots(node, graph)
-        if not slots:
-            return None
-        name = graph.direct(node, slots[0])
-        assert name is not None
-        if len(slots) > 1:
-            graph.refuse(node, f"a learnable factor {name!r} (alpha of an activation, a temperature)")
-        if saved.number(node, "alpha", 1.0) != 1:
-            graph.refuse(node, f"parameter {name!r} in a scaled sum")
-        if node.name() == "SubBackward0" and slots[0] == 1:
-            graph.refuse(node, f"parameter {name!r} subtracted")
-        return Layer(cls, name, node, None, name)
+    def match(cls, node: Any, graph: Graph) -> list[Layer]:
+        """One summand comes from parameters."""
+        return [Layer(cls, way.name, node, None, way.name, carried=way) for way in own_slot(node, graph)]
+
+    def read(self) -> None:
+        """The summand's factor."""
+        super().read()
+        self._alpha = sign_of(self.layer.node, self.way.slot)
 
     def scaled(self, delta: Tensor, power: int = 1) -> Tensor:
-        """As it is: da/dtheta = 1."""
-        return delta
+        """da/dw = alpha."""
+        return delta if self._alpha == 1.0 else delta * self._alpha**power
