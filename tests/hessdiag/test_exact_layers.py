@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from test_operations import TARGETS, agree, products, propagated
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -105,6 +106,30 @@ CONVOLUTIONS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...], int]] = {
     "1d": (nn.Conv1d(2, 3, 3, stride=2), nn.Conv1d(3, 4, 2, dilation=2), (9,), 4),
     "3d": (nn.Conv3d(2, 3, 2), nn.Conv3d(3, 2, (1, 2, 1), padding=(0, 1, 0)), (3, 3, 3), 2),
 }
+
+
+TRANSPOSED: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...], int]] = {
+    "2d": (nn.ConvTranspose2d(2, 3, 3), nn.ConvTranspose2d(3, 4, 2, padding=1), (2, 2), 4),
+    "strided": (nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1), nn.ConvTranspose2d(4, 2, 2, stride=(1, 2)), (2, 3), 2),
+    "output padding": (
+        nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1),
+        nn.ConvTranspose2d(3, 2, 2, dilation=3, output_padding=2, bias=False), (2, 2), 2,
+    ),
+    "dilated": (nn.ConvTranspose2d(2, 3, 2, dilation=2, bias=False), nn.Conv2d(3, 2, 2), (3, 2), 2),
+    "grouped": (nn.ConvTranspose2d(2, 4, 2, groups=2, stride=2), nn.ConvTranspose2d(4, 4, 2, groups=2), (2, 2), 4),
+    "1d": (nn.ConvTranspose1d(2, 3, 3, stride=2), nn.ConvTranspose1d(3, 4, 2, dilation=2), (3,), 4),
+    "3d": (nn.ConvTranspose3d(2, 3, 2), nn.ConvTranspose3d(3, 2, (1, 2, 1), padding=(0, 1, 0)), (2, 1, 2), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolutions(name: str) -> None:
+    torch.manual_seed(0)
+    first, second, shape, width = TRANSPOSED[name]
+    model, x = shuffle(Head(first, second, width)), images(2, 2, *shape)
+    check(model, x)
+    check(model, x, parameters=r"first\.weight|second\.bias")
+    agree(propagated(Linearisation(Objective(model), x, TARGETS)), products(model, x), 1e-10)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)

@@ -9,9 +9,10 @@ from hessdiag.graph.layers.linear import Linear
 from hessdiag.graph.layers.norm import Norm
 from hessdiag.graph.layers.scale import Scale
 from hessdiag.graph.layers.shift import Shift
+from hessdiag.graph.layers.transposed import Transposed
 
 KINDS: Table[LayerKind] = Table(
-    "layer kind", LayerKind, Norm, Conv, Linear, Embedding, Scale, Shift, LayerGain, GroupGain
+    "layer kind", LayerKind, Norm, Conv, Transposed, Linear, Embedding, Scale, Shift, LayerGain, GroupGain
 )
 
 

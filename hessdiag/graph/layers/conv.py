@@ -28,8 +28,11 @@ BANDED = 12
 """Fewer directions per channel than this are worth no pass of their own."""
 
 
-def patches(x: Tensor, node: Any, kernel: torch.Size, groups: int) -> Tensor:
-    """[n, groups, C/groups * kernel, positions]: what each output position of a convolution sees."""
+def patches(x: Tensor, node: Any, kernel: torch.Size, groups: int, positions: Sequence[int] | None = None) -> Tensor:
+    """[n, groups, C/groups * kernel, positions]: what each output position of a convolution sees.
+
+    `positions`: how many there are on each axis, where the convolution has more than are wanted.
+    """
     kernel = kernel[2:]
     dims = len(kernel)
     stride, padding, dilation = (_per_axis(saved.integers(node, k), dims) for k in ("stride", "padding", "dilation"))
@@ -37,6 +40,7 @@ def patches(x: Tensor, node: Any, kernel: torch.Size, groups: int) -> Tensor:
         x = torch.nn.functional.pad(x, [p for axis in reversed(range(dims)) for p in (padding[axis],) * 2])
     x = x.contiguous()
     out = [(x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(dims)]
+    out = out if positions is None else list(positions)
     base = x.stride()
     view = x.as_strided(
         (*x.shape[:2], *kernel, *out),
@@ -54,7 +58,7 @@ def _per_axis(values: tuple[int, ...], dims: int) -> tuple[int, ...]:
 
 
 class Conv(PositionWise):
-    """Convolutions in any number of groups; transposed ones only with weights that are constants."""
+    """Convolutions in any number of groups."""
 
     name = "conv"
     nodes = frozenset({"ConvolutionBackward0"})
@@ -62,11 +66,14 @@ class Conv(PositionWise):
     sums_samples = True
 
     @classmethod
+    def takes(cls, node: Any) -> bool:
+        """A convolution that is not transposed."""
+        return node.name() in cls.nodes and not saved.flag(node, "transposed")
+
+    @classmethod
     def match(cls, node: Any, graph: Graph) -> Layer | None:
         """Weight and bias must be the parameters themselves."""
         weight, bias = graph.direct(node, 1), graph.direct(node, 2)
-        if weight and saved.flag(node, "transposed"):
-            graph.refuse(node, f"a transposed convolution ({weight!r})")
         return Layer(cls, graph.layer_name(weight, bias), node, weight, bias) if weight or bias else None
 
     @classmethod
