@@ -1,6 +1,6 @@
 """Custom autograd Functions that are elementwise: what a node of one says of its derivatives.
 
-The graph of a model shows a custom Function as one node, of which nothing is known but what stands here.
+Those known by name; others are put to a test (`hessdiag.activations.admission`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,6 @@ class Curve:
     """sup |sigma''|."""
     serves: Callable[[Any], bool] = lambda node: True
     """False for nodes of the Function that are something else, such as a derivative of it."""
-
-
-def curve_of(node: Any) -> Curve | None:
-    """The function behind a node of a custom Function, if it is known."""
-    curve = CURVES.get(getattr(node, "_forward_cls", None))
-    return curve if curve is not None and curve.serves(node) else None
 
 
 def _rct(node: Any) -> tuple[Tensor, Tensor]:

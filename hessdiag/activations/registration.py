@@ -18,14 +18,11 @@ from torch import Tensor, nn
 from hessdiag.activations.derivatives import check_elementwise
 from hessdiag.activations.functions import CURVES, Curve
 from hessdiag.activations.pointwise import Activation, Formula, PointwiseFunction, RegisteredActivation
+from hessdiag.activations.quotients import AGREE, FLOOR, deviation, grid
 from hessdiag.activations.registry import Option, enter
 from hessdiag.activations.supremum import supremum
 from hessdiag.errors import ConfigurationError
 
-AGREE = 1e-5
-"""Of a derivative with the difference quotient, relative to the larger of the derivative there and `FLOOR` of the
-largest on the grid."""
-FLOOR = 1e-3
 DECLARED = 1e-3
 """Of a declared supremum with the one searched for."""
 
@@ -114,24 +111,17 @@ def _by_autograd(formula: Formula) -> Formula:
     return derivative
 
 
-def _grid() -> Tensor:
-    """Points of both signs, away from round numbers, on which kinks sit."""
-    side = torch.logspace(-3, 1.6, 160, dtype=torch.float64) * 1.0123
-    middle = torch.linspace(-6.0123, 6.0345, 300, dtype=torch.float64)
-    return torch.cat([-side, side, middle]).sort().values
-
-
 def _check_derivatives(activation: Activation, options: Mapping[str, Option]) -> None:
     """sigma' against quotients of sigma, sigma'' against quotients of sigma'; elementwise, finite, one value each."""
     check_elementwise(lambda x: activation.value(x, **options))
-    x = _grid()
+    x = grid()
     with torch.no_grad():
         for what, formula, of in (
             ("first", activation.first, activation.value),
             ("second", activation.second, activation.first),
         ):
             told = _called(activation.name, what, formula, x, options)
-            off = _off(told, lambda at, of=of: of(at, **options), x)  # type: ignore[misc]
+            off = deviation(told, lambda at, of=of: of(at, **options), x)  # type: ignore[misc]
             if bool((off > AGREE).any()):
                 at = int(off.argmax())
                 raise ConfigurationError(
@@ -151,19 +141,6 @@ def _called(name: str, what: str, formula: Formula, x: Tensor, options: Mapping[
     return found
 
 
-def _off(told: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Deviation from central differences at the better of two steps; 0 where the two disagree with one another."""
-    quotients = []
-    for step in (1e-5, 3e-5):
-        h = step * x.abs().clamp(min=1e-1)
-        up, down = x + h, x - h
-        quotients.append((function(up) - function(down)) / (up - down))
-    scale = torch.maximum(told.abs(), quotients[0].abs()).clamp(min=max(FLOOR * float(told.abs().max()), 1e-9))
-    off = torch.minimum(*[(told - q).abs() / scale for q in quotients])
-    rough = (quotients[0] - quotients[1]).abs() / scale > AGREE
-    return torch.where(rough, torch.zeros_like(off), off)
-
-
 def _of_function(
     activation: Activation, function: type[torch.autograd.Function], options: Mapping[str, Option]
 ) -> Curve:
@@ -173,7 +150,7 @@ def _of_function(
         raise ConfigurationError(f"activation {name!r}: `function` is a class derived from torch.autograd.Function")
     if function in CURVES:
         raise ConfigurationError(f"activation {name!r}: {function.__name__} is registered already")
-    x = _grid().requires_grad_()
+    x = grid().requires_grad_()
     y = activation.value(x, **options)
     node: Any = y.grad_fn
     if getattr(node, "_forward_cls", None) is not function:

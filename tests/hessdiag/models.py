@@ -161,3 +161,19 @@ def beyond_in_the_mean(propagator: Propagator) -> dict[str, Tensor]:
             unit[place][:, entry] = 1
             accumulate(out, propagator.beyond(unit))
     return out
+
+
+class Chained(nn.Module):
+    """Two linear layers and a function between them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(5, 4), nn.Linear(4, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(self.first(x)))
+
+
+def chained(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The same in float64."""
+    return Chained(function).double()

@@ -224,10 +224,11 @@ def test_a_custom_function_is_known_wherever_the_graph_shows_it() -> None:
 
     torch.manual_seed(0)
     model = Own().double()
-    with pytest.raises(UncoveredModelError, match="Swish after 'a'"):
-        Linearisation(hd.Objective(model), X, Y)
-    hd.register_activation("my_swish", **of_swish(function))
     objective = hd.Objective(model)
+    names = [{site.name for site in Linearisation(objective, X, Y).sites}]
+    hd.register_activation("my_swish", **of_swish(function))
+    names.append({site.name for site in Linearisation(objective, X, Y).sites})
+    assert names[0] == names[1] == {"Swish after 'a'", "Swish after 'b'"}
     found = hd.diagonal(objective, [(X, Y)], method="exact").total
     truth = hd.diagonal(objective, [(X, Y)], method="reference").total
     assert all(torch.allclose(found[n], truth[n], rtol=1e-9, atol=1e-12) for n in truth)

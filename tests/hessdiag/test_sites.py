@@ -140,18 +140,6 @@ class Attention(nn.Module):
         return self.last(self.attention(h, h, h, need_weights=False)[0].mean(1))
 
 
-class Custom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)  # type: ignore[attr-defined]
-        return x.tanh()
-
-    @staticmethod
-    def backward(ctx: object, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return g * (1 - x.tanh() ** 2)
-
-
 def chain(*inside: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 5), *inside, nn.Linear(5, 3))
 
@@ -173,7 +161,6 @@ UNCOVERED = {
                     "'0.parametrizations.weight.original"),
     "spectral parametrisation": (lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(5, 5)),
                                                        nn.Linear(5, 3)), "'0."),
-    "custom function": (lambda: chain(Lambda(Custom.apply)), "Custom"),
     "reentrant checkpoint": (lambda: chain(Lambda(lambda h: checkpoint.checkpoint(torch.tanh, h, use_reentrant=True))),
                              "Checkpoint"),
 }  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.activations import max_curvature
-from hessdiag.activations.functions import curve_of
+from hessdiag.activations.admission import curve_of
 from hessdiag.errors import UncoveredModelError
 from hessdiag.graph import saved
 from hessdiag.graph.nodes import short_name

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hessdiag.activations.admission import refusal_of
 from hessdiag.graph.nodes import edge_key, edge_shape, sizes
 from hessdiag.graph.pullback import Recorded, random_like
 from hessdiag.graph.sites.contracted import BLOCKS, LARGEST, Contracted
@@ -47,7 +48,7 @@ class Tested(SiteKind):
         """True where it bends, False where it is affine; refused where neither can be said."""
         slots = [slot for slot, (source, _) in enumerate(node.next_functions) if graph.is_live(source)]
         if getattr(node, "_forward_cls", None) is not None:
-            graph.refuse(node, "a custom autograd Function that is no known activation (see register_activation)")
+            graph.refuse(node, refusal_of(node))
         try:
             bent = _bent(node, slots)
         except RuntimeError as error:
