@@ -145,8 +145,9 @@ def _run(
         watch = _watcher(live, reader, sweep.name)
         if executor == "local":
             counts = local.execute(
-                store, sweep=sweep.name, seeds=seeds, first=first, workers=plan, retries=retries, watch=watch
-            )
+                store, sweep=sweep.name, seeds=seeds, first=first, workers=plan, retries=retries, watch=watch,
+                tell=lambda text: show.print(f"{sweep.name}: {text}", markup=False),
+            )  # fmt: skip
         else:
             counts = cluster.execute(
                 store, sweep=sweep.name, seeds=seeds, first=first, address=address, threads=plan.threads,

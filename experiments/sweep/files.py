@@ -38,6 +38,17 @@ RESULT, LOCK, ATTEMPTS = "result.json", "lock", "attempts.json"
 Attempt = dict[str, Any]  # worker, started, outcome (None: not ended by itself), error
 
 
+class GoneError(StoreError):
+    """A store's folder is no longer there."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(
+            f"store {root}: it is no longer there (removed, moved, or its disk is not mounted): put it back, and the "
+            "same command goes on; without it, the same command begins anew and takes up what was finished since, in "
+            "runs/"
+        )
+
+
 def disk_full(error: BaseException | None) -> bool:
     """Whether an error, or what it arose from, says that no more bytes fit."""
     seen: set[int] = set()
@@ -117,9 +128,13 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 
 def write_result(folder: Path, config: RunConfig, record: Mapping[str, Any], seconds: float) -> None:
-    """Put a finished run's record on disk, in one step, with the key and configuration it belongs to."""
+    """Put a finished run's record on disk, in one step, with the key and configuration it belongs to.
+
+    A folder that went meanwhile is made anew for it.
+    """
     content = {"key": config.key, "config": config.to_dict(), "seconds": seconds, "record": storable(record)}
     text = json.dumps(sealed(content), sort_keys=True, allow_nan=False)
+    folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / RESULT, text.encode())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,12 +16,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.sweep.files import FULL_ADVICE
-from experiments.sweep.store import MAX_INTERRUPTIONS, Store
-from experiments.sweep.worker import FULL, REFUSED
+from experiments.sweep.files import FULL_ADVICE, GoneError
+from experiments.sweep.store import MAX_INTERRUPTIONS, Store, deaths, worker_name
+from hessdiag.cli.exits import BAD_FILE, OK, UNWRITTEN, USAGE
 from hessdiag.errors import ConfigurationError, StoreError
-
-FINE = 0
+from hessdiag.show.text import counted
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,19 @@ def execute(
     retries: int = 0,
     interruptions: int = MAX_INTERRUPTIONS,
     watch: Callable[[], None] | None = None,
+    tell: Callable[[str], None] | None = None,
     environment: Mapping[str, str] | None = None,
     interval: float = 0.25,
 ) -> dict[str, int]:
     """Run a registered sweep, or what has these seeds among its first so many runs, to its end; returns how many runs
     are in each state.
+
+    `tell` is told in a line what ended a worker that was killed. Where the store is gone, what is under way is
+    finished before that is raised.
     """
-    logs = root / "logs"
+    logs, store = root / "logs", Store(root, make=False)
     logs.mkdir(exist_ok=True)
+    fruitless, claimed, kills = 0, store.claimed(sweep), memory_kills()
 
     def start(index: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "experiments.sweep.worker", str(root), "--sweep", sweep, "--runner", runner]
@@ -92,39 +97,52 @@ def execute(
             command += ["--seeds", *map(str, seeds)]
         if first is not None:
             command += ["--first", str(first)]
-        command += ["--threads", str(workers.threads), "--parent", str(os.getpid())]
+        command += ["--threads", str(workers.threads), "--parent", str(os.getpid()), "--debug"]
         variables = {**os.environ, **workers.environment(index), **(environment or {})}
         with open(logs / f"worker-{index}.log", "ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
 
-    store = Store(root)
+    def ended(index: int, process: subprocess.Popen[bytes]) -> bool:
+        """See to a worker that has ended; whether another takes its place."""
+        nonlocal fruitless, claimed
+        store.here()
+        code = process.returncode
+        if code == UNWRITTEN:
+            raise StoreError(f"store {root}: {FULL_ADVICE}")
+        if code in (BAD_FILE, USAGE):
+            raise StoreError(_last_line(logs / f"worker-{index}.log"))
+        if code < 0 and tell is not None:
+            tell(_killed(store, sweep, index, process, kills, interruptions))
+        before, claimed = claimed, store.claimed(sweep)
+        if claimed > before:  # the store itself counts how often a run ends its worker
+            fruitless = 0
+        elif code != OK:
+            fruitless += 1
+        if fruitless > 3 * workers.count:
+            line = _last_line(logs / f"worker-{index}.log")
+            raise StoreError(f"workers end before they take a run; the last said: {line}")
+        return code != OK and bool(store.remaining(sweep, seeds=seeds, first=first, retries=retries))
+
     wanted = min(workers.count, store.remaining(sweep, seeds=seeds, first=first, retries=retries))
     crew = {index: start(index) for index in range(wanted)}
-    fruitless, claimed = 0, store.claimed(sweep)
+    gone: GoneError | None = None
     try:
         while crew:
             time.sleep(interval)
             if watch is not None:
                 watch()
             for index, process in list(crew.items()):
-                code = process.poll()
-                if code is None:
+                if process.poll() is None:
                     continue
                 del crew[index]
-                if code == FULL:
-                    raise StoreError(f"store {root}: {FULL_ADVICE}")
-                if code == REFUSED:
-                    raise StoreError(_last_line(logs / f"worker-{index}.log"))
-                before, claimed = claimed, store.claimed(sweep)
-                if claimed > before:  # the store itself counts how often a run ends its worker
-                    fruitless = 0
-                elif code != FINE:
-                    fruitless += 1
-                if fruitless > 3 * workers.count:
-                    line = _last_line(logs / f"worker-{index}.log")
-                    raise StoreError(f"workers end before they take a run; the last said: {line}")
-                if code != FINE and store.remaining(sweep, seeds=seeds, first=first, retries=retries):
+                try:
+                    again = ended(index, process)
+                except GoneError as error:  # the others may finish, and leave their results in runs/
+                    gone, again = error, False
+                if again:
                     crew[index] = start(index)
+        if gone is not None:
+            raise gone
     finally:
         _end(list(crew.values()))
     return store.counts(sweep)
@@ -141,6 +159,33 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def memory_kills() -> int:
+    """How many processes the kernel has killed for want of memory since it began; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            name, _, number = line.partition(" ")
+            if name == "oom_kill":
+                return int(number)
+    return 0
+
+
+def _killed(store: Store, sweep: str, index: int, process: subprocess.Popen[bytes], kills: int, limit: int) -> str:
+    """What is known of a worker that a signal ended, in a sentence."""
+    number = -process.returncode
+    names = {int(one): one.name for one in signal.Signals}
+    text = f"worker {index} was killed ({names.get(number, f'signal {number}')}"
+    if number == signal.SIGKILL:
+        more = memory_kills() - kills
+        told = f"the kernel has killed {more} for want of memory meanwhile, fewer --workers leave more to each"
+        text += f": {told}" if more else ", for want of memory?"
+    for key, config in store.chosen(sweep):
+        tried = store.attempts(key)
+        if any(one["worker"] == worker_name(process.pid) and one["outcome"] == "interrupted" for one in tried):
+            text += f") while it did {key[:8]} {config.label}, which is tried again from its last saved epoch"
+            return f"{text}: {deaths(tried)} of at most {counted(limit, 'time')}"
+    return f"{text}) and held no run"
 
 
 def _last_line(path: Path) -> str:

@@ -11,6 +11,7 @@ its last attempt ended so, queued otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.sweep import former
-from experiments.sweep.files import RESULT, Attempt, held, read_attempts, read_result
+from experiments.sweep.files import RESULT, Attempt, GoneError, held, read_attempts, read_result
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.seals import DamagedError
 from hessdiag.errors import StoreError, nearest
@@ -90,12 +91,22 @@ class Reader:
         self.former = not (self.root / MARK).exists() and (self.root / former.NAME).is_file()
         if not self.former:
             check_form(self.root)
+        self._mark = self._which()
         self._read: dict[Path, tuple[Any, Registered]] = {}
         self._seen: dict[str, tuple[Any, Row]] = {}
 
     def folder(self, key: str) -> Path:
         """Where a run keeps its files."""
         return self.root / "runs" / key
+
+    def here(self) -> None:
+        """GoneError if the store that was opened is no longer the one of that name: what is written to it is lost."""
+        if self._which() != self._mark:
+            raise GoneError(self.root)
+
+    def _which(self) -> Any:
+        with contextlib.suppress(OSError):
+            return _stamp(self.root / (former.NAME if self.former else MARK))[0]
 
     # sweeps
 
@@ -120,6 +131,7 @@ class Reader:
 
     def members(self, sweep: str | None = None) -> list[Member]:
         """The runs of one sweep in its order, or of all, each once."""
+        self.here()
         if sweep is not None:
             return list(self.about(sweep).members)
         found: dict[str, Member] = {}

@@ -20,6 +20,7 @@ from experiments.sweep.files import (
     LOCK,
     RESULT,
     Attempt,
+    GoneError,
     explained,
     lock,
     locked,
@@ -98,10 +99,10 @@ class Claim:
 
 
 class Store(Reader):
-    """A store that is made where there is none; as many processes as like may open it."""
+    """A store to work on, made (if `make`) where there is none; as many processes as like may open it."""
 
-    def __init__(self, root: str | Path) -> None:
-        make(Path(root))
+    def __init__(self, root: str | Path, *, make: bool = True) -> None:
+        prepare(Path(root), make=make)
         super().__init__(root)
 
     def add(
@@ -202,12 +203,16 @@ class Store(Reader):
         if died >= limit:
             claim.note(FAILED, f"its worker died {died} times without an error of its own (memory?)")
             return False
-        worker = f"{platform.node()}:{os.getpid()}"
-        claim.tried.append({"worker": worker, "started": time.time(), "outcome": None, "error": None})
+        claim.tried.append({"worker": worker_name(os.getpid()), "started": time.time(), "outcome": None, "error": None})
         with explained(self.root):
             write_attempts(claim.folder, claim.tried)
             write_config(claim.folder, claim.config)
         return True
+
+
+def worker_name(pid: int) -> str:
+    """What the history of a run calls a process of this machine."""
+    return f"{platform.node()}:{pid}"
 
 
 def deaths(tried: list[Attempt]) -> int:
@@ -217,8 +222,10 @@ def deaths(tried: list[Attempt]) -> int:
     return outcomes[after:].count("interrupted")
 
 
-def make(root: Path) -> None:
+def prepare(root: Path, *, make: bool) -> None:
     """See that a directory is a store, or can be one, before any work is done."""
+    if not make and not (root / MARK).exists():
+        raise GoneError(root)
     with explained(root):
         root.mkdir(parents=True, exist_ok=True)
         strangers = sorted({item.name for item in root.iterdir() if item.suffix != ".tmp"} - OWN)

@@ -25,11 +25,12 @@ from experiments.sweep.files import FULL_ADVICE, disk_full
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.store import MAX_INTERRUPTIONS, Claim, Store
 from experiments.trainer.memory import keep_freed_memory
+from hessdiag.cli.exits import LOST, OK, UNWRITTEN, complain, outcome
 from hessdiag.errors import ConfigurationError, StoreError
 
 Runner = Callable[[RunConfig, Path], dict[str, Any]]
-# Exit codes: a refusal, told on standard error; a full disk, on which nothing can be told; the driver is gone.
-REFUSED, FULL, ORPHANED = 3, 74, 76
+# Exit codes are those of both programs (`hessdiag.cli.exits`): UNWRITTEN is a full disk, on which nothing can be told,
+# LOST that the driver is gone.
 
 
 def load_runner(name: str) -> Runner:
@@ -53,7 +54,7 @@ def follow(driver: int, held: list[Claim]) -> None:
         for claim in held:
             with contextlib.suppress(StoreError):
                 claim.note("released", "its driver died")
-        os._exit(ORPHANED)
+        os._exit(LOST)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -89,7 +90,7 @@ def work(
 ) -> dict[str, int]:
     """Do runs until none is left to wait for; returns how often each outcome came."""
     outcomes: dict[str, int] = {}
-    store, held = Store(root), list[Claim]()
+    store, held = Store(root, make=False), list[Claim]()
     if driver is not None:
         follow(driver, held)
     while store.remaining(sweep, seeds=seeds, first=first, retries=retries):
@@ -120,8 +121,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--interruptions", type=int, default=MAX_INTERRUPTIONS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--parent", type=int)
+    parser.add_argument("--debug", action="store_true", help="a traceback before the line that ends it")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)
+    return outcome(lambda: _work(options), program="experiments", debug=options.debug)
+
+
+def _work(options: argparse.Namespace) -> int:
+    """The runs of one worker; OK, or UNWRITTEN on a full disk."""
     try:
         keep_freed_memory()
         runner = load_runner(options.runner)
@@ -137,15 +144,15 @@ def main(arguments: list[str] | None = None) -> int:
             interruptions=options.interruptions,
             driver=options.parent,
         )
-    except (StoreError, ConfigurationError) as error:
+    except StoreError as error:
+        if not disk_full(error):
+            raise
         try:
-            print(error, file=sys.stderr, flush=True)
+            complain(str(error), program="experiments")
         except OSError:  # a file on that same disk; what is left in the buffer would spoil the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-        return FULL if disk_full(error) else REFUSED
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        return UNWRITTEN
+    return OK
 
 
 if __name__ == "__main__":

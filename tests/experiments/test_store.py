@@ -254,6 +254,28 @@ def test_any_name_of_a_directory_is_read_where_it_was_written(tmp_path):
     assert os.listdir(tmp_path) == [root.name]
 
 
+def test_a_store_whose_folder_goes_loses_nothing_that_was_finished(tmp_path):
+    root = tmp_path / "s"
+    store = Store(root)
+    store.add("sweep", configs(3), tier="smoke")
+    claims = [store.claim(), store.claim()]
+    assert claims[0] is not None
+    claims[0].finish({"value": 0}, 1.0)
+    root.rename(tmp_path / "elsewhere")
+    assert claims[1] is not None
+    claims[1].finish({"value": 1}, 1.0)
+    for ask in (store.claim, store.counts, store.remaining, store.rows):
+        with pytest.raises(StoreError, match="no longer there"):
+            ask()
+    with pytest.raises(StoreError, match="no longer there"):
+        Store(root, make=False)
+    again = Store(root)  # begun anew
+    again.add("sweep", configs(3), tier="smoke")
+    assert [row.record for row in again.rows()] == [None, {"value": 1}, None]
+    with pytest.raises(StoreError, match="no longer there"):  # another store has its name
+        store.counts()
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_a_run_that_is_told_to_stop_is_given_back(tmp_path, stop):
     def runner(config: RunConfig, out: Path) -> dict[str, object]:

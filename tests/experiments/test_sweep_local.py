@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 
 import hessdiag
-from experiments.sweep import local, worker
+from experiments.sweep import local
 from experiments.sweep.files import read_result
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.reader import Reader
 from experiments.sweep.store import Store
+from hessdiag.cli.exits import UNWRITTEN
 from hessdiag.errors import ConfigurationError, StoreError
 
 RUNNER = """
@@ -65,6 +66,9 @@ def run_big(config, out):
 
 def run_fatally(config, out):
     os._exit(9)
+
+def run_killed(config, out):
+    os.kill(os.getpid(), 9)
 
 def run_badly(config, out):
     os._exit(9) if config.train["number"] == 1 else None
@@ -214,6 +218,20 @@ def test_a_run_that_ends_its_process_fails_alone(house):
     assert len(store.attempts(runs[1].key)) == 2
 
 
+def test_a_worker_that_is_killed_is_told_with_its_run(house, monkeypatch):
+    monkeypatch.chdir(house)
+    (run,) = fill(house / "store", 1)
+    told: list[str] = []
+    options = {"runner": "fake_runs:run_killed", "interruptions": 2, "interval": 0.02, "tell": told.append}
+    counts = local.execute(house / "store", sweep="sweep", workers=local.Workers(1), **options)
+    assert counts["failed"] == 1
+    assert len(told) == 2
+    for number, line in enumerate(told, start=1):
+        assert line.startswith("worker 0 was killed (SIGKILL")
+        assert f"while it did {run.key[:8]}" in line
+        assert line.endswith(f": {number} of at most 2 times")
+
+
 def test_runs_that_always_end_their_process_fail_after_ten_times_and_end_no_sweep(house):
     """One worker, started 20 times: none of its deaths is taken for a worker that cannot start."""
     root = house / "store"
@@ -228,7 +246,9 @@ def test_workers_that_die_before_they_take_a_run_end_the_sweep(house, monkeypatc
     (house / "fakes" / "broken_runs.py").write_text("raise RuntimeError('the library is broken')")
     monkeypatch.chdir(house)
     fill(house / "store", 2)
-    with pytest.raises(StoreError, match="before they take a run; the last said: RuntimeError: the library is broken"):
+    with pytest.raises(
+        StoreError, match=r"before they take a run; the last said: .*RuntimeError: the library is broken"
+    ):
         local.execute(
             house / "store", sweep="sweep", workers=local.Workers(1), runner="broken_runs:run_one", interval=0.02
         )
@@ -247,7 +267,7 @@ def test_a_full_disk_is_told_though_the_log_lies_on_it(house, monkeypatch):
     )
     command = [sys.executable, "-m", "experiments.sweep.worker", str(root), "--runner", "full_runs:run_one"]
     with open("/dev/full", "wb") as full:
-        assert subprocess.run(command, stderr=full, cwd=house, check=False).returncode == worker.FULL
+        assert subprocess.run(command, stderr=full, cwd=house, check=False).returncode == UNWRITTEN
     (root / "logs" / "worker-0.log").symlink_to("/dev/full")
     monkeypatch.chdir(house)
     with pytest.raises(StoreError, match="the disk is full; free space"):
@@ -267,7 +287,7 @@ def test_a_process_that_may_write_no_more_stops_with_one_line(house):
     )
     command = [sys.executable, "-c", code, str(root), "--runner", "fake_runs:run_big"]
     process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=house)
-    assert process.returncode == worker.FULL
+    assert process.returncode == UNWRITTEN
     assert "disk is full" in process.stderr
     assert len(process.stderr.strip().splitlines()) == 1
     store = Reader(root)
