@@ -30,7 +30,7 @@ class CheckpointSummary:
     """Format, contents and provenance of a checkpoint file."""
 
     path: str
-    kind: str  # "torch zip", "torch legacy" or "safetensors"
+    kind: str  # "torch zip", "TorchScript", "torch legacy" or "safetensors"
     layout: str  # "hessdiag/1", "bare state dict", "state dict under 'net'"
     sha256: str
     size: int
@@ -50,10 +50,12 @@ class CheckpointSummary:
         return {**table, "notes": list(self.notes)}
 
 
-def inspect_checkpoint(path: PathLike, *, max_bytes: int = FILE_BUDGET) -> CheckpointSummary:
+def inspect_checkpoint(
+    path: PathLike, *, key: str | None = None, prefix: str | None = None, max_bytes: int = FILE_BUDGET
+) -> CheckpointSummary:
     """Read what is inside with the same suspicion as load_checkpoint, and build nothing."""
     try:
-        document = open_document(path, budget=max_bytes)
+        document = open_document(path, budget=max_bytes, key=key, prefix=prefix)
     except BadFileError as reason:
         raise CheckpointError(f"{path_text(path)}: {reason}") from None
     entries = tuple(
@@ -61,7 +63,7 @@ def inspect_checkpoint(path: PathLike, *, max_bytes: int = FILE_BUDGET) -> Check
         for which, table in document.weights.items()
         for name, facts in table.items()
     )
-    notes = (f"also holds {', '.join(document.others)}",) if document.others else ()
+    notes = (*document.notes, *((f"also holds {', '.join(document.others)}",) if document.others else ()))
     if "network" not in document.config:
         weights, constants = split_normalisation(document.weights["model"])
         if constants is not None:

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from hessdiag.checkpoint import torchfile
-from hessdiag.store import tensorfiles
-from hessdiag.store.files import BadFileError, PathLike, parse_json, read_bytes, shown, size_text
-from hessdiag.store.pickled import Left, Stored
+from hessdiag.checkpoint import shards
+from hessdiag.checkpoint.onefile import Held, Piece, read_piece
+from hessdiag.errors import nearest
+from hessdiag.store.files import BadFileError, PathLike, shown, size_text
+from hessdiag.store.pickled import Left
 from hessdiag.store.tensorfiles import MAX_TENSORS, TensorFacts, check_key
 
 FORMAT = "hessdiag/1"
 FILE_BUDGET = 4 * 2**30
-EMA_PREFIX = "ema:"
-METADATA_KEY = "hessdiag"
 # Under which names public training code keeps weights.
 MODEL_KEYS = ("state_dict", "model", "net", "model_state_dict", "network", "model_state", "weights")
 EMA_KEYS = ("ema_state_dict", "ema", "model_ema", "state_dict_ema", "ema_model_state_dict")
 MAX_PLAIN = 20_000
 MAX_DEPTH = 40
-Places = dict[str, tuple[str, ...]]
+SOUGHT_DEPTH = 4
+"""How deep a message looks for state dicts that a key could name."""
+Places = dict[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A checkpoint file understood, without a network."""
+    """A checkpoint understood, without a network."""
 
-    kind: str  # "torch zip", "torch legacy" or "safetensors"
+    kind: str  # "torch zip", "TorchScript", "torch legacy" or "safetensors"
     layout: str  # "hessdiag/1", "bare state dict", "state dict under 'net'"
     sha256: str
     size: int
@@ -42,104 +44,96 @@ class Document:
     metrics: Mapping[str, Any]
     extra: Mapping[str, Any]
     others: tuple[str, ...]  # what else lies in the file and is not used
-    source: torchfile.Parsed | bytes
+    pieces: tuple[Piece, ...]  # one, or the files of an index
+    notes: tuple[str, ...] = ()  # what an index says that is not so
 
     @property
     def self_describing(self) -> bool:
         """Does the file name its network?"""
         return self.layout == FORMAT
 
+    @property
+    def scripted(self) -> bool:
+        """Are its tensors attributes of modules, some of which may be no state?"""
+        return self.kind == "TorchScript"
+
     def tensors(self, which: str) -> dict[str, Tensor]:
         """The weights themselves, made of the bytes that were checked."""
-        if not isinstance(self.source, bytes):
-            return torchfile.tensors(self.source, cast(Mapping[str, Stored], self.weights[which]))
-        found = tensorfiles.read_tensors(self.source)
-        prefix = EMA_PREFIX if which == "ema" else ""
-        return {key: found[prefix + key] for key in self.weights[which]}
+        made: dict[str, Tensor] = {}
+        table = self.weights[which]
+        for number, piece in enumerate(self.pieces):
+            made |= piece.tensors({k: f for k, f in table.items() if (f.piece if isinstance(f, Held) else 0) == number})
+        return {name: made[name] for name in table}
 
 
-def open_document(path: PathLike, *, budget: int = FILE_BUDGET) -> Document:
-    """Read and understand a file: tensors and plain values; what else lies beside them is named and left out."""
-    data = read_bytes(path, budget=budget, judge=_judge)
-    if torchfile.is_zip(data) or torchfile.is_legacy(data):
-        parsed = torchfile.parse(data)
-        return _understand(parsed.kind, parsed.tree, data, parsed)
-    facts, metadata = tensorfiles.read_header(data)
-    return _understand("safetensors", _tree(facts, metadata), data, data)
+def open_document(
+    path: PathLike, *, budget: int = FILE_BUDGET, key: str | None = None, prefix: str | None = None
+) -> Document:
+    """Read and understand a file, the files of an index, or the folder that holds either.
+
+    What lies beside tensors and plain values is named and left out. `key` says where in the file the state dict lies
+    ("trainer.model"), `prefix` which of its names are meant ("student.") and is taken off them.
+    """
+    place = Path(path)
+    if os.path.isdir(place):
+        place = shards.weights_in(place)
+    if place.name.endswith(shards.INDEX):
+        table, pieces, digest, notes = shards.read_index(place, budget=budget)
+        kind, tree, size = f"{pieces[0].kind}, {len(pieces)} files", table, sum(piece.size for piece in pieces)
+    else:
+        piece = read_piece(place, budget=budget)
+        kind, tree, pieces, digest, size, notes = piece.kind, piece.tree, [piece], piece.sha256, piece.size, []
+    about = _understand(tree, key)
+    weights, left = about.pop("weights"), []
+    if prefix is not None:
+        weights, left = _prefixed(weights, prefix)
+    others, told = (*left, *about.pop("others")), tuple(notes)
+    return Document(
+        kind=kind, sha256=digest, size=size, pieces=tuple(pieces), weights=weights, others=others, notes=told, **about
+    )
 
 
-def _judge(head: bytes, tail: bytes, size: int) -> None:
-    """Refuse what its first and last bytes give away, so that gigabytes are not read for nothing."""
-    if head[257:262] == b"ustar":
-        raise BadFileError("a tar archive, as torch wrote before 2017; save it again with a current torch")
-    if torchfile.is_zip(head):
-        if b"PK\x05\x06" not in tail:
-            raise BadFileError("a zip archive without its directory: the file is truncated")
-    elif tensorfiles.looks_like(head):
-        tensorfiles.header_length(head, size)
-    elif not torchfile.is_legacy(head):
-        raise BadFileError("neither a torch checkpoint nor safetensors: its first bytes belong to no known format")
-
-
-def _tree(facts: Mapping[str, TensorFacts], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a safetensors file would be, had torch written it."""
-    if METADATA_KEY not in metadata:
-        return dict(facts)
-    try:
-        about = parse_json(metadata[METADATA_KEY].encode(), finite=False)
-    except (BadFileError, UnicodeEncodeError):
-        raise BadFileError("the safetensors metadata is damaged") from None
-    if not isinstance(about, dict):
-        raise BadFileError("the safetensors metadata is damaged")
-    model = {key: value for key, value in facts.items() if not key.startswith(EMA_PREFIX)}
-    ema = {key.removeprefix(EMA_PREFIX): value for key, value in facts.items() if key.startswith(EMA_PREFIX)}
-    return {**about, "state_dict": model, "ema_state_dict": ema or None}
-
-
-def _understand(kind: str, tree: Any, data: bytes, source: torchfile.Parsed | bytes) -> Document:
+def _understand(tree: Any, key: str | None) -> dict[str, Any]:
+    """What is to be said of the tree: layout, weights, and the file's words on itself."""
     if not isinstance(tree, dict):
         raise BadFileError(f"holds a {_kind(tree)}, not a dict with weights: save model.state_dict() instead")
     told = tree.get("format")
-    ours = isinstance(told, str) and told.startswith("hessdiag/")
+    ours = isinstance(told, str) and told.startswith("hessdiag/") and key is None
     if ours and told != FORMAT:
         raise BadFileError(f"written in format {shown(told)}; this version reads {FORMAT}")
-    places, layout = ({}, FORMAT) if ours else _public(tree)
     if ours:
-        places = {"model": ("state_dict",)}
+        places, layout = {"model": ("state_dict",)}, FORMAT
         if tree.get("ema_state_dict") is not None:
             places["ema"] = ("ema_state_dict",)
-    weights = {which: _weights(tree, place) for which, place in places.items()}
-    used = {place[0] for place in places.values() if place} | {
-        "format",
-        "config",
-        "epoch",
-        "metrics",
-        "extra",
-    }
+    elif key is not None:
+        places, layout = {"model": _path_of(tree, key)}, f"state dict under {shown(key)}"
+    else:
+        places, layout = _public(tree)
+    weights, odd = {}, []
+    for which, place in places.items():
+        weights[which], more = _weights(tree, place, strict=ours)
+        odd += more
+    used = {place[0] for place in places.values() if place} | {"format", "config", "epoch", "metrics", "extra"}
     epoch = tree.get("epoch")
     if type(epoch) is not int and ours and epoch is not None:
         raise BadFileError("its epoch is no whole number")
     if ours:
-        about = {key: _plain_dict(tree.get(key), key) for key in ("config", "metrics", "extra")}
+        about = {name: _plain_dict(tree.get(name), name) for name in ("config", "metrics", "extra")}
     else:
         numbers = {k: v for k, v in tree.items() if isinstance(k, str) and type(v) in (int, float) and k != "epoch"}
         about = {"config": {}, "metrics": numbers, "extra": {}}
     if ours:
         used.add("ema_state_dict")  # None where there is no average
     used |= set(weights["model"]) if places["model"] == () else set()
-    unread = [key for key in tree if key not in used and key not in about["metrics"]]
-    others = tuple(shown(key) + _left_name(tree[key]) for key in unread[:50])
-    return Document(
-        kind=kind,
-        layout=layout,
-        sha256=hashlib.sha256(data).hexdigest(),
-        size=len(data),
-        weights=weights,
-        epoch=epoch if type(epoch) is int else None,
-        others=others,
-        source=source,
+    unread = [name for name in tree if name not in used and name not in about["metrics"]]
+    others = [shown(name) + _left_name(tree[name]) for name in unread[:50]]
+    return {
+        "layout": layout,
+        "weights": weights,
+        "epoch": epoch if type(epoch) is int else None,
+        "others": (*(odd if places["model"] else ()), *others),
         **about,
-    )
+    }
 
 
 def _public(tree: dict[Any, Any]) -> tuple[Places, str]:
@@ -147,16 +141,16 @@ def _public(tree: dict[Any, Any]) -> tuple[Places, str]:
     found = [key for key in MODEL_KEYS if _is_weights(tree.get(key))]
     averaged = [key for key in EMA_KEYS if _is_weights(tree.get(key))]
     if len(found) > 1 or len(averaged) > 1:
-        names = ", ".join(map(repr, found if len(found) > 1 else averaged))
-        raise BadFileError(f"holds weights under {names}: save the wanted ones alone")
+        several = found if len(found) > 1 else averaged
+        names = ", ".join(map(repr, several))
+        raise BadFileError(f"holds weights under {names}: say which by key= (--key {several[0]})")
     if not found and averaged:
         found = averaged  # the only weights there are
     if not found and any(isinstance(value, TensorFacts) for value in tree.values()):
         return {"model": ()}, "bare state dict"
     if not found:
         held = ", ".join(shown(key) + _left_name(tree[key]) for key in list(tree)[:8]) or "nothing"
-        known = ", ".join(MODEL_KEYS)
-        raise BadFileError(f"no state dict of tensors in it (holds {held}; weights are sought under {known})")
+        raise BadFileError(f"no state dict of tensors in it (holds {held}; {_where(tree)})")
     places: Places = {"model": (found[0],)}
     if averaged and averaged != found:
         places["ema"] = (averaged[0],)
@@ -164,25 +158,111 @@ def _public(tree: dict[Any, Any]) -> tuple[Places, str]:
 
 
 def _is_weights(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, TensorFacts) for v in value.values())
+    """Tensors by name, for the most part: what else stands among them is named and left out."""
+    if not isinstance(value, dict):
+        return False
+    return 2 * sum(isinstance(entry, TensorFacts) for entry in value.values()) > len(value)
 
 
-def _weights(tree: dict[str, Any], place: tuple[str, ...]) -> dict[str, TensorFacts]:
+def _path_of(tree: Any, key: str) -> tuple[Any, ...]:
+    """The steps that `key` means: names joined by dots, numbers of lists among them, each as long as it can be."""
+    steps: list[Any] = []
+    at, rest = tree, key
+    while rest:
+        known: dict[str, Any] = {}
+        if isinstance(at, dict):
+            known = {str(name): name for name in at if isinstance(name, (str, int))}
+        elif isinstance(at, (list, tuple)):
+            known = {str(number): number for number in range(len(at))}
+        fits = [name for name in known if rest == name or rest.startswith(f"{name}.")]
+        if not fits:
+            raise BadFileError(f"nothing lies under {shown(key)} in it; {_where(tree)}")
+        step = max(fits, key=len)
+        steps.append(known[step])
+        at, rest = at[known[step]], rest[len(step) + 1 :]
+    if not isinstance(at, dict) or not any(isinstance(value, TensorFacts) for value in at.values()):
+        raise BadFileError(f"a {_kind(at)} lies under {shown(key)}, no state dict of tensors; {_where(tree)}")
+    return tuple(steps)
+
+
+def _where(tree: dict[Any, Any]) -> str:
+    """Which keys would name a state dict, the largest first."""
+    found: list[tuple[int, str]] = []
+    todo: list[tuple[str, Any, int]] = [("", tree, 0)]
+    while todo and len(found) < 1000:
+        path, value, depth = todo.pop()
+        parts: list[tuple[Any, Any]] = []
+        if isinstance(value, dict):
+            parts = list(value.items())
+            count = sum(isinstance(entry, TensorFacts) for entry in value.values())
+            if count and path:
+                found.append((count, path))
+        elif isinstance(value, (list, tuple)):
+            parts = list(enumerate(value[:100]))
+        if depth < SOUGHT_DEPTH:
+            inner = [(name, entry) for name, entry in parts if isinstance(entry, (dict, list, tuple))]
+            todo += [(f"{path}.{name}" if path else str(name), e, depth + 1) for name, e in inner[:1000] if _short(name)]
+    if not found:
+        return f"weights are sought under {', '.join(MODEL_KEYS)}"
+    found.sort(key=lambda pair: (-pair[0], pair[1]))
+    told = ", ".join(f"{_bare(path)} ({count})" for count, path in found[:4])
+    return f"tensors lie under {told}: say which by key= (--key {_bare(found[0][1])})"
+
+
+def _short(name: Any) -> bool:
+    return isinstance(name, int) or (isinstance(name, str) and len(name) <= 100)
+
+
+def _weights(
+    tree: dict[str, Any], place: tuple[Any, ...], *, strict: bool
+) -> tuple[dict[str, TensorFacts], list[str]]:
+    """The tensors at that place, and what else lies among them; `strict` allows nothing else."""
     table: Any = tree
     for step in place:
-        table = table.get(step)
+        table = table.get(step) if isinstance(table, dict) else table[step]
     if not isinstance(table, dict) or not table:
         raise BadFileError(f"no weights under {place[-1]!r}")
     if len(table) > MAX_TENSORS:
         raise BadFileError(f"{len(table)} tensors; the limit is {MAX_TENSORS}")
-    if not place:  # whatever lies beside the tensors of a bare state dict is named among the others
-        table = {key: value for key, value in table.items() if isinstance(value, TensorFacts)}
+    found: dict[str, TensorFacts] = {}
+    odd: list[str] = []
     for key, value in table.items():
-        check_key(key)
-        if not isinstance(value, TensorFacts):
+        if isinstance(value, TensorFacts):
+            found[check_key(key)] = value
+        elif strict:
             raise BadFileError(f"{shown(key)} among the weights is no tensor but a {_kind(value)}")
-    found: dict[str, TensorFacts] = table
-    return found
+        elif len(odd) < 8:
+            odd.append(f"{shown(key)} ({_kind(value)}) among the weights")
+    return found, odd
+
+
+def _prefixed(
+    weights: Mapping[str, Mapping[str, TensorFacts]], prefix: str
+) -> tuple[dict[str, dict[str, TensorFacts]], list[str]]:
+    """Of each table the names that begin with these whole parts, without them; and what that leaves out."""
+    prefix = prefix.rstrip(".") + "."
+    chosen: dict[str, dict[str, TensorFacts]] = {}
+    left: list[str] = []
+    for which, table in weights.items():
+        mine = {name.removeprefix(prefix): facts for name, facts in table.items() if name.startswith(prefix)}
+        if mine:
+            chosen[which] = mine
+        left += [name for name in table if not name.startswith(prefix)]
+    if "model" not in chosen:
+        counts: dict[str, int] = {}
+        for name in weights["model"]:
+            first, dot, _ = name.partition(".")
+            counts[first + dot] = counts.get(first + dot, 0) + 1
+        common = sorted(counts, key=lambda part: -counts[part])[:8]
+        raise BadFileError(f"no tensor's name begins with {shown(prefix)}; {nearest(prefix, [_bare(c) for c in common])}")
+    if not left:
+        return chosen, []
+    told = ", ".join(_bare(name) for name in left[:3]) + (", ..." if len(left) > 3 else "")
+    return chosen, [f"{len(left)} tensor{'s' * (len(left) > 1)} outside {shown(prefix)} ({told})"]
+
+
+def _bare(name: str) -> str:
+    return shown(name)[1:-1]
 
 
 def _kind(value: Any) -> str:

@@ -10,6 +10,7 @@ import torch
 from hessdiag.checkpoint.build import Normalize, facts_of
 from hessdiag.checkpoint.layout import class_counts, stripped, translate
 from hessdiag.errors import CheckpointError
+from hessdiag.store.files import shown
 from hessdiag.store.tensorfiles import TensorFacts
 
 OWN = "use --model package.module:factory"
@@ -45,6 +46,11 @@ def public_config(
     config = {"network": network, "activation": activation, "normalize": normalize}
     if num_classes is not None:
         config["num_classes"] = num_classes
+    if network == "mlp" and "in_features" not in options and "layers.0.weight" not in names:
+        ends = [name.removesuffix("layers.0.weight") for name in names if name.endswith(".layers.0.weight")]
+        told = " or ".join(f"--prefix {shown(end)[1:-1]}" for end in ends[:3])
+        told = f"say which by prefix= ({told})" if ends else hint(weights)
+        raise CheckpointError(f"it holds no layers.0.weight, the first matrix of an mlp; {told}")
     sizes = {key: value for key, value in infer_options(network, names).items() if key not in options}
     if sizes:
         notes = (*notes, "from the shapes: " + ", ".join(f"{key}={value}" for key, value in sizes.items()))

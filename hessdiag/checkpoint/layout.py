@@ -52,9 +52,11 @@ def split_normalisation(
     return rest, None
 
 
-def translate(source: Mapping[str, TensorFacts], target: Mapping[str, TensorFacts]) -> Translation:
+def translate(
+    source: Mapping[str, TensorFacts], target: Mapping[str, TensorFacts], *, spare: bool = False
+) -> Translation:
     """Match the names of a file to those of a network; refuses (BadFileError) what is missing, left over or
-    misshapen.
+    misshapen. With `spare` what is left over is named and not used, as where tensors may be no state.
     """
     notes: list[str] = []
     names = {name: name for name in source}  # name as translated so far -> name in the file
@@ -67,8 +69,15 @@ def translate(source: Mapping[str, TensorFacts], target: Mapping[str, TensorFact
         notes.append(f"{len(counters)} num_batches_tracked absent (torch before 0.4.1): set to 0")
     missing = [name for name in target if name not in result]
     unexpected = [name for name in names if name not in target]
+    if spare and unexpected and not missing:
+        notes.append(f"not used, since the network has none of that name: {_some(unexpected)}")
+        unexpected = []
     if missing or unexpected:
-        raise BadFileError("its tensors are not those of the network: " + _listed(missing, unexpected))
+        raise BadFileError(
+            "its tensors are not those of the network: "
+            + _listed(missing, unexpected)
+            + _next_step(source, target, missing, unexpected)
+        )
     _check_shapes({name: source[found] for name, found in result.items() if found is not None}, target)
     return Translation(result, tuple(notes))
 
@@ -83,23 +92,57 @@ Names = dict[str, str]
 
 
 def _strip(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) -> Names:
-    """Wrappers' prefixes, as often as they are stacked."""
+    """Wrappers' prefixes, as often as they are stacked; the few tensors outside one are left out by name."""
     gone: list[str] = []
     if "n_averaged" in names and "n_averaged" not in target:  # torch.optim.swa_utils.AveragedModel
         names = _renamed(names, lambda name: None if name == "n_averaged" else name)
         gone.append("n_averaged")
+    spare: list[str] = []
     while names and set(names) != set(target):
-        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in names)), None)
-        if prefix is None or (target and all(name.startswith(prefix) for name in target)):
+        prefix = _wrapper(names, target)
+        if prefix is None:
             break
-        names = _renamed(names, lambda name, p=prefix: name.removeprefix(p))  # type: ignore[misc]
+        spare += [found for name, found in names.items() if not name.startswith(prefix)]
+        names = _renamed(
+            names, lambda name, p=prefix: name.removeprefix(p) if name.startswith(p) else None  # type: ignore[misc]
+        )
         gone.append(prefix)
     if any("._orig_mod." in name for name in names):  # a compiled part inside
         names = _renamed(names, lambda name: name.replace("._orig_mod.", "."))
         gone.append("_orig_mod.")
     if gone:
         notes.append(f"names stripped of {' '.join(gone)}")
+    if spare:
+        notes.append(f"outside {' '.join(gone)} and not used: {_some(spare)}")
     return names
+
+
+def _wrapper(names: Names, target: Mapping[str, TensorFacts]) -> str | None:
+    """The wrapper's prefix to take off next: that of all names, or of those that are the network's.
+
+    Tensors outside it must not be what the network wants, and be fewer than those inside unless the network's own
+    names appear once it is gone, or no network is known yet (none that is known by name has such names). Where two
+    prefixes would do equally, none is guessed.
+    """
+    if target and all(name in names for name in target):
+        return None
+    fits: list[tuple[int, str]] = []
+    for prefix in PREFIXES:
+        inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        if not inside or (target and all(name.startswith(prefix) for name in target)):
+            continue
+        if any(name in target for name in names if not name.startswith(prefix)):
+            continue
+        shared = sum(name in target for name in inside)
+        if shared or not target or 2 * len(inside) > len(names):
+            fits.append((shared or len(inside), prefix))
+    fits.sort(reverse=True)
+    if len(fits) > 1 and fits[0][0] == fits[1][0]:
+        raise BadFileError(
+            f"the network's tensors lie under both {shown(fits[0][1])} and {shown(fits[1][1])}: say which by prefix= "
+            f"(--prefix {fits[0][1]})"
+        )
+    return fits[0][1] if fits else None
 
 
 def _drop_dead_blocks(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) -> Names:
@@ -149,12 +192,35 @@ def _renamed(names: Names, rule: Callable[[str], str | None]) -> Names:
     return table
 
 
+def _some(names: list[str]) -> str:
+    told = ", ".join(shown(name)[1:-1] for name in names[:MAX_LISTED])
+    return told + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
+
+
+def _next_step(
+    source: Mapping[str, TensorFacts], target: Mapping[str, TensorFacts], missing: list[str], unexpected: list[str]
+) -> str:
+    """What to do about tensors that do not fit, where that can be told."""
+    if not missing:
+        return "; if the network has no use for them, save the state dict without them"
+    wanted = [name for name in target if not name.endswith("num_batches_tracked")]
+    if not wanted:
+        return ""
+    ends = [name.removesuffix(wanted[0]) for name in source if name.endswith(f".{wanted[0]}")]
+    whole = [prefix for prefix in ends[:100] if all(f"{prefix}{name}" in source for name in wanted)]
+    if whole:
+        told = " or ".join(f"--prefix {shown(prefix)[1:-1]}" for prefix in whole[:3])
+        return f"; all of them lie under a prefix: say prefix= ({told})"
+    if len(missing) == len(target) and unexpected:
+        return "; is it the checkpoint of another network?"
+    return ""
+
+
 def _listed(missing: list[str], unexpected: list[str]) -> str:
     parts = []
     for what, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-            parts.append(f"{len(names)} {what} ({', '.join(shown(n)[1:-1] for n in names[:MAX_LISTED])}{more})")
+            parts.append(f"{len(names)} {what} ({_some(names)})")
     return "; ".join(parts)
 
 

@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hessdiag.checkpoint.document import EMA_PREFIX, FORMAT, METADATA_KEY
+from hessdiag.checkpoint.document import FORMAT
+from hessdiag.checkpoint.onefile import EMA_PREFIX, METADATA_KEY
 from hessdiag.errors import CheckpointError
 from hessdiag.store.files import BadFileError, PathLike, path_text, write_bytes
 from hessdiag.store.tensorfiles import check_key

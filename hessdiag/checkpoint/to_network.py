@@ -47,16 +47,20 @@ def load_checkpoint(
     num_classes: int | None = None,
     normalize: Normalize | None = None,
     weights: str | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
     factory: Factory | None = None,
     options: Mapping[str, Any] | None = None,
     max_bytes: int = FILE_BUDGET,
 ) -> Checkpoint:
     """Load the file at `path`: a checkpoint of ours, or the state dict of public code with `network` and `activation`.
 
-    `num_classes` and `normalize` say what such a file does not; files of more than `max_bytes` are refused.
+    `path` may also be the index of weights in several files (model.safetensors.index.json), or the folder that holds
+    them. `key` says where in a file its state dict lies ("trainer.model"), `prefix` which names in it are the network's
+    ("student."). `num_classes` and `normalize` say what such a file does not; files of more than `max_bytes` are refused.
     `weights` chooses "model" or averaged ("ema") weights; None takes the averaged ones where the file has
     them, since they are what such methods report, and the notes say so. `options` are further options of the
-    network. `factory` builds a model of your own instead. Nothing in the file
+    network. `factory` builds a model of your own instead; "hf:DIR" that of a folder of transformers. Nothing in the file
     is executed: the pickle of a torch file is described by another process (`hessdiag.store.pickled`), and what is
     neither tensor nor plain value is left out and named in the notes.
     """
@@ -65,7 +69,7 @@ def load_checkpoint(
     if factory is not None and (network is not None or activation is not None):
         raise ConfigurationError("factory builds the whole model: leave out network and activation")
     try:
-        document = open_document(path, budget=max_bytes)
+        document = open_document(path, budget=max_bytes, key=key, prefix=prefix)
         which, notes = _choose(document, weights)
         given = {
             "network": network,
@@ -109,7 +113,7 @@ def _assemble(
     tensors = document.tensors(which)
     _refuse_non_finite(tensors)
     if not document.self_describing:
-        notes = (f"read as a {document.layout}", *notes)
+        notes = (f"read as a {document.layout}", *document.notes, *notes)
     if document.others:
         notes = (*notes, f"not used: {', '.join(document.others[:8])}")
     if factory is not None:
@@ -130,7 +134,7 @@ def _assemble(
         notes = (*notes, *more, *also)
         model = from_config(config, facts, trusted=True)
         config = getattr(model, "config", config)
-    translation = translate(facts, facts_of(model))
+    translation = translate(facts, facts_of(model), spare=document.scripted)
     notes = (*notes, *translation.notes, *fill(model, tensors, translation.names))
     model.eval()
     return Checkpoint(

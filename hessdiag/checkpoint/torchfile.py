@@ -2,6 +2,9 @@
 
 The description (`hessdiag.store.pickled`) says of every tensor its storage, offset, shape and strides; these are
 checked against the bytes that are really there, and the bytes against their checksum. `torch.load` sees none of it.
+
+A TorchScript archive (torch.jit.save) is such a zip with code beside the pickle. Its entries of code, which alone are
+compressed, are never unpacked: the tensors are the attributes of its modules, named by the way to them.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from hessdiag.store import pickled, zips
 from hessdiag.store.files import BadFileError, shown, size_text
 from hessdiag.store.pickle_child import LEGACY_MAGIC
 from hessdiag.store.pickled import MAX_PICKLE, Stored
+from hessdiag.store.tensorfiles import MAX_KEY
 
 LEGACY_PROTOCOL = 1001
 
@@ -62,10 +66,9 @@ def _parse_zip(data: bytes) -> Parsed:
     table = zips.entries(data)
     described = [name for name in table if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(described) != 1:
-        raise BadFileError("a zip archive that torch.save did not write (it holds no data.pkl)")
+        raise BadFileError(_other_zip(table))
     root = described[0][: -len("data.pkl")]
-    if f"{root}constants.pkl" in table:
-        raise BadFileError("a TorchScript archive holds code: save model.state_dict() with torch.save instead")
+    script = f"{root}constants.pkl" in table
     for name in table:
         if ".." in name or "\\" in name or not name.isprintable() or not name.startswith(root):
             raise BadFileError(f"zip entry {shown(name)} is none that torch.save writes")
@@ -74,7 +77,7 @@ def _parse_zip(data: bytes) -> Parsed:
     inside = zips.content(data, table[described[0]])
     if len(inside) > MAX_PICKLE:
         raise BadFileError(f"the pickle inside has {size_text(len(inside))}; the limit is {size_text(MAX_PICKLE)}")
-    (tree,), end = pickled.describe(inside, "zip")
+    (tree,), end = pickled.describe(inside, "script" if script else "zip")
     if end != len(inside):
         raise BadFileError("bytes behind the end of the pickle inside")
     storages = {}
@@ -85,7 +88,40 @@ def _parse_zip(data: bytes) -> Parsed:
         if entry.file_size != facts.numel * facts.dtype.itemsize:
             raise _wrong_size(facts, entry.file_size)
         storages[key] = zips.content(data, entry)
+    if script:
+        return Parsed("TorchScript", _attributes(tree), storages)
     return Parsed("torch zip", tree, storages)
+
+
+def _other_zip(table: Mapping[str, Any]) -> str:
+    """What a zip archive without data.pkl is, and what to do with it."""
+    if any(name.endswith(".npy") for name in table):
+        return "an .npz of arrays, no checkpoint: data are given by --data npz:PATH"
+    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in table):
+        return "an exported program (torch.export): save model.state_dict() with torch.save instead"
+    return "a zip archive that torch.save did not write (it holds no data.pkl)"
+
+
+def _attributes(tree: Any) -> dict[str, Any]:
+    """Every tensor of a script module by the path of attributes to it, as its state dict names it."""
+    found: dict[str, Any] = {}
+    todo = [("", tree)]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, dict):
+            if len(path) > MAX_KEY:  # before it is written again for each of its attributes
+                raise BadFileError("a name in the TorchScript archive is absurdly long")
+            todo.extend((f"{path}.{key}" if path else str(key), item) for key, item in reversed(value.items()))
+        elif isinstance(value, Stored):
+            if path in found:
+                raise BadFileError(f"two attributes of the TorchScript archive are called {shown(path)}")
+            found[path] = value
+    if not found:
+        raise BadFileError(
+            "a TorchScript archive without tensors of its own (a frozen one keeps them inside its code): save "
+            "model.state_dict() of the module it was made from with torch.save"
+        )
+    return found
 
 
 def _parse_legacy(data: bytes) -> Parsed:

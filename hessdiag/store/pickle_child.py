@@ -4,9 +4,9 @@ Started by `hessdiag.store.pickled` alone, without torch and without anything of
 Unpickler does the work, with a `find_class` that imports nothing: names that torch.save writes stand for inert
 descriptions, names that act (os.system) end the reading, any other is a stand-in that swallows whatever is done to it
 and goes back as its name. An audit hook ends the process should anything be opened, imported or started all the same;
-limits of memory and processor time end what has none. Modes: `zip` (one pickle), `legacy` (the five of old torch
-files), `arrays` (one, numpy's arrays handed back as bytes). The answer: 8 bytes of length, so much JSON, the bytes of
-arrays.
+limits of memory and processor time end what has none. Modes: `zip` (one pickle), `script` (one, the attributes of
+TorchScript's modules kept as dictionaries), `legacy` (the five of old torch files), `arrays` (one, numpy's arrays handed
+back as bytes). The answer: 8 bytes of length, so much JSON, the bytes of arrays.
 """
 
 from __future__ import annotations
@@ -67,6 +67,16 @@ class Left:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         charge()
+
+
+class Module(Left):
+    """Stands for a module of a TorchScript archive, whose classes are text beside the pickle: keeps its attributes."""
+
+    attributes: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        charge()
+        self.attributes = state if type(state) is dict else None
 
 
 def charge(count: int = 1) -> None:
@@ -181,6 +191,7 @@ class Reader(Unpickler):
 
     def __init__(self, stream: Any, mode: str) -> None:
         super().__init__(stream, encoding="bytes" if mode == "arrays" else "utf-8")
+        self.script = mode == "script"
         self.length = 6 if mode == "legacy" else 5
 
     def find_class(self, module: str, name: str) -> Any:
@@ -191,7 +202,8 @@ class Reader(Unpickler):
             root, told = module.partition(".")[0], ascii(full)[1:-1][:120]
             if root in ACTING.split() or (root in ("builtins", "__builtin__") and name not in BUILTINS.split()):
                 raise Refused(f"the pickle asks for {told}, which is not data: refused, nothing was executed")
-            NAMES[full] = type("Left", (Left,), {"name": told})
+            kind = Module if self.script and root == "__torch__" else Left
+            NAMES[full] = type("Left", (kind,), {"name": told})
         return NAMES[full]
 
     def persistent_load(self, reference: Any) -> Any:
@@ -233,6 +245,8 @@ def described(value: Any, blobs: list[bytes] | None, depth: int = 0) -> Any:
         return array(value.node[1], blobs)
     if is_node(value, "tensor"):
         return value.node
+    if isinstance(value, Module) and type(value.attributes) is dict:
+        return described(value.attributes, blobs, depth)
     name = value.name if isinstance(value, Left) else getattr(value, "name", None)
     return ["left", name or (f"{value.node[0]} (numpy or torch)" if isinstance(value, Node) else kind.__name__)]
 

@@ -541,7 +541,7 @@ def test_what_is_no_readable_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     cases: list[tuple[Any, str]] = [
         (tmp_path / "absent.pt", "no such file"),
-        (tmp_path, "directory"),
+        (tmp_path, "a folder without weights"),
         (tmp_path / "fifo", "not a regular file"),
         ("/dev/zero", "not a regular file"),
         ("a\0b", "cannot be opened"),
