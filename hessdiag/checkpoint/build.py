@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from hessdiag.store.files import BadFileError, shown
 from hessdiag.store.tensorfiles import TensorFacts
 
 Normalize = tuple[tuple[float, ...], tuple[float, ...]]
+Shared = TypeVar("Shared")
 Factory = Callable[[], nn.Module] | nn.Module | str
 MAX_OPTIONS = 1000
 
@@ -74,6 +75,19 @@ def from_config(config: Mapping[str, Any], weights: Mapping[str, TensorFacts], *
 def facts_of(model: nn.Module) -> dict[str, TensorFacts]:
     """Names, shapes and types of a model's state."""
     return {name: TensorFacts(tuple(v.shape), v.dtype) for name, v in model.state_dict().items()}
+
+
+def aliased(model: nn.Module, table: Mapping[str, Shared]) -> dict[str, Shared]:
+    """The table with what it lacks because the model ties it: a parameter of two names is stored under one of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = dict(table)
+    for group in names.values():
+        held = next((name for name in group if name in table), None)
+        if held is not None:
+            found.update({name: table[held] for name in group if name not in table})
+    return found
 
 
 def agree(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:

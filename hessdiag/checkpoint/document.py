@@ -84,7 +84,8 @@ def open_document(
         piece = read_piece(place, budget=budget)
         kind, tree, pieces, digest, size, notes = piece.kind, piece.tree, [piece], piece.sha256, piece.size, []
     about = _understand(tree, key)
-    weights, left = about.pop("weights"), []
+    weights: Mapping[str, Mapping[str, TensorFacts]] = about.pop("weights")
+    left: list[str] = []
     if prefix is not None:
         weights, left = _prefixed(weights, prefix)
     others, told = (*left, *about.pop("others")), tuple(notes)
@@ -101,6 +102,7 @@ def _understand(tree: Any, key: str | None) -> dict[str, Any]:
     ours = isinstance(told, str) and told.startswith("hessdiag/") and key is None
     if ours and told != FORMAT:
         raise BadFileError(f"written in format {shown(told)}; this version reads {FORMAT}")
+    places: Places
     if ours:
         places, layout = {"model": ("state_dict",)}, FORMAT
         if tree.get("ema_state_dict") is not None:

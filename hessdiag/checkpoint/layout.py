@@ -60,7 +60,7 @@ def translate(
     """
     notes: list[str] = []
     names = {name: name for name in source}  # name as translated so far -> name in the file
-    for step in (_strip, _drop_dead_blocks, _keep_base_norms, _rename_classifier):
+    for step in (_strip, _drop_dead_blocks, _keep_base_norms, _rename_classifier, _rename_gains):
         names = step(names, target, notes)
     result: dict[str, str | None] = {name: names[name] for name in target if name in names}
     counters = [name for name in target if name not in names and name.endswith("num_batches_tracked")]
@@ -70,7 +70,7 @@ def translate(
     missing = [name for name in target if name not in result]
     unexpected = [name for name in names if name not in target]
     if spare and unexpected and not missing:
-        notes.append(f"not used, since the network has none of that name: {_some(unexpected)}")
+        notes.append(f"not used, since the network has none of that name: {some(unexpected)}")
         unexpected = []
     if missing or unexpected:
         raise BadFileError(
@@ -113,7 +113,7 @@ def _strip(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) ->
     if gone:
         notes.append(f"names stripped of {' '.join(gone)}")
     if spare:
-        notes.append(f"outside {' '.join(gone)} and not used: {_some(spare)}")
+        notes.append(f"outside {' '.join(gone)} and not used: {some(spare)}")
     return names
 
 
@@ -180,6 +180,20 @@ def _rename_classifier(names: Names, target: Mapping[str, TensorFacts], notes: l
     return names
 
 
+def _rename_gains(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) -> Names:
+    """Layer norms converted from TensorFlow call weight and bias gamma and beta."""
+    moved = {
+        name: name.removesuffix(old) + new
+        for name in names
+        for old, new in ((".gamma", ".weight"), (".beta", ".bias"))
+        if name.endswith(old) and name not in target and name.removesuffix(old) + new in target
+    }
+    if moved:
+        notes.append("gamma and beta read as weight and bias")
+        names = _renamed(names, lambda name: moved.get(name, name))
+    return names
+
+
 def _renamed(names: Names, rule: Callable[[str], str | None]) -> Names:
     table: Names = {}
     for name, found in names.items():
@@ -192,7 +206,8 @@ def _renamed(names: Names, rule: Callable[[str], str | None]) -> Names:
     return table
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
     told = ", ".join(shown(name)[1:-1] for name in names[:MAX_LISTED])
     return told + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
 
@@ -220,7 +235,7 @@ def _listed(missing: list[str], unexpected: list[str]) -> str:
     parts = []
     for what, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            parts.append(f"{len(names)} {what} ({_some(names)})")
+            parts.append(f"{len(names)} {what} ({some(names)})")
     return "; ".join(parts)
 
 

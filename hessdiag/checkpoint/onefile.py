@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from hessdiag.checkpoint import torchfile
 from hessdiag.store import tensorfiles
 from hessdiag.store.files import BadFileError, PathLike, parse_json, read_bytes
+from hessdiag.store.pickled import Stored
 from hessdiag.store.tensorfiles import TensorFacts
 
 EMA_PREFIX = "ema:"
@@ -42,7 +43,7 @@ class Piece:
             found = tensorfiles.read_tensors(self.source)
             return {name: found[facts.name] for name, facts in table.items() if isinstance(facts, Held)}
         inside = {name: self.tree[facts.name] if isinstance(facts, Held) else facts for name, facts in table.items()}
-        return torchfile.tensors(self.source, inside)
+        return torchfile.tensors(self.source, cast(Mapping[str, Stored], inside))
 
 
 def read_piece(path: PathLike, *, budget: int) -> Piece:

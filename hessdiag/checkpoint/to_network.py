@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessdiag.checkpoint import pretrained
 from hessdiag.checkpoint.build import (
     Factory,
     Normalize,
     agree,
+    aliased,
     facts_of,
     fill,
     from_config,
@@ -110,15 +112,20 @@ def _assemble(
         agree(document.config, {**given, **options})
     elif factory is None:  # says what is missing before any tensor is made
         public_config(split_normalisation(facts)[0], **given, options=options)
+    config: Mapping[str, Any]
     tensors = document.tensors(which)
     _refuse_non_finite(tensors)
     if not document.self_describing:
         notes = (f"read as a {document.layout}", *document.notes, *notes)
     if document.others:
         notes = (*notes, f"not used: {', '.join(document.others[:8])}")
+    if isinstance(factory, str) and factory.startswith(pretrained.SCHEME):
+        model, config, more = pretrained.network(factory, tensors)
+        return _finished(document, which, (*notes, *more), model, config)
     if factory is not None:
         model = from_factory(factory)
-        config: Mapping[str, Any] = getattr(model, "config", document.config)
+        own = getattr(model, "config", None)
+        config = own if isinstance(own, Mapping) else document.config
         if document.config and dict(config) != document.config:
             notes = (*notes, "the network is the factory's; the file's own config was not used")
     elif document.self_describing:
@@ -134,11 +141,18 @@ def _assemble(
         notes = (*notes, *more, *also)
         model = from_config(config, facts, trusted=True)
         config = getattr(model, "config", config)
+    if factory is not None:
+        facts, tensors = aliased(model, facts), aliased(model, tensors)
     translation = translate(facts, facts_of(model), spare=document.scripted)
     notes = (*notes, *translation.notes, *fill(model, tensors, translation.names))
-    model.eval()
+    return _finished(document, which, notes, model, config)
+
+
+def _finished(
+    document: Document, which: str, notes: tuple[str, ...], model: nn.Module, config: Mapping[str, Any]
+) -> Checkpoint:
     return Checkpoint(
-        model=model,
+        model=model.eval(),
         config=dict(config),
         epoch=document.epoch,
         metrics=document.metrics,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hessdiag.data import DataSet
+from hessdiag.data import DataSet, NamedDataSet
 
 SURE = 4.0
 """Standard errors beyond which a difference is told."""
@@ -20,7 +20,7 @@ SLACK = 0.02
 """A difference below this is not told, however many samples show it."""
 
 
-def judged(accuracy: float, data: DataSet, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def judged(accuracy: float, data: DataSet | NamedDataSet, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The accuracy, chance, the checkpoint's own, and whether one or the other is out of line."""
     count = len(data)
     classes = int(data.num_classes or int(data.targets.max()) + 1)

@@ -23,6 +23,7 @@ WEIGHTS = ("model", "ema")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "float64")
 NORMALISATIONS = ("cifar10", "cifar100", "imagenet")
+FORWARDS = ("keywords", "positions")
 ATTACKS = ("pgd:eps=8/255,steps=10",)
 EXAMPLES = ("digits-example",)
 

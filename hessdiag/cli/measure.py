@@ -25,6 +25,8 @@ hessdiag measure model.pt --attack pgd:eps=8/255,steps=10
 
 hessdiag measure weights.pt --model mycode.nets:make --data mycode.sets:validation
 
+hessdiag measure --model hf:./bert --data npz:tokens.npz     [dim]# arrays input_ids, attention_mask, labels[/dim]
+
 hessdiag measure model.pt --dry-run
 
 hessdiag measure model.pt --resume model.resume      [dim]# killed? the same line goes on[/dim]
@@ -39,12 +41,14 @@ MODEL, DATA, WHAT, HOW, OUT = "The model", "The data", "What is measured", "How"
 @guarded
 def command(
     checkpoint: Annotated[
-        str,
+        str | None,
         typer.Argument(
             autocompletion=complete.example_or_file,
-            help="A .pt, .pth or .safetensors file; or the name of a shipped one: digits-example.",
+            help="A .pt, .pth or .safetensors file, the index of several, or their folder; or the name of a shipped one: "
+            "digits-example. With --model hf:DIR the weights of DIR.",
+            show_default="digits-example",
         ),
-    ] = "digits-example",
+    ] = None,
     *,
     network: Annotated[
         str | None,
@@ -68,7 +72,36 @@ def command(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Your own model, package.module:factory. Runs that code.", rich_help_panel=MODEL),
+        typer.Option(
+            help="Your own model, package.module:factory, which runs that code; or hf:DIR (hf:NAME from the local cache), "
+            "as transformers writes it.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(help="Where in the file the state dict lies, e.g. trainer.model.", rich_help_panel=MODEL),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="Take the tensors under this prefix alone, e.g. student.", rich_help_panel=MODEL),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="What is meant of a model that returns more than a tensor: a field or key (logits), a place (0), or "
+            "package.module:function of it.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    forward: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=of(complete.FORWARDS),
+            help="How to call a model of several inputs: keywords, positions, or package.module:function of (model, "
+            "inputs).",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -95,6 +128,13 @@ def command(
             "By default the set named in the checkpoint.",
             rich_help_panel=DATA,
         ),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(help="Which arrays of the file the model takes, e.g. input_ids,attention_mask.", rich_help_panel=DATA),
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Which array of the file are the targets, e.g. labels.", rich_help_panel=DATA)
     ] = None,
     split: Annotated[
         str, typer.Option(autocompletion=of(complete.SPLITS), help="test or train.", rich_help_panel=DATA)

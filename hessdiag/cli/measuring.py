@@ -98,7 +98,7 @@ def dry_run(request: Request, prepared: Prepared) -> None:
         write_json(request.json, strict(content))
         if request.json == "-":
             return
-    name = f"{request.checkpoint}: {counted(prepared.objective.size, 'parameter')}, "
+    name = f"{request.source}: {counted(prepared.objective.size, 'parameter')}, "
     name += counted(found[0].batches, "batch", "batches")
     print_costs(terminal(), found, title=plain(name), replicates=request.min_replicates)
 

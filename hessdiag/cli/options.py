@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from hessdiag import networks
 from hessdiag.checkpoint import Checkpoint
 from hessdiag.checkpoint.build import Normalize
+from hessdiag.checkpoint.pretrained import SCHEME
+from hessdiag.data import DataSet, NamedDataSet
 from hessdiag.errors import ConfigurationError, DeviceError, UnknownNameError, nearest
 from hessdiag.measuring.ranks import World
+from hessdiag.problem.outputs import Output
 from hessdiag.problem.perturbation import PGDSpec, parse_pgd
+from hessdiag.store.factories import import_object, is_factory_name
 
 PLAIN_SETS = ("digits", "cifar10", "cifar100")
 """Data sets that a checkpoint may name by itself; paths and code must come from the user."""
@@ -68,22 +74,58 @@ def data_named_by(checkpoint: Checkpoint) -> str:
     )
 
 
-def loss_of(text: str) -> Any:
-    """A loss by name, or a function (outputs, targets) -> loss per sample of the user's own."""
-    from hessdiag.store.factories import import_object, is_factory_name
+def names_of(text: str) -> list[str]:
+    """Names of arrays, with commas between."""
+    return [name for name in (part.strip() for part in text.split(",")) if name]
 
-    if not is_factory_name(text):
-        return text
+
+def output_of(text: str | None, model: str | None) -> Output:
+    """What is meant of what the model returns: a name, a place, a function of the user's; logits of transformers."""
+    if text is None:
+        return "logits" if model is not None and model.startswith(SCHEME) else None
+    if re.fullmatch(r"-?\d{1,4}", text):
+        return int(text)
+    return function_of(text, "--output", "returned -> outputs") if is_factory_name(text) else text
+
+
+FORWARDS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "keywords": lambda model, inputs: model(**inputs),
+    "positions": lambda model, inputs: model(*inputs.values()),
+}
+"""How a model is called with inputs of names."""
+
+
+def forward_of(text: str | None, data: DataSet | NamedDataSet) -> Callable[[nn.Module, Any], Any] | None:
+    """How the model is called: with several inputs by their names, with one as it is, unless the user says otherwise."""
+    named = isinstance(data, NamedDataSet)
+    if text is None:
+        return FORWARDS["keywords" if len(data.inputs) > 1 else "positions"] if named else None
+    if is_factory_name(text):
+        return function_of(text, "--forward", "(model, inputs) -> outputs")
+    if text not in FORWARDS:
+        known = [*FORWARDS, "package.module:function"]
+        raise UnknownNameError(f"--forward {text!r}; {nearest(text, known)}")
+    if not named:
+        raise ConfigurationError(f"--forward {text}: the inputs of {data.name} are one array, which the model takes as it is")
+    return FORWARDS[text]
+
+
+def function_of(text: str, option: str, form: str) -> Callable[..., Any]:
+    """A function of the user's own, imported because the user named it."""
     found = import_object(text)
     if not callable(found):
-        raise ConfigurationError(f"--loss {text}: no function (outputs, targets) -> loss per sample")
-    return found
+        raise ConfigurationError(f"{option} {text}: no function {form}")
+    made: Callable[..., Any] = found
+    return made
+
+
+def loss_of(text: str) -> Any:
+    """A loss by name, or a function (outputs, targets) -> loss per sample of the user's own."""
+    return function_of(text, "--loss", "(outputs, targets) -> loss per sample") if is_factory_name(text) else text
 
 
 def pattern_of(text: str | None) -> str | None:
     """A regular expression that compiles."""
-    import re
-
     if text is not None:
         try:
             re.compile(text)

@@ -13,14 +13,20 @@ from hessdiag.store import files
 class Request:
     """The arguments of one measurement, as typed."""
 
-    checkpoint: str
+    checkpoint: str | None
     network: str | None
     activation: str | None
     num_classes: int | None
     model: str | None
     weights: str | None
+    key: str | None
+    prefix: str | None
+    output: str | None
+    forward: str | None
     normalize: str | None
     data: str | None
+    inputs: str | None
+    targets: str | None
     split: str
     samples: int | None
     data_seed: int
@@ -50,6 +56,18 @@ class Request:
     quiet: bool
     dry_run: bool
     timeout: float
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from: what was named, the folder of --model hf:DIR, or the shipped example."""
+        if self.checkpoint is not None:
+            return self.checkpoint
+        if self.model is None:
+            return "digits-example"
+        scheme, colon, place = self.model.partition(":")
+        if colon and scheme == "hf":
+            return self.model
+        raise ConfigurationError(f"--model {self.model} needs weights: hessdiag measure WEIGHTS.pt --model {self.model}")
 
     def check(self) -> None:
         """Refuse what cannot work before anything is loaded."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.checkpoint import Checkpoint, load_checkpoint
+from hessdiag.checkpoint.pretrained import SCHEME, folder_of
+from hessdiag.checkpoint.shards import SUFFIXES
 from hessdiag.cli.accuracy import judged
 from hessdiag.cli.options import (
     data_named_by,
     device_of,
     dtype_of,
+    forward_of,
     loss_of,
+    names_of,
     normalize_of,
+    output_of,
     pattern_of,
     spec_of,
 )
 from hessdiag.cli.request import Request
-from hessdiag.data import DataSet, load
+from hessdiag.data import DataSet, NamedDataSet, load_named
 from hessdiag.errors import (
+    CheckpointError,
+    ConfigurationError,
     DataError,
     HessdiagError,
     UnknownNameError,
@@ -34,9 +44,11 @@ from hessdiag.errors import (
 from hessdiag.examples import EXAMPLES, example_path
 from hessdiag.measuring.ranks import World
 from hessdiag.networks import Normalize
-from hessdiag.problem.forward import forward
+from hessdiag.problem.ascent import handed_back
+from hessdiag.problem.forward import forward, mapped
 from hessdiag.problem.handing_back import memory_errors
 from hessdiag.problem.objective import Objective
+from hessdiag.problem.outputs import meant
 from hessdiag.problem.perturbation import PGDSpec, keyed_pgd
 
 LOWER = "lower --batch-size"
@@ -59,11 +71,13 @@ def prepare(request: Request, world: World) -> Prepared:
     model = checkpoint.model.to(device=device, dtype=dtype).eval()
     if request.model is not None and request.normalize is not None:
         normalised(model, request.normalize)
-    whole = load(
+    whole = load_named(
         request.data or data_named_by(checkpoint),
         split=request.split,
         seed=request.data_seed,
         root=request.data_root,
+        inputs=None if request.inputs is None else names_of(request.inputs),
+        targets=request.targets,
     )
     data = whole.sample(request.samples, seed=request.data_seed)
     objective = Objective(
@@ -72,12 +86,16 @@ def prepare(request: Request, world: World) -> Prepared:
         parameters=pattern_of(request.layers),
         l2=request.l2,
         label_smoothing=request.label_smoothing,
+        output=output_of(request.output, request.model),
+        forward=forward_of(request.forward, data),
     )
-    batches: Iterable[tuple[Tensor, Tensor]] = data.batches(request.batch_size, device=device, dtype=dtype)
+    batches: Iterable[tuple[Any, Tensor]] = data.batches(request.batch_size, device=device, dtype=dtype)
     try_out(objective, batches, data)
     loss, accuracy = (math.nan, None) if request.dry_run else mean_loss(objective, batches)
     perturbation = None
     spec = None if request.attack is None else spec_of(request.attack, request.seed)
+    if spec is not None and isinstance(data, NamedDataSet):
+        raise ConfigurationError("--attack perturbs images, one array of floats in [0, 1]; these inputs have names")
     if spec is not None and not request.dry_run:  # perturbed inputs cost the same to measure at
         batches = perturb(objective, batches, spec, world)
         perturbation = {
@@ -103,12 +121,8 @@ def normalised(model: nn.Module, text: str) -> None:
 
 def open_checkpoint(request: Request) -> Checkpoint:
     """The file, or the shipped example of that name (a file of the same name in the working directory wins)."""
-    path: Path = Path(request.checkpoint)
-    if not path.exists():
-        path = example_path(request.checkpoint) or path
-    if not path.exists() and not path.suffix and path.parent == Path():
-        close = nearest(request.checkpoint, list(EXAMPLES))
-        raise UnknownNameError(f"{request.checkpoint}: neither a file nor a shipped example; {close}")
+    source = request.source
+    path = folder_of(source) if source.startswith(SCHEME) and source == request.model else found(source)
     return load_checkpoint(
         path,
         network=request.network,
@@ -116,15 +130,38 @@ def open_checkpoint(request: Request) -> Checkpoint:
         num_classes=request.num_classes,
         normalize=None if request.model else normalize_of(request.normalize),
         weights=request.weights,
+        key=request.key,
+        prefix=request.prefix,
         factory=request.model,
     )
 
 
+def found(source: str) -> Path:
+    """The path of a checkpoint that was named, or what could be meant by one that is not there."""
+    path: Path = Path(source)
+    if os.path.exists(path):
+        return path
+    shipped = example_path(source)
+    if shipped is not None:
+        return shipped
+    if not path.suffix and path.parent == Path():
+        close = nearest(source, list(EXAMPLES))
+        raise UnknownNameError(f"{source}: neither a file nor a shipped example; {close}")
+    if source.startswith(SCHEME):
+        raise ConfigurationError(f"{source} is a model: hessdiag measure --model {source}")
+    if path.parent.is_dir():
+        names = [one.name for one in itertools.islice(path.parent.iterdir(), 1000) if one.suffix in SUFFIXES]
+        meant_names = get_close_matches(path.name, names, n=1)
+        if meant_names:
+            raise CheckpointError(f"{source}: no such file; did you mean {path.parent / meant_names[0]}?")
+    return path
+
+
 @memory_errors(LOWER)
-def try_out(objective: Objective, batches: Iterable[Any], data: DataSet) -> None:
+def try_out(objective: Objective, batches: Iterable[Any], data: DataSet | NamedDataSet) -> None:
     """One forward pass, so that data of the wrong shape are refused in terms of data."""
     inputs, targets = objective.check_batch(next(iter(batches)), 0)
-    few, labels = inputs[:2], targets[:2]
+    few, labels = mapped(inputs, lambda x: x[:2]), targets[:2]
     try:
         with torch.no_grad():
             forward(objective.model, few, objective.call)
@@ -135,11 +172,26 @@ def try_out(objective: Objective, batches: Iterable[Any], data: DataSet) -> None
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"the model does not take {data.name} (inputs of shape {list(inputs.shape[1:])}): {reason}; "
-            "choose other --data, or the --network that fits"
+            f"the model does not take {data.name} (inputs of shape {told(data)}): {reason}; {other(error, objective, data)}"
         ) from error
     with torch.no_grad():
         objective.summed_loss(few, labels)
+
+
+def told(data: DataSet | NamedDataSet) -> str:
+    """The shape of one sample, of each input where they have names."""
+    if isinstance(data, NamedDataSet):
+        return ", ".join(f"{name} {list(tensor.shape[1:])}" for name, tensor in data.inputs.items())
+    return str(list(data.inputs.shape[1:]))
+
+
+def other(error: Exception, objective: Objective, data: DataSet | NamedDataSet) -> str:
+    """What to try when the model does not take the data."""
+    if isinstance(data, NamedDataSet) and isinstance(error, TypeError):
+        return "its arguments have other names: --inputs chooses arrays, --forward positions calls by place"
+    if isinstance(error, TypeError) and "argument" in str(error):
+        return "it takes several inputs: store them by name (npz), or say --forward package.module:function"
+    return "choose other --data, or the --network that fits"
 
 
 @memory_errors(LOWER)
@@ -147,13 +199,20 @@ def perturb(
     objective: Objective, batches: Iterable[tuple[Tensor, Tensor]], spec: PGDSpec, world: World
 ) -> list[tuple[Tensor, Tensor]]:
     """Every batch at the inputs that maximise the measured loss; dealt out over processes, then shared."""
+
+    def through(points: Tensor) -> Tensor:
+        returned = objective.model(points) if objective.call is None else objective.call(objective.model, points)
+        out: Tensor = meant(returned, objective.output)
+        return out
+
     crafted: list[tuple[Tensor, Tensor]] = []
     start = 0
     for number, (inputs, targets) in enumerate(batches):
         owner = number % world.size
         if owner == world.rank:
             indices = range(start, start + len(inputs))
-            points = keyed_pgd(objective.model, inputs, targets, indices, spec, loss=objective.loss.values)
+            with handed_back(objective.model):
+                points = keyed_pgd(through, inputs, targets, indices, spec, loss=objective.loss.values)
         else:
             points = torch.empty_like(inputs)
         crafted.append((world.from_rank(points, owner), targets))
@@ -177,15 +236,22 @@ def mean_loss(objective: Objective, batches: Iterable[tuple[Tensor, Tensor]]) ->
     return loss / weight, right / count if classes else None
 
 
+def shape_of(data: DataSet | NamedDataSet) -> Any:
+    """The shape of a sample, or of each of its inputs by name."""
+    if isinstance(data, NamedDataSet):
+        return {name: list(tensor.shape[1:]) for name, tensor in data.inputs.items()}
+    return list(data.inputs.shape[1:])
+
+
 def facts_of(
-    request: Request, checkpoint: Checkpoint, data: DataSet, perturbation: dict[str, Any] | None
+    request: Request, checkpoint: Checkpoint, data: DataSet | NamedDataSet, perturbation: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The `cli` block of the JSON: what was measured, on what."""
     training = checkpoint.extra.get("training")
     method = checkpoint.extra.get("method") or (training.get("method") if isinstance(training, Mapping) else None)
     return {
         "checkpoint": {
-            "name": request.checkpoint,
+            "name": request.source,
             "sha256": checkpoint.sha256,
             "weights": checkpoint.weights,
             "factory": request.model,
@@ -202,7 +268,7 @@ def facts_of(
             "chosen": request.samples is not None,
             "data_seed": request.data_seed,
             "batch_size": request.batch_size,
-            "shape": list(data.inputs.shape[1:]),
+            "shape": shape_of(data),
             "classes": data.num_classes,
             "sha256": data.sha256,
             "notes": list(data.notes),

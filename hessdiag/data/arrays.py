@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
+from zipfile import ZipInfo
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hessdiag.data.dataset import DataSet, make
+from hessdiag.data.dataset import DataSet
+from hessdiag.data.named import COUNT, Arrays, NamedDataSet, of_table
 from hessdiag.errors import DataError
 from hessdiag.store import tensorfiles, zips
 from hessdiag.store.files import BadFileError, read_bytes, shown, size_text
 
 FILE_BUDGET = 8 * 2**30
 MAX_NPY_HEADER = 1 << 16
-PAIRS = (("inputs", "targets"), ("images", "labels"))
+MAX_UNPACKED = 4 * zips.SMALL
+"""What all arrays of a small file may grow to together."""
 
 
-def load_npz(path: Path, name: str) -> DataSet:
-    """A data set from the arrays `inputs` and `targets` (or `images` and `labels`) of an .npz; pickles are
-    refused.
-    """
-    wanted = {"num_classes", *(key for pair in PAIRS for key in pair)}
-    return _data_set(read_npz(path, wanted), path, name)
+def load_npz(path: Path, name: str, arrays: Arrays) -> DataSet | NamedDataSet:
+    """A data set from arrays of an .npz, those that `arrays` says or their names; pickles are refused."""
+    try:
+        data = read_bytes(path, budget=FILE_BUDGET)
+        table = zips.entries(data)
+        which = arrays.choose([key[:-4] for key in table if key.endswith(".npy")], str(path))
+        found = _unpacked(data, table, [*which[0], which[1], COUNT])
+    except BadFileError as reason:
+        raise DataError(f"{path}: {reason}") from None
+    return _data_set(found, which, path, name)
 
 
-def load_safetensors(path: Path, name: str) -> DataSet:
+def load_safetensors(path: Path, name: str, arrays: Arrays) -> DataSet | NamedDataSet:
     """The same from the tensors of a .safetensors file."""
     try:
         data = read_bytes(path, budget=FILE_BUDGET)
-        tensorfiles.read_header(data)
-        return _data_set(tensorfiles.read_tensors(data), path, name)
+        facts, _ = tensorfiles.read_header(data)
+        which = arrays.choose(facts, str(path))
+        return _data_set(tensorfiles.read_tensors(data), which, path, name)
     except BadFileError as reason:
         raise DataError(f"{path}: {reason}") from None
 
@@ -41,14 +50,27 @@ def read_npz(path: Path, wanted: set[str]) -> dict[str, Tensor]:
     """Those of the `wanted` arrays that an .npz holds; sizes are checked before anything is unpacked."""
     try:
         data = read_bytes(path, budget=FILE_BUDGET)
-        table = zips.entries(data)
-        found = {}
-        for key in sorted(wanted):
-            if f"{key}.npy" in table:
-                found[key] = torch.from_numpy(parse_npy(zips.content(data, table[f"{key}.npy"], deflated=True), key))
-        return found
+        return _unpacked(data, zips.entries(data), sorted(wanted))
     except BadFileError as reason:
         raise DataError(f"{path}: {reason}") from None
+
+
+def _unpacked(data: bytes, table: dict[str, ZipInfo], wanted: list[str]) -> dict[str, Tensor]:
+    """Those of the wanted arrays that are there, within a budget for all of them."""
+    found: dict[str, Tensor] = {}
+    total = 0
+    for key in wanted:
+        entry = table.get(f"{key}.npy")
+        if entry is None:
+            continue
+        if found and total + entry.file_size > max(MAX_UNPACKED, zips.MAX_RATIO * len(data)):
+            raise BadFileError(
+                f"its arrays claim more than {size_text(total)} once unpacked: a zip bomb; if it is none, save them by "
+                "numpy.savez, uncompressed"
+            )
+        found[key] = torch.from_numpy(parse_npy(zips.content(data, entry, deflated=True), key))
+        total += entry.file_size
+    return found
 
 
 def parse_npy(data: bytes | memoryview, key: str) -> np.ndarray:
@@ -101,17 +123,12 @@ def to_images(inputs: Tensor, name: str) -> tuple[Tensor, tuple[str, ...]]:
     return inputs, ()
 
 
-def _data_set(table: dict[str, Tensor], path: Path, name: str) -> DataSet:
-    pairs = [pair for pair in PAIRS if pair[0] in table and pair[1] in table]
-    if len(pairs) != 1:
-        held = ", ".join(shown(key) for key in sorted(table)[:8]) or "neither"
-        raise DataError(
-            f"{path}: wants arrays 'inputs' and 'targets', or 'images' and 'labels'; of these it has {held}"
-        )
-    inputs, targets = (table[key] for key in pairs[0])
-    inputs, notes = to_images(inputs, name)
-    classes = table.get("num_classes")
-    if classes is not None and (classes.numel() != 1 or classes.is_floating_point() or int(classes) < 1):
-        raise DataError(f"{path}: num_classes must be one positive integer")
-    count = None if classes is None else int(classes)
-    return make(inputs, targets, name=name, split="all", num_classes=count, notes=notes)
+def _data_set(
+    table: dict[str, Tensor], which: tuple[tuple[str, ...], str], path: Path, name: str
+) -> DataSet | NamedDataSet:
+    notes: tuple[str, ...] = ()
+    if len(which[0]) == 1:
+        (key,) = which[0]
+        table[key], notes = to_images(table[key], name)
+    found = of_table(table, which, name=name, split="all")
+    return replace(found, notes=(*notes, *found.notes))

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -64,13 +65,8 @@ class DataSet:
         """
         if samples is None:
             return self
-        if samples < 1:
-            raise ConfigurationError(f"samples = {samples}: it must be at least 1")
-        if samples > len(self):
-            raise DataError(f"{self.name} ({self.split}) has {len(self)} samples, fewer than the {samples} asked for")
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(self), generator=generator)[:samples].sort().values
-        return replace(self, inputs=self.inputs[chosen], targets=self.targets[chosen])
+        rows = chosen(self, samples, seed)
+        return replace(self, inputs=self.inputs[rows], targets=self.targets[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +90,24 @@ class Batches:
                 # Divided in the wanted type: float64 batches carry k/255 to the last bit.
                 inputs = inputs.to(self.dtype).div_(255)
             yield inputs.to(self.dtype), targets.to(self.dtype) if targets.is_floating_point() else targets
+
+
+class _Rows(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    def __len__(self) -> int: ...
+
+
+def chosen(data: _Rows, samples: int, seed: int) -> Tensor:
+    """The numbers of `samples` rows chosen at random without replacement, in order."""
+    if samples < 1:
+        raise ConfigurationError(f"samples = {samples}: it must be at least 1")
+    if samples > len(data):
+        raise DataError(f"{data.name} ({data.split}) has {len(data)} samples, fewer than the {samples} asked for")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(data), generator=generator)[:samples].sort().values
 
 
 def make(
@@ -124,15 +138,23 @@ def make(
     if inputs.dtype in (torch.float16, torch.bfloat16):
         inputs = inputs.float()
     if inputs.is_floating_point():
-        _refuse_non_finite(inputs, f"{name}: inputs")
+        refuse_non_finite(inputs, f"{name}: inputs")
         low, high = float(inputs.min()), float(inputs.max())
         if low < 0 or high > 1:
             notes = (*notes, f"inputs span [{low:.4g}, {high:.4g}], not [0, 1]; they are used as they are")
+    targets, classes, more = make_targets(targets, num_classes, name)
+    return DataSet(inputs, targets, name, split, classes, (*notes, *more))
+
+
+def make_targets(targets: Tensor, num_classes: int | None, name: str) -> tuple[Tensor, int | None, tuple[str, ...]]:
+    """Checked targets, classes counted: finite floats, or class numbers; and what is to be said of them."""
+    targets = targets.detach().cpu()
+    if targets.ndim < 1 or len(targets) == 0:
+        raise EmptyDataError(f"{name}: no samples in targets of shape {tuple(targets.shape)}")
     if targets.is_floating_point():
-        _refuse_non_finite(targets, f"{name}: targets")
-        return DataSet(inputs, targets, name, split, None, notes)
-    targets, num_classes, notes = _class_targets(targets, num_classes, name, notes)
-    return DataSet(inputs, targets, name, split, num_classes, notes)
+        refuse_non_finite(targets, f"{name}: targets")
+        return targets, None, ()
+    return _class_targets(targets, num_classes, name, ())
 
 
 def _class_targets(
@@ -156,7 +178,8 @@ def _class_targets(
     return targets, num_classes, notes
 
 
-def _refuse_non_finite(values: Tensor, what: str) -> None:
+def refuse_non_finite(values: Tensor, what: str) -> None:
+    """NonFiniteError saying how many values are NaN or infinite, and in which sample first."""
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         first = int(bad.reshape(len(values), -1).any(1).nonzero()[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from hessdiag.data.arrays import load_npz, load_safetensors
@@ -12,6 +13,7 @@ from hessdiag.data.dataset import DataSet
 from hessdiag.data.digits import load_digits
 from hessdiag.data.fetch import default_root
 from hessdiag.data.folder import load_folder
+from hessdiag.data.named import Arrays, NamedDataSet
 from hessdiag.data.published import SOURCES
 from hessdiag.errors import ConfigurationError, DataError, UnknownNameError, nearest
 from hessdiag.problem.handing_back import memory_errors
@@ -19,7 +21,8 @@ from hessdiag.store.factories import is_factory_name
 from hessdiag.store.files import shown
 
 NAMES = ("digits", *SOURCES)
-SCHEMES = ("npz", "safetensors", "folder")
+NAMED = ("npz", "safetensors")
+SCHEMES = (*NAMED, "folder")
 
 
 def load(
@@ -39,28 +42,55 @@ def load(
     >>> load("digits", split="test").inputs.shape
     torch.Size([500, 1, 8, 8])
     """
+    found = load_named(name, split=split, samples=samples, seed=seed, root=root)
+    if isinstance(found, NamedDataSet):
+        held = ", ".join(found.inputs)
+        raise DataError(
+            f"{shown(name)}: its inputs are arrays of names ({held}); hessdiag.data.load_named reads them as such"
+        )
+    return found
+
+
+def load_named(
+    name: str,
+    *,
+    split: str = "test",
+    samples: int | None = None,
+    seed: int = 0,
+    root: str | os.PathLike[str] | None = None,
+    inputs: Sequence[str] | None = None,
+    targets: str | None = None,
+) -> DataSet | NamedDataSet:
+    """As `load`, and files or code whose inputs are several arrays by name (input_ids, attention_mask, labels).
+
+    `inputs` and `targets` say which arrays of a file are which, where their names do not.
+    """
     if split not in ("train", "test"):
         raise ConfigurationError(f"split {split!r}: it is 'train' or 'test'")
     folder = Path(root).expanduser() if root is not None else default_root()
     with memory_errors(f"a data set is held in memory whole, and {shown(name)} does not fit; name a smaller one"):
-        return _whole(name, split, seed, folder).sample(samples, seed=seed)
+        return _whole(name, split, seed, folder, Arrays.of(inputs, targets)).sample(samples, seed=seed)
 
 
-def _whole(name: str, split: str, seed: int, root: Path) -> DataSet:
+def _whole(name: str, split: str, seed: int, root: Path, arrays: Arrays) -> DataSet | NamedDataSet:
+    scheme, colon, rest = name.partition(":")
+    if arrays.given and not (colon and scheme in NAMED) and not is_factory_name(name):
+        raise ConfigurationError(
+            f"inputs and targets (--inputs, --targets) name arrays of npz: and safetensors: files, not of {shown(name)}"
+        )
     if name == "digits":
         return load_digits(split)
     if name in SOURCES:
         return load_cifar(SOURCES[name], split, root)
-    scheme, colon, rest = name.partition(":")
     if colon and scheme in SCHEMES:
         if not rest:
             raise DataError(f"{name!r} names no path; write {scheme}:PATH")
         path = Path(rest).expanduser()
         if scheme == "folder":
             return load_folder(path, split, name)
-        return load_npz(path, name) if scheme == "npz" else load_safetensors(path, name)
+        return load_npz(path, name, arrays) if scheme == "npz" else load_safetensors(path, name, arrays)
     if is_factory_name(name):
-        return load_custom(name, split=split, seed=seed)
+        return load_custom(name, split=split, seed=seed, arrays=arrays)
     path = Path(name).expanduser()
     meant = {".npz": "npz", ".safetensors": "safetensors"}.get(path.suffix.lower(), "folder" if path.is_dir() else None)
     if meant:

@@ -45,11 +45,11 @@ def advice(returned: Any) -> str:
     known = names(returned)
     if known:
         first = next((name for name in ("logits", "outputs", "output") if name in known), known[0])
-        return f"it holds {', '.join(known[:6])}: say Objective(..., output={first!r})"
+        return f"it holds {', '.join(known[:6])}: say Objective(..., output={first!r}) (--output {first})"
     if isinstance(returned, (tuple, list)):
         places = [str(k) for k, value in enumerate(returned) if isinstance(value, Tensor)]
         if places:
-            return f"say which is meant: Objective(..., output={places[0]})"
+            return f"say which is meant: Objective(..., output={places[0]}) (--output {places[0]})"
     if isinstance(returned, Tensor):
         return "it is one tensor: leave output out"
-    return "say what is meant by a function: Objective(..., output=lambda returned: ...)"
+    return "say what is meant by a function: Objective(..., output=lambda returned: ...) (--output module:function)"

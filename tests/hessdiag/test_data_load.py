@@ -243,6 +243,7 @@ def test_zip_bomb_of_arrays(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("inputs.npy", bytes(2**20))
+        archive.writestr("targets.npy", b"x")
     data = bytearray(buffer.getvalue())
     struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 24, 2**32 - 2)
     path = tmp_path / "a.npz"
