@@ -37,6 +37,8 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The numbers alone, one per line.")] = False,
 ) -> int:
     """Tell max|sigma''| of activations, where it is reached, and draw sigma''."""
+    import torch
+
     from hessdiag import activations
     from hessdiag.errors import ConfigurationError
     from hessdiag.show.curve import print_curvature
@@ -45,6 +47,7 @@ def command(
 
     if not 0.0 <= range_ < 1e4:
         raise ConfigurationError(f"--range {range_}: a number from 0 to 10000 is needed")
+    torch.set_num_threads(1)  # a few thousand points: more threads would wait for each other longer than they work
     for spec in activation:
         function = import_object(spec) if is_factory_name(spec) else spec
         found = activations.curvature(function)
