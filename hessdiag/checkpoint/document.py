@@ -203,7 +203,9 @@ def _where(tree: dict[Any, Any]) -> str:
             parts = list(enumerate(value[:100]))
         if depth < SOUGHT_DEPTH:
             inner = [(name, entry) for name, entry in parts if isinstance(entry, (dict, list, tuple))]
-            todo += [(f"{path}.{name}" if path else str(name), e, depth + 1) for name, e in inner[:1000] if _short(name)]
+            todo += [
+                (f"{path}.{name}" if path else str(name), e, depth + 1) for name, e in inner[:1000] if _short(name)
+            ]
     if not found:
         return f"weights are sought under {', '.join(MODEL_KEYS)}"
     found.sort(key=lambda pair: (-pair[0], pair[1]))
@@ -215,9 +217,7 @@ def _short(name: Any) -> bool:
     return isinstance(name, int) or (isinstance(name, str) and len(name) <= 100)
 
 
-def _weights(
-    tree: dict[str, Any], place: tuple[Any, ...], *, strict: bool
-) -> tuple[dict[str, TensorFacts], list[str]]:
+def _weights(tree: dict[str, Any], place: tuple[Any, ...], *, strict: bool) -> tuple[dict[str, TensorFacts], list[str]]:
     """The tensors at that place, and what else lies among them; `strict` allows nothing else."""
     table: Any = tree
     for step in place:
@@ -256,7 +256,9 @@ def _prefixed(
             first, dot, _ = name.partition(".")
             counts[first + dot] = counts.get(first + dot, 0) + 1
         common = sorted(counts, key=lambda part: -counts[part])[:8]
-        raise BadFileError(f"no tensor's name begins with {shown(prefix)}; {nearest(prefix, [_bare(c) for c in common])}")
+        raise BadFileError(
+            f"no tensor's name begins with {shown(prefix)}; {nearest(prefix, [_bare(c) for c in common])}"
+        )
     if not left:
         return chosen, []
     told = ", ".join(_bare(name) for name in left[:3]) + (", ..." if len(left) > 3 else "")

@@ -104,7 +104,8 @@ def _strip(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) ->
             break
         spare += [found for name, found in names.items() if not name.startswith(prefix)]
         names = _renamed(
-            names, lambda name, p=prefix: name.removeprefix(p) if name.startswith(p) else None  # type: ignore[misc]
+            names,
+            lambda name, p=prefix: name.removeprefix(p) if name.startswith(p) else None,  # type: ignore[misc]
         )
         gone.append(prefix)
     if any("._orig_mod." in name for name in names):  # a compiled part inside

@@ -1,9 +1,9 @@
 """The network of a folder as transformers writes it: `hf:DIR`, or `hf:NAME` from the local cache.
 
-The folder's config.json names a class of the installed transformers, which builds it; nothing is downloaded, no code of
-the folder is imported (auto_map is ignored), and its weights are read by this package alone. A config is as little to be
-believed as a checkpoint: its numbers are bounded before the library sees them, and the network is tried without memory
-(torch's meta device), so that none is built that would be much larger than its weights.
+The folder's config.json names a class of the installed transformers, which builds it; nothing is downloaded, no code
+of the folder is imported (auto_map is ignored), and its weights are read by this package alone. A config is as little
+to be believed as a checkpoint: its numbers are bounded before the library sees them, and the network is tried without
+memory (torch's meta device), so that none is built that would be much larger than its weights.
 
 Attention is the plain ("eager") one: fused kernels have no second derivatives.
 """
@@ -32,6 +32,7 @@ CONFIG_BUDGET = 4 * 2**20
 LARGEST = 2**24
 """Whole numbers of a config are sizes: this exceeds every vocabulary and every context."""
 MOST = {"label": 100_000, "expert": 10_000}
+OWN = "build the model in a function of yours, --model package.module:factory"
 SPARE_BYTES = 256 * 2**20
 """What a network may hold beside the weights of its file: tables that it computes."""
 DROPPED = (
@@ -108,13 +109,13 @@ def network(text: str, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, dict[s
         raise BadFileError(f"its tensors are not those of {name}: {what}")
     unused = sorted(map(str, told["unexpected_keys"]))
     odd = sorted(str(kind) for kind in floats - {torch.float32})
-    notes = (f"{name} by transformers {library.__version__}, attention as plain operations",)
+    notes = [f"{name} by transformers {library.__version__}, attention as plain operations"]
     if odd:
-        notes += (f"weights stored as {', '.join(odd)}: the model is {wide}",)
+        notes.append(f"weights stored as {', '.join(odd)}: the model is {wide}")
     if unused:
-        notes += (f"not used by {name}: {some(unused)}",)
+        notes.append(f"not used by {name}: {some(unused)}")
     filled: nn.Module = model.to(wide)
-    return filled, {"architecture": name}, notes
+    return filled, {"architecture": name}, tuple(notes)
 
 
 def _named(content: Any) -> tuple[str, str]:
@@ -124,11 +125,10 @@ def _named(content: Any) -> tuple[str, str]:
     kind, classes = content.get("model_type"), content.get("architectures")
     if not isinstance(kind, str):
         raise BadFileError("names no model_type")
-    if not isinstance(classes, list) or not classes or not isinstance(classes[0], str) or not classes[0].isidentifier():
-        raise BadFileError(
-            "names no class under 'architectures': build the model in a function of yours, --model package.module:factory"
-        )
-    return kind, classes[0]
+    first = classes[0] if isinstance(classes, list) and classes else None
+    if not isinstance(first, str) or not first.isidentifier():
+        raise BadFileError(f"names no class under 'architectures': {OWN}")
+    return kind, first
 
 
 def _check_numbers(content: Any, tensors: int) -> None:
@@ -140,7 +140,7 @@ def _check_numbers(content: Any, tensors: int) -> None:
             raise BadFileError("nested more than 20 deep")
         if isinstance(value, dict):
             if value.get("use_timm_backbone") or value.get("use_pretrained_backbone") or value.get("backbone"):
-                raise BadFileError("asks for a backbone from elsewhere: build it in a function, --model module:factory")
+                raise BadFileError(f"asks for a backbone from elsewhere: {OWN}")
             todo += [(str(key), entry, depth + 1) for key, entry in value.items()]
         elif isinstance(value, list):
             todo += [(name, entry, depth + 1) for entry in value]
@@ -149,7 +149,9 @@ def _check_numbers(content: Any, tensors: int) -> None:
             if _LAYERS.search(name):
                 most = tensors
             if abs(value) > most:
-                raise BadFileError(f"{shown(name)} = {shown(value)}: more than {most} for the {tensors} tensors there are")
+                raise BadFileError(
+                    f"{shown(name)} = {shown(value)}: more than {most} for the {tensors} tensors there are"
+                )
 
 
 def _check_size(sketch: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -166,8 +168,8 @@ def _classes(library: ModuleType, kind: str, name: str, content: dict[str, Any])
     made = getattr(library, name, None)
     if not (isinstance(made, type) and issubclass(made, library.PreTrainedModel)):
         raise BadFileError(
-            f"{CONFIG}: transformers {library.__version__} has no network {shown(name)[1:-1]}: another version may, or "
-            "build it in a function of yours, --model package.module:factory"
+            f"{CONFIG}: transformers {library.__version__} has no network {shown(name)[1:-1]}: another version may; "
+            f"or {OWN}"
         )
     known = library.CONFIG_MAPPING
     if kind not in known:
@@ -186,9 +188,7 @@ def _library() -> ModuleType:
     try:
         import transformers
     except ImportError as error:
-        raise ConfigurationError(
-            f"hf: needs transformers ({_first_line(error)}): pip install 'hessdiag[hf]'"
-        ) from None
+        raise ConfigurationError(f"hf: needs transformers ({_first_line(error)}): pip install 'hessdiag[hf]'") from None
     finally:
         if before is None:
             del os.environ["HF_HUB_OFFLINE"]

@@ -58,13 +58,13 @@ def load_checkpoint(
     """Load the file at `path`: a checkpoint of ours, or the state dict of public code with `network` and `activation`.
 
     `path` may also be the index of weights in several files (model.safetensors.index.json), or the folder that holds
-    them. `key` says where in a file its state dict lies ("trainer.model"), `prefix` which names in it are the network's
-    ("student."). `num_classes` and `normalize` say what such a file does not; files of more than `max_bytes` are refused.
-    `weights` chooses "model" or averaged ("ema") weights; None takes the averaged ones where the file has
-    them, since they are what such methods report, and the notes say so. `options` are further options of the
-    network. `factory` builds a model of your own instead; "hf:DIR" that of a folder of transformers. Nothing in the file
-    is executed: the pickle of a torch file is described by another process (`hessdiag.store.pickled`), and what is
-    neither tensor nor plain value is left out and named in the notes.
+    them. `key` says where in a file its state dict lies ("trainer.model"), `prefix` which names in it are the
+    network's ("student."). `num_classes` and `normalize` say what such a file does not; files of more than `max_bytes`
+    are refused. `weights` chooses "model" or averaged ("ema") weights; None takes the averaged ones where the file has
+    them, since they are what such methods report, and the notes say so. `options` are further options of the network.
+    `factory` builds a model of your own instead, "hf:DIR" that of a folder of transformers. Nothing in the file is
+    executed: the pickle of a torch file is described by another process (`hessdiag.store.pickled`), and what is neither
+    tensor nor plain value is left out and named in the notes.
     """
     if weights not in (None, "model", "ema"):
         raise ConfigurationError(f"weights {weights!r}: it is 'model', 'ema' or None")

@@ -25,9 +25,15 @@ The file is read as tensors and plain values only; nothing in it is executed."""
 @guarded
 def command(
     checkpoint: Annotated[
-        str, typer.Argument(autocompletion=example_or_file, help="A .pt, .pth or .safetensors file, or digits-example.")
+        str,
+        typer.Argument(
+            autocompletion=example_or_file,
+            help="A .pt, .pth or .safetensors file, the index or the folder of several, or digits-example.",
+        ),
     ],
     *,
+    key: Annotated[str | None, typer.Option(help="Where in the file the state dict lies, e.g. trainer.model.")] = None,
+    prefix: Annotated[str | None, typer.Option(help="The tensors under this prefix alone, e.g. student.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: Annotated[str | None, typer.Option(help="Write all of it as JSON; - for stdout.")] = None,
 ) -> int:
@@ -39,7 +45,8 @@ def command(
     from hessdiag.show.table import terminal
 
     path = Path(checkpoint)
-    found = inspect_checkpoint(path if path.exists() else example_path(checkpoint) or path)
+    path = path if path.exists() else example_path(checkpoint) or path
+    found = inspect_checkpoint(path, key=key, prefix=prefix)
     if json != "-":
         print_summary(terminal(), found, tensors=tensors)
     outputs = Outputs()

@@ -44,7 +44,7 @@ def command(
         str | None,
         typer.Argument(
             autocompletion=complete.example_or_file,
-            help="A .pt, .pth or .safetensors file, the index of several, or their folder; or the name of a shipped one: "
+            help="A .pt, .pth or .safetensors file, the index or the folder of several; or the name of a shipped one: "
             "digits-example. With --model hf:DIR the weights of DIR.",
             show_default="digits-example",
         ),
@@ -73,8 +73,8 @@ def command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Your own model, package.module:factory, which runs that code; or hf:DIR (hf:NAME from the local cache), "
-            "as transformers writes it.",
+            help="Your own model, package.module:factory, which runs that code; or hf:DIR, a folder as transformers "
+            "writes it (hf:NAME: in the local cache).",
             rich_help_panel=MODEL,
         ),
     ] = None,
@@ -131,7 +131,9 @@ def command(
     ] = None,
     inputs: Annotated[
         str | None,
-        typer.Option(help="Which arrays of the file the model takes, e.g. input_ids,attention_mask.", rich_help_panel=DATA),
+        typer.Option(
+            help="Which arrays of the file the model takes, e.g. input_ids,attention_mask.", rich_help_panel=DATA
+        ),
     ] = None,
     targets: Annotated[
         str | None, typer.Option(help="Which array of the file are the targets, e.g. labels.", rich_help_panel=DATA)

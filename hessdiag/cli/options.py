@@ -96,7 +96,7 @@ FORWARDS: dict[str, Callable[[nn.Module, Any], Any]] = {
 
 
 def forward_of(text: str | None, data: DataSet | NamedDataSet) -> Callable[[nn.Module, Any], Any] | None:
-    """How the model is called: with several inputs by their names, with one as it is, unless the user says otherwise."""
+    """How the model is called: with several inputs by their names, with one as it is, if nothing else is said."""
     named = isinstance(data, NamedDataSet)
     if text is None:
         return FORWARDS["keywords" if len(data.inputs) > 1 else "positions"] if named else None
@@ -106,7 +106,9 @@ def forward_of(text: str | None, data: DataSet | NamedDataSet) -> Callable[[nn.M
         known = [*FORWARDS, "package.module:function"]
         raise UnknownNameError(f"--forward {text!r}; {nearest(text, known)}")
     if not named:
-        raise ConfigurationError(f"--forward {text}: the inputs of {data.name} are one array, which the model takes as it is")
+        raise ConfigurationError(
+            f"--forward {text}: the inputs of {data.name} are one array, which the model takes as it is"
+        )
     return FORWARDS[text]
 
 

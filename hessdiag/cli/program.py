@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hessdiag.cli import compare, curvature, data, inspect, measure
-from hessdiag.cli.exits import EPILOG
+from hessdiag.cli.exits import EPILOG, USAGE, complain, one_line
+
+
+class OneLine(TyperGroup):
+    """Commands whose usage errors, too, are one line on stderr."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """As the library's, which would draw a box around the error."""
+        if not options.get("standalone_mode", True):
+            return super().main(*args, **options)
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except typer.Abort:
+            sys.exit(1)
+        except Exception as error:
+            told = getattr(error, "format_message", None)
+            if told is None or type(error).__name__ == "NoArgsIsHelpError":
+                show = getattr(error, "show", None)
+                if show is None:
+                    raise
+                show()
+                sys.exit(USAGE)
+            where = getattr(getattr(error, "ctx", None), "command_path", "hessdiag")
+            complain(f"{one_line(Exception(told()))}{meant(told())} ({where} --help)")
+            sys.exit(getattr(error, "exit_code", USAGE))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def meant(message: str) -> str:
+    """What was meant by a file in the place of a command."""
+    name = message.partition("No such command '")[2].partition("'")[0]
+    if name and (os.path.exists(name) or name.endswith((".pt", ".pth", ".safetensors", ".bin", ".ckpt", "-example"))):
+        return f" Did you mean: hessdiag measure {name}?"
+    return ""
+
 
 app = typer.Typer(
     name="hessdiag",
+    cls=OneLine,
     help="Hessian diagonals of neural networks: their norms, with error bars.",
     epilog=EPILOG,
     no_args_is_help=True,

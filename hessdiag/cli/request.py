@@ -64,10 +64,12 @@ class Request:
             return self.checkpoint
         if self.model is None:
             return "digits-example"
-        scheme, colon, place = self.model.partition(":")
+        scheme, colon, _ = self.model.partition(":")
         if colon and scheme == "hf":
             return self.model
-        raise ConfigurationError(f"--model {self.model} needs weights: hessdiag measure WEIGHTS.pt --model {self.model}")
+        raise ConfigurationError(
+            f"--model {self.model} needs weights: hessdiag measure WEIGHTS.pt --model {self.model}"
+        )
 
     def check(self) -> None:
         """Refuse what cannot work before anything is loaded."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +48,7 @@ from hessdiag.problem.handing_back import memory_errors
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.outputs import meant
 from hessdiag.problem.perturbation import PGDSpec, keyed_pgd
+from hessdiag.store.files import beside
 
 LOWER = "lower --batch-size"
 
@@ -144,16 +143,14 @@ def found(source: str) -> Path:
     shipped = example_path(source)
     if shipped is not None:
         return shipped
+    if source.startswith(SCHEME):
+        raise ConfigurationError(f"{source} is a model: hessdiag measure --model {source}")
     if not path.suffix and path.parent == Path():
         close = nearest(source, list(EXAMPLES))
         raise UnknownNameError(f"{source}: neither a file nor a shipped example; {close}")
-    if source.startswith(SCHEME):
-        raise ConfigurationError(f"{source} is a model: hessdiag measure --model {source}")
-    if path.parent.is_dir():
-        names = [one.name for one in itertools.islice(path.parent.iterdir(), 1000) if one.suffix in SUFFIXES]
-        meant_names = get_close_matches(path.name, names, n=1)
-        if meant_names:
-            raise CheckpointError(f"{source}: no such file; did you mean {path.parent / meant_names[0]}?")
+    other = beside(path, SUFFIXES)
+    if other is not None:
+        raise CheckpointError(f"{source}: no such file; did you mean {other}?")
     return path
 
 
@@ -172,7 +169,7 @@ def try_out(objective: Objective, batches: Iterable[Any], data: DataSet | NamedD
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"the model does not take {data.name} (inputs of shape {told(data)}): {reason}; {other(error, objective, data)}"
+            f"the model does not take {data.name} (inputs of shape {told(data)}): {reason}; {instead(error, data)}"
         ) from error
     with torch.no_grad():
         objective.summed_loss(few, labels)
@@ -185,7 +182,7 @@ def told(data: DataSet | NamedDataSet) -> str:
     return str(list(data.inputs.shape[1:]))
 
 
-def other(error: Exception, objective: Objective, data: DataSet | NamedDataSet) -> str:
+def instead(error: Exception, data: DataSet | NamedDataSet) -> str:
     """What to try when the model does not take the data."""
     if isinstance(data, NamedDataSet) and isinstance(error, TypeError):
         return "its arguments have other names: --inputs chooses arrays, --forward positions calls by place"

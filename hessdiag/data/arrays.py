@@ -15,7 +15,7 @@ from hessdiag.data.dataset import DataSet
 from hessdiag.data.named import COUNT, Arrays, NamedDataSet, of_table
 from hessdiag.errors import DataError
 from hessdiag.store import tensorfiles, zips
-from hessdiag.store.files import BadFileError, read_bytes, shown, size_text
+from hessdiag.store.files import BadFileError, read_bytes, size_text
 
 FILE_BUDGET = 8 * 2**30
 MAX_NPY_HEADER = 1 << 16
@@ -27,7 +27,13 @@ def load_npz(path: Path, name: str, arrays: Arrays) -> DataSet | NamedDataSet:
     """A data set from arrays of an .npz, those that `arrays` says or their names; pickles are refused."""
     try:
         data = read_bytes(path, budget=FILE_BUDGET)
+        if data[:6] == b"\x93NUMPY":
+            raise BadFileError(
+                "one array (.npy); numpy.savez('data.npz', inputs=..., targets=...) makes what npz: reads"
+            )
         table = zips.entries(data)
+        if table and not any(key.endswith(".npy") for key in table):
+            raise BadFileError("a zip archive without arrays: a checkpoint? npz: reads what numpy.savez writes")
         which = arrays.choose([key[:-4] for key in table if key.endswith(".npy")], str(path))
         found = _unpacked(data, table, [*which[0], which[1], COUNT])
     except BadFileError as reason:

@@ -66,7 +66,8 @@ def _table(made: Any, text: str, arrays: Arrays) -> tuple[dict[str, Tensor], tup
             pieces["targets"] = _tensor(batch[1])
         else:
             raise DataError(
-                f"{text} gave a batch of type {type(batch).__name__}; batches are pairs (inputs, targets) or dictionaries"
+                f"{text} gave a batch of type {type(batch).__name__}; "
+                "batches are pairs (inputs, targets) or dictionaries"
             )
         if parts and set(parts) != set(pieces):
             raise DataError(f"{text} gave batches of other names: {', '.join(parts)}, then {', '.join(pieces)}")

@@ -134,7 +134,10 @@ def make(
     if inputs.numel() == 0:
         raise EmptyDataError(f"{name}: no samples in inputs of shape {tuple(inputs.shape)}")
     if inputs.dtype != torch.uint8 and not inputs.is_floating_point():
-        raise DataError(f"{name}: inputs are {inputs.dtype}; store images as uint8 (0 to 255) or as floats in [0, 1]")
+        raise DataError(
+            f"{name}: inputs are {inputs.dtype}; store images as uint8 (0 to 255) or as floats in [0, 1], "
+            "and tokens under their own name (input_ids)"
+        )
     if inputs.dtype in (torch.float16, torch.bfloat16):
         inputs = inputs.float()
     if inputs.is_floating_point():
@@ -165,7 +168,10 @@ def _class_targets(
     if targets.ndim == 2 and targets.shape[1] == 1:
         targets, notes = targets[:, 0], (*notes, "targets of shape [N, 1] were read as [N]")
     if targets.ndim != 1:
-        raise TargetError(f"{name}: targets of shape {tuple(targets.shape)}; class numbers are [N]")
+        hint = ""
+        if targets.ndim == 2 and bool((targets.sum(1) == 1).all()) and int(targets.min()) == 0:
+            hint = "; these look one-hot: store targets.argmax(1), or floats for probabilities"
+        raise TargetError(f"{name}: targets of shape {tuple(targets.shape)}; class numbers are [N]{hint}")
     targets = targets.to(torch.int64)  # uint64 beyond int64 turns negative and is refused below
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= 1_000_000:

@@ -18,7 +18,7 @@ from hessdiag.data.published import SOURCES
 from hessdiag.errors import ConfigurationError, DataError, UnknownNameError, nearest
 from hessdiag.problem.handing_back import memory_errors
 from hessdiag.store.factories import is_factory_name
-from hessdiag.store.files import shown
+from hessdiag.store.files import beside, shown
 
 NAMES = ("digits", *SOURCES)
 NAMED = ("npz", "safetensors")
@@ -86,6 +86,10 @@ def _whole(name: str, split: str, seed: int, root: Path, arrays: Arrays) -> Data
         if not rest:
             raise DataError(f"{name!r} names no path; write {scheme}:PATH")
         path = Path(rest).expanduser()
+        if not os.path.exists(path):
+            close = beside(path, (f".{scheme}",)) if scheme in NAMED else None
+            if close is not None:
+                raise DataError(f"{path}: no such file; did you mean {scheme}:{close}?")
         if scheme == "folder":
             return load_folder(path, split, name)
         return load_npz(path, name, arrays) if scheme == "npz" else load_safetensors(path, name, arrays)

@@ -181,7 +181,9 @@ def _input(value: Tensor, what: str, rows: int) -> tuple[Tensor, tuple[str, ...]
         raise DataError(f"{what} has {held}, the targets {rows}: say which arrays are inputs (inputs=, --inputs A,B)")
     if value.dtype == torch.uint8:
         if value.numel() and int(value.max()) <= 1:
-            raise DataError(f"{what} is uint8 of 0 and 1, which as pixels would be black: store a mask as bool or int64")
+            raise DataError(
+                f"{what} is uint8 of 0 and 1, which as pixels would be black: store a mask as bool or int64"
+            )
         return value, (f"{what.rpartition(': ')[2]} is uint8 and divided by 255",)
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()

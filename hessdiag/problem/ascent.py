@@ -38,10 +38,10 @@ def check_box(inputs: Tensor, where: str = "the inputs") -> None:
         raise DataError(f"{where} must be floats in [0, 1], not {inputs.dtype}; divide bytes by 255 first")
     low, high = (float(bound) for bound in torch.aminmax(inputs.detach()))
     if not (low >= 0.0 and high <= 1.0):
-        raise DataError(
-            f"{where} must lie in [0, 1], found [{low:.4g}, {high:.4g}]; "
-            "normalise inside the model (normalize=..., --normalize)"
-        )
+        todo = "normalise inside the model (normalize=..., --normalize)"
+        if low >= 0.0 and 1.5 < high <= 255.0:
+            todo = "divide bytes by 255, or store them as uint8"
+        raise DataError(f"{where} must lie in [0, 1], found [{low:.4g}, {high:.4g}]; {todo}")
 
 
 def project_linf(points: Tensor, centre: Tensor, eps: Scalar) -> Tensor:

@@ -65,8 +65,8 @@ class CrossEntropy(Loss):
         if targets.is_floating_point():
             if targets.ndim == 1 and len(targets) == len(outputs) and bool((targets == targets.round()).all()):
                 raise TargetError(
-                    f"targets are whole numbers stored as {targets.dtype}: if they are classes, give targets.long(); "
-                    "for regression say loss='mse'"
+                    f"targets are whole numbers stored as {targets.dtype}: if they are classes, give targets.long() "
+                    "(in a file: store int64); for regression say loss='mse' (--loss mse)"
                 )
             if targets.shape != outputs.shape:
                 raise TargetError(
@@ -89,9 +89,11 @@ class CrossEntropy(Loss):
             )
         wrong = targets[((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)]
         if len(wrong):
+            counted = int(wrong.max()) == classes and bool((wrong == classes).all()) and int(targets.min()) > 0
             raise TargetError(
                 f"target {int(wrong[0])} is out of range: the model has {classes} outputs (0 to {classes - 1}); "
-                f"only ignore_index={self.ignore_index} may lie outside"
+                + ("do the classes count from 1? take 1 off; " if counted else "")
+                + f"only ignore_index={self.ignore_index} may lie outside"
             )
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:

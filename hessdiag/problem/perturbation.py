@@ -51,7 +51,8 @@ class PGDSpec:
     def __post_init__(self) -> None:
         radius, step = fraction(self.eps, "eps"), fraction(self.step, "step")
         if not 0 < radius <= 1:
-            raise ConfigurationError(f"eps must lie in (0, 1], since pixels lie in [0, 1], not {self.eps}")
+            hint = f"; did you mean {self.eps}/255?" if 1 < radius <= 255 and self.eps.isdecimal() else ""
+            raise ConfigurationError(f"eps must lie in (0, 1], since pixels lie in [0, 1], not {self.eps}{hint}")
         if not 0 < step <= 2:
             raise ConfigurationError(f"step must lie in (0, 2], not {self.step}")
         if not 1 <= self.steps <= 100_000:
@@ -77,7 +78,8 @@ def parse_pgd(text: str) -> PGDSpec:
     """Read "pgd:eps=8/255,steps=10[,step=2/255][,seed=0]"; the step defaults to 5/2 eps/steps."""
     name, _, rest = text.partition(":")
     if name.strip() != "pgd":
-        raise UnknownNameError(f"unknown perturbation {name.strip()!r}; {nearest(name.strip(), ['pgd'])}")
+        one_step = "; one step of it is pgd:eps=8/255,steps=1" if "fgsm" in name.lower() else ""
+        raise UnknownNameError(f"unknown perturbation {name.strip()!r}; {nearest(name.strip(), ['pgd'])}{one_step}")
     known = ["eps", "steps", "step", "seed"]
     found: dict[str, str] = {}
     for part in filter(None, (piece.strip() for piece in rest.split(","))):

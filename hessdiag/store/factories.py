@@ -6,6 +6,8 @@ import importlib
 import os
 import re
 import sys
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from hessdiag.errors import ConfigurationError
@@ -24,7 +26,9 @@ def import_object(text: str) -> Any:
     This runs the user's code, so only ever call it with what the user typed, never with a name out of a file.
     """
     if not is_factory_name(text):
-        raise ConfigurationError(f"{text!r} does not name an object as package.module:name")
+        module = text.removesuffix(".py").replace(os.sep, ".").strip(".")
+        hint = f"; did you mean {module}:NAME, NAME being a function in it?" if is_factory_name(f"{module}:x") else ""
+        raise ConfigurationError(f"{text!r} does not name an object as package.module:name{hint}")
     module_name, _, attribute = text.partition(":")
     here = os.getcwd()
     added = here not in sys.path and "" not in sys.path
@@ -34,7 +38,7 @@ def import_object(text: str) -> Any:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"{text}: there is no module {error.name!r} (looked in sys.path and {here})"
+            f"{text}: there is no module {error.name!r} (looked in sys.path and {here}){_module_meant(text)}"
         ) from error
     except Exception as error:
         raise ConfigurationError(f"{text}: importing {module_name} raised {type(error).__name__}: {error}") from error
@@ -43,6 +47,18 @@ def import_object(text: str) -> Any:
             sys.path.remove(here)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise ConfigurationError(f"{text}: {module_name} has no attribute {attribute!r}")
+            public = [name for name in vars(found) if not name.startswith("_")] if hasattr(found, "__dict__") else []
+            close = get_close_matches(part, public, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigurationError(f"{text}: {module_name} has no attribute {attribute!r}{hint}")
         found = getattr(found, part)
     return found
+
+
+def _module_meant(text: str) -> str:
+    """The module that was meant: one named as a file, or one of the working directory that is called nearly so."""
+    module, _, attribute = text.partition(":")
+    if module.endswith(".py"):
+        return f"; did you mean {module.removesuffix('.py')}:{attribute}?"
+    close = get_close_matches(module, [path.stem for path in Path().glob("*.py")], n=1)
+    return f"; did you mean {close[0]}:{attribute}?" if close else ""

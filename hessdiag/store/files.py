@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import secrets
 import stat
 import time
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,17 @@ def replace_file(path: PathLike, content: bytes | memoryview) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def beside(path: Path, suffixes: tuple[str, ...]) -> Path | None:
+    """The file of one of those suffixes that is called nearly so, where the one that was named is not there."""
+    try:
+        names = [one.name for one in itertools.islice(path.parent.iterdir(), 1000) if one.suffix in suffixes]
+    except (OSError, ValueError):
+        return None
+    stems = [name for name in names if Path(name).stem == path.name]
+    close = stems or get_close_matches(path.name, names, n=1)
+    return path.parent / close[0] if close else None
 
 
 def write_bytes(path: PathLike, content: bytes | memoryview) -> None:

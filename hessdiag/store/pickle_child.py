@@ -5,8 +5,8 @@ Unpickler does the work, with a `find_class` that imports nothing: names that to
 descriptions, names that act (os.system) end the reading, any other is a stand-in that swallows whatever is done to it
 and goes back as its name. An audit hook ends the process should anything be opened, imported or started all the same;
 limits of memory and processor time end what has none. Modes: `zip` (one pickle), `script` (one, the attributes of
-TorchScript's modules kept as dictionaries), `legacy` (the five of old torch files), `arrays` (one, numpy's arrays handed
-back as bytes). The answer: 8 bytes of length, so much JSON, the bytes of arrays.
+TorchScript's modules kept as dictionaries), `legacy` (the five of old torch files), `arrays` (one, numpy's arrays
+handed back as bytes). The answer: 8 bytes of length, so much JSON, the bytes of arrays.
 """
 
 from __future__ import annotations
