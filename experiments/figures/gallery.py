@@ -64,7 +64,8 @@ def write(built: Built, path: Path) -> None:
     shown = {name: pictures for name, pictures in groups.items() if pictures}
     links = " ".join(f'<a href="#{name}">{html.escape(TITLES[name].split(".")[0].split("(")[0])}</a>' for name in shown)
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>",
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        "<meta name=viewport content='width=device-width, initial-scale=1'>",
         "<title>Figures</title>",
         f"<style>{STYLE}</style>",
         "<h1>Activation curvature, Hessian diagonals and robustness: every figure from stored results</h1>",
@@ -156,7 +157,8 @@ def _verdicts(built: Built, home: Path) -> str:
     return (
         "<h2 id=verdicts>Verdicts on the paper's empirical claims</h2><p>By the rules of "
         "<code>experiments/correlation/rules.toml</code>: each setting says what it shows of each claim, none hides "
-        f"another; a dashed line marks what is exploratory{told}. {rest} further claims are not tested by what is here.</p>"
+        f"another; a dashed line marks what is exploratory{told}. "
+        f"{rest} further claims are not tested by what is here.</p>"
         + (findings.table(("claim", "verdict", *settings), matrix, markup=True) if lines else "")
         + ("<details><summary>evidence</summary>" + findings.table(("claim", "evidence"), lines) + "</details>")
         * bool(lines)
