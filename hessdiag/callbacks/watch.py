@@ -52,7 +52,7 @@ class Watch:
     every: int = 1
     targets: str | None = None
     method: str = "auto"
-    rtol: float = 0.05
+    rtol: float = 0.1
     seed: int = 0
     max_seconds: float | None = 60.0
     name: str = "hessian"
