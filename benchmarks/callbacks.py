@@ -48,7 +48,9 @@ def epoch(model: nn.Module, inputs: Tensor, targets: Tensor, optimiser: torch.op
 def timed(model: nn.Module, inputs: Tensor, targets: Tensor, epochs: int, settings: Settings) -> dict[str, Any]:
     """Seconds of each epoch, and of each watch after it."""
     optimiser = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9)
-    watches = {n: Watch((inputs[:n], targets[:n]), samples=n, rtol=settings.rtol, max_seconds=None) for n in settings.samples}
+    watches = {
+        n: Watch((inputs[:n], targets[:n]), samples=n, rtol=settings.rtol, max_seconds=None) for n in settings.samples
+    }
     alone: list[float] = []
     watched: dict[int, list[float]] = {n: [] for n in watches}
     replicates: dict[int, list[int]] = {n: [] for n in watches}
