@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hessdiag import activations, networks
+    from hessdiag import activations, callbacks, networks
     from hessdiag.activations import register_activation
     from hessdiag.checkpoint import load_checkpoint, save_checkpoint
     from hessdiag.errors import HessdiagError
@@ -34,6 +34,7 @@ __all__ = [
     "Plan",
     "Work",
     "activations",
+    "callbacks",
     "diagonal",
     "load_checkpoint",
     "measure",

@@ -24,6 +24,7 @@ ROOMS = [
     "kernels",
     "methods",
     "measuring",
+    "callbacks",
     "show",
     "cli",
 ]

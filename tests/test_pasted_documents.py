@@ -146,7 +146,7 @@ def shows(*words: str) -> Callable[[Outcome], None]:
 
 
 OUTCOMES: list[tuple[str, Callable[[Outcome], None]]] = [
-    (r"hessdiag measure", measured),
+    (r"(torchrun .* -m )?hessdiag measure", measured),
     (r"hessdiag compare", compared),
     (r"hessdiag inspect", shows("small_resnet", "digits")),
     (r"hessdiag curvature", shows(r"0\.64|7\.?0*\b")),

@@ -31,7 +31,8 @@ def command(
         if picture.path is None:
             print(f"missing  {picture.figure}: {picture.command}")
         else:
-            print(f"drawn    {picture.path}.png ({picture.caption})")
+            missing = f"; {picture.missing}" if picture.missing else ""
+            print(f"drawn    {picture.path}.png ({picture.caption}{missing})")
     counts: dict[str, int] = {}
     for verdict in built.verdicts.values():
         counts[verdict.verdict] = counts.get(verdict.verdict, 0) + 1

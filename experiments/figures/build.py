@@ -52,6 +52,8 @@ class Picture:
     caption: str
     path: Path | None
     command: str = ""
+    missing: str = ""
+    """What would complete it, where runs are missing."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,13 @@ def _draw(drawing: Drawing, figure: str, sweep: SweepResults, chosen: Sequence[R
     drawing(sweep, chosen, path)
     seeds = sorted({row.seed for row in chosen})
     caption = f"tier {sweep.tier}: {sweep.title}; {len(chosen)} runs, {counted(seeds)}"
+    missing = ""
     if sweep.missing:
         given = "" if sweep.tier == "campaign" else f"--seeds {','.join(map(str, seeds))} "  # its files name theirs
-        caption += (
-            f"; {sweep.missing} missing: python -m experiments sweep experiments/sweeps/{sweep.name}.toml "
-            f"{given}--export"
+        missing = (
+            f"{sweep.missing} missing: python -m experiments sweep experiments/sweeps/{sweep.name}.toml {given}--export"
         )
-    return Picture(figure, sweep.tier, TITLES[figure], caption, path)
+    return Picture(figure, sweep.tier, TITLES[figure], caption, path, missing=missing)
 
 
 def _write(path: Path, value: Any) -> None:

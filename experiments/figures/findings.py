@@ -1,4 +1,4 @@
-"""What the analyses say, in a reader's words: first a line per sweep, then every peak and every test of a U."""
+"""What the analyses say: first as forest plots, a line per estimate; then every peak and test of a U in tables."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any
 from experiments.correlation.report import WITHIN
 from experiments.correlation.rows import NORMS
 from experiments.correlation.verdicts import load_rules
+from experiments.figures.curves import BAND
+from experiments.figures.forest import Axis, Line, forest
 
 Plain = dict[str, Any]
+CORRELATION = Axis(-1.0, 1.0, (-1.0, -0.5, 0.0, 0.5, 1.0), ends=("the flatter, the more robust", "the sharper"))
 
 
-def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """Cells as HTML; everything in them is text, and what is short enough for a number stays on one line."""
+def table(head: Iterable[str], lines: Iterable[Iterable[str]], *, markup: bool = False) -> str:
+    """Cells as HTML: text (or `markup`), of which what is short enough for a number stays on one line."""
     top = "".join(f"<th>{html.escape(cell)}" for cell in head)
-    rows = "".join("<tr>" + "".join(map(_cell, row)) for row in lines)
+    cell = "<td>{}".format if markup else _cell
+    rows = "".join("<tr>" + "".join(map(cell, row)) for row in lines)
     return f"<div class=scroll><table><tr>{top}{rows}</table></div>"
 
 
@@ -26,7 +30,7 @@ def _cell(text: str) -> str:
 
 
 def summary(analyses: Plain) -> str:
-    """One line per experiment: does the norm go with robustness, is it U-shaped, do the curves coincide."""
+    """Does the norm go with robustness, where is robustness highest, is the norm U-shaped, do the curves coincide."""
     if not analyses:
         return ""
     parts = ["<h2 id=findings>What these results say</h2>"]
@@ -35,27 +39,42 @@ def summary(analyses: Plain) -> str:
             "<p>None of these runs has the paper's own setting (tier paper). What follows holds for the settings "
             "named; it neither confirms nor refutes what the paper shows on its own.</p>"
         )
-    head = (
-        "setting",
-        "log-norm and robustness, among runs of one activation",
-        "along max|σ''| (Spearman; no interval)",
-        "U-shaped over max|σ''|",
-        "robustness peaks at",
-        "curves of all β below 15",
-    )
+    told = {(sweep, name): f"{sweep}: {name} ({size(report)})" for sweep, name, report in experiments(analyses)}
+    robust = [  # nothing is robust without adversarial training: its rank is noise
+        (told[sweep, name], report) for sweep, name, report in experiments(analyses) if not name.startswith("standard,")
+    ]
+    if drawn := forest([(setting, _along(report)) for setting, report in robust], CORRELATION):
+        parts.append(
+            "<p><b>Does a lower norm go with more robustness?</b> Correlation of log-norm and robust accuracy among "
+            "runs of one activation, seeds' own luck taken away, with its 95% interval (dot); and Spearman's along "
+            "max|σ''|, which smooth curves have by chance (ring, no interval). The paper's claim is a negative one.</p>"
+            + drawn
+        )
+    if drawn := forest([(setting, _peaks(report)) for setting, report in robust], _curvature_axis(robust)):
+        parts.append(
+            "<p><b>At which max|σ''| is robustness highest?</b> By a quadratic in log and by a unimodal fit, each with "
+            "its 95% interval. The paper's range is grey.</p>" + drawn
+        )
     level = float(load_rules()["level"])
     lines = [
-        [f"{sweep}: {name} ({size(report)})", *_line(name, report, level)]
+        [told[sweep, name], *_shapes(report, level), _coincidence(report.get("coincidence"))]
         for sweep, name, report in experiments(analyses)
     ]
-    parts.append(table(head, lines))
+    head = ("setting", *(f"{norm}: U in" for norm in NORMS), "curves of all β below 15")
     parts.append(
-        "<p class=soft>The paper's claim is a negative correlation and a U in every curve of the norm. Two smooth "
-        "curves correlate by chance, so only runs of one activation, seeds' own luck taken away, have an interval. "
-        f"U-shapes by the two-lines test at {level:.0%}, for the norm, its rescaling-invariant companion and the "
-        "plug-in Hutchinson norm. Peaks by a quadratic in log and by a unimodal fit, each with its 95% interval.</p>"
+        "<p><b>Is the norm U-shaped over max|σ''|, and do the curves of all β coincide?</b> U-shapes by the two-lines "
+        f"test at {level:.0%}, for the norm, its rescaling-invariant companion and the plug-in Hutchinson norm.</p>"
+        + table(head, lines)
     )
     return "\n".join(parts)
+
+
+def _curvature_axis(robust: list[tuple[str, Plain]]) -> Axis:
+    """As wide as the activations that were trained."""
+    ends = [x for _, report in robust for line in _peaks(report) for x in (line.low, line.high) if x is not None]
+    first, last = min([1.0, *ends]), max([30.0, *ends])
+    ticks = [first, *(tick for tick in (2.0, 4.0, 10.0, 30.0) if 1.05 * first < tick < 0.95 * last), last]
+    return Axis(first, last, ticks, log=True, band=BAND)
 
 
 def experiments(analyses: Plain) -> Iterator[tuple[str, str, Plain]]:
@@ -71,35 +90,17 @@ def size(report: Plain) -> str:
     return f"{report['configurations']} configurations, {seeds} seed{'s' * (seeds > 1)}"
 
 
-def reading(low: float, high: float) -> str:
-    """What the interval of a correlation shows."""
-    if high < 0:
-        return "the flatter, the more robust"
-    return "the sharper, the more robust" if low > 0 else "no sign shown"
-
-
-def _line(name: str, report: Plain, level: float) -> list[str]:
-    if name.startswith("standard,"):  # nothing is robust without adversarial training: its rank is noise
-        return ["(standard training: not robust)", "-", _shapes(report, level), "-", "-"]
-    return [
-        _within(report),
-        _along(report),
-        _shapes(report, level),
-        _peaks(report),
-        _coincidence(report.get("coincidence")),
-    ]
-
-
-def _within(report: Plain) -> str:
-    words = (
-        f"{c['norm']} {c['value']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]: {reading(c['low'], c['high'])}"
-        for c in _chosen(report, "pearson", WITHIN)
-    )
-    return "; ".join(words) or "-"
-
-
-def _along(report: Plain) -> str:
-    return ", ".join(f"{c['norm']} {c['value']:+.2f}" for c in _chosen(report, "spearman", "nothing")) or "-"
+def _along(report: Plain) -> list[Line]:
+    """A line per norm."""
+    ranks = {c["norm"]: float(c["value"]) for c in _chosen(report, "spearman", "nothing")}
+    lines = []
+    for c in _chosen(report, "pearson", WITHIN):
+        value, low, high = float(c["value"]), float(c["low"]), float(c["high"])
+        rank = ranks.pop(c["norm"], None)
+        told = "" if rank is None else f"; along {rank:+.2f}"
+        kind = "less" if high < 0 else "more" if low > 0 else ""
+        lines.append(Line(c["norm"], value, low, high, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{told}", rank, kind))
+    return lines + [Line(norm, None, None, None, f"along {x:+.2f}", x) for norm, x in ranks.items()]
 
 
 def _chosen(report: Plain, kind: str, given: str) -> list[Plain]:
@@ -107,21 +108,24 @@ def _chosen(report: Plain, kind: str, given: str) -> list[Plain]:
     return [c for c in report["correlations"] if (c["kind"], c["place"], c["given"]) == wanted]
 
 
-def _shapes(report: Plain, level: float) -> str:
+def _shapes(report: Plain, level: float) -> list[str]:
+    """How many of the curves of each norm are a U."""
     words = []
     for norm in NORMS:
         curves = [c for c in report["curves"] if c["quantity"] == f"log {norm} train/clean" and "u_shape" in c]
         found = sum(c["u_shape"]["p_value"] < level for c in curves)
-        words.append(f"{norm}: {found} of {len(curves)}")
-    return ", ".join(words)
+        words.append(f"{found} of {len(curves)}")
+    return words
 
 
-def _peaks(report: Plain) -> str:
-    return "; ".join(
-        f"β = {c['beta']}: " + ", ".join(_place(c["extreme"][fit]) for fit in c["extreme"])
+def _peaks(report: Plain) -> list[Line]:
+    """A line per β and fit."""
+    return [
+        Line(f"β = {c['beta']}, {fit}", peak["at"], peak["low"], peak["high"], _place(peak))
         for c in report["curves"]
         if c["quantity"] == "aa2" and "extreme" in c
-    )
+        for fit, peak in c["extreme"].items()
+    ]
 
 
 def _place(peak: Plain) -> str:

@@ -16,7 +16,7 @@ from hessdiag.kernels.tensors import Tensors, accumulate, zeros
 from hessdiag.measuring.diagonal import Diagonal
 from hessdiag.methods import Case, find
 from hessdiag.methods.base import FUNCTIONAL, GAUSS_NEWTON, TOTAL
-from hessdiag.norm import NormEstimate, Replicates, estimate
+from hessdiag.norm import NormEstimate, Replicates, course
 
 
 class Sums:
@@ -88,14 +88,16 @@ class Sums:
         return self.streams.get("functional") if part == "total" else None
 
     def current(self, confidence: float) -> NormEstimate:
-        """The norm of the whole diagonal as it stands."""
+        """The norm of the whole diagonal as it stands; the first look also tells how it came to it."""
         stream = self.stream_of("total")
         assert stream is not None
-        total = estimate(stream, offset=self.offset("total"), confidence=confidence, sequential=True).total
-        if self.history and self.history[-1][0] == total.replicates:  # looked at before, or taken up from a file
-            self.history.pop()
-        self.history.append((total.replicates, total.rms, total.low, total.high))
-        return total
+        looks = course(stream, offset=self.offset("total"), confidence=confidence)
+        if self.history:
+            looks = looks[-1:]
+            if self.history[-1][0] == looks[0].replicates:  # looked at before, or taken up from a file
+                self.history.pop()
+        self.history += [(look.replicates, look.rms, look.low, look.high) for look in looks]
+        return looks[-1]
 
     def diagonal(self, facts: dict[str, Any]) -> Diagonal:
         """The diagonal as it stands, its parts, and standard errors of the total."""

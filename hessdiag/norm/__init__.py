@@ -3,7 +3,7 @@
 from hessdiag.norm.estimates import STATUS, NormEstimate, enough
 from hessdiag.norm.ratios import Ratio, cosine, ratio, share
 from hessdiag.norm.replicates import Replicates
-from hessdiag.norm.report import NormReport, TraceEstimate, estimate, exact_norm, plug_in_square, trace
+from hessdiag.norm.report import NormReport, TraceEstimate, course, estimate, exact_norm, plug_in_square, trace
 
 __all__ = [
     "STATUS",
@@ -13,6 +13,7 @@ __all__ = [
     "Replicates",
     "TraceEstimate",
     "cosine",
+    "course",
     "enough",
     "estimate",
     "exact_norm",

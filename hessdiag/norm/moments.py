@@ -30,6 +30,11 @@ class Moments:
     entries: int
     """Number of entries, p."""
 
+    def first(self, groups: int) -> Moments:
+        """What there was when only the first so many groups had replicates; sums of fourth powers are not kept."""
+        sizes = self.sizes[:groups] + (0,) * (len(self.sizes) - groups)
+        return Moments(self.gram, self.own, sizes, float("nan"), self.entries)
+
     def __add__(self, other: Moments) -> Moments:
         if self.sizes != other.sizes:
             sizes = f"{self.sizes} and {other.sizes}"

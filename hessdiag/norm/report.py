@@ -67,6 +67,21 @@ def estimate(
     return NormReport(of(moments), {name: of([name]) for name in moments}, by_group)
 
 
+def course(
+    replicates: Replicates, *, offset: Mapping[str, Tensor] | None = None, confidence: float = 0.95
+) -> list[NormEstimate]:
+    """The norm of all entries after the first 4, 5, ... groups of replicates, and after all: what `estimate` says last,
+    with how it came to it. Intervals are sequential ones. Nothing but the Gram matrix of the groups is needed.
+    """
+    check_confidence(confidence)
+    if replicates.count < 2:
+        raise ConfigurationError(f"{replicates.count} replicates: a norm without bias needs at least 2")
+    moments = _sum(replicates.moments(offset=offset).values())
+    used = sum(n > 0 for n in moments.sizes)
+    earlier = [moments.first(groups) for groups in range(4, used)]
+    return [from_moments(m, confidence=confidence, sequential=True) for m in (*earlier, moments)]
+
+
 def exact_norm(
     diagonal: Mapping[str, Tensor], *, groups: Mapping[str, str] | None = None, confidence: float = 0.95
 ) -> NormReport:

@@ -9,21 +9,24 @@ from collections.abc import Mapping, Sequence
 import torch
 from matplotlib import rc_context
 
-from hessdiag.show.plot import FAINT, INNER, STYLE, TOTAL, Figure
+from hessdiag.show.plot import FAINT, INNER, STYLE, TOTAL, WIDE, Figure
 
 BINS = 40
 
 
-def histogram(total: Mapping[str, torch.Tensor], errors: Mapping[str, torch.Tensor], *, exact: bool) -> Figure:
+def histogram(
+    total: Mapping[str, torch.Tensor], errors: Mapping[str, torch.Tensor], *, exact: bool, width: float = WIDE
+) -> Figure:
     """Entries of the diagonal, negative and positive ones on logarithmic axes, and their typical standard error.
 
     The entries of an estimate are its truth plus noise: their histogram is wider than that of the truth, and the
     figure says so and shows how large the noise is.
     """
+    long = width == WIDE
     values = torch.cat([t.detach().reshape(-1).double().cpu() for t in total.values()])
     noise = torch.cat([t.detach().reshape(-1).double().cpu() for t in errors.values()])
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 2.9))
+        figure = Figure(figsize=(width, 2.9))
         left, right = figure.subplots(1, 2, sharey=True)
         sizes = values.abs()
         shown = sizes[sizes > 0]
@@ -39,8 +42,8 @@ def histogram(total: Mapping[str, torch.Tensor], errors: Mapping[str, torch.Tens
         )
         zero = int((sizes < edges[0]).sum())
         for axis, chosen, label, colour in (
-            (left, -values[values < 0], "negative entries, -h", INNER),
-            (right, values[values > 0], "positive entries, h", TOTAL),
+            (left, -values[values < 0], f"{long * 'negative entries, '}-h", INNER),
+            (right, values[values > 0], f"{long * 'positive entries, '}h", TOTAL),
         ):
             counts = _counts(chosen, edges)
             axis.bar(
@@ -59,11 +62,13 @@ def histogram(total: Mapping[str, torch.Tensor], errors: Mapping[str, torch.Tens
         if not exact and typical > 0:
             for axis in (left, right):
                 axis.axvline(typical, color=FAINT, linestyle="--", linewidth=1)
-            right.annotate(
+            axis, side, away = (right, "left", 4) if long else (left, "right", -4)
+            axis.annotate(
                 "median standard\nerror of an entry",
                 (typical, 0.97),
                 xycoords=("data", "axes fraction"),
-                xytext=(4, 0),
+                xytext=(away, 0),
+                ha=side,
                 textcoords="offset points",
                 va="top",
                 fontsize=7.5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hessdiag.measuring.diagonal import Diagonal
 from hessdiag.show import plot
 from hessdiag.show import sentences as facts
 from hessdiag.show.histogram import histogram
-from hessdiag.show.style import CSS
+from hessdiag.show.style import CSS, PHONE
 from hessdiag.show.text import interval, percent, percent_interval, plain, spread, value
 from hessdiag.store.files import BadFileError, path_text, write_bytes
 
@@ -31,7 +32,7 @@ def page(content: dict[str, Any], diagonal: Diagonal | None) -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         tiles(content),
-        f'<p class="status">{escape(facts.status(content))}</p>',
+        badge(content),
         _rows(facts.accuracy_rows(content)),
         *_pictures(content, diagonal),
         "<h2>By group</h2>",
@@ -54,6 +55,13 @@ def page(content: dict[str, Any], diagonal: Diagonal | None) -> str:
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )
+
+
+def badge(content: dict[str, Any]) -> str:
+    """The status: a word in a colour, and what it means."""
+    word, told, good = facts.badge(content)
+    kind = "good" if good else "mind"
+    return f'<p class="status"><b class="badge {kind}">{escape(word)}</b> {escape(told)}</p>'
 
 
 def tiles(content: dict[str, Any]) -> str:
@@ -103,6 +111,10 @@ def _bounds(low: Any, high: Any, sure: str) -> str:
 
 def _pictures(content: dict[str, Any], diagonal: Diagonal | None) -> list[str]:
     found = []
+
+    def add(draw: Callable[[float], Any], heading: str, words: str) -> None:
+        found.append(_figure([draw(width) for width in (plot.WIDE, plot.NARROW)], heading, words))
+
     if diagonal is not None and not diagonal.per_sample:
         exact = diagonal.status == "exact"
         noisy = (
@@ -113,20 +125,19 @@ def _pictures(content: dict[str, Any], diagonal: Diagonal | None) -> list[str]:
                 "small entries look larger than they are and some change sign. The norms above are free of this."
             )
         )
-        figure = histogram(diagonal.total, diagonal.standard_errors, exact=exact)
-        found.append(_figure(figure, "The diagonal", f"How many entries h have which size.{noisy}"))
-    found.append(_figure(plot.norms(content["layers"]), "Norm of each parameter", "Lines: intervals."))
+        entries, errors = diagonal.total, diagonal.standard_errors
+        words = f"How many entries h have which size.{noisy}"
+        add(lambda width: histogram(entries, errors, exact=exact, width=width), "The diagonal", words)
+    add(lambda width: plot.norms(content["layers"], width=width), "Norm of each parameter", "Lines: intervals.")
     if len(content["history"]) > 1:
-        rtol = content.get("cli", {}).get("rtol")
-        figure = plot.convergence(content["history"], confidence=content["confidence"], rtol=rtol)
-        words = "The interval each time it was looked at. It allows for stopping as soon as it is narrow."
-        found.append(_figure(figure, "Convergence", words))
+        rtol, history, sure = content.get("cli", {}).get("rtol"), content["history"], content["confidence"]
+        words = "The interval after so many replicates. It allows for stopping as soon as it is narrow."
+        add(lambda width: plot.convergence(history, confidence=sure, rtol=rtol, width=width), "Convergence", words)
     elif content["replicates"] == 0:
         found.append("<h2>Convergence</h2><p>None to show: the diagonal is exact.</p>")
-    scatter = plot.parts(content["layers"])
-    if scatter is not None:
+    if plot.parts(content["layers"]) is not None:
         words = "One point per parameter; those with a part that is exactly zero, or not told from it, are left out."
-        found.append(_figure(scatter, "Gauss-Newton against functional part", words))
+        add(lambda width: plot.parts(content["layers"], width=width), "Gauss-Newton against functional part", words)
     else:
         found.append(
             "<h2>Gauss-Newton against functional part</h2><p>No parameter has both parts: piecewise-linear "
@@ -135,13 +146,16 @@ def _pictures(content: dict[str, Any], diagonal: Diagonal | None) -> list[str]:
     return found
 
 
-def _figure(figure: Any, heading: str, words: str) -> str:
+def _figure(drawn: Sequence[Any], heading: str, words: str) -> str:
+    """A picture drawn for a desk and for a phone, of which a browser shows the one that fits."""
     # As an image rather than inline markup: ids inside one picture cannot meet those of another.
-    picture = base64.b64encode(plot.svg(figure).encode()).decode()
-    alt = escape(f"{heading}. {words}")
+    wide, narrow = (
+        "data:image/svg+xml;base64," + base64.b64encode(plot.svg(figure).encode()).decode() for figure in drawn
+    )
     return (
-        f"<figure><h2>{escape(heading)}</h2>"
-        f'<img alt="{alt}" src="data:image/svg+xml;base64,{picture}"><figcaption>{escape(words)}</figcaption></figure>'
+        f"<figure><h2>{escape(heading)}</h2><picture>"
+        f'<source media="(max-width:{PHONE}px)" srcset="{narrow}">'
+        f'<img alt="{escape(heading)}" src="{wide}"></picture><figcaption>{escape(words)}</figcaption></figure>'
     )
 
 

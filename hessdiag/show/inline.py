@@ -8,14 +8,16 @@ from typing import Any
 
 from hessdiag.measuring.result import Measurement, NormSummary
 from hessdiag.show import sentences as facts
-from hessdiag.show.html import norms_table, tiles
+from hessdiag.show.html import badge, norms_table, tiles
 from hessdiag.show.text import counted, digits, interval, percent, plain, value
 
 STYLE = """<style>
 .hessdiag{font:13px/1.45 system-ui,sans-serif}.hessdiag .tiles{display:flex;flex-wrap:wrap;gap:8px;margin:6px 0}
 .hessdiag .tiles div{border:1px solid #8885;border-radius:6px;padding:5px 10px;display:flex;flex-direction:column}
 .hessdiag .tiles b{font-size:17px}.hessdiag small,.hessdiag i,.hessdiag .tiles span{opacity:.7;font-style:normal}
-.hessdiag .scroll{overflow-x:auto}.hessdiag table{font-size:13px;border-collapse:collapse;margin:6px 0}
+.hessdiag .badge{border:1px solid;border-radius:9px;padding:0 8px}.hessdiag .good{color:#15803d}
+.hessdiag .mind{color:#b45309}.hessdiag .scroll{overflow-x:auto}
+.hessdiag table{font-size:13px;border-collapse:collapse;margin:6px 0}
 .hessdiag td,.hessdiag th{padding:2px 10px;white-space:nowrap;text-align:right}.hessdiag tbody th{text-align:left}
 </style>"""
 
@@ -61,7 +63,7 @@ def fragment(m: Measurement) -> str:
     layers = norms_table(content["layers"], None)
     return (
         f'{STYLE}<div class="hessdiag"><b>{escape(plain(m.provenance.get("model", "Measurement")))}</b> '
-        f"<small>{escape(head)}</small>{tiles(content)}<small>{escape(facts.status(content))}</small>"
+        f"<small>{escape(head)}</small>{tiles(content)}{badge(content)}"
         f"{norms_table(content['groups'], content['invariant_groups'])}"
         f"<details><summary>{counted(len(content['layers']), 'parameter')}</summary>{layers}</details>"
         + (f"<details><summary>notes</summary><ul>{notes}</ul></details>" if notes else "")

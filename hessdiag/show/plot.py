@@ -32,6 +32,8 @@ STYLE = {
     "svg.hashsalt": "hessdiag",
     "figure.constrained_layout.use": True,
 }
+WIDE, NARROW = 7.2, 3.7
+"""Inches: of a figure beside text, and of one on a phone."""
 FORMATS = (".svg", ".png", ".pdf")
 MOST_ROWS = 60
 
@@ -43,14 +45,14 @@ class Figure(_Figure):
         return svg(self)
 
 
-def norms(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
+def norms(rows: Mapping[str, Mapping[str, Any]], *, width: float = WIDE) -> Figure:
     """The rms norm of each parameter as a dot on its interval, on a logarithmic axis.
 
     No bars: on a logarithmic axis a bar starts where the axis happens to, and its length says nothing.
     """
     names = list(rows)[:MOST_ROWS]
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 0.8 + 0.19 * len(names)))
+        figure = Figure(figsize=(width, 0.8 + 0.19 * len(names)))
         axis = figure.subplots()
         ends = [tuple(_number(rows[name]["total"][key]) for key in ("rms", "low", "high")) for name in names]
         least = min((x for row in ends for x in row if x > 0), default=1.0)
@@ -61,7 +63,7 @@ def norms(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
             if rms > 0:
                 axis.plot(rms, place, "o", color=TOTAL, markersize=4.2)
         axis.set_xscale("log")
-        axis.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7.5)
+        axis.set_yticks(range(len(names)), [_short(name, min(34, int(6.5 * width))) for name in names], fontsize=7.5)
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_xlabel("rms norm, with its interval")
         if len(rows) > len(names):
@@ -69,11 +71,13 @@ def norms(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
         return figure
 
 
-def convergence(history: Sequence[Sequence[Any]], *, confidence: float, rtol: float | None) -> Figure:
+def convergence(
+    history: Sequence[Sequence[Any]], *, confidence: float, rtol: float | None, width: float = WIDE
+) -> Figure:
     """The interval of the rms norm over replicates."""
     rows = [[_number(x) for x in row] for row in history]
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 2.6))
+        figure = Figure(figsize=(width, 2.6))
         axis = figure.subplots()
         count, rms, low, high = ([row[k] for row in rows] for k in range(4))
         axis.fill_between(
@@ -86,11 +90,11 @@ def convergence(history: Sequence[Sequence[Any]], *, confidence: float, rtol: fl
                 axis.axhline(rms[-1] * (1 + sign * rtol), color=FAINT, linestyle="--", linewidth=1, label=label)
         axis.set_xlabel("replicates")
         axis.set_ylabel("rms norm")
-        axis.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axis.legend(fontsize=8, ncols=3 if width == WIDE else 1, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         return figure
 
 
-def parts(rows: Mapping[str, Mapping[str, Any]]) -> Figure | None:
+def parts(rows: Mapping[str, Mapping[str, Any]], *, width: float = WIDE) -> Figure | None:
     """Gauss-Newton against functional norm of each parameter; None where the parts were not taken."""
     names: list[str] = []
     points: list[tuple[float, ...]] = []
@@ -104,7 +108,7 @@ def parts(rows: Mapping[str, Mapping[str, Any]]) -> Figure | None:
     if not points:
         return None
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.8))
+        figure = Figure(figsize=(width, 3.8))
         axis = figure.subplots()
         for g, g_low, g_high, f, f_low, f_high in points:
             across = [[max(g - g_low, 0)], [max(g_high - g, 0)]]
@@ -112,7 +116,7 @@ def parts(rows: Mapping[str, Mapping[str, Any]]) -> Figure | None:
             axis.errorbar(g, f, xerr=across, yerr=along, fmt="o", markersize=4, color=OUTER, ecolor=FAINT, elinewidth=1)
         axis.set_xscale("log")
         axis.set_yscale("log", nonpositive="clip")
-        for name, x, y in _apart([(name, p[0], p[3]) for name, p in zip(names, points)]):
+        for name, x, y in _apart([(name, p[0], p[3]) for name, p in zip(names, points)], 0.2 * WIDE / width):
             axis.annotate(_short(name, 24), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
         edge = [min(p[0] for p in points), max(p[0] for p in points)]
         axis.plot(edge, edge, color=FAINT, linestyle="--", linewidth=1, label="equal parts")
@@ -173,13 +177,13 @@ def save(figure: _Figure, path: Path) -> None:
         raise DataError(f"{path_text(path)}: {error}") from None
 
 
-def _apart(points: Sequence[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
-    """Points far enough from one another (on logarithmic axes) for their names to be read."""
+def _apart(points: Sequence[tuple[str, float, float]], share: float) -> list[tuple[str, float, float]]:
+    """Points far enough from one another (on logarithmic axes) for their names, a share of the width, to be read."""
     kept: list[tuple[str, float, float]] = []
     columns = [p[1] for p in points], [p[2] for p in points]
     spans = [max(math.log(max(column) / min(column)), 1e-9) for column in columns]
     for name, x, y in points:
-        near = (abs(math.log(x / a)) < 0.2 * spans[0] and abs(math.log(y / b)) < 0.05 * spans[1] for _, a, b in kept)
+        near = (abs(math.log(x / a)) < share * spans[0] and abs(math.log(y / b)) < 0.05 * spans[1] for _, a, b in kept)
         if not any(near):
             kept.append((name, x, y))
     return kept

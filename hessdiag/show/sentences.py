@@ -198,6 +198,16 @@ def status(content: dict[str, Any]) -> str:
     return plain(f"{text} ({STATUS[head]})" if head in STATUS else text)
 
 
+def badge(content: dict[str, Any]) -> tuple[str, str, bool]:
+    """The status as a word, what it means, and whether there is nothing else to say."""
+    text = content["status"]
+    word, _, rest = text.partition(";")
+    if text == "exact":
+        return word, f"for these {counted(content['samples'], 'sample')}; others would give another norm", True
+    told = "; ".join(part for part in (STATUS.get(word, ""), rest.strip()) if part)
+    return ("ok, but" if rest and word == "ok" else plain(word)), plain(told), text == "ok"
+
+
 def notes(content: dict[str, Any]) -> list[str]:
     """All notes: of the measurement, the checkpoint, the data, and every flag of the total."""
     cli = content.get("cli", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 
 from experiments.correlation.printed import PRINTED
 from experiments.correlation.report import analyse
 from experiments.correlation.rows import one_family, rows
 from experiments.correlation.verdicts import WORDS, load_rules, verdicts
-from experiments.figures import gallery
+from experiments.figures import findings, gallery
 from experiments.figures.build import TITLES, build
 from experiments.figures.curves import DRAWINGS
+from experiments.figures.forest import Axis, Line, forest
 from experiments.sweep import export, grid
 from experiments.sweep.export import Result, SweepResults
 from experiments.sweep.grid import load
@@ -126,14 +129,69 @@ def test_the_gallery_needs_no_network_and_links_only_what_exists(drawn):
 def test_the_gallery_says_what_the_results_show_before_it_shows_them(drawn):
     home, built = drawn
     page = (home / "gallery.html").read_text(encoding="utf-8")
-    findings = page[page.index("<h2 id=findings>") : page.index("<h2 id=figure1>")]
-    assert "neither confirms nor refutes" in findings
-    assert findings.count("<tr>") == 1 + sum(len(found) for found in built.analyses.values())
-    assert "among runs of one activation" in findings
-    assert "norm: 3 of 3, invariant: 3 of 3, plugin: 3 of 3" in findings
+    opening = page[page.index("<h2 id=findings>") : page.index("<h2 id=figure1>")]
+    assert "neither confirms nor refutes" in opening
+    assert opening.count("<tr>") == 1 + sum(len(found) for found in built.analyses.values())
+    assert "among runs of one activation" in opening
+    assert "<td class=number>3 of 3<td class=number>3 of 3<td class=number>3 of 3" in opening
+    assert f"Of the <a href='#verdicts'>{len(built.verdicts)} claims</a>" in opening
     shapes = page[page.index("<h2 id=shapes>") : page.index("<h2 id=correlations>")]
-    assert shapes.count("<details>") == findings.count("<tr>") - 1
+    assert shapes.count("<details>") == opening.count("<tr>") - 1
     assert page.count("the <a href='ledger/ledger.html'>ledger</a>") == 0
+
+
+def test_the_gallery_opens_with_forest_plots_that_say_what_the_analyses_say(drawn):
+    """Each interval and dot stands where its numbers are, read back from the page."""
+    home, built = drawn
+    page = (home / "gallery.html").read_text(encoding="utf-8")
+    first, second = page.split("<div class=forest>")[1:3]
+    robust = [(s, n, r) for s, n, r in findings.experiments(built.analyses) if not n.startswith("standard,")]
+    lines = re.findall(
+        r"<div class=row><span>(\w+)</span>.*?<i class=bar style='left:([\d.]+)%;width:([\d.]+)%'></i>"
+        r"<i class=dot style='left:([\d.]+)%'></i><i class=ring style='left:([\d.]+)%'></i></div><span>(.*?)</span>",
+        first,
+    )
+    wanted = [c for *_, r in robust for c in findings._chosen(r, "pearson", findings.WITHIN)]
+    along = [c for *_, r in robust for c in findings._chosen(r, "spearman", "nothing")]
+    assert len(lines) == len(wanted) == 3 * len(robust) > 0
+    for (norm, left, width, dot, ring, text), c, rank in zip(lines, wanted, along, strict=True):
+        assert norm == c["norm"] == rank["norm"]
+        places = [
+            float(dot) / 50 - 1,
+            float(left) / 50 - 1,
+            (float(left) + float(width)) / 50 - 1,
+            float(ring) / 50 - 1,
+        ]
+        assert places == pytest.approx([c["value"], c["low"], c["high"], rank["value"]], abs=6e-4)
+        shown = [float(x) for x in re.findall(r"[+-]\d\.\d\d", text)]
+        assert shown == pytest.approx([c["value"], c["low"], c["high"], rank["value"]], abs=5.1e-3)
+    assert "robustness highest" in first
+    assert second.count("<div class=row><span>β") == 2 * sum(
+        c["quantity"] == "aa2" and "extreme" in c for *_, r in robust for c in r["curves"]
+    )
+    assert "class=shade" in second
+
+
+def test_an_axis_places_what_lies_outside_at_its_ends():
+    axis = Axis(1.0, 100.0, (1.0, 10.0, 100.0), log=True)
+    assert [axis.place(x) for x in (0.1, 1.0, 10.0, 1000.0)] == pytest.approx([0.0, 0.0, 50.0, 100.0])
+    assert forest([("nothing", [])], axis) == ""
+    drawn = forest([("<b>", [Line("a&b", None, None, None, "<i>", 10.0)])], axis)
+    assert "<h3>&lt;b&gt;</h3>" in drawn
+    assert "a&amp;b" in drawn
+    assert "class=bar" not in drawn
+    assert "class=dot" not in drawn
+
+
+def test_no_caption_stands_twice_and_pictures_have_their_size(drawn):
+    home, built = drawn
+    page = (home / "gallery.html").read_text(encoding="utf-8")
+    for picture in built.pictures:
+        assert page.count(f"alt='{html.escape(f'{picture.title}: {picture.caption}')}'") >= 1
+    visible = re.sub(r"alt='[^']*'", "", page)
+    assert not any(html.escape(picture.caption) in visible for picture in built.pictures if picture.tier == "smoke")
+    for source, width, height in re.findall(r"<img src='([^']+)' width=(\d+) height=(\d+)", page):
+        assert plt.imread(home / source).shape[:2] == (int(height), int(width))
 
 
 def test_drawing_again_gives_the_same_files(drawn, tmp_path):

@@ -273,8 +273,11 @@ def test_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in text
     assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(https?:)?//", text)
     pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', text)
-    assert len(pictures) == 4
-    for picture in pictures:
+    narrow = re.findall(r'media="\(max-width:\d+px\)" srcset="data:image/svg\+xml;base64,([^"]+)"', text)
+    assert len(pictures) == len(narrow) == 4
+    assert all(alt and text.count(alt) == 2 for alt in re.findall(r'alt="([^"]+)"', text))  # beside its heading
+    assert '<b class="badge mind">' in text
+    for picture in pictures + narrow:
         root = ET.fromstring(base64.b64decode(picture))
         assert root.tag.endswith("svg")
         assert not [e for e in root.iter() if e.tag.endswith("script")]
@@ -286,6 +289,7 @@ def test_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     exact = run("measure", str(tmp_path / "m.pt"), "--samples", "20", "--html", str(page))
     assert exact.exit_code == 0
     assert "Broadened by noise" not in page.read_text()
+    assert '<b class="badge good">exact</b> for these 20 samples' in page.read_text()
 
 
 def test_page_of_a_piecewise_linear_network(tmp_path: Path) -> None:

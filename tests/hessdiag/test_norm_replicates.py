@@ -18,7 +18,7 @@ from hessdiag.errors import (
     NoParametersError,
     ResumeError,
 )
-from hessdiag.norm import Replicates, estimate, exact_norm, plug_in_square, trace
+from hessdiag.norm import Replicates, course, estimate, exact_norm, plug_in_square, trace
 
 SHAPES = {"conv.weight": (3, 2, 2, 2), "conv.bias": (3,), "gain": ()}
 
@@ -360,3 +360,24 @@ def test_the_same_on_cuda() -> None:
             assert a.square == pytest.approx(b.square, rel=1e-12)
             assert a.square_error == pytest.approx(b.square_error, rel=1e-9)
         torch.testing.assert_close(out.standard_error()["big"].cpu(), here.standard_error()["big"])
+
+
+@pytest.mark.parametrize("count", [2, 4, 9, 23])
+def test_the_course_is_what_looking_each_time_would_have_shown(count: int) -> None:
+    """Up to as many replicates as groups; beyond, the first groups hold what they hold."""
+    replicates, groups = draw(count), 8
+    offset = {name: torch.full(shape, 0.25, dtype=torch.float64) for name, shape in SHAPES.items()}
+    found = course(filled(replicates, groups=groups), offset=offset, confidence=0.9)
+    held = [[r for i, r in enumerate(replicates) if i % groups < k] for k in range(4, min(count, groups))]
+    assert len(found) == len(held) + 1
+    for k, (look, part) in enumerate(zip(found, [*held, replicates], strict=True), start=4):
+        alone = Replicates(replicates[0], groups=groups)
+        for i, replicate in enumerate(replicates):
+            if i % groups < k or len(part) == count:
+                alone.add(replicate, i)
+        wanted = estimate(alone, offset=offset, confidence=0.9, sequential=True).total
+        assert (look.replicates, look.sizes, look.dof) == (len(part), wanted.sizes, wanted.dof)
+        for name in ("rms", "low", "high"):
+            assert getattr(look, name) == pytest.approx(getattr(wanted, name), rel=1e-12, nan_ok=True)
+    whole = estimate(filled(replicates, groups=groups), offset=offset, confidence=0.9, sequential=True).total
+    assert repr(found[-1]) == repr(whole)

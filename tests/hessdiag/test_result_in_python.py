@@ -86,6 +86,8 @@ def test_pictures(exact: hd.Measurement, noisy: hd.Measurement) -> None:
         exact.plot("diagonal")
     with pytest.raises(ConfigurationError, match="exact"):
         exact.plot("convergence")
+    assert [row[0] for row in noisy.history] == list(range(4, 13))  # the first look tells how it came to it
+    assert noisy.history[-1][1:] == (noisy.rms, *noisy.interval)
     with pytest.raises(UnknownNameError, match="did you mean 'norms'"):
         exact.plot("norm")
 

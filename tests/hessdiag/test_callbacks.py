@@ -1,0 +1,314 @@
+"""The norm epoch by epoch: training goes as without it, to the bit; the loggers are reached; nothing ends a training."""
+
+from __future__ import annotations
+
+import _thread
+import copy
+import math
+import time
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import hessdiag as hd
+from hessdiag.callbacks import LightningWatch, TrainerWatch, Watch
+from hessdiag.data import load
+from hessdiag.errors import ConfigurationError
+from hessdiag.networks import build
+
+X, Y = next(iter(load("digits", split="train", samples=96).batches(96)))
+
+
+def small() -> nn.Module:
+    return build("small_resnet", activation="silu", seed=0, width=4)
+
+
+class MLP(nn.Module):
+    """With dropout, and one layer that stays in eval mode, as fine-tuning has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.SiLU(), nn.Dropout(0.3), nn.Linear(6, 10))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Names(MLP):
+    """As models of transformers are called and answer."""
+
+    def forward(self, x=None, mask=None):
+        return {"logits": self.net(x if mask is None else x * mask), "hidden": x}
+
+
+class Scrambled(nn.Module):
+    """Mixes the samples of a batch whatever its mode is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10, track_running_stats=False))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def train(model: nn.Module, *, epochs: int = 2, after=lambda model, epoch: None) -> dict[str, torch.Tensor]:
+    """A loop with everything that a measurement might disturb: shuffling, dropout, momentum, gradients left over."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    loader = DataLoader(TensorDataset(X, Y), batch_size=32, shuffle=True, generator=generator)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    model.train()
+    for epoch in range(epochs):
+        for inputs, targets in loader:
+            nn.functional.cross_entropy(
+                out if isinstance(out := model(inputs), torch.Tensor) else out["logits"], targets
+            ).backward()
+            optimiser.step()
+        after(model, epoch, loader)  # gradients are not yet cleared
+        optimiser.zero_grad()
+    return copy.deepcopy(model.state_dict()) | {"random": torch.rand(3)}
+
+
+@pytest.mark.parametrize("make", [small, MLP])
+@pytest.mark.parametrize("own", [True, False])
+def test_training_goes_as_without_it_to_the_bit(make, own):
+    """Weights, running statistics and the next random numbers; also where the training loader itself is watched."""
+    plain = train(make(), after=lambda *_: None)
+    seen = []
+
+    def look(model, epoch, loader):
+        model.get_submodule("net.2" if make is MLP else "bn1").eval()
+        before = [(p.grad, p.grad.clone()) for p in model.parameters()]
+        modes = [m.training for m in model.modules()]
+        if not seen:
+            seen.append(Watch((X, Y) if own else loader, samples=16))
+        seen.append(seen[0](model))
+        assert [m.training for m in model.modules()] == modes
+        for parameter, (gradient, value) in zip(model.parameters(), before, strict=True):
+            assert parameter.grad is gradient
+            assert torch.equal(gradient, value)
+        model.train()
+
+    watched = train(make(), after=look)
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    assert all(row["hessian_rms"] > 0 for row in seen[1:])
+
+
+def test_the_numbers_are_those_of_measure_on_the_first_samples_in_every_epoch():
+    model = MLP().train()
+    watch = Watch(DataLoader(TensorDataset(X, Y), batch_size=32), samples=40, method="propagation", rtol=0.2, seed=3)
+    first = watch(model)
+    batches = [(X[:32], Y[:32]), (X[32:40], Y[32:40])]
+    found = hd.measure(hd.Objective(copy.deepcopy(model).eval()), batches, method="propagation", rtol=0.2, seed=3)
+    assert (first["hessian_rms"], first["hessian_rms_low"], first["hessian_rms_high"]) == (found.rms, *found.interval)
+    assert watch.last is not None
+    assert watch.last.samples == 40
+    again = watch(model)  # by the plan of before, of the samples of before
+    assert {k: v for k, v in again.items() if k != "hessian_seconds"} == {
+        k: v for k, v in first.items() if k != "hessian_seconds"
+    }
+    assert "given" in watch.last.notes[0] or watch.last.plan == found.plan
+
+
+def test_a_loader_that_shuffles_gives_the_same_samples_to_every_epoch():
+    model = MLP().eval()
+    shuffled = DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True)
+    watch = Watch(shuffled, samples=16)
+    values = [watch(model)["hessian_rms"] for _ in range(3)]
+    assert len(set(values)) == 1
+
+
+def test_data_that_are_read_anew_are_all_of_them():
+    watch = Watch((X, Y), samples=None)
+    watch(MLP())
+    assert watch.last is not None
+    assert watch.last.samples == len(X)
+
+
+def test_what_cannot_be_measured_is_warned_of_once_with_the_reason_and_training_goes_on():
+    watch = Watch((X, Y), samples=16)
+    with pytest.warns(UserWarning, match="no running statistics") as told:
+        train(Scrambled(), epochs=3, after=lambda model, *_: watch(model))
+    assert len(told) == 1
+    assert "BatchNorm 'net.2' has no running statistics" in str(told[0].message)
+    assert "training goes on" in str(told[0].message)
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("fault", ["model", "data", "objective"])
+def test_no_fault_of_anybody_reaches_the_training(fault):
+    class Faulty(MLP):
+        def forward(self, x):
+            if not self.training and fault == "model":
+                raise OSError("the disk is gone")
+            return self.net(x)
+
+    class Data(TensorDataset):
+        def __getitem__(self, index):
+            if fault == "data":
+                raise OSError("the disk is gone")
+            return super().__getitem__(index)
+
+    def objective(model):
+        if fault == "objective":
+            raise OSError("the disk is gone")
+        return hd.Objective(model)
+
+    model = Faulty().train()
+    with pytest.warns(UserWarning, match="the disk is gone"):
+        assert Watch(Data(X, Y), objective, samples=8)(model) == {}
+    assert model.training
+
+
+def test_a_number_that_is_not_as_wanted_is_given_and_told_of():
+    watch = Watch((X, Y), samples=64, method="hutchinson", rtol=1e-4, max_seconds=1e-3)
+    with pytest.warns(UserWarning, match=r"measured, but .*before rtol=0.0001 was reached"):
+        found = watch(MLP())
+    assert found["hessian_rms_low"] <= found["hessian_rms"] <= found["hessian_rms_high"]
+
+
+def test_ctrl_c_ends_the_training_that_it_was_meant_for():
+    class Slow(MLP):
+        count = 0
+
+        def forward(self, x):
+            type(self).count += 1
+            if self.count == 30:  # among the replicates, where `measure` would keep what it has
+                _thread.interrupt_main()
+                time.sleep(0.01)
+            return self.net(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        Watch([(X[:8], Y[:8]), (X[8:16], Y[8:16])], method="hutchinson", rtol=1e-4)(Slow())
+    assert Slow.count < 40
+
+
+def test_mistakes_are_told_before_the_training_begins():
+    with pytest.raises(ConfigurationError, match="samples=0"):
+        Watch((X, Y), samples=0)
+    with pytest.raises(ConfigurationError, match="every='two'"):
+        Watch((X, Y), every="two")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="an iterator gives its batches once"):
+        Watch(iter([(X, Y)]))
+
+
+def test_a_part_of_a_parameter_is_no_parameter():
+    class DTensor(nn.Parameter):
+        pass
+
+    model = MLP()
+    model.net[1].weight = DTensor(model.net[1].weight.detach())
+    with pytest.warns(UserWarning, match=r"'net.1.weight' is spread over processes"):
+        assert Watch((X, Y), samples=8)(model) == {}
+
+
+class Lightning:
+    """Asks its callbacks for hooks as Lightning's Trainer does: by name, each of them, and calls what it gets."""
+
+    hooks = (
+        "setup",
+        "on_fit_start",
+        "on_train_start",
+        "on_train_epoch_start",
+        "on_train_batch_end",
+        "on_a_hook_to_come",
+    )
+
+    def __init__(self, *callbacks) -> None:
+        self.callbacks, self.current_epoch = callbacks, 0
+        assert len({callback.state_key for callback in callbacks}) == len(callbacks)
+
+    def fit(self, module: nn.Module, epochs: int) -> None:
+        for callback in self.callbacks:
+            for hook in self.hooks:
+                getattr(callback, hook)(self, module, "and whatever else", batch_idx=0)
+        for self.current_epoch in range(epochs):
+            for callback in self.callbacks:
+                callback.on_train_epoch_end(self, module)
+        for callback in self.callbacks:
+            assert callback.state_dict() == {}
+            callback.load_state_dict({})
+            assert callback._legacy_state_key
+            callback.on_save_checkpoint(self, module, {})
+            callback.teardown(self, module, stage="fit")
+
+
+def test_lightnings_module_logs_it_and_unknown_hooks_do_nothing():
+    class Module(MLP):
+        def __init__(self):
+            super().__init__()
+            self.logged = []
+
+        def log_dict(self, values):
+            self.logged.append(values)
+
+    module = Module().train()
+    part = LightningWatch((X, Y), lambda m: hd.Objective(m.net), samples=16, every=2, name="part")
+    Lightning(LightningWatch((X, Y), samples=16), part).fit(module, epochs=4)
+    assert [sorted(row)[0] for row in module.logged] == ["hessian_rms", "hessian_rms", "part_rms"] * 2
+    keys = {"rms", "rms_low", "rms_high", "seconds"}
+    assert set(module.logged[0]) == {f"hessian_{key}" for key in keys}
+    assert all(isinstance(value, float) and math.isfinite(value) for row in module.logged for value in row.values())
+    assert module.logged[0]["hessian_rms"] == module.logged[2]["part_rms"]
+    with pytest.raises(AttributeError, match="no attribute 'hook'"):
+        getattr(part, "hook")  # noqa: B009
+    copy.deepcopy(part)
+
+
+class Control:
+    should_log = True
+
+
+class State:
+    epoch = 0.0
+
+
+class Trainer:
+    """What the callback sees of transformers' Trainer; its `log` clears the wish to log, as `on_log` does there."""
+
+    def __init__(self) -> None:
+        self.logged, self.control, self.state = [], Control(), State()
+
+    def log(self, logs, start_time=None):
+        self.logged.append(logs)
+        self.control.should_log = False
+
+    def train(self, callback, model, epochs):
+        for event in ("on_init_end", "on_train_begin", "on_step_end", "on_log", "on_push_begin"):
+            assert getattr(callback, event)(None, self.state, self.control, model=model, logs={}) is None
+        for epoch in range(epochs):
+            self.state.epoch = epoch + 0.999
+            self.control.should_log = True
+            callback.on_epoch_end(None, self.state, self.control, model=model, optimizer=None, eval_dataloader=None)
+            assert self.control.should_log
+
+
+def test_transformers_trainer_logs_it_and_the_epochs_own_loss_is_logged_all_the_same():
+    trainer, model = Trainer(), Names().train()
+    data = [{"x": x, "mask": torch.ones_like(x), "labels": y} for x, y in zip(X, Y)]
+
+    class Samples(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(data)
+
+        def __getitem__(self, index):
+            return data[index]
+
+    trainer.train(TrainerWatch(trainer, Samples(), samples=16), model, epochs=2)
+    assert len(trainer.logged) == 2
+    plain = hd.measure(hd.Objective(copy.deepcopy(model.net).eval()), [(X[:16], Y[:16])])
+    assert trainer.logged[0]["hessian_rms"] == pytest.approx(plain.rms, rel=1e-6)
+
+
+def test_the_trainers_inputs_of_one_name_come_as_they_are():
+    trainer = Trainer()
+    batches = [{"x": X[:8], "labels": Y[:8]}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train(TrainerWatch(trainer, batches), Names(), epochs=1)
+    assert trainer.logged[0]["hessian_rms"] > 0
