@@ -1,7 +1,7 @@
 """`python -m experiments COMMAND`: train, attack, and whatever else stands in `experiments.commands`.
 
-A command is a module of `experiments.commands` with a function `register(app)`; it is imported only when it is called
-or when help is asked for, so that `train --help` does not wait for what sweeps need.
+A command is a module of `experiments.commands` with a function `command`; it is imported only when it is called or when
+help is asked for, so that `train --help` does not wait for what sweeps need.
 """
 
 from __future__ import annotations
@@ -13,18 +13,7 @@ import typer
 
 from hessdiag.cli.exits import guarded
 
-# Name on the command line -> module that registers it.
-COMMANDS = {
-    "train": "experiments.commands.train",
-    "attack": "experiments.commands.attack",
-    "recipes": "experiments.commands.recipes",
-    "sweep": "experiments.commands.sweep",
-    "card": "experiments.commands.card",
-    "status": "experiments.commands.status",
-    "figures": "experiments.commands.figures",
-    "verdicts": "experiments.commands.verdicts",
-    "power": "experiments.commands.power",
-}
+COMMANDS = ("train", "attack", "recipes", "sweep", "card", "status", "figures", "verdicts", "power")
 PROGRAM = "experiments"
 
 
@@ -39,12 +28,9 @@ def application(arguments: list[str]) -> typer.Typer:
     )
     app.callback()(lambda: None)
     called = next((word for word in arguments if not word.startswith("-")), None)
-    names = [called] if called in COMMANDS else list(COMMANDS)
-    for name in names:
-        importlib.import_module(COMMANDS[name]).register(app)
-    for command in app.registered_commands:
-        assert command.callback is not None
-        command.callback = guarded(command.callback, program=PROGRAM)
+    for name in [called] if called in COMMANDS else COMMANDS:
+        module = importlib.import_module(f"experiments.commands.{name}")
+        app.command(name)(guarded(module.command, program=PROGRAM))
     return app
 
 

@@ -1,1 +1,1 @@
-"""Commands of `python -m experiments`; each module has a function `register(app)`."""
+"""Commands of `python -m experiments`; each module has a function `command`."""

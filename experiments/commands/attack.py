@@ -47,8 +47,3 @@ def command(
     )
     print(json.dumps(record, indent=1))
     return 0
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("attack")(command)

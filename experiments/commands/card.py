@@ -31,8 +31,3 @@ def command(
     )
     print(f"results: {places.out}")
     return 1 if failures else 0
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("card")(command)

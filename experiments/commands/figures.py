@@ -39,8 +39,3 @@ def command(
     print("verdicts " + ", ".join(f"{number} {word}" for word, number in sorted(counts.items())))
     print(results / "gallery.html")
     return 0
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("figures")(command)

@@ -56,8 +56,3 @@ def command(
         shown.add_row(row.curve or "all", row.contrast, row.quantity, half, effect, *chances)
     console.print(shown)
     return 0
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("power")(command)

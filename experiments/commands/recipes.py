@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 from experiments.commands.options import load_recipe, recipe_names
 
 
@@ -16,8 +14,3 @@ def command() -> int:
         for guess in source.get("guessed", []):
             print(f"  guessed: {guess}")
     return 0
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("recipes")(command)

@@ -35,8 +35,3 @@ def command(
             time.sleep(1.0)
             live.update(status.render(reader, sweep))
     return 0
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("status")(command)

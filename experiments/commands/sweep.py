@@ -213,8 +213,3 @@ def _seeds(text: str | None) -> list[int] | None:
     if len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ConfigurationError(f"--seeds {text!r}: each once, none negative")
     return seeds
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("sweep")(command)

@@ -83,8 +83,3 @@ def command(
     if result.reason is not None:
         print(f"{'stopped: ' if result.status == OVERFITTED else ''}{result.reason}", file=sys.stderr)
     return EXITS[result.status]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("train")(command)

@@ -81,8 +81,3 @@ def command(
     console.print("* exploratory: the results were there before the rule. Where nothing stands, nothing was run.")
     console.print("--claim NAME tells why.")
     return 0
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("verdicts")(command)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.correlation.contrasts import Contrast, Layout
-from experiments.correlation.judges import Answer, Judge, NotRun, Rules, _least_sure, _shown, unit
+from experiments.correlation.judges import Answer, Judge, NotRun, Rules, _shown, answer, unit
 from experiments.correlation.rows import Row, quantity
 from experiments.parts import CONTROL_FACTORS, CONTROL_FAMILIES
 from hessdiag.errors import ConfigurationError
@@ -69,33 +69,18 @@ def same_function(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) 
     text += f"ratio of the norms {ends[0]:.3g} [{ends[1]:.3g}, {ends[2]:.3g}]"
     other = min(norm.above(least), norm.below(-least))
     p_against = min(robust.above(delta), robust.below(-delta), norm.within(least) / 2)
-    low, high = robust.interval(rules.level)
-    return Answer(
-        text,
-        max(robust.within(delta) / 2, other),
-        min(1.0, 2 * p_against),
-        value=robust.value,
-        low=low,
-        high=high,
-        **_least_sure([robust], "aa2", rules),
-    )
+    p_for = max(robust.within(delta) / 2, other)
+    return answer(text, robust, [robust], "aa2", rules, p_for=p_for, p_against=min(1.0, 2 * p_against))
 
 
 def factor(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
     """Whether a quantity moves when one factor of α alone is imitated: for, either way; equal, within δ."""
     name = rule["quantity"]
     found = _difference(chosen, rule["arm"], "none", name)
-    low, high = found.interval(rules.level)
-    return Answer(
-        f"{rule['arm']} less none {_shown(found, name, rules.level)}; δ {unit(rules.of(name)[0], name)}",
-        min(found.above(), found.below()),
-        1.0,
-        found.within(rules.of(name)[0]),
-        found.value,
-        low,
-        high,
-        **_least_sure([found], name, rules),
-    )
+    delta, _ = rules.of(name)
+    text = f"{rule['arm']} less none {_shown(found, name, rules.level)}; δ {unit(delta, name)}"
+    p_for = min(found.above(), found.below())
+    return answer(text, found, [found], name, rules, p_for=p_for, p_equal=found.within(delta))
 
 
 CONTROLS: dict[str, Judge] = {"same_function": same_function, "factor": factor}

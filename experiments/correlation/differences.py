@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from experiments.correlation.contrasts import Contrast, Layout
-from experiments.correlation.judges import Answer, NotRun, Rules, _least_sure, _shown
+from experiments.correlation.judges import Answer, NotRun, Rules, _shown, answer
 from experiments.correlation.rows import Row, quantity
 from hessdiag.errors import ConfigurationError
 
@@ -53,16 +53,11 @@ def matched(high: Sequence[Row], low: Sequence[Row], rule: Mapping[str, Any], ru
 def _answer(known: Sequence[Contrast], least: Contrast, what: str, rule: Mapping[str, Any], rules: Rules) -> Answer:
     name = rule["quantity"]
     delta, _ = rules.of(name)
-    low, high = least.interval(rules.level)
     equal = max(contrast.within(delta) for contrast in known) if rule.get("bounded", True) else 1.0
     floor = -delta if rule["rule"] == "not_lower" else 0.0
-    return Answer(
-        what + _shown(least, name, rules.level),
-        max(contrast.above(floor) for contrast in known),
-        min(1.0, len(known) * min(contrast.below(floor) for contrast in known)),
-        1.0 if floor else equal,
-        least.value,
-        low,
-        high,
-        **_least_sure(known, name, rules),
-    )
+    return answer(
+        what + _shown(least, name, rules.level), least, known, name, rules,
+        p_for=max(contrast.above(floor) for contrast in known),
+        p_against=min(1.0, len(known) * min(contrast.below(floor) for contrast in known)),
+        p_equal=1.0 if floor else equal,
+    )  # fmt: skip

@@ -112,11 +112,22 @@ def unit(value: float, name: str, *, sign: bool = False) -> str:
     return f"{value:{plus}.3g}"
 
 
-def _least_sure(contrasts: Sequence[Contrast], name: str, rules: Rules) -> dict[str, float]:
-    """Half-width and power of the contrast that knows least."""
+def answer(
+    text: str,
+    shown: Contrast,
+    known: Sequence[Contrast],
+    name: str,
+    rules: Rules,
+    *,
+    p_for: float = 1.0,
+    p_against: float = 1.0,
+    p_equal: float = 1.0,
+) -> Answer:
+    """An answer with the figure and interval of one contrast, and half-width and power of the one that knows least."""
     _, effect = rules.of(name)
-    worst = max(contrasts, key=lambda contrast: contrast.half(rules.level))
-    return {"half": worst.half(rules.level), "power": worst.power(effect, rules.level)}
+    worst = max(known, key=lambda contrast: contrast.half(rules.level))
+    sure = worst.half(rules.level), worst.power(effect, rules.level)
+    return Answer(text, p_for, p_against, p_equal, shown.value, *shown.interval(rules.level), *sure)
 
 
 def _sides(chosen: Sequence[Row], name: str, rules: Rules) -> tuple[Layout, dict[str, list[float]], list[Contrast]]:
@@ -158,17 +169,9 @@ def band(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer
     text = f"band less low {_shown(sides[0], name, rules.level)}, band less high {_shown(sides[1], name, rules.level)}"
     if single[worst].value < 0:
         text += f"; at {worst:g} it is beyond the band by {unit(abs(single[worst].value), name)}"
-    low, high = least.interval(rules.level)
-    return Answer(
-        text,
-        p_for,
-        min(1.0, len(tests) * min(contrast.below() for contrast in tests)),
-        max(contrast.within(delta) for contrast in sides),
-        least.value,
-        low,
-        high,
-        **_least_sure(sides, name, rules),
-    )
+    p_against = min(1.0, len(tests) * min(contrast.below() for contrast in tests))
+    p_equal = max(contrast.within(delta) for contrast in sides)
+    return answer(text, least, sides, name, rules, p_for=p_for, p_against=p_against, p_equal=p_equal)
 
 
 def _rise(
@@ -196,19 +199,13 @@ def rise(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer
     contrast = layout.contrast(weights)
     if contrast is None:
         raise ConfigurationError("a single seed does not tell its own scatter")
-    low, high = contrast.interval(rules.level)
     turned = contrast.times(sign)
     ends = f"{min(map(float, weights)):g} to {max(map(float, weights)):g}"  # type: ignore[arg-type]
-    return Answer(
-        f"change from {ends} {_shown(contrast, name, rules.level)}",
-        turned.above(),
-        turned.below(),
-        contrast.within(rules.of(name)[0]),
-        contrast.value,
-        low,
-        high,
-        **_least_sure([contrast], name, rules),
-    )
+    text = f"change from {ends} {_shown(contrast, name, rules.level)}"
+    p_equal = contrast.within(rules.of(name)[0])
+    return answer(
+        text, contrast, [contrast], name, rules, p_for=turned.above(), p_against=turned.below(), p_equal=p_equal
+    )  # fmt: skip
 
 
 def steepest(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
@@ -233,17 +230,12 @@ def steepest(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> An
     delta, _ = rules.of(name)
     least = max(contrasts, key=lambda contrast: contrast.value)
     words = ", ".join(f"β=2 less β={b} {_shown(c, name, rules.level)}" for b, c in zip((0, 1), contrasts, strict=True))
-    low, high = least.interval(rules.level)
-    return Answer(
-        f"difference of changes: {words}",
-        max(contrast.below() for contrast in contrasts),
-        min(1.0, 2 * min(contrast.above() for contrast in contrasts)),
-        max(contrast.within(delta) for contrast in contrasts),
-        least.value,
-        low,
-        high,
-        **_least_sure(contrasts, name, rules),
-    )
+    return answer(
+        f"difference of changes: {words}", least, contrasts, name, rules,
+        p_for=max(contrast.below() for contrast in contrasts),
+        p_against=min(1.0, 2 * min(contrast.above() for contrast in contrasts)),
+        p_equal=max(contrast.within(delta) for contrast in contrasts),
+    )  # fmt: skip
 
 
 def coincidence(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
@@ -290,12 +282,10 @@ def coincidence(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) ->
     if apart:
         most, place = max(apart, key=lambda pair: abs(pair[0].value))
         text += f"; means differ most at {place:.3g}: {_shown(most, 'aa2', rules.level)}"
-    low, high = far.interval(rules.level)
-    ends = {"value": far.value, "low": low, "high": high}
-    sure = _least_sure([contrast for contrast, _ in known], "aa2", rules)
+    found = text, far, [contrast for contrast, _ in known], "aa2", rules
     if rule.get("negated"):
-        return Answer(text, p_for=differ, p_equal=coincide, **ends, **sure)
-    return Answer(text, p_for=coincide / 2, p_against=differ, **ends, **sure)
+        return answer(*found, p_for=differ, p_equal=coincide)
+    return answer(*found, p_for=coincide / 2, p_against=differ)
 
 
 def shape(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
@@ -334,28 +324,18 @@ def association(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) ->
     x, y = (quantity(finite, rule[axis]) for axis in ("x", "y"))
     found = within([_level(row) for row in finite], [row.seed for row in finite], x, y)
     contrast = found.slope
-    delta, effect = rules.of(rule["y"])
+    delta, _ = rules.of(rule["y"])
     sign = rule["sign"]
     p_for, p_against = contrast.times(sign).above(), contrast.times(sign).below()
     if found.matched is not None:
         less, more = found.matched if sign < 0 else found.matched[::-1]
         p_for, p_against = max(p_for, less), max(p_against, more)
-    low, high = contrast.interval(rules.level)
     text = f"with the norm's range along the curve goes {_shown(contrast, rule['y'], rules.level)}"
     text += f" of robustness, by runs of one curvature (r = {found.correlation:+.2f})"
     if np.isfinite(found.along):
         text += f"; along the curve Spearman {found.along:+.2f} over {found.cells} levels"
-    return Answer(
-        text,
-        p_for,
-        p_against,
-        contrast.within(delta),
-        contrast.value,
-        low,
-        high,
-        contrast.half(rules.level),
-        contrast.power(effect, rules.level),
-    )
+    p_equal = contrast.within(delta)
+    return answer(text, contrast, [contrast], rule["y"], rules, p_for=p_for, p_against=p_against, p_equal=p_equal)
 
 
 def same_place(
@@ -444,7 +424,7 @@ def residual(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> An
     return Answer(text, 1.0 if worst <= rule["enough"] else p, value=mean, low=worst)
 
 
-def combined(answers: Mapping[str, Answer], *, every: bool = True) -> Answer:
+def combined(answers: Mapping[str, Answer]) -> Answer:
     """What several curves say together: for all of them the largest p-value, against it the smallest times their
     number, equal where all are.
     """
