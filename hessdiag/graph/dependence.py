@@ -20,6 +20,7 @@ class Live:
         self.nodes = forward_order(outputs.grad_fn)
         self._uses: dict[int, list[tuple[Any, int]]] = {}
         self._live = self._mark()
+        self._bits: dict[int, int] = {}
         self._below: dict[int, str] = {}  # the layer last passed on the way to a node, by the node's id
 
     def is_live(self, node: Any) -> bool:
@@ -70,6 +71,21 @@ class Live:
                 return self.parameter_of(current) or ""
             stack += [source for source, _ in current.next_functions]
         return ""
+
+    def leaf(self, name: str) -> Any:
+        """The node that stands for a chosen parameter."""
+        return next(node for node in self.nodes if is_leaf(node) and self._chosen.get(id(node.variable)) == name)
+
+    def names_below(self, node: Any) -> list[str]:
+        """Names of all chosen parameters that a node is computed from, in their order."""
+        leaves = [one for one in self.nodes if is_leaf(one) and self.is_live(one)]
+        if not self._bits:
+            self._bits = {id(one): 1 << number for number, one in enumerate(leaves)}
+            for one in self.nodes:
+                for source, _ in () if is_leaf(one) else one.next_functions:
+                    self._bits[id(one)] = self._bits.get(id(one), 0) | self._bits.get(id(source), 0)
+        bits = self._bits.get(id(node), 0)
+        return [self._chosen[id(one.variable)] for number, one in enumerate(leaves) if bits >> number & 1]
 
     def refuse(self, node: Any, what: str) -> NoReturn:
         """Raise UncoveredModelError: what stands where, and what to do."""

@@ -75,6 +75,9 @@ class Linearisation:
         self.samples = len(targets)
         self.graph = Graph(self.outputs, objective.parameters)
         self.layers: list[Layer] = self.graph.layers
+        self.shared: list[Layer] = self.graph.shared
+        self.crossing: dict[int, int] = {}
+        """Places of shared layers by the sites of their own bilinear terms."""
         with torch.no_grad():
             self.curvature: Curvature = objective.loss.curvature(self.outputs, targets)
             self.columns = self.curvature.columns.count  # refused here where they would be too large a square
@@ -86,6 +89,10 @@ class Linearisation:
         for number, lam in (balance or {}).items():
             if number < len(pairs):
                 self.sites[pairs[number]] = replace(self.sites[pairs[number]], lam=lam)
+        self.free = frozenset(
+            number for number, s in enumerate(self.sites) if all(self.graph.is_free(edge[0]) for edge in s.edges)
+        )
+        """Sites of the free side, by number: they have no samples."""
         owners = {edge_key(site.legs[0][0]): n for n, site in enumerate(self.sites) if site.plain}
         self.direct: dict[int, Direct] = find_direct(self.graph, owners)
 
@@ -102,15 +109,19 @@ class Linearisation:
         *,
         right: Sequence[Tensor | None] | None = None,
         create_graph: bool = False,
+        above: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """One backward pass with many roots: sum_j seed_j dz_j/dt + output_seed . df/dt for every t in `targets`.
 
-        Of a pair the second half takes the seeds of `right`, or without these the same as the first.
+        Of a pair the second half takes the seeds of `right`, or without these the same as the first. `above` leaves out
+        what sites look at of the free side, which has no samples.
         """
         roots: list[Any] = []
         vectors: list[Tensor] = []
         for site, seed, other in zip(self.sites, seeds, seeds if right is None else right):
             for legs, s in ((site.legs, seed), (site.right, other)):
+                if above:
+                    legs = tuple(leg for leg in legs if not self.graph.is_free(leg[0][0]))
                 for edge, vector in pulled(legs, s) if s is not None else ():
                     roots.append(GradientEdge(*edge))
                     vectors.append(vector)
@@ -160,10 +171,22 @@ class Linearisation:
                 if not all(bool(torch.isfinite(c).all()) for c in bend.form.values()):
                     self._not_finite(index, bend.name)
             sites = self._merge(raw)
+            sites += self._crossings(len(sites))
             for site in sites:
                 if not bool(torch.isfinite(site.c).all()):
                     self._not_finite(index, site.name)
             return sites
+
+    def _crossings(self, first: int) -> list[Site]:
+        """Bilinear terms of shared layers whose input depends on what they apply."""
+        places = [n for n, layer in enumerate(self.shared) if layer.kind.crossing(layer) and self.graph.crosses(layer)]
+        found: list[Site] = []
+        for place, adjoint in zip(places, self.adjoints([self.shared[place].node for place in places])):
+            layer = self.shared[place]
+            c, legs, right = layer.on(self.samples).cross(adjoint)
+            self.crossing[first + len(found)] = place
+            found.append(Site(self._name(layer.node), c, legs, right))
+        return found
 
     def _not_finite(self, index: int, where: str) -> NoReturn:
         raise NonFiniteError(f"batch {index}: {where} has NaN or Inf curvature")

@@ -29,6 +29,14 @@ AFFINE = (
     | frozenset(name + "Backward1" for name in _OVERLOADS.split())
     | {"SqueezeBackward2"}
 )
+_INDEXED = """
+Embedding Index IndexSelect IndexAdd IndexCopy IndexFill IndexPut Gather Take Scatter ScatterAdd
+MaskedFill MaskedScatter Where Expand Repeat
+"""
+INDEXED = frozenset(name + "Backward0" for name in _INDEXED.split()) | frozenset(
+    name + "Backward1" for name in ("MaskedFill", "Scatter", "RepeatInterleave")
+)
+"""Nodes whose output may hold the samples though all their inputs in the graph do not: numbers, masks, an expansion."""
 RANDOM = frozenset({"NativeDropoutBackward0", "FusedDropoutBackward0"})
 RANDOM_IN_TRAINING = frozenset({"RreluWithNoiseBackward0", "RreluWithNoiseBackward1"})
 

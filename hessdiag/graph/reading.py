@@ -1,54 +1,92 @@
-"""Reading a model's autograd graph: which nodes are affine, where it bends, and which node applies each parameter.
+"""Reading a model's autograd graph: which nodes are affine, where it bends, and which nodes apply each parameter.
+
+Below the layers stands what is computed from parameters alone, the *free* side: a weight turned, seen through a view,
+divided by its length, a table of places looked up. It has no samples. Nodes there are affine or bend like any other,
+and a layer may apply what comes out of them in the place of a parameter. What one node alone applies is its layer's own
+(`layers`), as it stands or by way of a view, a choice or a factor (`hessdiag.graph.carried`). A parameter that several
+nodes apply, or one behind any other computation, is *shared* (`shared`: the nodes that apply it, by the names of what
+they apply).
 
 Between the chosen parameters and the outputs every node must be known: as that of a layer kind (`layers.KINDS`), of a
 site kind (`sites.KINDS`), or as affine, by its name. A node of torch's own that no list names is tested: its backward
-says whether it is affine, or how it bends (`sites.tested`). Anything else - scripted or custom code, a parameter used
-twice or behind a parametrisation - raises UncoveredModelError with its name and place.
+says whether it is affine, or how it bends (`sites.tested`). Anything else - scripted or custom code, kernels without a
+second derivative - raises UncoveredModelError with its name and place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from hessdiag.errors import StochasticModeError, UncoveredModelError
 from hessdiag.graph import layers, saved, sites
 from hessdiag.graph.carried import Carried, read
 from hessdiag.graph.dependence import Live
 from hessdiag.graph.layers import Layer
-from hessdiag.graph.layers.broadcast import Broadcast
 from hessdiag.graph.layers.source import Source
 from hessdiag.graph.moves import forward
-from hessdiag.graph.nodes import AFFINE, RANDOM, RANDOM_IN_TRAINING, Edge, edge_shape, is_leaf, sizes
+from hessdiag.graph.nodes import (
+    AFFINE,
+    INDEXED,
+    RANDOM,
+    RANDOM_IN_TRAINING,
+    Edge,
+    edge_key,
+    edge_shape,
+    is_leaf,
+    short_name,
+    sizes,
+)
 from hessdiag.graph.sites import SiteKind
 from hessdiag.graph.sites.tested import Tested
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Something of the free side that layers apply: `edge`, computed from the parameters `names`."""
+
+    key: str
+    edge: Edge
+    names: tuple[str, ...]
+
+    @property
+    def computed(self) -> bool:
+        """False for a parameter as it stands."""
+        return not is_leaf(self.edge[0])
 
 
 class Graph(Live):
     """The part of an autograd graph between chosen parameters and outputs, classified, in forward order.
 
-    After construction: `layers`; `bends`, the nodes whose second derivative need not vanish, with their kinds, in the
-    order of the table; and `unused`, the names of parameters that do not reach the outputs.
+    After construction: `layers` and `shared`; `applied`, what layers apply, by its key; `bends`, the nodes whose second
+    derivative need not vanish, with their kinds, in the order of the table; and `unused`, the names of parameters that
+    do not reach the outputs.
     """
 
     def __init__(self, outputs: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(outputs, parameters)
         self.layers: list[Layer] = []
+        self.shared: list[Layer] = []
+        self.applied: dict[str, Applied] = {}
         self._layer_nodes: set[int] = set()
+        self._free = {id(node) for node in self.nodes if is_leaf(node) and self.is_live(node)}
         self._found: dict[str, list[Any]] = {}
-        self._carriers: set[int] = set()
-        self._reached: set[str] = set()
         for node in self.nodes:
             if self.is_live(node) and not is_leaf(node):
                 self._classify(node)
-        self._hand_over(outputs.grad_fn, [(outputs.grad_fn, outputs.output_nr)])
         self.bends: list[tuple[type[SiteKind], Any]] = [
             (kind, node) for kind in sites.KINDS for node in self._found.get(kind.name, []) if kind.bends(node)
         ]
-        self.unused = tuple(name for name in parameters if name not in self._reached)
-        self._check_all_uses()
+        reached = {name for layer in self.layers for key in layer.own for name in self.applied[key].names}
+        self._tell_apart()
+        self.unused = tuple(name for name in parameters if name not in reached)
+        self._check_all_uses(reached)
 
     def of_kind(self, name: str) -> list[Any]:
         """The nodes of one kind of site, curved or not."""
@@ -62,36 +100,80 @@ class Graph(Live):
         """True if no other layer stands below this one."""
         return not any(self._below.get(id(source)) for source, _ in layer.node.next_functions if source is not None)
 
+    @property
+    def shared_names(self) -> list[str]:
+        """Parameters behind what shared layers apply."""
+        found = {name for layer in self.shared for key in layer.own for name in self.applied[key].names}
+        return [name for name in self.names_below(self.outputs.grad_fn) if name in found]
+
+    def owners(self) -> list[Layer]:
+        """Every parameter once: the layers, and for each shared parameter a layer that applies it."""
+        rest = []
+        for name in self.shared_names:
+            using = (layer for layer in self.shared if any(name in self.applied[key].names for key in layer.own))
+            rest.append(replace(next(using), weight=name, bias=None))
+        return [*self.layers, *rest]
+
     # -- for kinds of layers and sites
 
+    def is_free(self, node: Any) -> bool:
+        """True for what is computed from chosen parameters alone, and so is the same for every sample."""
+        return node is not None and id(node) in self._free
+
     def direct(self, node: Any, slot: int) -> str | None:
-        """The chosen parameter that feeds `slot` of `node`; refused if something stands between, or used twice."""
+        """What feeds `slot` of `node`, by its key, if that is a chosen parameter or computed from such alone."""
         if slot >= len(node.next_functions):
             return None
-        source = node.next_functions[slot][0]
-        if not self.is_live(source):
+        edge: Edge = node.next_functions[slot]
+        if not self.is_live(edge[0]):
             return None
-        if not is_leaf(source):
-            self.refuse(node, f"a weight computed from {self.through(source)!r} (a parametrisation)")
-        name = self.parameter_of(source)
-        if len(self._uses[id(source)]) > 1:
-            self.refuse(node, f"parameter {name!r} used {len(self._uses[id(source)])} times")
-        return name
+        if not self.is_free(edge[0]):
+            self.refuse(node, f"a weight that depends on the inputs and on parameter {self.through(edge[0])!r}")
+        return self.apply(edge)
+
+    def apply(self, edge: Edge) -> str:
+        """The key of something of the free side that a layer applies: the name of a parameter, if it is one."""
+        name = self.parameter_of(edge[0])
+        if name is not None:
+            self.applied.setdefault(name, Applied(name, edge, (name,)))
+            return name
+        for known in self.applied.values():
+            if edge_key(known.edge) == edge_key(edge):
+                return known.key
+        names = tuple(self.names_below(edge[0]))
+        key = f"{names[0]} through {short_name(edge[0])}"
+        while key in self.applied:
+            key += "'"
+        self.applied[key] = Applied(key, edge, names)
+        return key
 
     def carried(self, node: Any, slot: int) -> list[Carried]:
-        """The ways of the parameters that the input `slot` of a node consists of; none where other things enter it."""
-        edge = node.next_functions[slot]
-        if is_leaf(edge[0]):
-            name, shape = self.direct(node, slot), edge_shape(edge)
-            return [Carried(name, slot, shape, shape)] if name else []
-        if id(edge[0]) not in self._carriers:
+        """The ways by which parameters make up the input `slot` of a node; none where samples enter it.
+
+        What is used elsewhere too, mixed or bent on its way is carried as it is, under a key of its own.
+        """
+        edge: Edge = node.next_functions[slot]
+        if not self.is_free(edge[0]):
             return []
-        return [self._way(slot, edge, leaf) for leaf in self._leaves(edge[0])]
+        ways = [] if is_leaf(edge[0]) else self._ways(slot, edge)
+        shape = edge_shape(edge)
+        return ways or [Carried(self.apply(edge), slot, shape, shape)]
 
     def layer_name(self, *parameters: str | None) -> str:
         """What a layer of these parameters is called: by its module."""
-        first = next(name for name in parameters if name)
+        first = self.applied[next(name for name in parameters if name)].names[0]
         return first.rpartition(".")[0] or first
+
+    def crosses(self, layer: Layer) -> bool:
+        """Whether what a layer is given depends on a parameter behind what it applies."""
+        known = [self.applied[key] for key in layer.own]
+        own = {edge_key(one.edge) for one in known}
+        names = {name for one in known for name in one.names}
+        given = [source for source, number in layer.node.next_functions if edge_key((source, number)) not in own]
+        return any(
+            self.is_live(source) and not self.is_free(source) and names & set(self.names_below(source))
+            for source in given
+        )
 
     # -- construction
 
@@ -100,15 +182,14 @@ class Graph(Live):
         self._below[id(node)] = next((self._below[id(s)] for s in sources if id(s) in self._below), "")
         if node.name() in RANDOM or (node.name() in RANDOM_IN_TRAINING and saved.flag(node, "training")):
             raise StochasticModeError(f"active dropout {self.place(node)}; call model.eval()")
-        if self._is_carrier(node):
-            self._carriers.add(id(node))
-            return
-        known = self._is_layer(node)
-        self._hand_over(node, node.next_functions)
-        if known:
+        if self._stays_free(node):
+            self._free.add(id(node))
+            if not any(kind.carries(node, self) for kind in layers.KINDS) and not self._is_site(node):
+                self._test(node)
+        elif self._is_layer(node):
             if any(layer.node is node and layer.kind.bends for layer in self.layers):
                 self._is_site(node)
-        elif not self._is_site(node):
+        elif not self._is_source(node) and not self._is_site(node):
             self._test(node)
 
     def _is_layer(self, node: Any) -> bool:
@@ -125,59 +206,105 @@ class Graph(Live):
 
     def _add(self, layer: Layer) -> None:
         self.layers.append(layer)
-        self._reached |= set(layer.own)
         self._layer_nodes.add(id(layer.node))
         self._below[id(layer.node)] = layer.name
 
+    def _is_source(self, node: Any) -> bool:
+        """Where a parameter is handed to the samples, each a row of its own, and no kind of layer claims it."""
+        live = [edge for edge in node.next_functions if self.is_live(edge[0])]
+        shape = edge_shape((node, 0))
+        if not all(self.is_free(source) for source, _ in live) or not shape or shape[0] % len(self.outputs):
+            return False
+        ways = self._ways(0, (node, 0))
+        for way in ways:
+            self._add(Layer(Source, way.name, node, way.name, None, carried=way))
+        return bool(ways)
+
+    def _tell_apart(self) -> None:
+        """Cut what several nodes apply, and what is computed first, out of `layers` into `shared`."""
+        uses = Counter(key for layer in self.layers for key in layer.own)
+        computed = {name for known in self.applied.values() if known.computed for name in known.names}
+        own = {key for key, count in uses.items() if count == 1 and not self.applied[key].computed} - computed
+        together = self.layers
+        self.layers = [part for part in (layer.part(own) for layer in together) if part.own]
+        self.shared = [part for part in (layer.part(uses.keys() - own) for layer in together) if part.own]
+
+    # -- what has no samples
+
+    def _stays_free(self, node: Any) -> bool:
+        """Whether a node's output is of the free side: its live inputs are, and no sample enters by another way.
+
+        A constant operand may hold something of each sample. Its shape tells as a rule; where it does not, gradients
+        from one half of the samples and from the other do: what both reach is the same for all samples.
+        """
+        if not all(self.is_free(source) for source, _ in node.next_functions if self.is_live(source)):
+            return False
+        constant = any(not self.is_live(source) for source, _ in node.next_functions)
+        shape, samples = edge_shape((node, 0)), len(self.outputs)
+        if not (constant or node.name() in INDEXED) or not shape or shape[0] % samples:
+            return True
+        if any(kind.enters(node, self) for kind in layers.KINDS.of(node)):
+            return False
+        return self._meets_all(node) if samples > 1 else self._ends_in_weights(node)
+
+    def _ends_in_weights(self, node: Any) -> bool:
+        """Whether all that is computed from a node's output is applied to something else (of one sample both serve)."""
+        users = self.consumers(node)
+        for user, slot in users:
+            sole = any(kind.sole for kind in layers.KINDS.of(user))
+            if not (sole and slot > 0) and (sole or not self._ends_in_weights(user)):
+                return False
+        return bool(users)
+
+    def _meets_all(self, node: Any) -> bool:
+        wave = torch.cos(torch.arange(self.outputs.numel(), device=self.outputs.device) * 1.7 + 0.3)
+        seed = wave.to(self.outputs.dtype).reshape(len(self.outputs), -1)
+        half = (torch.arange(len(seed), device=seed.device) < len(seed) // 2)[:, None]
+        found = [
+            torch.autograd.grad(
+                self.outputs,
+                GradientEdge(node, 0),
+                (seed * part).reshape(self.outputs.shape),
+                retain_graph=True,
+                allow_unused=True,
+            )[0]
+            for part in (half, ~half)
+        ]
+        return all(g is not None for g in found) and bool(((found[0] != 0) & (found[1] != 0)).any())
+
     # -- parameters on their way
 
-    def _is_carrier(self, node: Any) -> bool:
-        """Whether a node takes nothing live but parameters on their way, is affine in them, and no layer's."""
-        if any(kind.carries(node, self) for kind in layers.KINDS):
-            return True
-        live = [edge for edge in node.next_functions if self.is_live(edge[0])]
-        if not all(is_leaf(source) or id(source) in self._carriers for source, _ in live):
-            return False
-        out = edge_shape((node, 0))
-        for kind in layers.KINDS.of(node):
-            if not issubclass(kind, Broadcast):
-                return False
-            rows = bool(out) and out[0] == self.outputs.shape[0]
-            if rows and any(len(edge_shape(e)) < len(out) or edge_shape(e)[0] == 1 != out[0] for e in live):
-                return False  # here samples come in
-        try:
-            bent = [kind.bends(node) for kind in sites.KINDS.of(node) if kind.match(node, self)]
-            return not any(bent) and (bool(bent) or node.name() in AFFINE or not Tested.match(node, self))
-        except UncoveredModelError:
-            return False  # refused in its turn
+    def _ways(self, slot: int, end: Edge) -> list[Carried]:
+        """How the parameters below `end` make it up, entry by entry; none where one serves elsewhere, too, or mixes."""
+        ways = []
+        for name in self.names_below(end[0]):
+            way = self._way(slot, end, self.leaf(name))
+            if way is None:
+                return []
+            ways.append(way)
+        for way in ways:
+            self.apply((self.leaf(way.name), 0))
+        return ways
 
-    def _leaves(self, carrier: Any) -> list[Any]:
-        """The parameters' nodes below a node that carries them."""
-        found: list[Any] = []
-        stack = [carrier]
-        while stack:
-            node = stack.pop()
-            if is_leaf(node):
-                found += [] if node in found else [node]
-            else:
-                stack += [source for source, _ in node.next_functions if self.is_live(source)]
-        return found
-
-    def _way(self, slot: int, end: Edge, leaf: Any) -> Carried:
-        """How the parameter of `leaf` becomes what `end` stands for: one step after the other, none taken twice."""
+    def _way(self, slot: int, end: Edge, leaf: Any) -> Carried | None:
         name, own, edge = self.parameter_of(leaf), edge_shape((leaf, 0)), (leaf, 0)
         assert name is not None
         steps: list[tuple[Any, int, Edge, int]] = []
         while edge[0] is not end[0]:
-            user, place = self._user(edge[0], name)
+            users = self.consumers(edge[0])
+            if len(users) != 1 or self._bends(users[0][0]):
+                return None
+            user, place = users[0]
             output = end[1]
             if user is not end[0]:
-                above, there = self._user(user, name)
-                output = above.next_functions[there][1]
+                above = self.consumers(user)
+                if len(above) != 1:
+                    return None
+                output = above[0][0].next_functions[above[0][1]][1]
             steps.append((user, place, edge, output))
             edge = (user, output)
-        if self.consumers(end[0]):
-            self._user(end[0], name)
+        if len(self.consumers(end[0])) > 1 and self.is_free(end[0]):
+            return None
 
         def moved(tangents: Tensor) -> Tensor:
             for step, place, below, output in steps:
@@ -185,32 +312,14 @@ class Graph(Live):
             return tangents
 
         found = read(moved, own, leaf.variable)
-        if found is None:
-            self.refuse(end[0], f"a weight that mixes entries of {name!r} (a parametrisation)")
-        return Carried(name, slot, own, edge_shape(end), *found)
+        return None if found is None else Carried(name, slot, own, edge_shape(end), *found)
 
-    def _user(self, node: Any, name: str) -> tuple[Any, int]:
-        """What takes a node's output, and by which input; refused if there are several."""
-        users = self.consumers(node)
-        if len(users) > 1:
-            self.refuse(users[0][0], f"parameter {name!r} used {len(users)} times")
-        return users[0]
+    def _bends(self, node: Any) -> bool:
+        return any(
+            kind.bends(node) for kind in sites.KINDS if any(node is known for known in self._found.get(kind.name, ()))
+        )
 
-    def _hand_over(self, node: Any, edges: Sequence[Edge]) -> None:
-        """Parameters that come to a node and belong to no layer there are layers by themselves, if rows are samples."""
-        for slot, edge in enumerate(edges):
-            source = edge[0]
-            if id(source) not in self._carriers or id(source) in self._layer_nodes:
-                continue
-            for leaf in self._leaves(source):
-                name = self.parameter_of(leaf)
-                assert name is not None
-                if name in self._reached:
-                    continue
-                shape = edge_shape((source, 0))
-                if not shape or shape[0] % self.outputs.shape[0]:
-                    self.refuse(node, f"a weight computed from {name!r} (a parametrisation)")
-                self._add(Layer(Source, name, source, name, None, carried=self._way(slot, edge, leaf)))
+    # -- sites, and what is left
 
     def _is_site(self, node: Any) -> bool:
         for kind in sites.KINDS.of(node):
@@ -229,24 +338,24 @@ class Graph(Live):
             self._found.setdefault(Tested.name, []).append(node)
 
     def _refuse_parameters(self, node: Any) -> None:
-        own = self.layers[-1].own if self.is_layer(node) else ()
-        for source, _ in node.next_functions:
-            if is_leaf(source) and self.is_live(source) and self.parameter_of(source) not in own:
-                self.refuse(
-                    node,
-                    f"parameter {self.parameter_of(source)!r} is not the weight or bias of a known layer",
-                )
+        """Where something of the free side meets samples at a node that is no layer."""
+        if self.is_free(node):
+            return
+        own = {edge_key(self.applied[key].edge) for key in self.layers[-1].own} if self.is_layer(node) else set()
+        for source, number in node.next_functions:
+            if self.is_free(source) and edge_key((source, number)) not in own:
+                self.refuse(node, f"parameter {self.through(source)!r} is not the weight or bias of a known layer")
 
     def _refuse_complex(self, node: Any) -> None:
         edges = [(node, 0), *(edge for edge in node.next_functions if self.is_live(edge[0]))]
         if any(sizes(*edge).dtype.is_complex for edge in edges):
             self.refuse(node, "a function of complex numbers that is not affine")
 
-    def _check_all_uses(self) -> None:
+    def _check_all_uses(self, reached: set[str]) -> None:
         for node in self.nodes:
             if self.is_live(node) and is_leaf(node):
                 name = self.parameter_of(node)
-                if name not in self._reached:
+                if name not in reached:
                     self.refuse(
                         self._uses[id(node)][0][0],
                         f"parameter {name!r} is not the weight or bias of a known layer",

@@ -63,4 +63,4 @@ def broadcast(value: Tensor, shape: torch.Size) -> Tensor:
 
 def aligned(other: Tensor, shape: torch.Size) -> Tensor:
     """A tensor that broadcasts against `shape`, with as many axes."""
-    return other.reshape(*(1,) * (len(shape) - other.ndim), *other.shape)
+    return other.reshape((1,) * (len(shape) - other.ndim) + tuple(other.shape))

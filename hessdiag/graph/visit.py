@@ -22,17 +22,19 @@ def visit(
     *,
     right: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """Call `visitor(place, cotangent)` once for every layer that the roots reach, `place` being its index in `layers`.
+    """Call `visitor(place, cotangent)` once for every layer that the roots reach.
 
-    Seeds are those of `Linearisation.backward`. The pass goes down to the layers with none below them, and so through
-    all the others.
+    `place` is its index in `layers`, and beyond them in `shared`. Seeds are those of `Linearisation.backward`. The pass
+    goes down to the layers with none below them, and so through all the others.
     """
-    first = [place for place, layer in enumerate(batch.layers) if batch.graph.is_first(layer)]
+    layers = [*batch.layers, *batch.shared]
+    first = [place for place, layer in enumerate(layers) if batch.graph.is_first(layer)]
     handles = []
     try:
-        for place in set(range(len(batch.layers))) - set(first):
-            handles.append(batch.layers[place].node.register_prehook(_teller(place, visitor)))
-        found = batch.backward(seeds, output_seed, [batch.layers[place].edge for place in first], right=right)
+        for place in set(range(len(layers))) - set(first):
+            handles.append(layers[place].node.register_prehook(_teller(place, visitor)))
+        edges = [layers[place].edge for place in first]
+        found = batch.backward(seeds, output_seed, edges, right=right, above=True)
     finally:
         for handle in handles:
             handle.remove()

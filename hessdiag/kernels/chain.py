@@ -56,6 +56,8 @@ class Level:
 
 def find_chain(batch: Linearisation) -> list[Level] | None:
     """The levels of a chain from the first linear layer to the outputs; None for any other network."""
+    if batch.shared:
+        return None
     graph, segment = batch.graph, dict[int, int]()
     maps: list[Any] = []
     for node in graph.nodes:

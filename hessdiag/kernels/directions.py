@@ -3,30 +3,75 @@
 For a layer a = W x + b the functional part of H_kk is sum_j c_j (dz_j/da . da/dtheta_k)^2. Which directions of a say
 all of it is the layer kind's knowledge (`LayerKind.ways`); what they say is summed here. Directions of all samples
 share a pass: samples do not mix (checked by whoever calls). A sample that owns several rows of the batch axis has their
-outputs moved together.
+outputs moved together. A parameter that is applied more than once has no layer of its own: its directions start at
+itself, one for each entry, and pass all its uses. What they add where no sample is, at the sites of what is computed
+from parameters alone, is dealt out evenly.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hessdiag.graph import Layer, Linearisation, Site
+from hessdiag.graph.layers import Way
+from hessdiag.graph.layers.layer import Along, Into
 from hessdiag.graph.route import Route
 from hessdiag.graph.tangents import Tangent
 
 
-class Directions:
-    """Sums over the sites that one layer reaches; each pass moves as many directions as the seed holds."""
+@dataclass(frozen=True)
+class Shared:
+    """A parameter that is applied more than once, or computed with first: directions start at itself, `node`."""
 
-    def __init__(self, batch: Linearisation, layer: Layer, route: Route) -> None:
+    name: str
+    node: Any
+
+    def ways(self, parameters: Mapping[str, Tensor]) -> list[Way]:
+        """One direction for each of its entries."""
+        parameter = parameters[self.name]
+        size = parameter.numel()
+
+        def run(along: Along, into: Into, count: int) -> None:
+            for low in range(0, size, count):
+                high = min(low + count, size)
+                unit = torch.zeros(high - low, size, dtype=parameter.dtype, device=parameter.device)
+                rows = torch.arange(high - low, device=unit.device)
+                unit[rows, rows + low] = 1
+                into.add(self.name, slice(low, high), along.total(Tangent(unit.reshape(-1, *parameter.shape))))
+
+        return [Way(size, run)]
+
+
+def starts(batch: Linearisation) -> list[Layer | Shared]:
+    """Where directions start: at layers, and at shared parameters."""
+    return [*batch.layers, *(Shared(name, batch.graph.leaf(name)) for name in batch.graph.shared_names)]
+
+
+def ways_of(batch: Linearisation, start: Layer | Shared) -> list[Way]:
+    """How all second derivatives of what starts there can be had."""
+    parameters = batch.objective.parameters
+    return start.ways(parameters) if isinstance(start, Shared) else start.on(batch.samples).ways(parameters)
+
+
+class Directions:
+    """Sums over the sites that one start reaches; each pass moves as many directions as the seed holds."""
+
+    def __init__(self, batch: Linearisation, start: Layer | Shared, route: Route) -> None:
         self.batch, self.route, self.samples = batch, route, batch.samples
-        self.ways = layer.on(batch.samples).ways(batch.objective.parameters)
+        self.ways = ways_of(batch, start)
 
     def total(self, seed: Tangent) -> Tensor:
         """[K, N]: sum over the sites of each sample of c dz^2."""
         total = torch.zeros(len(seed.value), self.samples, dtype=torch.float64, device=seed.value.device)
-        for _, site, tangent, other in self.route.run(seed):
+        for number, site, tangent, other in self.route.run(seed):
+            if number in self.batch.free:
+                total += self._free(site, tangent, other)[:, None] / self.samples
+                continue
             value, c = self._at_site(site, tangent)
             total += (value * c).mul_(value if other is None else self._at_site(site, other)[0]).sum(2)
         return total
@@ -41,6 +86,12 @@ class Directions:
             t, c = self._at_site(site, tangent)
             block += torch.einsum("knj,nj,lnj->nkl", t, c, t if other is None else self._at_site(site, other)[0])
         return block
+
+    def _free(self, site: Site, tangent: Tangent, other: Tangent | None) -> Tensor:
+        """[K]: the sum over a site of the free side."""
+        dz = tangent.dense(site.c.shape)
+        dw = dz if other is None else other.dense(site.c.shape)
+        return (dz.double() * site.c.double() * dw.double()).reshape(len(dz), -1).sum(1)
 
     def _at_site(self, site: Site, tangent: Tangent) -> tuple[Tensor, Tensor]:
         """dz as [K, N, j] and c as [N, j], a pending factor counted with c."""

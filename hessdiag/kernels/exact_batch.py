@@ -19,14 +19,14 @@ from torch import Tensor
 from hessdiag.errors import BudgetError, UncoveredModelError
 from hessdiag.graph import Layer, Linearisation
 from hessdiag.graph.layers import Way
-from hessdiag.graph.layers.linear import given
+from hessdiag.graph.layers.linear import input_of
 from hessdiag.graph.moves import Cache
 from hessdiag.graph.nodes import Edge
 from hessdiag.graph.route import Route
 from hessdiag.kernels.chain import CACHED, Level, best_switch, find_chain, gauss_newton
 from hessdiag.kernels.chain import functional as diagonal_along
 from hessdiag.kernels.collector import Collector
-from hessdiag.kernels.directions import Directions
+from hessdiag.kernels.directions import Directions, starts, ways_of
 from hessdiag.kernels.price import Price, prices
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors
@@ -98,6 +98,10 @@ def batch_diagonal(
             turned = _turned(batch.layers)
             return outer.result(turned), functional.result(turned)
         check_separate(batch)
+        if per_sample and batch.free:
+            raise UncoveredModelError(
+                "weights that are computed from parameters bend for all samples together; take one sample at a time"
+            )
         done, total = 0, price.passes
         for directions, choice in steps:
             choice.way.run(directions, functional, choice.count)
@@ -117,12 +121,9 @@ def cost(batch: Linearisation, *, memory: int = MEMORY) -> Cost:
         if chain:
             return _chain_price(batch, chain, memory)
         bent = [site for site in batch.sites if bool(site.c.any())]
-        found = zip(batch.layers, prices(batch.graph, batch.layers, bent))
-        choices = [
-            _choose(layer.on(batch.samples).ways(batch.objective.parameters), price, batch, memory)
-            for layer, price in found
-            if price.sites
-        ]
+        begins = starts(batch)
+        found = zip(begins, prices(batch.graph, begins, bent))
+        choices = [_choose(ways_of(batch, start), price, batch, memory) for start, price in found if price.sites]
         return _price(batch, choices, memory)
 
 
@@ -134,7 +135,7 @@ def check_separate(batch: Linearisation) -> None:
     the layers of the samples left out must vanish.
     """
     samples = batch.samples
-    if samples == 1 or not batch.layers:
+    if samples == 1 or not (batch.layers or batch.shared):
         return
     order = torch.randperm(samples, generator=cpu_generator(samples), device="cpu")
     half = (order < (samples + 1) // 2).to(batch.outputs.device)
@@ -146,7 +147,10 @@ def _check_unseen(batch: Linearisation, half: Tensor) -> None:
     """Refuse a model in which the samples of `half` see others."""
     samples = batch.samples
     seeds: list[Tensor | None] = []
-    for site in batch.sites:
+    for number, site in enumerate(batch.sites):
+        if number in batch.free:
+            seeds.append(None)
+            continue
         if site.c.numel() % samples:
             raise UncoveredModelError(
                 f"{site.name}: {list(site.c.shape)} is not laid out by samples; use method='hutchinson'"
@@ -154,8 +158,8 @@ def _check_unseen(batch: Linearisation, half: Tensor) -> None:
         rows = half.to(site.c.dtype)[:, None].expand(-1, site.c.numel() // samples)
         seeds.append(rows.reshape(site.c.shape))
     top = half.to(batch.outputs.dtype).reshape(-1, *(1,) * (batch.outputs.ndim - 1)).expand(batch.outputs.shape)
-    found = batch.backward(seeds, top, [layer.edge for layer in batch.layers])
-    for layer, gradient in zip(batch.layers, found):
+    layers = [*batch.layers, *batch.shared]
+    for layer, gradient in zip(layers, batch.backward(seeds, top, [layer.edge for layer in layers], above=True)):
         if gradient is None:
             continue
         if gradient.numel() % samples or bool(gradient.reshape(samples, -1)[~half].any()):
@@ -169,11 +173,11 @@ def _plan(batch: Linearisation, memory: int) -> list[tuple[Directions, Choice]]:
     sites = [site for site in batch.sites if bool(site.c.any())]
     cache: Cache = {}
     steps = []
-    for layer in batch.layers:
-        edge: Edge = (layer.node, 0)
+    for start in starts(batch):
+        edge: Edge = (start.node, 0)
         route = Route(batch.graph, edge, sites, cache)
         if route.sites:
-            directions, (work, entries) = Directions(batch, layer, route), route.cost()
+            directions, (work, entries) = Directions(batch, start, route), route.cost()
             price = Price(work, entries, sum(site.c.numel() for _, site in route.sites), len(route.nodes))
             steps.append((directions, _choose(directions.ways, price, batch, memory)))
     return steps
@@ -210,7 +214,7 @@ def _along_chain(
 ) -> None:
     """Both parts of a chain: q level by level, then H_ab = sum_n q_na x_nb^2."""
     squares = {
-        place: given(level.node).square()
+        place: input_of(level.node).square()
         for place, level in enumerate(levels)
         if level.layer is not None and level.layer.weight
     }

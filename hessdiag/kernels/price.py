@@ -15,6 +15,7 @@ import numpy as np
 from hessdiag.graph import Graph, Layer, Site, edge_shape
 from hessdiag.graph.moves import fan_of
 from hessdiag.graph.nodes import Edge, Key, edge_key
+from hessdiag.kernels.directions import Shared
 
 BLOCK = 256
 """Layers looked at together."""
@@ -30,7 +31,7 @@ class Price:
     nodes: int
 
 
-def prices(graph: Graph, layers: Sequence[Layer], sites: Sequence[Site]) -> list[Price]:
+def prices(graph: Graph, layers: Sequence[Layer | Shared], sites: Sequence[Site]) -> list[Price]:
     """One for each layer; all zero for a layer below no site."""
     found: list[Price] = []
     table = _Nodes(graph, sites)
@@ -74,7 +75,7 @@ class _Nodes:
                 fans[key[0]] = fan_of(self.edges[key][0]) if self.sources[place] else 0
             self.work[place] += size * fans[key[0]]
 
-    def of(self, layers: Sequence[Layer]) -> list[Price]:
+    def of(self, layers: Sequence[Layer | Shared]) -> list[Price]:
         """Of layers that share a table."""
         reached = np.zeros((len(self.sources), len(layers)), dtype=bool)
         starts = [self.place[id(layer.node)] for layer in layers]

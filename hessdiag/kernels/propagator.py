@@ -29,6 +29,7 @@ from torch import Tensor
 from hessdiag.graph import Linearisation, Site, edge_shape, visit
 from hessdiag.kernels.deflation import Deflation, deflation
 from hessdiag.kernels.tensors import Tensors, accumulate, zeros
+from hessdiag.kernels.uses import Uses
 from hessdiag.signs import Signs
 
 FUNCTIONAL, GAUSS_NEWTON = 0, 1  # streams of signs
@@ -57,7 +58,8 @@ class Propagator:
         self.start = start
         self.squares = [layer.on(batch.samples, keep=keep) for layer in batch.layers]
         self._groups = [(groups or {}).get(layer.name, 1) for layer in batch.layers]
-        self._edges = [layer.edge for layer in batch.layers]
+        self.uses = Uses(batch)
+        self._edges = [layer.edge for layer in (*batch.layers, *batch.shared)]
         size = sum(site.c.numel() * site.c.element_size() for site in batch.sites)
         self._small = size <= KEEP_ROOTS
         self._roots: dict[int, list[Tensor | None]] = {}
@@ -75,7 +77,7 @@ class Propagator:
 
     def deflate(self, signs: Signs, rank: int) -> Deflation | None:
         """Find `rank` directions per sample for the signed passes to leave out, if there is anything to leave out."""
-        if rank and self.batch.sites:
+        if rank and self.batch.sites and not self.batch.free and not self.batch.crossing:
             self.deflation = deflation(self.batch, self.squares, signs, start=self.start, rank=rank)
         return self.deflation
 
@@ -96,17 +98,12 @@ class Propagator:
     def functional(self, signs: Signs, replicate: int) -> Tensors:
         """One unbiased replicate of the functional part beyond its `direct` and `deflated` shares, samples summed."""
         samples = self.batch.samples
-        drawn = [
-            signs.samples(
-                torch.Size((samples, site.c.numel() // samples)),
-                self.start,
-                replicate,
-                FUNCTIONAL,
-                number,
-                dtype=site.c.dtype if self._small or self.deflation is not None else torch.int8,
-            )
-            for number, site in enumerate(self.batch.sites)
-        ]
+        drawn = []
+        for number, site in enumerate(self.batch.sites):
+            owners = 1 if number in self.batch.free else samples
+            shape = torch.Size((owners, site.c.numel() // owners))
+            dtype = site.c.dtype if self._small or self.deflation is not None else torch.int8
+            drawn.append(signs.samples(shape, self.start, replicate, FUNCTIONAL, number, dtype=dtype))
         return self.beyond(drawn)
 
     def beyond(self, drawn: Sequence[Tensor]) -> Tensors:
@@ -141,12 +138,13 @@ class Propagator:
 
     def each(self, seeds: Sequence[Tensor | None], output_seed: Tensor | None) -> Tensors:
         """Per-sample gradients [N, ...] of every parameter for given cotangents."""
-        deltas = self.batch.backward(seeds, output_seed, self._edges)
+        deltas = self.batch.backward(seeds, output_seed, self._edges, above=True)
         out: Tensors = {}
         for square, delta in zip(self.squares, deltas):
             if delta is not None:
                 out |= square.each(delta.detach())
-        return out
+        shared = {place: d.detach() for place, d in enumerate(deltas[len(self.squares) :]) if d is not None}
+        return out | self.uses.each(shared, seeds)
 
     def _seeds(self, sign: int, drawn: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Signs (or a direction) times sqrt(max(+-c, 0)), site by site, None where it vanishes; and those of the second
@@ -185,8 +183,25 @@ class Propagator:
         if output_seed is None and all(seed is None for seed in (*seeds, *right)):
             return
 
+        shared: dict[int, Tensor] = {}
+
         def square(place: int, delta: Tensor) -> None:
+            if place >= len(self.squares):
+                shared[place - len(self.squares)] = delta.detach()
+                return
             delta = self.batch.remote(place, delta, seeds)
             accumulate(out, self.squares[place].summed(delta.detach(), group=groups[place]), sign)
 
         visit(self.batch, seeds, output_seed, square, right=right)
+        if self.batch.shared:
+            accumulate(out, self.uses.squared(shared, right), sign)
+            accumulate(out, self._free_squares(seeds, right), sign)
+
+    def _free_squares(self, seeds: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensors:
+        """What the sites of the free side give: squares of one gradient, which no sample shares."""
+        if not self.batch.free:
+            return {}
+        parameters, free = self.uses.parameters, self.batch.free
+        left, other = ([s if n in free else None for n, s in enumerate(side)] for side in (seeds, right))
+        found = self.batch.backward(left, None, list(parameters.values()), right=other)
+        return {name: g.detach().square() for name, g in zip(parameters, found) if g is not None}

@@ -273,7 +273,7 @@ def _shortest(outputs: Tensor) -> torch.dtype:
 
 def choose_layers(linear: Linearisation, signs: Signs) -> list[Layer]:
     """Every layer with no layer below it, every parameter outside the known kinds, the last, and a draw of the rest."""
-    layers = linear.layers
+    layers = linear.graph.owners()
     if len(layers) <= LAYERS:
         return layers
     first = [layer for layer in layers if linear.graph.is_first(layer)]

@@ -62,7 +62,7 @@ def identity(
     layer: Layer, linear: Linearisation, forward: Forward, products: Products, directions: Tensors, tolerance: float
 ) -> AuditEntry:
     """The site identity along one random direction of one layer; `forward` is that of all parameters."""
-    names = [name for name in (layer.weight, layer.bias) if name]
+    names = list(layer.own)
     everything = linear.objective.parameters
     u = {name: directions[name] for name in names}
     curved = products.hessian(u)
@@ -130,13 +130,16 @@ def push(
 def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[AuditEntry]:
     """Every layer function's per-sample gradients, one entry of the audit per parameter."""
     propagator = Propagator(linear)
-    seeds = [signs.plain(site.c, AUDIT, 1, number) for number, site in enumerate(linear.sites)]
+    seeds = [
+        None if number in linear.free else signs.plain(site.c, AUDIT, 1, number)
+        for number, site in enumerate(linear.sites)
+    ]
     output = signs.plain(linear.outputs, AUDIT, 2)
     each = propagator.each(seeds, output)
-    names = [name for layer in linear.layers for name in (layer.weight, layer.bias) if name]
+    names = [name for layer in linear.graph.owners() for name in layer.own]
     worst = dict.fromkeys(names, 0.0)
     for n in range(linear.samples):
-        only = [_one(seed, n, linear.samples) for seed in seeds]
+        only = [None if seed is None else _one(seed, n, linear.samples) for seed in seeds]
         own = [linear.objective.parameters[name] for name in names]
         found = linear.backward(only, _one(output, n, linear.samples), own)
         for name, truth in zip(names, found):
@@ -168,7 +171,7 @@ def entries(
     generator = cpu_generator(signs.seed)
     entries = []
     for layer in layers:
-        for name in (n for n in (layer.weight, layer.bias) if n):
+        for name in layer.own:
             first, second = outer[name].reshape(-1), inner[name].reshape(-1)
             scale = max(float(torch.linalg.vector_norm(part, torch.inf)) for part in (first, second)) or 1.0
             worst = 0.0
@@ -192,12 +195,12 @@ def closed(
         return []
     shares, generator = propagator.direct(), cpu_generator(signs.seed)
     seeds: list[Tensor | None] = [signs.plain(s.c, AUDIT, 6, n) for n, s in enumerate(linear.sites)]
-    deltas = linear.backward(seeds, None, [layer.edge for layer in linear.layers])
+    deltas = linear.backward(seeds, None, [layer.edge for layer in linear.layers], above=True)
     found = []
     for place in places:
         layer, site, delta = linear.layers[place], linear.direct[place].site, deltas[place]
         remote = {} if delta is None else propagator.squares[place].each(linear.remote(place, delta.detach(), seeds))
-        for name in (n for n in (layer.weight, layer.bias) if n):
+        for name in layer.own:
             parameter, worst = linear.objective.parameters[name], 0.0
             for k in torch.randint(0, parameter.numel(), (2,), generator=generator, device="cpu").tolist():
                 u = one_hot(parameter, name, k)

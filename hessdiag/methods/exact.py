@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from hessdiag.errors import HessdiagError
@@ -31,8 +32,15 @@ class _Batches(Work):
 
     def per_sample(self, batch: Numbered) -> dict[str, dict[str, Tensor]]:
         """Both parts, the samples as first axis."""
-        outer, inner = exact.batch_diagonal(self.case.linearise(batch), per_sample=True)
-        return {GAUSS_NEWTON: outer, FUNCTIONAL: inner}
+        linear = self.case.linearise(batch)
+        if not linear.free:
+            outer, inner = exact.batch_diagonal(linear, per_sample=True)
+            return {GAUSS_NEWTON: outer, FUNCTIONAL: inner}
+        # what is computed from parameters alone bends for all samples together: then one after the other
+        numbers = torch.arange(len(batch.targets), device=batch.targets.device)
+        each = [exact.batch_diagonal(self.case.linearise(batch.part(one))) for one in torch.split(numbers, 1)]
+        stacked = [{name: torch.stack([pair[k][name] for pair in each]) for name in each[0][k]} for k in (0, 1)]
+        return {GAUSS_NEWTON: stacked[0], FUNCTIONAL: stacked[1]}
 
 
 class Exact(Method):

@@ -154,10 +154,14 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 def beyond_in_the_mean(propagator: Propagator) -> dict[str, Tensor]:
     """What propagation leaves to signs, on average over them: every one-hot vector in their place, summed."""
     out = zeros(propagator.batch.objective.parameters)
-    sites, samples = propagator.batch.sites, propagator.batch.samples
-    for place, site in enumerate(sites):
-        for entry in range(site.c.numel() // samples):
-            unit = [torch.zeros(samples, s.c.numel() // samples, dtype=s.c.dtype) for s in sites]
+    batch = propagator.batch
+    shapes = [
+        (1, site.c.numel()) if number in batch.free else (batch.samples, site.c.numel() // batch.samples)
+        for number, site in enumerate(batch.sites)
+    ]
+    for place, (_, entries) in enumerate(shapes):
+        for entry in range(entries):
+            unit = [torch.zeros(shape, dtype=site.c.dtype) for shape, site in zip(shapes, batch.sites)]
             unit[place][:, entry] = 1
             accumulate(out, propagator.beyond(unit))
     return out

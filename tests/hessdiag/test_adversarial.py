@@ -171,15 +171,11 @@ def overwritten(s: Any, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a turned matrix used twice": (lambda: Built(used_twice, {"w": (4, 5)}, b=L(4, 3)), "used 2 times"),
     "a bias that is one number": (lambda: Built(
         lambda s, x: s.b(torch.tanh(torch.addmm(s.k, x, s.w))), {"k": (1,), "w": (5, 4)}, b=L(4, 3)), r"shape \[1\]"),
     "overwritten in place": (lambda: Built(overwritten, {}, a=L(5, 4), b=L(4, 3)), "overwritten in place"),
     "several outputs": (lambda: Built(
         lambda s, x: s.b(sum(torch.var_mean(s.a(x), 1, keepdim=True))), {}, a=L(5, 4), b=L(1, 3)), "several outputs"),
-    "slice assigned": (lambda: Built(
-        lambda s, x: s.b(s.a(x).clone().view(-1, 2).tanh_().view(-1, 4)) + s.b(s.a(x)), {}, a=L(5, 4), b=L(4, 3)),
-        "used 2 times"),
 }  # fmt: skip
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from hessdiag.errors import UncoveredModelError
 from hessdiag.graph.carried import Carried
 from hessdiag.graph.chunks import grouped, spread
-from hessdiag.graph.layers.layer import LayerKind, Parts
-from hessdiag.graph.tangents import Tangent
+from hessdiag.graph.layers.layer import Half, LayerKind, Parts
+from hessdiag.graph.sites.site import Legs
+from hessdiag.graph.tangents import Tangent, broadcast
 
 if TYPE_CHECKING:
     from hessdiag.graph.reading import Graph
@@ -59,6 +60,12 @@ class Broadcast(LayerKind):
         """sum c (da/dtheta)^2."""
         return {self._name: self._per_row(c.reshape(self.out), power=2).sum(0)}
 
+    def cross(self, adjoint: Tensor) -> tuple[Tensor, Legs, Legs]:
+        """2 g dw dx, entry by entry."""
+        edges = self.layer.node.next_functions
+        half = _Spread(self)
+        return 2.0 * adjoint, ((edges[1 - self.way.slot], 1.0),), ((edges[self.way.slot], half),)
+
     def gram(self, delta: Tensor) -> Tensor:
         """The sum that reaches the parameter, given back."""
         sums = spread(self._per_row(delta).reshape(self.rows, -1), self.fold, delta.reshape(self.rows, -1))
@@ -79,10 +86,30 @@ class Broadcast(LayerKind):
     def _name(self) -> str:
         return self.layer.own[0]
 
-    def _per_row(self, delta: Tensor, *, power: int = 1) -> Tensor:
+    def gathered(self, seed: Tensor) -> Tensor:
+        """[samples, *theta]: sums of what meets the parameter, unscaled."""
+        return grouped(self._per_row(seed, scaled=False), self.fold)
+
+    def _per_row(self, delta: Tensor, *, power: int = 1, scaled: bool = True) -> Tensor:
         """[rows, *theta]: what reaches the parameter from every row."""
-        delta = self.scaled(delta, power)
+        delta = self.scaled(delta, power) if scaled else delta
         full = (1,) * (delta.ndim - len(self.shape)) + tuple(self.shape)
         reduce = [axis for axis in range(1, delta.ndim) if full[axis] == 1]
         sums = delta.sum(reduce, keepdim=True) if reduce else delta
         return self.way.pull(sums, own_rows=self.own_rows, power=power)
+
+
+class _Spread(Half):
+    """dw as it meets x."""
+
+    def __init__(self, of: Broadcast) -> None:
+        self.of = of
+
+    def push(self, tangents: Tensor) -> Tensor:
+        return broadcast(tangents, self.of.out).expand(-1, *self.of.out)
+
+    def pull(self, seed: Tensor) -> Tensor:
+        return seed.sum_to_size(self.of.shape)
+
+    def some(self, seed: Tensor, low: int, high: int) -> Tensor:
+        return self.of.gathered(seed)[low:high]

@@ -16,9 +16,10 @@ from torch import Tensor
 from hessdiag.graph import saved
 from hessdiag.graph.chunks import chunk_samples, grouped, outer, over_pixels, spread
 from hessdiag.graph.kinds import Given
-from hessdiag.graph.layers.layer import Layer, Parts
+from hessdiag.graph.layers.layer import Half, Layer, Parts
 from hessdiag.graph.layers.positions import PositionWise
 from hessdiag.graph.nodes import edge_shape, sizes
+from hessdiag.graph.sites.site import Legs, Map
 from hessdiag.graph.tangents import Tangent
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ class Conv(PositionWise):
         """Weight and bias must be the parameters themselves."""
         weight, bias = graph.direct(node, 1), graph.direct(node, 2)
         return Layer(cls, graph.layer_name(weight, bias), node, weight, bias) if weight or bias else None
+
+    @classmethod
+    def enters(cls, node: Any, graph: Graph) -> bool:
+        """A constant x."""
+        return not graph.is_live(node.next_functions[0][0])
 
     @classmethod
     def move(cls, node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent | None:
@@ -168,6 +174,31 @@ class Conv(PositionWise):
         kernel = saved.tensor(node, "weight")[0].numel() * saved.integer(node, "groups")
         return kernel * out[0] * out[2:].numel() * int(sizes(node).dtype.itemsize)
 
+    # -- parameters that are applied more than once
+
+    def some(self, delta: Tensor, low: int, high: int) -> dict[str, Tensor]:
+        """G_n of some samples."""
+        layer, out = self.layer, {}
+        first, last = low * self.fold, high * self.fold
+        if layer.weight:
+            d, seen = self._parts(delta, first, last)
+            out[layer.weight] = grouped((d @ seen.transpose(-1, -2)).reshape(-1, *self._kernel), self.fold)
+        if layer.bias:
+            out[layer.bias] = grouped(over_pixels(delta[first:last]), self.fold)
+        return out
+
+    def cross(self, adjoint: Tensor) -> tuple[Tensor, Legs, Legs]:
+        """2 sum_s g_s^T dW dx_s, x_s what pixel s sees: pairs of lam_s dx_sk and (dW^T g_s)_k / lam_s."""
+        node = self.layer.node
+        g = adjoint.reshape(self.rows, self._groups, self._kernel[0] // self._groups, -1)
+        size = torch.linalg.vector_norm(g, dim=2, keepdim=True)
+        lam, live = size.sqrt(), size > 0
+        c = (2.0 * live.to(g.dtype)).expand(-1, -1, self._kernel[1:].numel(), -1).contiguous()
+        half = _Turned(self, g / torch.where(live, lam, 1.0))
+        return c, ((node.next_functions[0], _Seen(self, lam)),), ((node.next_functions[1], half),)
+
+    # --
+
     def _weights(self, delta: Tensor, group: int) -> Iterator[Tensor]:
         for low, high in self._chunks(delta, group):
             d, seen = self._parts(delta, low, high)
@@ -253,3 +284,45 @@ class Conv(PositionWise):
                 value = rows[low : low + count].reshape(-1, self.out[0], 1, *self.out[2:])
                 first = channel * fan + low
                 yield name, slice(first, first + len(value)), Tangent(value, None, (channel, channel + 1))
+
+
+class _Seen(Map):
+    """What each pixel sees of dx, scaled: [rows, groups, entries, pixels]."""
+
+    def __init__(self, of: Conv, lam: Tensor) -> None:
+        self.of, self.lam = of, lam
+
+    def push(self, tangents: Tensor) -> Tensor:
+        return self._patches(tangents.flatten(0, 1)).reshape(len(tangents), *self._shape()) * self.lam
+
+    def pull(self, seed: Tensor) -> Tensor:
+        edge = self.of.layer.node.next_functions[0]
+        with torch.enable_grad():
+            blank = torch.zeros(edge_shape(edge), dtype=seed.dtype, device=seed.device, requires_grad=True)
+            seen = self._patches(blank)
+        (found,) = torch.autograd.grad(seen, blank, seed * self.lam, create_graph=seed.requires_grad)
+        return found
+
+    def _patches(self, images: Tensor) -> Tensor:
+        return patches(images, self.of.layer.node, self.of._kernel, self.of._groups)
+
+    def _shape(self) -> tuple[int, ...]:
+        return self.of.rows, self.of._groups, self.of._kernel[1:].numel(), self.lam.shape[-1]
+
+
+class _Turned(Half):
+    """(dW^T g_s) / lam_s at every pixel, g / lam given."""
+
+    def __init__(self, of: Conv, g: Tensor) -> None:
+        self.of, self.g = of, g
+
+    def push(self, tangents: Tensor) -> Tensor:
+        w = tangents.reshape(len(tangents), self.of._groups, -1, self.of._kernel[1:].numel())
+        return torch.einsum("ngas,kgab->kngbs", self.g, w)
+
+    def pull(self, seed: Tensor) -> Tensor:
+        return torch.einsum("ngas,ngbs->gab", self.g, seed).reshape(self.of._kernel)
+
+    def some(self, seed: Tensor, low: int, high: int) -> Tensor:
+        rows = slice(low * self.of.fold, high * self.of.fold)
+        return grouped((self.g[rows] @ seed[rows].transpose(-1, -2)).reshape(-1, *self.of._kernel), self.of.fold)

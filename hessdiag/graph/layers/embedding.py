@@ -10,7 +10,7 @@ The row `padding_idx` has no gradient in torch: it is a constant, and its entrie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from hessdiag.graph import saved
 from hessdiag.graph.chunks import chunk_samples, grouped
+from hessdiag.graph.kinds import Given
 from hessdiag.graph.layers.layer import Along, Into, Layer, LayerKind, Parts, Way
-from hessdiag.graph.nodes import sizes
+from hessdiag.graph.nodes import edge_shape, sizes
 from hessdiag.graph.tangents import Tangent
 
 if TYPE_CHECKING:
@@ -42,6 +43,18 @@ class Embedding(LayerKind):
                 node, f"gradients of {weight!r} scaled by frequency (scale_grad_by_freq=True) are no gradients"
             )
         return Layer(cls, graph.layer_name(weight), node, weight, None) if weight else None
+
+    @classmethod
+    def enters(cls, node: Any, graph: Graph) -> bool:
+        """Numbers of samples are a matrix as a rule; a row of them may be places."""
+        return saved.tensor(node, "indices").ndim > 1
+
+    @classmethod
+    def move(cls, node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent | None:
+        """The rows of the table's tangent; not the one that padding keeps."""
+        numbers, padding = saved.tensor(node, "indices"), saved.integer(node, "padding_idx", -1)
+        rows = given[0][2].dense(edge_shape(given[0][1]))[:, numbers.reshape(-1)].reshape(-1, *shape)
+        return Tangent(rows * (numbers != padding)[..., None] if padding >= 0 else rows)
 
     def read(self) -> None:
         """Numbers of the rows [samples, places], those of padding -1, and how many rows there are."""
@@ -112,6 +125,12 @@ class Embedding(LayerKind):
 
     def _per_distinct(self, delta: Tensor, where: Tensor, count: int) -> Tensor:
         return delta.new_zeros(count, self._width).index_add_(0, where, delta.reshape(-1, self._width))
+
+    # -- parameters that are applied more than once
+
+    def some(self, delta: Tensor, low: int, high: int) -> dict[str, Tensor]:
+        """Tables of some samples."""
+        return {self._name: self._tables(delta, low, high)}
 
     # -- second derivatives along single parameters
 

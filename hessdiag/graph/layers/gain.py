@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from hessdiag.graph import saved
-from hessdiag.graph.layers.layer import Layer, LayerKind
-from hessdiag.graph.sites.normalised import GroupNorm, LayerNorm, Normalised
+from hessdiag.graph.layers.layer import Half, Layer, LayerKind
+from hessdiag.graph.nodes import edge_shape
+from hessdiag.graph.sites.normalised import GroupNorm, LayerNorm, Normalised, Rows
+from hessdiag.graph.sites.site import Legs, Map
 from hessdiag.graph.tangents import Tangent
 
 if TYPE_CHECKING:
@@ -81,9 +83,16 @@ class Gain(LayerKind):
                 seed = self.placed(unit)
                 yield name, slice(low, high), Tangent((seed if factor is None else seed * factor).expand(-1, *self.out))
 
+    def cross(self, adjoint: Tensor) -> tuple[Tensor, Legs, Legs]:
+        """2 g dgain dy."""
+        node = self.layer.node
+        rows = self.site.rows(node)
+        slope = _Slope(rows, self.out)
+        return 2.0 * adjoint, ((node.next_functions[0], slope),), ((node.next_functions[1], _Gain(self)),)
+
     def _shaped(self, sums: Tensor, name: str) -> Tensor:
         slot = 1 if name == self.layer.weight else 2
-        return sums.reshape(len(sums), *self.layer.node.next_functions[slot][0].variable.shape)
+        return sums.reshape(len(sums), *edge_shape(self.layer.node.next_functions[slot]))
 
 
 class LayerGain(Gain):
@@ -120,3 +129,35 @@ class GroupGain(Gain):
     def placed(self, unit: Tensor) -> Tensor:
         """Channels are the second axis."""
         return unit.reshape(len(unit), 1, -1, *(1,) * (len(self.out) - 2))
+
+
+class _Slope(Map):
+    """dy = w - y (y.w) / D."""
+
+    def __init__(self, rows: Rows, shape: torch.Size) -> None:
+        self.rows, self.shape = rows, shape
+
+    def push(self, tangents: Tensor) -> Tensor:
+        return self._across(self.rows.slope(tangents)).reshape(-1, *self.shape)
+
+    def pull(self, seed: Tensor) -> Tensor:
+        return self.rows.back(self._across(seed.reshape(self.rows.y.shape)))
+
+    def _across(self, w: Tensor) -> Tensor:
+        return w - self.rows.y * ((self.rows.y * w).sum(-1, keepdim=True) / self.rows.y.shape[-1])
+
+
+class _Gain(Half):
+    """A feature's gain wherever it is met."""
+
+    def __init__(self, of: Gain) -> None:
+        self.of, self.shape = of, edge_shape(of.layer.node.next_functions[1])
+
+    def push(self, tangents: Tensor) -> Tensor:
+        return self.of.placed(tangents.flatten(1)).expand(-1, *self.of.out)
+
+    def pull(self, seed: Tensor) -> Tensor:
+        return self.of.owned(seed).sum(0).reshape(self.shape)
+
+    def some(self, seed: Tensor, low: int, high: int) -> Tensor:
+        return self.of.owned(seed)[low:high].reshape(-1, *self.shape)

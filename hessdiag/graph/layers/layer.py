@@ -14,8 +14,8 @@ that it feeds directly is left to signs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -27,6 +27,7 @@ from hessdiag.graph.carried import Carried
 from hessdiag.graph.chunks import grouped
 from hessdiag.graph.kinds import NodeKind
 from hessdiag.graph.nodes import edge_shape, sizes
+from hessdiag.graph.sites.site import Legs, Map
 from hessdiag.graph.tangents import Tangent
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ Parts = Iterator[tuple[str, Tensor | Iterator[Tensor]]]
 class Layer:
     """One node that applies parameters affinely, once in the graph.
 
-    `weight` and `bias` are names of *chosen* parameters or None; `transposed` marks a matrix stored [in, out].
+    `weight` and `bias` are names of *chosen* parameters, keys of what is computed from such alone (`Graph.applied`), or
+    None; `transposed` marks a matrix stored [in, out].
     """
 
     kind: type[LayerKind]
@@ -51,6 +53,11 @@ class Layer:
     transposed: bool = False
     carried: Carried | None = None
     """How its one parameter reaches it, where other nodes stand between."""
+
+    def part(self, names: Collection[str]) -> Layer:
+        """The same node applying some of its parameters alone."""
+        weight, bias = (name if name in names else None for name in (self.weight, self.bias))
+        return self if (weight, bias) == (self.weight, self.bias) else replace(self, weight=weight, bias=bias)
 
     @property
     def edge(self) -> GradientEdge:
@@ -92,6 +99,18 @@ class Into(Protocol):
         """Those [k, N] of entries that each sample names for itself, `places` [k, N]."""
 
 
+class Half(Map):
+    """The parameter's half of a node that is bilinear in it and in its input: dw is linear in dtheta, per sample."""
+
+    @abstractmethod
+    def some(self, seed: Tensor, low: int, high: int) -> Tensor:
+        """[high - low, *shape of the parameter]: `pull`, sample by sample."""
+
+    def factors(self, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as factors, where the layer has them."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Way:
     """One way to all second derivatives of a layer's own parameters: directions of its output moved to the sites above.
@@ -129,6 +148,11 @@ class LayerKind(NodeKind, ABC):
 
         A list where the node applies several parameters alike, one layer for each.
         """
+
+    @classmethod
+    def enters(cls, node: Any, graph: Graph) -> bool:
+        """Whether what a node is given is a constant that holds samples, as a rule, and no table for all of them."""
+        return False
 
     @classmethod
     def carries(cls, node: Any, graph: Graph) -> bool:
@@ -211,6 +235,39 @@ class LayerKind(NodeKind, ABC):
     def kept_bytes(cls, layer: Layer) -> int:
         """Bytes that are held between passes with `keep`."""
         return 0
+
+    # -- parameters that are applied more than once
+
+    def some(self, delta: Tensor, low: int, high: int) -> dict[str, Tensor]:
+        """G_n of the samples low..high-1."""
+        return {name: gradients[low:high] for name, gradients in self.each(delta).items()}
+
+    def factors(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """(left, right), [samples, a, s] and [samples, b, s], such that the weight's G_n is left right^T.
+
+        Uses of a weight are joined along s, and `some` serves the bias alone.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def factored(cls) -> bool:
+        """Whether the kind gives `factors`."""
+        return cls.factors is not LayerKind.factors
+
+    @classmethod
+    def crossing(cls, layer: Layer) -> bool:
+        """Whether the node is bilinear in its parameter and its input: not if it only adds it."""
+        return layer.weight is not None
+
+    def cross(self, adjoint: Tensor) -> tuple[Tensor, Legs, Legs]:
+        """The node's own term 2 <g, d2a(dtheta, dx)>, as a pair: where x depends on the same parameter as well.
+
+        The second half is a `Half` on the edge of the parameter. (c, legs, right); `adjoint` is g.
+        """
+        raise UncoveredModelError(
+            f"{self.layer.name!r} applies a parameter to what depends on the same parameter, and its kind "
+            f"{self.name!r} has no rule for that; use method='hutchinson' (or 'auto')"
+        )
 
     # -- second derivatives along single parameters
 

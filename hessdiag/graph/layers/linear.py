@@ -18,9 +18,10 @@ from hessdiag.errors import UncoveredModelError
 from hessdiag.graph import saved
 from hessdiag.graph.chunks import gram_product, grouped, outer
 from hessdiag.graph.kinds import Given
-from hessdiag.graph.layers.layer import Along, Into, Layer, Parts, Way
+from hessdiag.graph.layers.layer import Along, Half, Into, Layer, Parts, Way
 from hessdiag.graph.layers.positions import PositionWise
 from hessdiag.graph.nodes import Edge, edge_shape, is_leaf, sizes
+from hessdiag.graph.sites.site import Legs
 from hessdiag.graph.tangents import Tangent
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _SLOTS: dict[str, tuple[int, int, int | None]] = {
 """Input slots of x, W and b."""
 
 
-def given(node: Any) -> Tensor:
+def input_of(node: Any) -> Tensor:
     """What a linear layer was given, from what its node saved."""
     found = saved.first_tensor(node, "mat1", "self", "input")
     if found is None:
@@ -71,28 +72,21 @@ class Linear(PositionWise):
 
     @classmethod
     def match(cls, node: Any, graph: Graph) -> Layer | None:
-        """W must be the parameter itself or its transpose, b as wide as the outputs, x no parameter."""
+        """W must be a parameter or computed from such alone, b as wide as the outputs, x no parameter."""
         left, right, extra = _SLOTS[node.name()]
-        sources = [source for source, _ in node.next_functions]
+        edges = node.next_functions
         bias = None
-        if extra is not None and extra < len(sources) and graph.is_live(sources[extra]) and is_leaf(sources[extra]):
+        if extra is not None and extra < len(edges) and graph.is_free(edges[extra][0]):
             bias = graph.direct(node, extra)
-            shape, width = sources[extra].variable.shape, sizes(node).shape[-1]
+            shape, width = edge_shape(edges[extra]), sizes(node).shape[-1]
             if shape.numel() != width:
                 graph.refuse(node, f"bias {bias!r} of shape {list(shape)} for {width} outputs")
-        turned = _turned(sources[right], graph)
-        weight = graph.direct(node, right) if is_leaf(sources[right]) else turned
-        if weight is None and graph.is_live(sources[right]):
-            if turned is None and graph.through(sources[right]):
-                graph.refuse(node, f"a weight computed from {graph.through(sources[right])!r} (a parametrisation)")
-            graph.refuse(
-                node,
-                "a product of two matrices that both depend on the parameters"
-                if graph.is_live(sources[left])
-                else "a matrix that is computed from parameters",
-            )
-        if is_leaf(sources[left]) and graph.is_live(sources[left]):
-            graph.refuse(node, f"parameter {graph.parameter_of(sources[left])!r} applied from the left")
+        if graph.is_free(edges[left][0]):
+            graph.refuse(node, f"parameter {graph.through(edges[left][0])!r} applied from the left")
+        if graph.is_live(edges[right][0]) and not graph.is_free(edges[right][0]):
+            graph.refuse(node, "a matrix that depends on the inputs and on parameters, applied to all samples")
+        turned = _turned(edges[right][0], graph)
+        weight = graph.apply(turned) if turned is not None else graph.direct(node, right)
         scaled = not is_plain(node) or saved.number(node, "beta", 1.0) != 1
         if node.name() == "AddmmBackward0" and scaled and (weight or bias):
             graph.refuse(node, "a scaled addmm")
@@ -102,22 +96,32 @@ class Linear(PositionWise):
         return Layer(cls, graph.layer_name(weight, bias), node, weight, bias, transposed)
 
     @classmethod
-    def carries(cls, node: Any, graph: Graph) -> bool:
-        """A transposed weight on its way to its layer, read there."""
-        return _turned(node, graph) is not None
+    def enters(cls, node: Any, graph: Graph) -> bool:
+        """A constant x."""
+        return not graph.is_live(input_edge(node)[0])
 
     @classmethod
     def move(cls, node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent | None:
-        """dx W^T."""
-        if len(given) != 1 or given[0][0] != _SLOTS[node.name()][0]:
+        """dx W^T + x dW^T."""
+        x, w, _ = _SLOTS[node.name()]
+        if any(slot not in (x, w) for slot, _, _ in given):
             return None
-        _, edge, tangent = given[0]
-        weight = matrix(node)
-        if weight is None:
-            raise UncoveredModelError(f"{node.name()} did not save its matrix; is the input's gradient needed?")
-        moved: Tensor = tangent.dense(edge_shape(edge)) @ weight.T
+        total: Tensor | None = None
+        for slot, edge, tangent in given:
+            value = tangent.dense(edge_shape(edge))
+            if slot == x:
+                weight = matrix(node)
+                if weight is None:
+                    raise UncoveredModelError(f"{node.name()} did not save its matrix; is the input's gradient needed?")
+                part: Tensor = value @ weight.T
+            else:
+                value = value.transpose(1, 2) if node.name() == "LinearBackward0" else value
+                rows = input_of(node)
+                part = (rows.reshape(-1, rows.shape[-1]) @ value).reshape(len(value), *shape)
+            total = part if total is None else total + part
+        assert total is not None
         alpha = saved.number(node, "alpha", 1.0)
-        return Tangent(moved if alpha == 1.0 else moved * alpha)
+        return Tangent(total if alpha == 1.0 else total * alpha)
 
     @classmethod
     def fan(cls, node: Any) -> int:
@@ -129,7 +133,7 @@ class Linear(PositionWise):
     def read(self) -> None:
         """x."""
         if self.layer.weight:
-            self._x = given(self.layer.node)
+            self._x = input_of(self.layer.node)
 
     def per_group(self, delta: Tensor, group: int, *, squares: bool) -> Parts:
         """Of G_n = sum_t delta_nt x_nt^T and sum_t delta_nt."""
@@ -167,6 +171,32 @@ class Linear(PositionWise):
         if self.layer.bias:
             out += d.sum(1, keepdim=True).expand(d.shape).reshape(delta.shape)
         return out
+
+    # -- parameters that are applied more than once
+
+    def some(self, delta: Tensor, low: int, high: int) -> dict[str, Tensor]:
+        """Of the bias; the weight has factors."""
+        assert self.layer.bias is not None
+        return {self.layer.bias: delta.reshape(self.samples, -1, delta.shape[-1])[low:high].sum(1)}
+
+    def factors(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """delta^T and x^T, the positions last."""
+        return self._factors(delta, self._x)
+
+    def cross(self, adjoint: Tensor) -> tuple[Tensor, Legs, Legs]:
+        """2 sum_t g_t^T dW dx_t: pairs of lam_t dx_ti and (dW^T g_t)_i / lam_t, lam_t = |g_t|^(1/2), at every t."""
+        node = self.layer.node
+        x, w, _ = _SLOTS[node.name()]
+        size = torch.linalg.vector_norm(adjoint, dim=-1, keepdim=True)
+        lam, live = size.sqrt(), size > 0
+        c = (2.0 * live.to(adjoint.dtype)).expand(edge_shape(node.next_functions[x])).contiguous()
+        half = _Turned(self, adjoint / torch.where(live, lam, 1.0), stored_in=node.name() != "LinearBackward0")
+        return c, ((node.next_functions[x], lam),), ((node.next_functions[w], half),)
+
+    def _factors(self, delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        d = delta.reshape(self.samples, -1, delta.shape[-1]).transpose(1, 2)
+        x = x.reshape(self.samples, -1, x.shape[-1]).transpose(1, 2)
+        return (x, d) if self.layer.transposed else (d, x)
 
     # -- second derivatives along single parameters
 
@@ -226,18 +256,38 @@ class Linear(PositionWise):
                 into.outer(layer.weight, low, q, self._x.reshape(self.samples, -1).square())
 
 
-def _turned(node: Any, graph: Graph) -> str | None:
+class _Turned(Half):
+    """(dW^T g_t) / lam_t at every position, g / lam given; W comes as [in, out] or as [out, in]."""
+
+    def __init__(self, of: Linear, g: Tensor, *, stored_in: bool) -> None:
+        self.of, self.g, self.stored_in = of, g, stored_in
+
+    def push(self, tangents: Tensor) -> Tensor:
+        w = tangents.transpose(1, 2) if self.stored_in else tangents
+        return (self.g.reshape(-1, self.g.shape[-1]) @ w).reshape(len(w), *self.g.shape[:-1], w.shape[-1])
+
+    def pull(self, seed: Tensor) -> Tensor:
+        d, x = (t.reshape(-1, t.shape[-1]) for t in (self.g, seed))
+        return x.T @ d if self.stored_in else d.T @ x
+
+    def some(self, seed: Tensor, low: int, high: int) -> Tensor:
+        left, right = self.factors(seed)
+        return left[low:high] @ right[low:high].transpose(1, 2)
+
+    def factors(self, seed: Tensor) -> tuple[Tensor, Tensor]:
+        return self.of._factors(self.g, seed)
+
+
+def _turned(node: Any, graph: Graph) -> Edge | None:
     """The chosen parameter behind one transposition, if that is all there is."""
     if node is None or node.name() not in _TURNED:
         return None
-    source = node.next_functions[0][0]
-    if not (is_leaf(source) and graph.is_live(source) and source.variable.ndim == 2):
+    edge: Edge = node.next_functions[0]
+    if not (is_leaf(edge[0]) and graph.is_free(edge[0]) and edge[0].variable.ndim == 2):
         return None
     dims = saved.integers(node, "dims") or (saved.integer(node, "dim0", 0), saved.integer(node, "dim1", 1))
     if [int(d) % 2 for d in dims] not in ([0, 1], [1, 0]) or (
         node.name() == "PermuteBackward0" and int(dims[0]) % 2 == 0
     ):
         return None  # a turn that turns nothing
-    if (uses := len(graph.consumers(node))) > 1:
-        graph.refuse(node, f"parameter {graph.parameter_of(source)!r} (transposed) used {uses} times")
-    return graph.direct(node, 0)
+    return edge

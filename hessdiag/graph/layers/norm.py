@@ -14,7 +14,8 @@ from torch import Tensor
 from hessdiag.errors import StochasticModeError
 from hessdiag.graph import saved
 from hessdiag.graph.chunks import grouped, over_pixels, spread
-from hessdiag.graph.layers.layer import Layer, LayerKind, Parts
+from hessdiag.graph.layers.layer import Half, Layer, LayerKind, Parts
+from hessdiag.graph.sites.site import Legs
 from hessdiag.graph.tangents import Tangent
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ class Norm(LayerKind):
             raise StochasticModeError(f"BatchNorm on batch statistics {graph.place(node)}; call model.eval()")
         weight, bias = (graph.direct(node, slot) for slot in (1, 2))
         return Layer(cls, graph.layer_name(weight, bias), node, weight, bias) if weight or bias else None
+
+    @classmethod
+    def enters(cls, node: Any, graph: Graph) -> bool:
+        """A constant x."""
+        return not graph.is_live(node.next_functions[0][0])
 
     @classmethod
     def factor(cls, node: Any, slot: int) -> tuple[bool, Tensor | None]:
@@ -81,6 +87,15 @@ class Norm(LayerKind):
             out[self.layer.bias] = over_pixels(c).sum(0)
         return out
 
+    def cross(self, adjoint: Tensor) -> tuple[Tensor, Legs, Legs]:
+        """2 g dgain dxhat."""
+        node = self.layer.node
+        return (
+            2.0 * adjoint * _per_channel(self._rate, self.out),
+            ((node.next_functions[0], 1.0),),
+            ((node.next_functions[1], _Gain(self)),),
+        )
+
     def gram(self, delta: Tensor) -> Tensor:
         """Xhat sum_s (delta xhat) + sum_s delta."""
         out = torch.zeros_like(delta)
@@ -107,6 +122,27 @@ class Norm(LayerKind):
         if self.keep:
             self._kept = normalised
         return normalised
+
+
+def _per_channel(values: Tensor, shape: torch.Size) -> Tensor:
+    """[..., channels] as it meets [rows, channels, ...]."""
+    return values.reshape(*values.shape[:-1], 1, -1, *(1,) * (len(shape) - 2))
+
+
+class _Gain(Half):
+    """A channel's gain at all its entries."""
+
+    def __init__(self, of: Norm) -> None:
+        self.of = of
+
+    def push(self, tangents: Tensor) -> Tensor:
+        return _per_channel(tangents, self.of.out).expand(-1, *self.of.out)
+
+    def pull(self, seed: Tensor) -> Tensor:
+        return over_pixels(seed).sum(0)
+
+    def some(self, seed: Tensor, low: int, high: int) -> Tensor:
+        return grouped(over_pixels(seed), self.of.fold)[low:high]
 
 
 def _channels(name: str, values: Tensor, count: int) -> Iterator[tuple[str, slice, Tangent]]:

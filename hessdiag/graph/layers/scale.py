@@ -12,6 +12,7 @@ from torch import Tensor
 from hessdiag.graph import saved
 from hessdiag.graph.layers.broadcast import Broadcast, own_slot
 from hessdiag.graph.layers.layer import Layer
+from hessdiag.graph.sites.site import Legs
 
 if TYPE_CHECKING:
     from hessdiag.graph.reading import Graph
@@ -45,6 +46,18 @@ class Scale(Broadcast):
             self._x = (chosen if self.way.slot == 0 else ~chosen).to(node._input_metadata[0].dtype)
         else:
             self._x = saved.constant(node, self.way.slot)
+
+    def cross(self, adjoint: Tensor) -> tuple[Tensor, Legs, Legs]:
+        """Of a product; of PReLU where x is below 0; a choice is not bilinear."""
+        if self.layer.node.name() == "MulBackward0":
+            return super().cross(adjoint)
+        below = saved.tensor(self.layer.node, "self") < 0
+        return super().cross(adjoint * below)
+
+    @classmethod
+    def crossing(cls, layer: Layer) -> bool:
+        """A constant that is divided into the parameter and a mask hold no x."""
+        return layer.node.name() in ("MulBackward0", "PreluKernelBackward0")
 
     def scaled(self, delta: Tensor, power: int = 1) -> Tensor:
         """da/dw = x."""

@@ -17,6 +17,7 @@ from hessdiag.graph import saved
 from hessdiag.graph.chunks import chunk_samples, outer
 from hessdiag.graph.layers.conv import Conv, patches
 from hessdiag.graph.layers.layer import Layer, LayerKind
+from hessdiag.graph.sites.site import Legs
 from hessdiag.graph.tangents import Tangent
 
 
@@ -58,6 +59,14 @@ class Transposed(Conv):
     def gram(self, delta: Tensor) -> Tensor:
         """By double backward of the gradients."""
         return LayerKind.gram(self, delta)
+
+    def some(self, delta: Tensor, low: int, high: int) -> dict[str, Tensor]:
+        """Of some samples."""
+        return LayerKind.some(self, delta, low, high)
+
+    def cross(self, adjoint: Tensor) -> tuple[Tensor, Legs, Legs]:
+        """No rule."""
+        return LayerKind.cross(self, adjoint)
 
     def _weights(self, delta: Tensor, group: int) -> Iterator[Tensor]:
         yield from self._outer(self._x, delta, group * self.fold)

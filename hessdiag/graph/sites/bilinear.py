@@ -19,7 +19,7 @@ from hessdiag.graph import saved
 from hessdiag.graph.kinds import Given
 from hessdiag.graph.nodes import edge_shape
 from hessdiag.graph.sites.site import Map, Site, SiteKind
-from hessdiag.graph.tangents import Tangent
+from hessdiag.graph.tangents import Tangent, broadcast
 
 if TYPE_CHECKING:
     from hessdiag.graph.reading import Graph
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _SLOTS: dict[str, tuple[int, int, str, str]] = {
     "BmmBackward0": (0, 1, "self", "mat2"),
     "BaddbmmBackward0": (1, 2, "batch1", "batch2"),
+    "MmBackward0": (0, 1, "self", "mat2"),
+    "AddmmBackward0": (1, 2, "mat1", "mat2"),
 }
 """Input slots of A and B, and the names under which they are kept."""
 
@@ -98,7 +100,7 @@ class Bilinear(SiteKind):
             elif slot == right:
                 part = alpha * (saved.tensor(node, kept_left) @ value)
             else:
-                part = saved.number(node, "beta", 1.0) * value
+                part = saved.number(node, "beta", 1.0) * broadcast(value, shape)
             total = part if total is None else total + part
         return None if total is None else Tangent(total.expand(-1, *shape))
 

@@ -66,6 +66,8 @@ class Tested(SiteKind):
             graph.refuse(node, "an operation that the site identity does not cover: its entries bend together")
         contracted = Contracted(node, slots, seed, order)
         axes = contracted.rows()
+        if axes is None and graph.is_free(node):  # no samples, but one block
+            axes = 0
         if axes is None:
             graph.refuse(node, "an operation that the site identity does not cover: it bends in all samples together")
         block, entries = contracted.size(axes)
