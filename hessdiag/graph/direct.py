@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from hessdiag.graph.layers import KINDS
+from hessdiag.graph.layers import KINDS, Layer
 from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape
 from hessdiag.graph.reading import Graph
 
@@ -23,15 +23,15 @@ class Direct:
     slope: Tensor
 
 
-def find_direct(graph: Graph, owners: Mapping[Key, int]) -> dict[int, Direct]:
-    """For each layer (by its place in `layers`) the site tensor it feeds directly, if any.
+def find_direct(graph: Graph, owners: Mapping[Key, int], layers: Sequence[Layer]) -> dict[int, Direct]:
+    """For each of `layers` (by its place) the site tensor it feeds directly, if any.
 
     Between a layer and that site nothing but normalisations, sums, constant factors and reshapes, each consumed
     once: all of the layer's influence then passes through z, and its own share of the site is diagonal.
     `owners` gives the place of every site of a single leg by the key of its edge.
     """
     found: dict[int, Direct] = {}
-    for place, layer in enumerate(graph.layers):
+    for place, layer in enumerate(layers):
         if not layer.kind.has_closed_share():
             continue
         edge: Edge = (layer.node, 0)

@@ -94,7 +94,9 @@ class Linearisation:
         )
         """Sites of the free side, by number: they have no samples."""
         owners = {edge_key(site.legs[0][0]): n for n, site in enumerate(self.sites) if site.plain}
-        self.direct: dict[int, Direct] = find_direct(self.graph, owners)
+        self.direct: dict[int, Direct] = find_direct(self.graph, owners, self.layers)
+        self.heads: dict[int, Direct] = self._find_heads()
+        """What layers have in the outputs themselves, by their place in `layers` and beyond them in `shared`."""
 
     @property
     def loss(self) -> float:
@@ -187,6 +189,20 @@ class Linearisation:
             self.crossing[first + len(found)] = place
             found.append(Site(self._name(layer.node), c, legs, right))
         return found
+
+    def _find_heads(self) -> dict[int, Direct]:
+        """Layers that feed the outputs directly, where no two outputs that a parameter touches bend together."""
+        columns, end = self.curvature.columns, (self.outputs.grad_fn, self.outputs.output_nr)
+        if not columns.apart:
+            return {}
+        found = find_direct(self.graph, {edge_key(end): 0}, [*self.layers, *self.shared])
+        computed = {key for key, known in self.graph.applied.items() if known.computed}
+        heads = {}
+        for place, direct in found.items():
+            layer = [*self.layers, *self.shared][place]
+            if not computed & set(layer.own) and layer.kind.one_output(layer, columns.places):
+                heads[place] = direct
+        return heads
 
     def _not_finite(self, index: int, where: str) -> NoReturn:
         raise NonFiniteError(f"batch {index}: {where} has NaN or Inf curvature")

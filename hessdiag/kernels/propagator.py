@@ -12,7 +12,8 @@ for both halves: with s sqrt|c| lam dz = A and s sgn(c) sqrt|c| dw / lam = B its
 seed A and B with the same signs, and their product is taken per sample.)
 
 What needs no signs is taken out of them. The Gauss-Newton part is exact in one pass per column of the loss's Hessian
-factor (C - 1 for softmax cross-entropy), or takes one signed pass instead. And a layer that feeds a site tensor by an
+factor (C - 1 for softmax cross-entropy), or takes one signed pass instead, but for the share of a layer that feeds the
+outputs directly, sum_n (d2l_n/df_j^2) (df_j/dtheta)^2: `heads`. And a layer that feeds a site tensor by an
 elementwise map (through its normalisation and a residual sum) has its share of that site in closed form,
 sum_j c_j slope_j^2 (da_j/dtheta)^2: `direct`, once; the signed passes then carry the remote sites only, the layer's own
 seed being subtracted from its cotangent before squaring. And the directions of a sample's sites in which signs would be
@@ -26,7 +27,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hessdiag.graph import Linearisation, Site, edge_shape, visit
+from hessdiag.graph import LayerKind, Linearisation, Site, edge_shape, visit
 from hessdiag.kernels.deflation import Deflation, deflation
 from hessdiag.kernels.tensors import Tensors, accumulate, zeros
 from hessdiag.kernels.uses import Uses
@@ -123,17 +124,38 @@ class Propagator:
             self._square_pass(self._blank, self._blank, column, out, sign, single)
         return out
 
-    def gauss_newton_signed(self, signs: Signs, replicate: int) -> Tensors:
-        """One unbiased replicate of the Gauss-Newton part: columns summed under random signs, per eigenvalue sign."""
+    def heads(self) -> Tensors:
+        """The Gauss-Newton part's share of the layers that feed the outputs directly: exact, no pass at all."""
         out = zeros(self.batch.objective.parameters)
+        for place, direct in self.batch.heads.items():
+            layer, slope = self._head(place), direct.slope
+            bent = self.batch.curvature.columns.diagonal().to(slope.dtype).reshape(edge_shape((layer.layer.node, 0)))
+            accumulate(out, layer.weighted(bent * slope * slope))
+        return out
+
+    def _head(self, place: int) -> LayerKind:
+        if place < len(self.squares):
+            return self.squares[place]
+        return self.batch.shared[place - len(self.squares)].on(self.batch.samples)
+
+    def gauss_newton_signed(self, signs: Signs, replicate: int) -> Tensors:
+        """One unbiased replicate of the Gauss-Newton part beyond its `heads`: columns summed under random signs.
+
+        Per eigenvalue sign. Of a parameter that is applied elsewhere, too, the random square of its head is taken off.
+        """
         curvature = self.batch.curvature
         shape = torch.Size((self.batch.samples, len(curvature.signs)))
         drawn = signs.samples(shape, self.start, replicate, GAUSS_NEWTON, dtype=curvature.signs.dtype).T
+        return self.gauss_newton_beyond(drawn)
+
+    def gauss_newton_beyond(self, drawn: Tensor) -> Tensors:
+        """The same for given signs [columns, samples]; summed over all unit vectors in their place it is exact."""
+        out, curvature = zeros(self.batch.objective.parameters), self.batch.curvature
         for sign in (1.0, -1.0):
             chosen = curvature.signs == sign
             if bool(chosen.any()):
                 seed = curvature.columns.combined(drawn * chosen[:, None])
-                self._square_pass(self._blank, self._blank, seed, out, sign, self._groups)
+                self._square_pass(self._blank, self._blank, seed, out, sign, self._groups, heads=True)
         return out
 
     def each(self, seeds: Sequence[Tensor | None], output_seed: Tensor | None) -> Tensors:
@@ -179,6 +201,7 @@ class Propagator:
         out: Tensors,
         sign: float,
         groups: Sequence[int],
+        heads: bool = False,
     ) -> None:
         if output_seed is None and all(seed is None for seed in (*seeds, *right)):
             return
@@ -186,6 +209,11 @@ class Propagator:
         shared: dict[int, Tensor] = {}
 
         def square(place: int, delta: Tensor) -> None:
+            head = heads and place in self.batch.heads
+            if head and place >= len(self.squares):
+                accumulate(out, self._head(place).summed(delta.detach()), -sign)
+            elif head:
+                return
             if place >= len(self.squares):
                 shared[place - len(self.squares)] = delta.detach()
                 return

@@ -68,15 +68,14 @@ class _Batches(Work):
         self._deflations: dict[int, tuple[Tensor, Deflation | None]] = {}  # by first sample, with its fingerprints
 
     def known(self, batch: Numbered, tell: Tell) -> dict[str, Tensors]:
-        """The closed share of the functional part, that along directions, and the Gauss-Newton part if it is exact."""
+        """The functional part's closed share and that along directions; what is exact of the Gauss-Newton part."""
         linear = self.case.linearise(batch)
         exact.check_separate(linear)
         propagator = self.kept(batch, lambda: self._propagator(linear, batch))
         functional = propagator.direct()
         accumulate(functional, propagator.deflated())
-        if self.case.plan.gauss_newton == "exact":
-            return {GAUSS_NEWTON: propagator.gauss_newton(), FUNCTIONAL: functional}
-        return {FUNCTIONAL: functional}
+        exactly = self.case.plan.gauss_newton == "exact"
+        return {GAUSS_NEWTON: propagator.gauss_newton() if exactly else propagator.heads(), FUNCTIONAL: functional}
 
     def replicate(self, batch: Numbered, r: int) -> dict[str, Tensors]:
         """The functional part beyond what is known, and the Gauss-Newton part where it is left to signs."""
@@ -117,8 +116,8 @@ class Propagation(Method):
     sites = True
 
     def known(self, plan: Plan) -> tuple[str, ...]:
-        """The closed share of the functional part always, the Gauss-Newton part where the plan says so."""
-        return (GAUSS_NEWTON, FUNCTIONAL) if plan.gauss_newton == "exact" else (FUNCTIONAL,)
+        """The closed share of the functional part; the Gauss-Newton part, or its share in the output layer alone."""
+        return GAUSS_NEWTON, FUNCTIONAL
 
     def streams(self, plan: Plan) -> tuple[str, ...]:
         """The functional part alone where the other is exact."""

@@ -212,6 +212,7 @@ class SoftmaxColumns(Columns):
 
     def __init__(self, log_p: Tensor, scale: Tensor, *, first: bool = False) -> None:
         self.log_p, self.scale, self.first = log_p, scale, first
+        self.places = (log_p.shape[2], log_p.shape[1]) if first else (log_p.shape[2],)
         self._each = log_p.shape[2] - 1
         self.count = log_p.shape[1] * self._each
         self._last = (0.5 * log_p[..., -1:]).exp()

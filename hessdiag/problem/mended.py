@@ -9,6 +9,7 @@ have no second derivative. What changes gradients alone is no part of the loss: 
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,27 +68,23 @@ def _embedding(
     return F.embedding(input, weight, padding_idx)
 
 
-def _embedding_bag(
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Tensor:
+_BAG = inspect.signature(F.embedding_bag)
+
+
+def _embedding_bag(*args: Any, **named: Any) -> Tensor:
     """Bags as rows of one length, what is missing or padding weighted by zero."""
-    _below(weight, input, max_norm, norm_type)
-    factors = per_sample_weights
+    bound = _BAG.bind(*args, **named)
+    bound.apply_defaults()
+    given = bound.arguments
+    input, weight, offsets, mode = (given[name] for name in ("input", "weight", "offsets", "mode"))
+    factors, padding = given["per_sample_weights"], given["padding_idx"]
+    _below(weight, input, given["max_norm"], given["norm_type"])
     if input.ndim == 1:
         if offsets is None:
             raise ValueError("offsets has to be a 1D Tensor but got None")
-        ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(input)])])
-        starts = offsets[:-1] if include_last_offset else offsets
+        last = given["include_last_offset"]
+        ends = offsets[1:] if last else torch.cat([offsets[1:], offsets.new_tensor([len(input)])])
+        starts = offsets[:-1] if last else offsets
         places = torch.arange(max(int((ends - starts).max()), 1), device=input.device)
         there = starts[:, None] + places < ends[:, None]
         where = torch.where(there, starts[:, None] + places, 0)
@@ -95,8 +92,8 @@ def _embedding_bag(
         factors = None if factors is None else factors[where]
     else:
         numbers, there = input, torch.ones_like(input, dtype=torch.bool)
-    if padding_idx is not None:
-        there = there & (numbers != padding_idx % len(weight))
+    if padding is not None:
+        there = there & (numbers != padding % len(weight))
     rows = F.embedding(torch.where(there, numbers, 0), weight)
     if mode == "max":
         picked = rows.masked_fill(~there[:, :, None], -torch.inf).max(1).values

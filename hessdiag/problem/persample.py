@@ -35,7 +35,9 @@ class Columns:
 
     count: int
     apart: bool = False
-    """Whether outputs of one channel at different places (tokens, pixels) are known to have no mixed derivative."""
+    """Whether outputs at different places (tokens, pixels) are known to have no mixed derivative."""
+    places: tuple[int, ...] = ()
+    """Those of one place may: (classes,) where these stand last, (classes, pixels) where they stand first."""
 
     def diagonal(self) -> Tensor:
         """sum_c s_c^2, [N, C]: the Hessian's own diagonal where all signs are positive."""
@@ -77,7 +79,7 @@ class Written(Columns):
 class Diagonals(Columns):
     """One column per output, with one entry: for a Hessian diag(root^2), root [N, C]."""
 
-    apart = True
+    apart, places = True, (1,)
 
     def __init__(self, root: Tensor) -> None:
         self.root = root

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 import hessdiag as hd
 from hessdiag.errors import ConfigurationError, TargetError
+from hessdiag.graph import Linearisation
+from hessdiag.kernels.propagator import Propagator
 from hessdiag.problem.losses import make_loss
 
 torch.set_num_threads(1)
@@ -141,6 +143,65 @@ def test_models_of_tokens(name: str, fold: bool) -> None:
 
     full = torch.autograd.functional.hessian(mean, parameters["mix.bias"].detach())
     torch.testing.assert_close(survey.total["mix.bias"], full.diagonal())
+
+
+def by_signs(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(The Gauss-Newton part by signs on average over them, with what is known of it; the part exactly)."""
+    batch = Linearisation(hd.Objective(model.double(), **options), x, y)
+    propagator = Propagator(batch)
+    found = propagator.heads()
+    for k in range(len(batch.curvature.signs)):
+        drawn = torch.zeros(len(batch.curvature.signs), len(y), dtype=torch.float64)
+        drawn[k] = 1
+        for name, part in propagator.gauss_newton_beyond(drawn).items():
+            found[name] += part
+    return found, propagator.gauss_newton()
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "classes of a sample", "pixels", "mse"])
+def test_the_output_layers_own_share_is_closed(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x, y, options = Language(), X, HOLES, {"label_smoothing": 0.1}
+    if kind == "tied":
+        model.head.weight = model.table.weight
+    if kind == "classes of a sample":
+        model, y = nn.Sequential(model, nn.Flatten(), nn.Linear(T * C, 4)), HOLES[:, 0].clamp(0, 3)
+    if kind == "pixels":
+        model, x = (
+            nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, C, 1)),
+            OUT[:, :, :4, None].expand(-1, -1, -1, 4),
+        )
+        x, y = x[:, :2], HOLES[:, :3, None].expand(-1, -1, 3)
+    if kind == "mse":
+        y, options = SOFT, {"loss": "mse"}
+    found, exact = by_signs(model, x, y, **options)
+    for name, wanted in exact.items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-12, atol=1e-14)
+    if kind != "tied":
+        batch = Linearisation(hd.Objective(model, **options), x, y)
+        last = [name for name, _ in model.named_parameters()][-2:]
+        drawn = torch.ones(len(batch.curvature.signs), len(y), dtype=torch.float64)
+        beyond = Propagator(batch).gauss_newton_beyond(drawn)
+        assert len(batch.heads) == 1
+        assert not any(bool(beyond[name].any()) for name in last)  # an untied head carries no noise
+
+
+def test_a_head_whose_parameters_touch_classes_of_one_place_is_left_to_signs() -> None:
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x))).flatten(1)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Folded().double()
+    x, y = torch.randn(N, 2, 3, dtype=torch.float64), torch.tensor([0, 3, 1])
+    found, exact = by_signs(model, x, y)
+    assert not Linearisation(hd.Objective(model), x, y).heads
+    for name, wanted in exact.items():
+        torch.testing.assert_close(found[name], wanted)
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce"])

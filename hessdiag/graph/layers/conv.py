@@ -156,6 +156,12 @@ class Conv(PositionWise):
             out[self.layer.bias] = c.flatten(2).sum((0, 2))
         return out
 
+    @classmethod
+    def one_output(cls, layer: Layer, places: tuple[int, ...]) -> bool:
+        """One channel, at every pixel."""
+        shape = edge_shape((layer.node, 0))
+        return places == (1,) or places == (shape[1], shape[2:].numel())
+
     def gram(self, delta: Tensor) -> Tensor:
         """(G_n of delta) X, chunk by chunk, and the sum over pixels for the bias."""
         out = torch.zeros_like(delta)

@@ -210,6 +210,13 @@ class LayerKind(NodeKind, ABC):
         """Whether the kind gives `weighted`."""
         return cls.weighted is not LayerKind.weighted
 
+    @classmethod
+    def one_output(cls, layer: Layer, places: tuple[int, ...]) -> bool:
+        """Whether no parameter touches two of the model's outputs of one place, `places` their number and arrangement:
+        (classes,) where these stand last, (classes, pixels) where they stand first.
+        """
+        return False
+
     def push(self, steps: Mapping[str, Tensor]) -> Tensor:
         """J u: the change of the layer's outputs for steps [samples, ...] of each sample's own parameters."""
         blank, pulled = self._pulled()

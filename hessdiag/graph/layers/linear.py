@@ -161,6 +161,11 @@ class Linear(PositionWise):
             out[layer.bias] = flat.sum(0)
         return out
 
+    @classmethod
+    def one_output(cls, layer: Layer, places: tuple[int, ...]) -> bool:
+        """One unit, of a place each time."""
+        return len(places) == 1 and edge_shape((layer.node, 0))[-1] % places[0] == 0
+
     def gram(self, delta: Tensor) -> Tensor:
         """X X^T delta, and the sum over positions for the bias."""
         out = torch.zeros_like(delta)
