@@ -102,7 +102,8 @@ def _embedding_bag(*args: Any, **named: Any) -> Tensor:
     if mode == "mean":
         kept = kept / kept.sum(1, keepdim=True).clamp(min=1.0)
     rows = rows * kept[:, :, None]
-    return (rows if factors is None else rows * factors[:, :, None]).sum(1)
+    summed: Tensor = (rows if factors is None else rows * factors[:, :, None]).sum(1)
+    return summed
 
 
 def _no_hook(*_: Any) -> RemovableHandle:
