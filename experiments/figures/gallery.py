@@ -125,6 +125,11 @@ def _badge(word: str, *, exploratory: bool = False) -> str:
     return f"<span class='badge{kind}'>{html.escape(word)}</span>"
 
 
+def _exploratory(verdict: Verdict) -> bool:
+    """Whether no setting that says anything of it says it by a rule from before its results."""
+    return all(cell.status == EXPLORATORY for cell in verdict.cells if cell.word != NOT_TESTED)
+
+
 def _counts(verdicts: dict[str, Verdict]) -> str:
     """How many claims have which verdict."""
     counts = {word: sum(v.verdict == word for v in verdicts.values()) for word in WORDS}
@@ -147,7 +152,11 @@ def _verdicts(built: Built, home: Path) -> str:
         (name, c.setting): _badge(c.word, exploratory=c.status == EXPLORATORY) for name, v in tested for c in v.cells
     }
     matrix = [
-        [html.escape(name), _badge(v.verdict), *(words.get((name, setting), "") for setting in settings)]
+        [
+            html.escape(name),
+            _badge(v.verdict, exploratory=_exploratory(v)),
+            *(words.get((name, setting), "") for setting in settings),
+        ]
         for name, v in tested
     ]
     lines = [[name, sentence(cell)] for name, v in tested for cell in v.cells if cell.word != NOT_TESTED]
