@@ -236,16 +236,6 @@ def test_the_sweep_in_the_documents_learns(home: Path) -> None:
     learned(run["record"])
 
 
-@pytest.mark.slow
-def test_python_in_the_documents_runs(home: Path) -> None:
-    for path in DOCUMENTS:
-        for language, text in blocks(path):
-            if language == "python":
-                (home / "pasted.py").write_text(text)
-                done = paste("python pasted.py", home)
-                assert done.returncode == 0, (path.name, done.stderr[-2000:])
-
-
 NUMBER = r"(?<![\w.])-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?"
 
 
@@ -269,6 +259,23 @@ def test_a_program_prints_what_stands_below_it(path: Path, program: str, printed
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.sub(NUMBER, "#", done.stdout).split() == re.sub(NUMBER, "#", printed).split()
     assert numbers(done.stdout) == pytest.approx(numbers(printed), rel=0.02)
+
+
+PROGRAMS = {
+    path: program
+    for path in DOCUMENTS
+    if (program := "\n\n".join(text for language, text in blocks(path) if language == "python"))
+    and (path, program) not in [(page, text) for page, text, _ in SHOWN]
+}
+"""A page's blocks are one program: the later ones go on from the earlier. Those of `SHOWN` run above."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", list(PROGRAMS), ids=lambda path: path.stem)
+def test_python_in_the_documents_runs(path: Path, home: Path) -> None:
+    (home / "pasted.py").write_text(PROGRAMS[path])
+    done = paste("python pasted.py", home)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_readme_shows_what_it_prints() -> None:
