@@ -3,7 +3,7 @@
 hardsigmoid has no second derivative and keeps 1/6 in float32; CELU keeps 1/alpha in float32 (both of torch 2.13, 3e-8
 off in float64); bags of embeddings have no second derivative; that of weight_norm is not symmetric on CPUs. Recurrent
 nets run as loops over time with the samples first: torch has time first, and its kernels on cards, one for all steps,
-have no second derivative. What changes gradients alone is no part of the loss: hooks, an embedding's
+have no second derivative. Attention of several heads keeps the samples first, too (`attention`). What changes gradients alone is no part of the loss: hooks, an embedding's
 `scale_grad_by_freq` and `sparse`.
 """
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from hessdiag.errors import UncoveredModelError
+from hessdiag.problem.attention import multi_head
 
 
 def _celu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -196,6 +197,7 @@ def _one(cell: Cell) -> Callable[..., Any]:
 
 
 MENDED: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: multi_head,
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     F.celu: _celu,

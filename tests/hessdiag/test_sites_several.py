@@ -19,6 +19,7 @@ from hessdiag.graph import Linearisation
 from hessdiag.kernels.products import Products
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors, accumulate
+from hessdiag.problem.forward import as_written
 from hessdiag.signs import Signs
 
 torch.set_num_threads(1)
@@ -200,6 +201,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt": lambda: Head(nn.Sequential(Block(norm, Attention(fused=True), mlp()), norm()), first=False),
     "gpt by hand": lambda: Head(Block(norm, Attention(fused=False), mlp())),
     "qk norm": lambda: Head(Block(norm, Attention(fused=False, normalised=True), mlp()), first=False),
+    "encoder layer": lambda: Head(nn.TransformerEncoderLayer(WIDTH, HEADS, 8, 0.0, F.gelu, batch_first=True)),
+    "encoder layer, norm first": lambda: Head(
+        nn.TransformerEncoderLayer(WIDTH, HEADS, 8, 0.0, F.silu, batch_first=True, norm_first=True)),
     "vit": ViT,
     "rmsnorm and swiglu": lambda: Head(Block(RMSNorm, Attention(fused=True), SwiGLU())),
     "experts": lambda: Head(Block(norm, Experts(), Experts())),
@@ -281,3 +285,32 @@ def test_a_large_block_of_entries_that_bend_together_is_refused_by_its_size() ->
     model = nn.Sequential(nn.Linear(5, 300), Cumulated(), nn.Linear(300, CLASSES))
     with pytest.raises(UncoveredModelError, match=r"Cumprod.*300 of its entries bend together"):
         Linearisation(hd.Objective(model), torch.randn(2, 5), torch.tensor([0, 1]))
+
+
+MASKS: dict[str, dict[str, Tensor | None]] = {
+    "none": {},
+    "causal": {"attn_mask": torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), "is_causal": True},
+    "by number and by padding": {
+        "attn_mask": torch.randn(SAMPLES * HEADS, TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)).double(),
+        "key_padding_mask": torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 1]]).bool(),
+    },
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("weights", [None, False, True])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_with_the_samples_first_is_torchs(mask: str, weights: bool | None, batch_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first).double()
+    x = torch.randn(*((SAMPLES, TOKENS) if batch_first else (TOKENS, SAMPLES)), WIDTH).double()
+    other = torch.randn_like(x)
+    for inputs in ((x, x, x), (x, other, other)):
+        options = MASKS[mask] | {"need_weights": weights is not None, "average_attn_weights": bool(weights)}
+        wanted = layer(*inputs, **options)
+        with as_written({"cpu"}):
+            found = layer(*inputs, **options)
+        assert (found[0] - wanted[0]).abs().max() <= 1e-14
+        assert (found[1] is None) == (wanted[1] is None)
+        if wanted[1] is not None:
+            assert (found[1] - wanted[1]).abs().max() <= 1e-14

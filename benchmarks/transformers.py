@@ -1,0 +1,359 @@
+"""Transformers, one batch: how much more a replicate of propagation says than Hutchinson in the same time.
+
+    python -m benchmarks.transformers [NAME...] [--device cpu] [--out FOLDER]
+
+vit128   a ViT of width 128 on the digits that come with scikit-learn's package (patches of 2 x 2, 16 tokens), 16 images
+gpt64    a GPT of width 64 on characters, untied, 8 sequences of 64; the text is the source code of Python's standard
+gpt256   library as the running interpreter has it, and its hash stands with the result
+
+Both methods measure one and the same trained net on one and the same batch, in float32 and in turns. Hutchinson's
+block is that batch, its graph is kept. With V the variance of a replicate, summed over entries (estimated from
+replicates, unbiased), t the median time of one and s that of the set-up,
+
+    gain = V_h (t_h + s_h / 30) / (V_p (t_p + s_p / 30)),
+
+for all entries together (`norm`) and tensor by tensor: their geometric mean, and the lowest by name. Tensors whose
+diagonal is zero within rounding (a key's bias) are left out, and named. The `plans` are propagation with one thing
+switched off at a time. A row is stored as soon as it is measured; rows that are stored already are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessdiag as hd
+from benchmarks.common import RESULTS, digits, environment, median
+from hessdiag.errors import ConfigurationError, nearest
+from hessdiag.graph import Linearisation
+from hessdiag.kernels.products import Products
+from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import Tensors, accumulate
+from hessdiag.methods.hutchinson import probe
+from hessdiag.methods.pilot import balance_products
+from hessdiag.signs import Signs
+from hessdiag.store.files import write_bytes
+
+Row = dict[str, Any]
+ONCE = 30
+"""Replicates over which the set-up is spread."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how large; `shrink` divides widths and steps for a rehearsal."""
+
+    device: str = "cpu"
+    replicates: int = 24
+    steps: int = 500
+    heads: int = 4
+    layers: int = 4
+    tokens: int = 64
+    shrink: int = 1
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of [samples, tokens, width]."""
+        n, t, d = x.shape
+        h = self.norm1(x)
+        q, k, v = (one(h).view(n, t, self.heads, -1).transpose(1, 2) for one in (self.query, self.key, self.value))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.out(mixed.transpose(1, 2).reshape(n, t, d))
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+
+
+class ViT(nn.Module):
+    """Patches of 2 x 2, the mean of the tokens."""
+
+    def __init__(self, width: int, settings: Settings) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, width, 2, stride=2)
+        self.position = nn.Parameter(0.02 * torch.randn(1, 16, width))
+        self.blocks = nn.Sequential(*(Block(width, settings.heads, causal=False) for _ in range(settings.layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of images."""
+        tokens = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.blocks(tokens)).mean(1))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """Characters in, the next one out at every place."""
+
+    def __init__(self, width: int, vocabulary: int, settings: Settings) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(0.02 * torch.randn(1, settings.tokens, width))
+        self.blocks = nn.Sequential(*(Block(width, settings.heads, causal=True) for _ in range(settings.layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of every place."""
+        return self.head(self.norm(self.blocks(self.embed(x) + self.position)))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A net, the batch that is measured, and what is told of them."""
+
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    facts: Row
+
+
+def text() -> tuple[Tensor, int, str]:
+    """Characters of a few modules of the standard library as numbers, how many differ, and the hash of all."""
+    folder = Path(ast.__file__).parent
+    names = ("argparse", "ast", "difflib", "doctest", "inspect", "pdb", "tarfile", "turtle", "typing", "zipfile")
+    files = [path for name in names for path in (folder / f"{name}.py", folder / name / "__init__.py")]
+    raw = b"".join(path.read_bytes() for path in files if path.is_file())
+    kept = bytes(b for b in raw if b == 10 or 32 <= b < 127)
+    known = sorted(set(kept))
+    table = torch.zeros(256, dtype=torch.long)
+    table[torch.tensor(known)] = torch.arange(len(known))
+    return (
+        table[torch.frombuffer(bytearray(kept), dtype=torch.uint8).long()],
+        len(known),
+        hashlib.sha256(kept).hexdigest(),
+    )
+
+
+def trained(model: nn.Module, draw: Callable[[int], tuple[Tensor, Tensor]], settings: Settings, lr: float) -> float:
+    """AdamW with a warm-up; returns the loss of the last steps."""
+    steps = max(settings.steps // settings.shrink**2, 2)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    losses = []
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 50)
+        x, y = draw(step)
+        loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    model.eval()
+    last = losses[-max(steps // 20, 1) :]
+    return sum(last) / len(last)
+
+
+def vit(width: int, settings: Settings) -> Trained:
+    """Trained on batches of 64 digits."""
+    torch.manual_seed(0)
+    x, y = (part.to(settings.device) for part in digits(1297))
+    model = ViT(width // settings.shrink, settings).to(settings.device)
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(x), (64,), generator=torch.Generator().manual_seed(step)).to(x.device)
+        return x[chosen], y[chosen]
+
+    return Trained(model, x[:16], y[:16], {"data": "digits", "loss": trained(model, draw, settings, 1e-3)})
+
+
+def gpt(width: int, settings: Settings) -> Trained:
+    """Trained on batches of 32 places of the text."""
+    torch.manual_seed(0)
+    characters, vocabulary, mark = text()
+    model = GPT(width // settings.shrink, vocabulary, settings).to(settings.device)
+
+    def draw(step: int, count: int = 32) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        starts = torch.randint(len(characters) - settings.tokens, (count, 1), generator=generator)
+        rows = characters[starts + torch.arange(settings.tokens + 1)].to(settings.device)
+        return rows[:, :-1], rows[:, 1:]
+
+    loss = trained(model, draw, settings, 1e-3)
+    facts = {"data": "Python's standard library", "sha256": mark, "characters": len(characters), "loss": loss}
+    return Trained(model, *draw(1 << 20, 8), facts)
+
+
+NETS: dict[str, Callable[[Settings], Trained]] = {
+    "vit128": lambda settings: vit(128, settings),
+    "gpt64": lambda settings: gpt(64, settings),
+    "gpt256": lambda settings: gpt(256, settings),
+}
+PLANS: dict[str, Row] = {
+    "": {},
+    "no balance": {"balance": False},
+    "directions": {"directions": 8},
+}
+
+
+class Drawn:
+    """Replicates of one method as rows, for their variance, and their times."""
+
+    def __init__(self, make: Callable[[], Callable[[int], Tensors]], device: str) -> None:
+        self.device = device
+        begun = self._now()
+        self._draw = make()
+        self.setup = self._now() - begun
+        self.seconds: list[float] = []
+        self._sums: list[Tensors] = []
+
+    def one(self, r: int) -> None:
+        """One more; the first is thrown away as a warm-up."""
+        begun = self._now()
+        found = self._draw(r)
+        if r:
+            self.seconds.append(self._now() - begun)
+            self._sums.append({name: t.double() for name, t in found.items()})
+
+    def variance(self) -> dict[str, float]:
+        """Of one replicate, summed over the entries of each tensor."""
+        return {name: float(torch.stack([one[name] for one in self._sums]).var(0).sum()) for name in self._sums[0]}
+
+    @property
+    def price(self) -> float:
+        """Seconds of a replicate with its share of the set-up."""
+        return median(self.seconds).value + self.setup / ONCE
+
+    def mean(self) -> Tensors:
+        """Of all replicates."""
+        return {name: sum(one[name] for one in self._sums) / len(self._sums) for name in self._sums[0]}  # type: ignore[misc]
+
+    def _now(self) -> float:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def propagation(net: Trained, *, balance: bool = True, directions: int = 0) -> Callable[[int], Tensors]:
+    """Set up, and what draws one replicate."""
+    objective, signs = hd.Objective(net.model), Signs(0, net.inputs.device)
+    linear = Linearisation(objective, net.inputs, net.targets)
+    if balance:
+        few = Linearisation(objective, net.inputs[:8], net.targets[:8])
+        linear = Linearisation(objective, net.inputs, net.targets, balance=balance_products(few, 0))
+    propagator = Propagator(linear)
+    known = propagator.direct()
+    columns = len(linear.curvature.signs) <= 32
+    if columns:
+        accumulate(known, propagator.gauss_newton())
+    if directions:
+        propagator.deflate(signs, directions)
+        accumulate(known, propagator.deflated())
+
+    def draw(r: int) -> Tensors:
+        found = propagator.functional(signs, r)
+        if not columns:
+            accumulate(found, propagator.gauss_newton_signed(signs, r))
+        accumulate(found, known)
+        return found
+
+    return draw
+
+
+def hutchinson(net: Trained) -> Callable[[int], Tensors]:
+    """The same of Hutchinson: the gradient's graph is kept."""
+    objective, signs = hd.Objective(net.model), Signs(0, net.inputs.device)
+    products = Products(objective, net.inputs, net.targets, parts=False)
+
+    def draw(r: int) -> Tensors:
+        v = probe(objective, signs, r)
+        return {name: v[name] * hv for name, hv in products.hessian(v).items()}
+
+    return draw
+
+
+def measure(name: str, settings: Settings) -> Row:
+    """Train a net and measure it."""
+    net = NETS[name](settings)
+    makers: dict[str, Callable[[], Callable[[int], Tensors]]] = {"hutchinson": lambda: hutchinson(net)}
+    for plan, options in PLANS.items():
+        makers[f"propagation {plan}".strip()] = lambda options=options: propagation(net, **options)  # type: ignore[misc]
+    methods = {method: Drawn(make, settings.device) for method, make in makers.items()}
+    for r in range(settings.replicates + 1):
+        for drawn in methods.values():
+            drawn.one(r)
+    base = methods.pop("hutchinson")
+    noise = base.variance()
+    best = methods["propagation"].mean()
+    size = {n: float(t.square().sum()) for n, t in best.items()}
+    zero = [n for n, s in size.items() if s <= 1e-12 * sum(size.values())]
+    row: Row = net.facts | {
+        "parameters": sum(p.numel() for p in net.model.parameters()),
+        "zero": zero,
+        "load": os.getloadavg()[0],
+        "hutchinson": {"seconds": median(base.seconds).value, "setup": base.setup},
+        "plans": {},
+    }
+    for method, drawn in methods.items():
+        found = drawn.variance()
+        ratio = base.price / drawn.price
+        gains = {n: noise[n] / found[n] * ratio for n in found if n not in zero and found[n] > 0}
+        exact = [n for n in found if n not in zero and not found[n] > 0]
+        lowest = min(gains, key=lambda n: gains[n])
+        row["plans"][method] = {
+            "norm": sum(noise.values()) / sum(found.values()) * ratio,
+            "tensors": math.exp(sum(math.log(g) for g in gains.values()) / len(gains)),
+            "lowest": {lowest: gains[lowest]},
+            "without noise": exact,
+            "most of the noise": dict(sorted(found.items(), key=lambda item: -item[1])[:4]),
+            "relative error": math.sqrt(sum(found.values()) / sum(size.values())),
+            "seconds": median(drawn.seconds).value,
+            "setup": drawn.setup,
+            "products": median(drawn.seconds).value / median(base.seconds).value,
+        }
+    return row
+
+
+def sized(device: str) -> Settings:
+    """As the documentation says; a rehearsal where a card is missing is asked for by `--rehearse`."""
+    return Settings(device)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure the nets that are named, all without a name."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.transformers", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--shrink", type=int, default=1, help="divide widths, for a rehearsal")
+    options = parser.parse_args(arguments)
+    settings = Settings(options.device, shrink=options.shrink)
+    path = options.out / f"transformers-{options.device.partition(':')[0]}.json"
+    rows: dict[str, Row] = {}
+    for place in (RESULTS / path.name, path):
+        if place.is_file():
+            content = json.loads(place.read_text(encoding="utf-8"))
+            rows = content["results"] if content["settings"] == asdict(settings) else rows
+    for name in options.names or NETS:
+        if name not in NETS:
+            raise ConfigurationError(f"no net {name!r}; {nearest(name, list(NETS))}")
+        if name in rows:
+            continue
+        rows[name] = measure(name, settings)
+        options.out.mkdir(parents=True, exist_ok=True)
+        content = {"environment": environment(), "settings": asdict(settings), "results": rows}
+        write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+        print(f"{name}: {json.dumps(rows[name], indent=1)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
