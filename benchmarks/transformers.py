@@ -201,7 +201,8 @@ NETS: dict[str, Callable[[Settings], Trained]] = {
 PLANS: dict[str, Row] = {
     "": {},
     "no balance": {"balance": False},
-    "directions": {"directions": 8},
+    "with directions": {"directions": 8},
+    "no closed shares of norms and pairs": {"closed": False},
 }
 
 
@@ -243,13 +244,17 @@ class Drawn:
         return time.perf_counter()
 
 
-def propagation(net: Trained, *, balance: bool = True, directions: int = 0) -> Callable[[int], Tensors]:
+def propagation(
+    net: Trained, *, balance: bool = True, directions: int = 0, closed: bool = True
+) -> Callable[[int], Tensors]:
     """Set up, and what draws one replicate."""
     objective, signs = hd.Objective(net.model), Signs(0, net.inputs.device)
     linear = Linearisation(objective, net.inputs, net.targets)
     if balance:
         few = Linearisation(objective, net.inputs[:8], net.targets[:8])
         linear = Linearisation(objective, net.inputs, net.targets, balance=balance_products(few, 0))
+    if not closed:
+        linear._rowed, linear._halves = {}, {}
     propagator = Propagator(linear)
     known = propagator.direct()
     columns = len(linear.curvature.signs) <= 32

@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hessdiag.errors import NonFiniteError
-from hessdiag.graph.direct import Direct, find_direct
+from hessdiag.graph.direct import Direct, Own, Rowed, carried, find_direct, find_own, find_rowed
 from hessdiag.graph.layers import Layer
 from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape, is_leaf, short_name
 from hessdiag.graph.reading import Graph, detach_guard
 from hessdiag.graph.saved import constant
-from hessdiag.graph.sites import Pointwise, Site, SiteKind
+from hessdiag.graph.sites import Map, Pointwise, Site, SiteKind
 from hessdiag.graph.sites.elementwise import Elementwise, derivatives
-from hessdiag.graph.sites.site import pulled
+from hessdiag.graph.sites.site import Legs, pulled
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import Curvature
 
@@ -97,6 +97,8 @@ class Linearisation:
         self.direct: dict[int, Direct] = find_direct(self.graph, owners, self.layers)
         self.heads: dict[int, Direct] = self._find_heads()
         """What layers have in the outputs themselves, by their place in `layers` and beyond them in `shared`."""
+        self._halves: dict[int, list[Own]] | None = None
+        self._rowed: dict[int, Rowed] | None = None
 
     @property
     def loss(self) -> float:
@@ -145,6 +147,52 @@ class Linearisation:
         if direct is None or seed is None:
             return cotangent
         return cotangent - seed.reshape(cotangent.shape) * direct.slope
+
+    @property
+    def rowed(self) -> dict[int, Rowed]:
+        """By layer, sites that mix rows of which its share is closed."""
+        if self._rowed is None:
+            squares = [layer.on(self.samples) for layer in self.layers]
+            self._rowed = find_rowed(self.graph, self.sites, squares)
+        return self._rowed
+
+    def own_weight(self, place: int) -> Tensor:
+        """Weights on a layer's output that give its share of such sites."""
+        rowed = self.rowed[place]
+        total = torch.zeros(edge_shape(rowed.edge), dtype=self.outputs.dtype, device=self.outputs.device)
+        for number in rowed.sites:
+            factor = self.sites[number].legs[0][1]
+            assert isinstance(factor, Map)
+            total += factor.squared(self.sites[number].c)
+        found = carried(self.layers[place], rowed.edge, total)
+        assert found is not None
+        return found
+
+    def own(
+        self, seeds: Sequence[Tensor | None], right: Sequence[Tensor | None], *, halves: bool = True
+    ) -> dict[int, Tensor]:
+        """By layer, what its cotangent holds of seeds whose share is known: of sites that mix rows, and (`halves`) of
+        pairs of which it feeds one half alone.
+        """
+        found: dict[int, Tensor] = {}
+
+        def take(place: int, legs: Legs, seed: Tensor | None, kept: Tensor | float) -> None:
+            for edge, vector in pulled(legs, seed) if seed is not None else ():
+                part = carried(self.layers[place], edge, vector)
+                if part is not None:
+                    found[place] = part * kept if place not in found else found[place] + part * kept
+
+        for place, rowed in self.rowed.items():
+            for number in rowed.sites:
+                take(place, self.sites[number].legs, seeds[number], 1.0)
+        if halves and self._halves is None:
+            self._halves = find_own(self.graph, self.sites, self.layers)
+        for place, mine in (self._halves or {}).items() if halves else ():
+            for half in mine:
+                legs = self.sites[half.site].right if half.second else self.sites[half.site].legs
+                seed = (right if half.second else seeds)[half.site]
+                take(place, legs[half.leg : half.leg + 1], seed, half.kept)
+        return found
 
     def adjoints(self, nodes: Sequence[Any]) -> list[Tensor]:
         """dl/dh for the outputs h of `nodes`, the loss summed over the batch."""

@@ -16,8 +16,10 @@ factor (C - 1 for softmax cross-entropy), or takes one signed pass instead, but 
 outputs directly, sum_n (d2l_n/df_j^2) (df_j/dtheta)^2: `heads`. And a layer that feeds a site tensor by an
 elementwise map (through its normalisation and a residual sum) has its share of that site in closed form,
 sum_j c_j slope_j^2 (da_j/dtheta)^2: `direct`, once; the signed passes then carry the remote sites only, the layer's own
-seed being subtracted from its cotangent before squaring. And the directions of a sample's sites in which signs would be
-noisiest can be squared one by one, once: `deflate`, `deflated` (hessdiag.kernels.deflation).
+seed being subtracted from its cotangent before squaring. The same holds of a layer that feeds a LayerNorm through a
+sum, and of one half of a pair whose other half does not depend on the layer (a query's own leg of its product with the
+keys): that share is zero. And the directions of a sample's sites in which signs would be noisiest can be squared one by
+one, once: `deflate`, `deflated` (hessdiag.kernels.deflation).
 """
 
 from __future__ import annotations
@@ -74,6 +76,8 @@ class Propagator:
             slope = direct.slope
             weight = c.reshape(edge_shape((self.batch.layers[place].node, 0))) * slope * slope
             accumulate(out, self.squares[place].weighted(weight))
+        for place in self.batch.rowed:
+            accumulate(out, self.squares[place].weighted(self.batch.own_weight(place)))
         return out
 
     def deflate(self, signs: Signs, rank: int) -> Deflation | None:
@@ -207,6 +211,7 @@ class Propagator:
             return
 
         shared: dict[int, Tensor] = {}
+        own = self.batch.own(seeds, right)
 
         def square(place: int, delta: Tensor) -> None:
             head = heads and place in self.batch.heads
@@ -218,6 +223,8 @@ class Propagator:
                 shared[place - len(self.squares)] = delta.detach()
                 return
             delta = self.batch.remote(place, delta, seeds)
+            if place in own:
+                delta = delta - own.pop(place)
             accumulate(out, self.squares[place].summed(delta.detach(), group=groups[place]), sign)
 
         visit(self.batch, seeds, output_seed, square, right=right)

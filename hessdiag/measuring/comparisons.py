@@ -190,26 +190,32 @@ def closed(
 ) -> list[AuditEntry]:
     """Entries of the closed shares and of the remote gradients of `layers`, by the propagation method."""
     propagator = Propagator(linear)
-    places = [place for place in linear.direct if linear.layers[place] in layers]
+    places = [place for place in sorted({*linear.direct, *linear.rowed}) if linear.layers[place] in layers]
     if not places:
         return []
     shares, generator = propagator.direct(), cpu_generator(signs.seed)
     seeds: list[Tensor | None] = [signs.plain(s.c, AUDIT, 6, n) for n, s in enumerate(linear.sites)]
     deltas = linear.backward(seeds, None, [layer.edge for layer in linear.layers], above=True)
-    found = []
+    taken, found = linear.own(seeds, seeds, halves=False), []
     for place in places:
-        layer, site, delta = linear.layers[place], linear.direct[place].site, deltas[place]
-        remote = {} if delta is None else propagator.squares[place].each(linear.remote(place, delta.detach(), seeds))
+        layer, delta = linear.layers[place], deltas[place]
+        closed_sites = set(linear.rowed[place].sites if place in linear.rowed else ())
+        closed_sites |= {linear.direct[place].site} if place in linear.direct else set()
+        remote = {}
+        if delta is not None:
+            rest = linear.remote(place, delta.detach(), seeds)
+            remote = propagator.squares[place].each(rest - taken[place] if place in taken else rest)
         for name in layer.own:
             parameter, worst = linear.objective.parameters[name], 0.0
             for k in torch.randint(0, parameter.numel(), (2,), generator=generator, device="cpu").tolist():
                 u = one_hot(parameter, name, k)
                 pushed, _ = forward.along([u.get(n) for n in linear.objective.parameters])
-                own = linear.sites[site].c.double() * pushed[site][0].double().square()
-                off = abs(float(shares[name].reshape(-1)[k]) - float(own.sum()))
-                worst = max(worst, off / (float(own.abs().sum()) or 1.0) if off else 0.0)
+                own = [linear.sites[site].c.double() * pushed[site][0].double().square() for site in closed_sites]
+                off = abs(float(shares[name].reshape(-1)[k]) - sum(float(part.sum()) for part in own))
+                worst = max(worst, off / (sum(float(part.abs().sum()) for part in own) or 1.0) if off else 0.0)
                 sides = [left + right if one.right else left for one, (left, right) in zip(linear.sites, pushed)]
-                terms = [(s * p).double() for n, (s, p) in enumerate(zip(seeds, sides)) if s is not None and n != site]
+                pairs = [(n, s, p) for n, (s, p) in enumerate(zip(seeds, sides)) if s is not None]
+                terms = [(s * p).double() for n, s, p in pairs if n not in closed_sites]
                 if name in remote:
                     size = sum(float((s * p).double().abs().sum()) for s, p in zip(seeds, sides) if s is not None)
                     mine = float(remote[name].double().sum(0).reshape(-1)[k])

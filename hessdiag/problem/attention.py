@@ -48,7 +48,7 @@ def multi_head(
         return F.multi_head_attention_forward(**given)
     q, k, v = _projected(given)
     width, bias = q.shape[-1], _bias(given)
-    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+    q, k, v = (part.reshape(*part.shape[:2], num_heads, -1).transpose(1, 2) for part in (q, k, v))
     weights: Tensor | None = None
     if need_weights:
         scores = (q * (width // num_heads) ** -0.5) @ k.transpose(-1, -2)

@@ -28,8 +28,6 @@ REFUSED = {
     "logdet", "lu", "qr", "slogdet", "std_mean", "svdvals", "var_mean",
     # complex numbers that are not affine
     "abs of a spectrum", "polar",
-    # statistics of single samples that are a batch's to torch
-    "instance_norm",
     # a product of two matrices without an axis of samples
     "chain_matmul", "corrcoef", "cov",
     # no second derivative in torch

@@ -126,8 +126,6 @@ class Shared(nn.Module):
         return self.last(h + torch.tanh(self.inner(2 * x)) if self.parallel else torch.tanh(self.inner(h)))
 
 
-
-
 def chain(*inside: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 5), *inside, nn.Linear(5, 3))
 

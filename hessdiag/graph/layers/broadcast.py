@@ -17,6 +17,7 @@ from hessdiag.errors import UncoveredModelError
 from hessdiag.graph.carried import Carried
 from hessdiag.graph.chunks import grouped, spread
 from hessdiag.graph.layers.layer import Half, LayerKind, Parts
+from hessdiag.graph.nodes import sizes
 from hessdiag.graph.sites.site import Legs
 from hessdiag.graph.tangents import Tangent, broadcast
 
@@ -65,6 +66,12 @@ class Broadcast(LayerKind):
         edges = self.layer.node.next_functions
         half = _Spread(self)
         return 2.0 * adjoint, ((edges[1 - self.way.slot], 1.0),), ((edges[self.way.slot], half),)
+
+    def units(self) -> Tensor:
+        """Entries of the parameter."""
+        if self.way.index is not None:
+            return self.way.index
+        return torch.arange(self.shape.numel(), device=sizes(self.layer.node).device).reshape(self.shape)
 
     def gram(self, delta: Tensor) -> Tensor:
         """The sum that reaches the parameter, given back."""

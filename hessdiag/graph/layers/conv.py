@@ -162,6 +162,11 @@ class Conv(PositionWise):
         shape = edge_shape((layer.node, 0))
         return places == (1,) or places == (shape[1], shape[2:].numel())
 
+    def units(self) -> Tensor:
+        """Output channels."""
+        channels = torch.arange(self.out[1], device=sizes(self.layer.node).device)
+        return channels.reshape(-1, *(1,) * (len(self.out) - 2))
+
     def gram(self, delta: Tensor) -> Tensor:
         """(G_n of delta) X, chunk by chunk, and the sum over pixels for the bias."""
         out = torch.zeros_like(delta)

@@ -86,6 +86,10 @@ class Embedding(LayerKind):
         out = delta.new_zeros(self._rows + 1, self._width)
         yield self._name, out.index_add_(0, seen % (self._rows + 1), sums.square_())[:-1]
 
+    def units(self) -> Tensor:
+        """Columns of the table."""
+        return torch.arange(self._width, device=sizes(self.layer.node).device)
+
     def weighted(self, c: Tensor) -> dict[str, Tensor]:
         """sum of c over the places of a number."""
         out = c.new_zeros(self._rows + 1, self._width)

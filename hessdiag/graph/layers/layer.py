@@ -205,6 +205,12 @@ class LayerKind(NodeKind, ABC):
         """{parameter name: sum over samples and positions of c (da/dtheta)^2} for weights c on the layer's outputs."""
         raise NotImplementedError
 
+    def units(self) -> Tensor | None:
+        """Numbers that broadcast to the layer's output: entries with different numbers share no scalar parameter. None
+        where that is not known.
+        """
+        return None
+
     @classmethod
     def has_closed_share(cls) -> bool:
         """Whether the kind gives `weighted`."""

@@ -166,6 +166,10 @@ class Linear(PositionWise):
         """One unit, of a place each time."""
         return len(places) == 1 and edge_shape((layer.node, 0))[-1] % places[0] == 0
 
+    def units(self) -> Tensor:
+        """Output units."""
+        return torch.arange(self.out[-1], device=sizes(self.layer.node).device)
+
     def gram(self, delta: Tensor) -> Tensor:
         """X X^T delta, and the sum over positions for the bias."""
         out = torch.zeros_like(delta)

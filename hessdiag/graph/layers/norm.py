@@ -15,6 +15,7 @@ from hessdiag.errors import StochasticModeError
 from hessdiag.graph import saved
 from hessdiag.graph.chunks import grouped, over_pixels, spread
 from hessdiag.graph.layers.layer import Half, Layer, LayerKind, Parts
+from hessdiag.graph.sites.normalised import InstanceNorm
 from hessdiag.graph.sites.site import Legs
 from hessdiag.graph.tangents import Tangent
 
@@ -37,11 +38,14 @@ class Norm(LayerKind):
     normalises = True
 
     @classmethod
+    def takes(cls, node: Any) -> bool:
+        """Not what normalises instances, which to torch is a batch of one sample with all channels of all."""
+        return super().takes(node) and not InstanceNorm.takes(node)
+
+    @classmethod
     def match(cls, node: Any, graph: Graph) -> Layer | None:
         """Statistics of the batch at hand are refused: they mix its samples."""
         if saved.flag(node, "training"):
-            if saved.tensor(node, "input").shape[0] == 1 != graph.outputs.shape[0]:
-                graph.refuse(node, "an instance normalisation")
             raise StochasticModeError(f"BatchNorm on batch statistics {graph.place(node)}; call model.eval()")
         weight, bias = (graph.direct(node, slot) for slot in (1, 2))
         return Layer(cls, graph.layer_name(weight, bias), node, weight, bias) if weight or bias else None

@@ -4,7 +4,7 @@ from hessdiag.graph.kinds import Table
 from hessdiag.graph.sites.bilinear import Bilinear
 from hessdiag.graph.sites.elementwise import Elementwise
 from hessdiag.graph.sites.length import Length
-from hessdiag.graph.sites.normalised import GroupNorm, LayerNorm
+from hessdiag.graph.sites.normalised import GroupNorm, InstanceNorm, LayerNorm
 from hessdiag.graph.sites.product import Product
 from hessdiag.graph.sites.quotient import Quotient
 from hessdiag.graph.sites.several import Several
@@ -14,8 +14,8 @@ from hessdiag.graph.sites.tested import Tested
 
 KINDS: Table[SiteKind] = Table(
     "site kind", SiteKind,
-    Elementwise, Product, Quotient, Several, Bilinear, Softmax, LogSoftmax, LogSumExp, LayerNorm, GroupNorm, Length,
-    Tested,
+    Elementwise, Product, Quotient, Several, Bilinear, Softmax, LogSoftmax, LogSumExp, LayerNorm, GroupNorm,
+    InstanceNorm, Length, Tested,
 )  # fmt: skip
 
 

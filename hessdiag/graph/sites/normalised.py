@@ -59,13 +59,20 @@ class _Across(Map):
     """w less its parts along y and along g."""
 
     def __init__(self, rows: Rows, along: tuple[Tensor, Tensor]) -> None:
-        self.rows, self.along = rows, along
+        self.of, self.along, self.rows = rows, along, len(rows.y)
 
     def push(self, tangents: Tensor) -> Tensor:
-        return self._left(self.rows.slope(tangents))
+        return self._left(self.of.slope(tangents))
 
     def pull(self, seed: Tensor) -> Tensor:
-        return self.rows.back(self._left(seed))
+        return self.of.back(self._left(seed))
+
+    def squared(self, c: Tensor) -> Tensor:
+        """c (1 - 1/D - y^2 - g^2) / r^2, y and g of length one; c is one number for each row."""
+        left = 1.0 - sum(unit.square() for unit in self.along)
+        if self.of.centred:
+            left = left - 1.0 / c.shape[-1]
+        return (c * left * self.of.rate.square()).reshape(self.of.shape)
 
     def _left(self, w: Tensor) -> Tensor:
         for unit in self.along:
@@ -77,16 +84,21 @@ class _Along(Map):
     """w along the eigenvectors in the plane of y and g, [R, 2]."""
 
     def __init__(self, rows: Rows, along: tuple[Tensor, Tensor], vectors: Tensor) -> None:
-        self.rows, self.vectors = rows, vectors  # [R, 2, 2], a vector per column
+        self.of, self.rows, self.vectors = rows, len(rows.y), vectors  # [R, 2, 2], a vector per column
         self.along = torch.stack(along, -1)  # [R, D, 2]
 
     def push(self, tangents: Tensor) -> Tensor:
-        parts = torch.einsum("krd,rdi->kri", self.rows.slope(tangents), self.along)
+        parts = torch.einsum("krd,rdi->kri", self.of.slope(tangents), self.along)
         return torch.einsum("kri,rij->krj", parts, self.vectors)
 
     def pull(self, seed: Tensor) -> Tensor:
         parts = torch.einsum("rij,rj->ri", self.vectors, seed)
-        return self.rows.back(torch.einsum("rdi,ri->rd", self.along, parts))
+        return self.of.back(torch.einsum("rdi,ri->rd", self.along, parts))
+
+    def squared(self, c: Tensor) -> Tensor:
+        """Along each vector its entries, squared."""
+        entries = (self.along @ self.vectors).square() @ c.unsqueeze(-1)
+        return (entries.squeeze(-1) * self.of.rate.square()).reshape(self.of.shape)
 
 
 class Normalised(SiteKind):
@@ -187,3 +199,31 @@ class GroupNorm(Normalised):
             gain = gain.repeat_interleave(pixels).reshape(groups, -1).repeat(samples, 1)
         y = (x.reshape(samples * groups, -1) - mean.reshape(-1, 1)) * rate
         return Rows(y, rate, gain, True, x.shape)
+
+
+class InstanceNorm(Normalised):
+    """Over the pixels of every channel of every sample, without gain and bias: torch folds samples into channels."""
+
+    name = "instancenorm"
+    nodes = frozenset({"NativeBatchNormBackward0"})
+
+    @classmethod
+    def takes(cls, node: Any) -> bool:
+        """One sample with statistics of its own: of a batch of one, the same."""
+        return super().takes(node) and saved.flag(node, "training") and saved.tensor(node, "input").shape[0] == 1
+
+    @classmethod
+    def match(cls, node: Any, graph: Graph) -> bool:
+        """Gains that are repeated for every sample are no layer known here."""
+        for slot in (1, 2):
+            if slot < len(node.next_functions) and graph.is_live(node.next_functions[slot][0]):
+                graph.refuse(node, f"an instance normalisation with {graph.through(node.next_functions[slot][0])!r}")
+        return super().match(node, graph)
+
+    @classmethod
+    def rows(cls, node: Any) -> Rows:
+        """x, means and 1 / r of every channel are kept."""
+        x, mean, rate = (saved.tensor(node, name) for name in ("input", "result1", "result2"))
+        rate, gain = rate.reshape(-1, 1), saved.tensor_or_none(node, "weight")
+        y = (x.reshape(len(rate), -1) - mean.reshape(-1, 1)) * rate
+        return Rows(y, rate, None if gain is None else gain.reshape(-1, 1), True, x.shape)

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 class Map(ABC):
     """A linear map from the tensor of an edge to the entries of a site, which never mixes samples."""
 
+    rows: int = 0
+    """Into how many rows it cuts its edge, in order, entries of different rows never meeting; 0 where that is not said.
+    With rows, `squared` must be given."""
+
+    def squared(self, c: Tensor) -> Tensor:
+        """sum_j c_j (dz_j/du_k)^2 for every entry k of the edge."""
+        raise NotImplementedError
+
     @abstractmethod
     def push(self, tangents: Tensor) -> Tensor:
         """dz [K, *shape of c] for tangents [K, *shape of the edge]."""
