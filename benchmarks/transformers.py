@@ -1,10 +1,14 @@
 """Transformers, one batch: how much more a replicate of propagation says than Hutchinson in the same time.
 
-    python -m benchmarks.transformers [NAME...] [--device cpu] [--out FOLDER]
+    python -m benchmarks.transformers [NAME...] [--device DEVICE] [--full] [--out FOLDER]
 
-vit128   a ViT of width 128 on the digits that come with scikit-learn's package (patches of 2 x 2, 16 tokens), 16 images
-gpt64    a GPT of width 64 on characters, untied, 8 sequences of 64; the text is the source code of Python's standard
-gpt256   library as the running interpreter has it, and its hash stands with the result
+vit128        a ViT of width 128 on digits (patches of 2 x 2, 16 tokens), 16 images
+gpt64         a GPT of width 64 on characters, untied, 8 sequences of 64, its table of characters started as torch does
+gpt256        the same of width 256
+gpt64_small   gpt64 with the table and the positions started at 0.02, as GPT-2's: the first LayerNorm divides by that
+
+The text is the source code of Python's standard library as the running interpreter has it; its hash stands with the
+result.
 
 Both methods measure one and the same trained net on one and the same batch, in float32 and in turns. Hutchinson's
 block is that batch, its graph is kept. With V the variance of a replicate, summed over entries (estimated from
@@ -14,7 +18,8 @@ replicates, unbiased), t the median time of one and s that of the set-up,
 
 for all entries together (`norm`) and tensor by tensor: their geometric mean, and the lowest by name. Tensors whose
 diagonal is zero within rounding (a key's bias) are left out, and named. The `plans` are propagation with one thing
-switched off at a time. A row is stored as soon as it is measured; rows that are stored already are left out.
+switched on or off at a time. A row is stored as soon as it is measured; rows that are stored already are left out.
+Without a GPU everything is tiny, a rehearsal whose numbers say nothing, unless `--full` is given.
 """
 
 from __future__ import annotations
@@ -54,7 +59,7 @@ ONCE = 30
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how large; `shrink` divides widths and steps for a rehearsal."""
+    """What is measured, and how large; `shrink` divides widths and steps."""
 
     device: str = "cpu"
     replicates: int = 24
@@ -104,13 +109,13 @@ class ViT(nn.Module):
 class GPT(nn.Module):
     """Characters in, the next one out at every place."""
 
-    def __init__(self, width: int, vocabulary: int, settings: Settings) -> None:
+    def __init__(self, width: int, vocabulary: int, settings: Settings, spread: float) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(1, settings.tokens, width))
         self.blocks = nn.Sequential(*(Block(width, settings.heads, causal=True) for _ in range(settings.layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=spread)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of every place."""
@@ -176,11 +181,11 @@ def vit(width: int, settings: Settings) -> Trained:
     return Trained(model, x[:16], y[:16], {"data": "digits", "loss": trained(model, draw, settings, 1e-3)})
 
 
-def gpt(width: int, settings: Settings) -> Trained:
+def gpt(width: int, settings: Settings, *, spread: float = 1.0) -> Trained:
     """Trained on batches of 32 places of the text."""
     torch.manual_seed(0)
     characters, vocabulary, mark = text()
-    model = GPT(width // settings.shrink, vocabulary, settings).to(settings.device)
+    model = GPT(width // settings.shrink, vocabulary, settings, spread).to(settings.device)
 
     def draw(step: int, count: int = 32) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(step)
@@ -197,6 +202,7 @@ NETS: dict[str, Callable[[Settings], Trained]] = {
     "vit128": lambda settings: vit(128, settings),
     "gpt64": lambda settings: gpt(64, settings),
     "gpt256": lambda settings: gpt(256, settings),
+    "gpt64_small": lambda settings: gpt(64, settings, spread=0.02),
 }
 PLANS: dict[str, Row] = {
     "": {},
@@ -328,9 +334,11 @@ def measure(name: str, settings: Settings) -> Row:
     return row
 
 
-def sized(device: str) -> Settings:
-    """As the documentation says; a rehearsal where a card is missing is asked for by `--rehearse`."""
-    return Settings(device)
+def sized(device: str, *, full: bool) -> Settings:
+    """Full size on a GPU or if asked for, else tiny."""
+    return (
+        Settings(device) if full or device.startswith("cuda") else Settings(device, replicates=2, layers=1, shrink=16)
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -339,10 +347,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="name")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--shrink", type=int, default=1, help="divide widths, for a rehearsal")
+    parser.add_argument("--full", action="store_true", help="full size without a GPU, too")
     options = parser.parse_args(arguments)
-    settings = Settings(options.device, shrink=options.shrink)
-    path = options.out / f"transformers-{options.device.partition(':')[0]}.json"
+    settings = sized(options.device, full=options.full)
+    kind = "tiny" if settings.shrink > 1 else settings.device.partition(":")[0]
+    path = options.out / f"transformers-{kind}.json"
     rows: dict[str, Row] = {}
     for place in (RESULTS / path.name, path):
         if place.is_file():
