@@ -49,6 +49,7 @@ from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors, accumulate
 from hessdiag.methods.hutchinson import probe
 from hessdiag.methods.pilot import balance_products
+from hessdiag.methods.propagation import EXACT_COLUMNS
 from hessdiag.signs import Signs
 from hessdiag.store.files import write_bytes
 
@@ -263,9 +264,8 @@ def propagation(
         linear._rowed, linear._halves = {}, {}
     propagator = Propagator(linear)
     known = propagator.direct()
-    columns = len(linear.curvature.signs) <= 32
-    if columns:
-        accumulate(known, propagator.gauss_newton())
+    columns = linear.columns <= EXACT_COLUMNS
+    accumulate(known, propagator.gauss_newton() if columns else propagator.heads())
     if directions:
         propagator.deflate(signs, directions)
         accumulate(known, propagator.deflated())
