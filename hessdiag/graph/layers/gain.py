@@ -135,16 +135,16 @@ class _Slope(Map):
     """dy = w - y (y.w) / D."""
 
     def __init__(self, rows: Rows, shape: torch.Size) -> None:
-        self.rows, self.shape = rows, shape
+        self.of, self.shape = rows, shape
 
     def push(self, tangents: Tensor) -> Tensor:
-        return self._across(self.rows.slope(tangents)).reshape(-1, *self.shape)
+        return self._across(self.of.slope(tangents)).reshape(-1, *self.shape)
 
     def pull(self, seed: Tensor) -> Tensor:
-        return self.rows.back(self._across(seed.reshape(self.rows.y.shape)))
+        return self.of.back(self._across(seed.reshape(self.of.y.shape)))
 
     def _across(self, w: Tensor) -> Tensor:
-        return w - self.rows.y * ((self.rows.y * w).sum(-1, keepdim=True) / self.rows.y.shape[-1])
+        return w - self.of.y * ((self.of.y * w).sum(-1, keepdim=True) / self.of.y.shape[-1])
 
 
 class _Gain(Half):
