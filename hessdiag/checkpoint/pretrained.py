@@ -35,9 +35,9 @@ MOST_LABELS = 100_000
 """The library makes a name for each."""
 PARTS = 50
 """Modules, parameters and buffers that a network may have for each tensor of its file; most have two or three."""
-OWN = "build the model in a function of yours, --model package.module:factory"
 SPARE_BYTES = 256 * 2**20
 """What a network may hold beside the weights of its file: tables that it computes."""
+OWN = "build the model in a function of yours, --model package.module:factory"
 DROPPED = (
     *("dtype", "torch_dtype", "auto_map", "quantization_config"),
     *("attn_implementation", "_attn_implementation", "_experts_implementation"),
