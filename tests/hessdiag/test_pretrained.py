@@ -217,6 +217,26 @@ def test_from_the_command_line(written: Callable[..., Path], tmp_path: Path) -> 
     assert told["cli"]["checkpoint"]["name"] == f"hf:{folder}"
 
 
+def test_a_language_model_has_the_loss_that_its_library_says(written: Callable[..., Path], tmp_path: Path) -> None:
+    folder = written(llama)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 30, (6, 7))
+    labels = np.where(rng.random(ids.shape) < 0.2, -100, ids)
+    np.savez(tmp_path / "text.npz", input_ids=ids, labels=labels)
+    line = ["measure", "--model", f"hf:{folder}", "--data", f"npz:{tmp_path / 'text.npz'}", "--dtype", "float64"]
+    line += ["--shift", "1", "--layers", r"model\.norm\..*", "--method", "reference", "--no-spread", "--json", "-"]
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code in (0, 1), done.output
+    told = json.loads(done.stdout)
+    model = load_checkpoint(folder, factory=f"hf:{folder}").model.double()
+    tokens = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+    with torch.no_grad():
+        returned = model(**tokens)
+        wide = nn.functional.cross_entropy(returned.logits[:, :-1].reshape(-1, 30), tokens["labels"][:, 1:].reshape(-1))
+    assert told["loss"] == pytest.approx(float(wide), rel=1e-12)
+    assert told["loss"] == pytest.approx(float(returned.loss), rel=1e-6)  # which the library takes in float32
+
+
 def test_without_the_library_the_extra_is_named(written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = written(bert)
     monkeypatch.setitem(sys.modules, "transformers", None)
