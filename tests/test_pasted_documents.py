@@ -147,6 +147,7 @@ def shows(*words: str) -> Callable[[Outcome], None]:
 
 OUTCOMES: list[tuple[str, Callable[[Outcome], None]]] = [
     (r"(torchrun .* -m )?hessdiag measure", measured),
+    (r"python -c \"import numpy.*numpy.savez", lambda seen: (seen.home / "mine.npz").stat()),
     (r"hessdiag compare", compared),
     (r"hessdiag inspect", shows("small_resnet", "digits")),
     (r"hessdiag curvature", shows(r"0\.64|7\.?0*\b")),

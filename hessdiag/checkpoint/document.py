@@ -206,6 +206,8 @@ def _where(tree: dict[Any, Any]) -> str:
             todo += [
                 (f"{path}.{name}" if path else str(name), e, depth + 1) for name, e in inner[:1000] if _short(name)
             ]
+    if not found and any(isinstance(value, TensorFacts) for value in tree.values()):
+        return "it is a bare state dict: leave key out (--key)"
     if not found:
         return f"weights are sought under {', '.join(MODEL_KEYS)}"
     found.sort(key=lambda pair: (-pair[0], pair[1]))

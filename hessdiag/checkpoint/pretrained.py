@@ -24,23 +24,25 @@ from torch import Tensor, nn
 
 from hessdiag.checkpoint.layout import some
 from hessdiag.errors import CheckpointError, ConfigurationError, ran_out
-from hessdiag.store.files import BadFileError, read_bytes, read_json, shown, size_text
+from hessdiag.store.files import BadFileError, parse_json, read_bytes, shown, size_text
 
 SCHEME = "hf:"
 CONFIG = "config.json"
 CONFIG_BUDGET = 4 * 2**20
 LARGEST = 2**24
 """Whole numbers of a config are sizes: this exceeds every vocabulary and every context."""
-MOST = {"label": 100_000, "expert": 10_000}
-OWN = "build the model in a function of yours, --model package.module:factory"
+MOST_LABELS = 100_000
+"""The library makes a name for each."""
+PARTS = 50
+"""Modules, parameters and buffers that a network may have for each tensor of its file; most have two or three."""
 SPARE_BYTES = 256 * 2**20
 """What a network may hold beside the weights of its file: tables that it computes."""
+OWN = "build the model in a function of yours, --model package.module:factory"
 DROPPED = (
     *("dtype", "torch_dtype", "auto_map", "quantization_config"),
     *("attn_implementation", "_attn_implementation", "_experts_implementation"),
 )
 """Entries that would round the weights, or that name code, kernels or packages from elsewhere."""
-_LAYERS = re.compile(r"layers?$|depth$|blocks?$")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
 
@@ -72,9 +74,9 @@ def network(text: str, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, dict[s
     opens none); whatever it would have to make up is refused.
     """
     try:
-        content = read_json(folder_of(text) / CONFIG, budget=CONFIG_BUDGET)
+        content = parse_json(read_bytes(folder_of(text) / CONFIG, budget=CONFIG_BUDGET), finite=False)
         kind, name = _named(content)
-        _check_numbers(content, len(tensors))
+        _check_numbers(content)
     except BadFileError as reason:
         raise BadFileError(f"{CONFIG}: {reason}") from None
     library = _library()
@@ -84,7 +86,7 @@ def network(text: str, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, dict[s
         wide = torch.float64 if torch.float64 in floats else torch.float32
         state = {key: t.to(wide) if t.is_floating_point() else t for key, t in tensors.items()}
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _counted(PARTS * (len(tensors) + 100)):
                 sketch: nn.Module = made(config)
             _check_size(sketch, state)
             model, told = made.from_pretrained(
@@ -131,8 +133,8 @@ def _named(content: Any) -> tuple[str, str]:
     return kind, first
 
 
-def _check_numbers(content: Any, tensors: int) -> None:
-    """Refuse numbers that would make the library work without end."""
+def _check_numbers(content: Any) -> None:
+    """Refuse numbers that no network has, and what would fetch something."""
     todo: list[tuple[str, Any, int]] = [("", content, 0)]
     while todo:
         name, value, depth = todo.pop()
@@ -145,13 +147,32 @@ def _check_numbers(content: Any, tensors: int) -> None:
         elif isinstance(value, list):
             todo += [(name, entry, depth + 1) for entry in value]
         elif type(value) is int and "theta" not in name:
-            most = next((limit for word, limit in MOST.items() if word in name), LARGEST)
-            if _LAYERS.search(name):
-                most = tensors
+            most = MOST_LABELS if "label" in name else LARGEST
             if abs(value) > most:
-                raise BadFileError(
-                    f"{shown(name)} = {shown(value)}: more than {most} for the {tensors} tensors there are"
-                )
+                raise BadFileError(f"{shown(name)} = {shown(value)}: more than {most}")
+
+
+@contextmanager
+def _counted(most: int) -> Iterator[None]:
+    """Refuse a network of more parts than that while it is being built: a config may claim layers without end."""
+    left = [most]
+
+    def count(*_: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise BadFileError(f"{CONFIG} claims a network of more than {most} parts, more than its tensors bear out")
+
+    register = torch.nn.modules.module
+    hooks = [
+        register.register_module_module_registration_hook(count),
+        register.register_module_parameter_registration_hook(count),
+        register.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_size(sketch: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -162,6 +162,17 @@ def command(
     label_smoothing: Annotated[
         float, typer.Option(help="Label smoothing of cross_entropy.", rich_help_panel=WHAT)
     ] = 0.0,
+    ignore_index: Annotated[
+        int, typer.Option(help="Targets of this number do not count, in cross_entropy.", rich_help_panel=WHAT)
+    ] = -100,
+    shift: Annotated[
+        int,
+        typer.Option(
+            help="Compare the output at a place with the target so many places later: 1 for language models.",
+            min=0,
+            rich_help_panel=WHAT,
+        ),
+    ] = 0,
     l2: Annotated[
         float, typer.Option(help="Add (l2/2)|theta|^2 to the loss; off by default.", rich_help_panel=WHAT)
     ] = 0.0,

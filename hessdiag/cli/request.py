@@ -34,6 +34,8 @@ class Request:
     batch_size: int
     loss: str
     label_smoothing: float
+    ignore_index: int
+    shift: int
     l2: float
     layers: str | None
     attack: str | None

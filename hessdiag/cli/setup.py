@@ -85,6 +85,8 @@ def prepare(request: Request, world: World) -> Prepared:
         parameters=pattern_of(request.layers),
         l2=request.l2,
         label_smoothing=request.label_smoothing,
+        ignore_index=request.ignore_index,
+        shift=request.shift,
         output=output_of(request.output, request.model),
         forward=forward_of(request.forward, data),
     )

@@ -149,14 +149,21 @@ def make(
     return DataSet(inputs, targets, name, split, classes, (*notes, *more))
 
 
-def make_targets(targets: Tensor, num_classes: int | None, name: str) -> tuple[Tensor, int | None, tuple[str, ...]]:
-    """Checked targets, classes counted: finite floats, or class numbers; and what is to be said of them."""
+def make_targets(
+    targets: Tensor, num_classes: int | None, name: str, *, sequences: bool = False
+) -> tuple[Tensor, int | None, tuple[str, ...]]:
+    """Checked targets, classes counted: finite floats, or class numbers; and what is to be said of them.
+
+    With `sequences` they may be integers [N, T], one for each place; which of them count the loss knows.
+    """
     targets = targets.detach().cpu()
     if targets.ndim < 1 or len(targets) == 0:
         raise EmptyDataError(f"{name}: no samples in targets of shape {tuple(targets.shape)}")
     if targets.is_floating_point():
         refuse_non_finite(targets, f"{name}: targets")
         return targets, None, ()
+    if sequences and targets.ndim == 2 and targets.shape[1] > 1 and targets.dtype not in (torch.bool, torch.uint8):
+        return targets.to(torch.int64), num_classes, ()
     return _class_targets(targets, num_classes, name, ())
 
 

@@ -153,7 +153,7 @@ def of_table(
     first = table[inputs[0]]
     if len(inputs) == 1 and (first.is_floating_point() or first.dtype == torch.uint8 or inputs[0] in _CONVENTIONAL):
         return make(first, table[targets], name=name, split=split, num_classes=count)
-    found, classes, notes = make_targets(table[targets], count, name)
+    found, classes, notes = make_targets(table[targets], count, name, sequences=True)
     named: dict[str, Tensor] = {}
     for key in inputs:
         named[key], more = _input(table[key], f"{name}: input {key!r}", len(found))

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -382,3 +383,20 @@ def test_commands_import_torch_only_when_they_run() -> None:
         "sys.modules['hessdiag'] = m\nimport hessdiag.cli\nassert 'torch' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_curve_waits_for_torch_and_little_else() -> None:
+    """Importing torch is most of `hessdiag curvature mish`: what measures is not imported, and what is left is short."""
+
+    def spent(*arguments: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    code = (
+        "import sys\nfrom hessdiag.cli.program import app\napp(['curvature', 'mish'], standalone_mode=False)\n"
+        "assert 'hessdiag.measuring' not in sys.modules and 'matplotlib' not in sys.modules\n"
+    )
+    ratios = [spent("-c", code) / spent("-c", "import torch") for _ in range(3)]
+    assert min(ratios) < 1.7, ratios

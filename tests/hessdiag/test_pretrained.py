@@ -152,7 +152,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "dotted": ({"architectures": ["os.system"]}, "names no class"),
     "unknown class": ({"architectures": ["MyModel"]}, "has no network MyModel"),
     "unknown kind": ({"model_type": "mine"}, "knows no model_type"),
-    "endless": ({"num_hidden_layers": 10**9}, "more than"),
+    "endless": ({"num_hidden_layers": 10**7}, "more than .* parts"),
+    "beyond layers": ({"num_hidden_layers": 10**9}, "more than 16777216"),
     "labels": ({"num_labels": 10**8}, "more than 100000"),
     "gigantic": ({"hidden_size": 2**24, "intermediate_size": 2**24}, "wants .* the tensors have"),
     "beyond": ({"vocab_size": 10**30}, "more than 16777216"),
@@ -214,6 +215,26 @@ def test_from_the_command_line(written: Callable[..., Path], tmp_path: Path) -> 
     assert told["norm"]["total"]["rms"] == pytest.approx(m.rms, rel=1e-12)
     assert told["cli"]["data"]["shape"] == {"input_ids": [6], "attention_mask": [6]}
     assert told["cli"]["checkpoint"]["name"] == f"hf:{folder}"
+
+
+def test_a_language_model_has_the_loss_that_its_library_says(written: Callable[..., Path], tmp_path: Path) -> None:
+    folder = written(llama)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 30, (6, 7))
+    labels = np.where(rng.random(ids.shape) < 0.2, -100, ids)
+    np.savez(tmp_path / "text.npz", input_ids=ids, labels=labels)
+    line = ["measure", "--model", f"hf:{folder}", "--data", f"npz:{tmp_path / 'text.npz'}", "--dtype", "float64"]
+    line += ["--shift", "1", "--layers", r"model\.norm\..*", "--method", "reference", "--no-spread", "--json", "-"]
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code in (0, 1), done.output
+    told = json.loads(done.stdout)
+    model = load_checkpoint(folder, factory=f"hf:{folder}").model.double()
+    tokens = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+    with torch.no_grad():
+        returned = model(**tokens)
+        wide = nn.functional.cross_entropy(returned.logits[:, :-1].reshape(-1, 30), tokens["labels"][:, 1:].reshape(-1))
+    assert told["loss"] == pytest.approx(float(wide), rel=1e-12)
+    assert told["loss"] == pytest.approx(float(returned.loss), rel=1e-6)  # which the library takes in float32
 
 
 def test_without_the_library_the_extra_is_named(written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,8 @@
 
 Half of the mutations strike the file as it lies on disk; the other half strike what checksums and lengths
 would protect (the pickle inside a zip, the JSON inside safetensors), with those set right afterwards, so that
-the deeper checks are reached too. Some mutations put in opcodes that ask for much (a list copied a thousand
+the deeper checks are reached too. TorchScript archives, the index of weights in several files and one of those files
+are struck as well. Some mutations put in opcodes that ask for much (a list copied a thousand
 times, keys that collide, a memo of gigabytes). An offender is a foreign exception, a load that takes more
 processor time or memory than the limits, here or in the process that reads pickles, or an audit event that
 loading data never needs (any other process, a socket, a file written or removed, a class looked up by the
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 from children import most_held, spent
+from safetensors.torch import save
 
 from hessdiag import networks
 from hessdiag.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
@@ -116,6 +118,8 @@ class Seed:
     options: dict[str, Any]
     open: Callable[[bytes], bytes] | None = None
     close: Callable[[bytes, bytes], bytes] | None = None
+    file: str = "mutated"  # what is struck
+    loaded: str = "mutated"  # what is loaded: an index, where one of its files is struck
 
 
 def flip(data: bytes, rng: random.Random, other: bytes) -> bytes:
@@ -216,7 +220,31 @@ def seeds(folder: Path) -> list[Seed]:
         torch.save({"net": bare, "epoch": 3, "optimizer": {"lr": 0.1}}, buffer, _use_new_zipfile_serialization=new)
         inner = (_pickle_of, _with_pickle) if new else (None, None)
         found.append(Seed("zip" if new else "legacy", buffer.getvalue(), public, *inner))
-    return found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; its files are not gone
+        buffer = io.BytesIO()
+        torch.jit.save(torch.jit.trace(model.eval(), torch.zeros(1, 3)), buffer)
+    found.append(Seed("script", buffer.getvalue(), public, _pickle_of, _with_pickle))
+    return [*found, *_sharded(folder, model, public)]
+
+
+def _sharded(folder: Path, model: torch.nn.Module, options: dict[str, Any]) -> list[Seed]:
+    """An index of one safetensors file and one pickle, and each of its files."""
+    state = dict(model.state_dict())
+    first, *rest = state
+    files = {"a.safetensors": save({first: state[first]}), "b.bin": b""}
+    buffer = io.BytesIO()
+    torch.save({name: state[name] for name in rest}, buffer)
+    files["b.bin"] = buffer.getvalue()
+    places = {first: "a.safetensors", **dict.fromkeys(rest, "b.bin")}
+    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": places}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    name = "model.safetensors.index.json"
+    (folder / name).write_text(json.dumps(index))
+    inner = {"a.safetensors": (_header_of, _with_header), "b.bin": (_pickle_of, _with_pickle)}
+    shards = [Seed(f"shard {file}", files[file], options, *inner[file], file, name) for file in files]
+    return [Seed("index", json.dumps(index).encode(), options, None, None, name, name), *shards]
 
 
 def _pickle_of(data: bytes) -> bytes:
@@ -297,11 +325,10 @@ def run(mutations: int, seed: int, folder: Path, keep: Path | None = None) -> Re
     sys.addaudithook(_watch)
     report = Report()
     valid = seeds(folder)
-    path = folder / "mutated"
     for base in valid:  # also brings in every lazy import before anything is watched
-        path.write_bytes(base.data)
-        load_checkpoint(path, **base.options)
-        inspect_checkpoint(path)
+        (folder / base.file).write_bytes(base.data)
+        load_checkpoint(folder / base.loaded, **base.options)
+        inspect_checkpoint(folder / base.loaded)
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for index in range(mutations):
         rng = random.Random(f"{seed}/{index}")
@@ -313,9 +340,12 @@ def run(mutations: int, seed: int, folder: Path, keep: Path | None = None) -> Re
                 data = rng.choice(MUTATIONS)(data, rng, other.data)
         if inner and base.close:
             data = base.close(base.data, data)
-        path.write_bytes(data)
+        (folder / base.file).write_bytes(data)
         before = len(report.offenders)
-        attempt(path, base.options, rng.random() < 0.1, report, f"seed {seed} mutation {index} of {base.name}")
+        label = f"seed {seed} mutation {index} of {base.name}"
+        attempt(folder / base.loaded, base.options, rng.random() < 0.1, report, label)
+        if base.loaded != "mutated":
+            (folder / base.file).write_bytes(base.data)
         if keep is not None and len(report.offenders) > before:
             (keep / f"offender-{seed}-{index}").write_bytes(data)
     report.grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) >> 10  # Linux counts in KiB
