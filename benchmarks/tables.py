@@ -280,6 +280,23 @@ def pruning(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
     return [{"lowest first by": "(nothing deleted)", **untouched}, *rows]
 
 
+def callbacks(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row per net and number of samples."""
+    return [
+        {
+            "net": net,
+            "an epoch": f"{row['images']:,} images, {row['epoch_seconds']:.3g} s",
+            "watched": samples,
+            "method": one["method"] + (f", {max(one['replicates'])} replicates" if any(one["replicates"]) else ""),
+            "seconds": spread(one["watch_seconds"]),
+            "epoch and watch, times the epoch": spread(one["ratio"]),
+            "the first, with a pilot": f"{one['first_ratio']:.3g}",
+        }
+        for net, row in found.items()
+        for samples, one in row["watches"].items()
+    ]
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] = {
     "activations": activations,
     "attacks": attacks,
@@ -291,6 +308,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] =
     "nfgsm": nfgsm,
     "sweeps": sweeps,
     "deletion": deletion,
+    "callbacks": callbacks,
 }
 PICTURES = {"resnet18": "error against wall time", "deletion": "predicted against actual change of the loss"}
 

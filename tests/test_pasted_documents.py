@@ -297,6 +297,14 @@ def test_numbers_of_benchmarks_in_readme_and_on_their_page_are_the_stored_ones()
         assert sections[name].strip() in page, f"`python -m benchmarks table` has not been run since {name}"
 
 
+def test_the_page_on_watching_holds_the_stored_ratios() -> None:
+    found = json.loads((tables.RESULTS / "callbacks.json").read_text(encoding="utf-8"))["results"]
+    page = (ROOT / "docs" / "watching.md").read_text(encoding="utf-8")
+    for row in found.values():
+        cells = [tables.spread(row["watches"][f"{samples} samples"]["ratio"]) for samples in (64, 128)]
+        assert f"| {cells[0]} | {cells[1]} |" in page
+
+
 def test_the_page_on_deleting_weights_holds_the_stored_tables() -> None:
     content = json.loads((tables.RESULTS / "deletion.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "deleting_weights.md").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Watch:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Measure the model as it stands; nothing where that cannot be done, with a warning that says why."""
         try:
-            with as_it_was(model), unmoved(getattr(self.data, "generator", None)):
+            with as_it_was(model), unmoved(self.data):
                 model.eval()
                 found = self._measured(self.objective(model))
         except Exception as error:  # whatever it is, hours of training are worth more
@@ -130,13 +131,15 @@ def _nothing(*_given: Any, **_named: Any) -> None:
 
 
 @contextmanager
-def unmoved(generator: torch.Generator | None) -> Iterator[None]:
-    """A loader's own generator, as it was: the order of the epochs to come does not change."""
-    state = None if generator is None else generator.get_state()
+def unmoved(data: Any) -> Iterator[None]:
+    """A loader's own generators, its sampler's too, as they were: the order of the epochs to come does not change."""
+    owners = (data, getattr(data, "sampler", None))
+    found = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in found]
     try:
         yield
     finally:
-        if generator is not None and state is not None:
+        for generator, state in zip(found, states):
             generator.set_state(state)
 
 
@@ -144,10 +147,7 @@ def first(source: Fed, samples: int) -> Iterator[Pair]:
     """The batches that hold the first `samples` samples, the last of them cut."""
     left = samples
     for inputs, targets in source:
-        if len(targets) > left:
-            whole = len(targets)
-            inputs, targets = _pytree.tree_map(lambda x: x[:left] if _one_each(x, whole) else x, (inputs, targets))  # noqa: B023 (called at once)
-        yield inputs, targets
+        yield _pytree.tree_map(partial(_cut, held=len(targets), wanted=left), (inputs, targets))
         left -= len(targets)
         if left <= 0:
             return
@@ -155,5 +155,7 @@ def first(source: Fed, samples: int) -> Iterator[Pair]:
         raise EmptyDataError("the data to watch hold no samples")
 
 
-def _one_each(value: Any, count: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == count
+def _cut(value: Any, held: int, wanted: int) -> Any:
+    """The first `wanted` of `held` samples; what is no tensor of samples stays."""
+    of_samples = isinstance(value, Tensor) and value.ndim > 0 and len(value) == held
+    return value[:wanted] if of_samples and held > wanted else value

@@ -123,6 +123,15 @@ def test_a_loader_that_shuffles_gives_the_same_samples_to_every_epoch():
     assert len(set(values)) == 1
 
 
+def test_the_generator_of_a_sampler_stays_where_it_was():
+    generator = torch.Generator().manual_seed(5)
+    data = TensorDataset(X, Y)
+    loader = DataLoader(data, batch_size=8, sampler=torch.utils.data.RandomSampler(data, generator=generator))
+    before = generator.get_state()
+    assert Watch(loader, samples=16)(MLP())
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_data_that_are_read_anew_are_all_of_them():
     watch = Watch((X, Y), samples=None)
     watch(MLP())
