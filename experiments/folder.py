@@ -78,7 +78,7 @@ class Folder:
             self.save_network(rig, standing)
             write_state(self.path / "state.pt", rig, standing)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}. {self.safe()} Free space and start the same command again") from None
+            raise CheckpointError(f"{error}. {self.safe()} See to the disk and start the same command again") from None
 
     def safe(self) -> str:
         """A sentence about the last good checkpoint."""

@@ -123,7 +123,7 @@ def held(folder: Path) -> bool:
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Say in the run's directory what the run is, before it begins."""
-    clear_stale(folder, seconds=0.0)  # nobody else holds this run
+    clear_stale(folder)
     replace_file(folder / "config.json", (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode())
 
 

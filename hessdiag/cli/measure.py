@@ -150,7 +150,10 @@ def command(
         Path | None,
         typer.Option(help="Folder of cifar10 and cifar100; else $HESSDIAG_DATA.", rich_help_panel=DATA),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples at once.", min=1, rich_help_panel=DATA)] = 128,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Samples at once; else as many as 3 GB hold, at most 128.", min=1, rich_help_panel=DATA),
+    ] = None,
     loss: Annotated[
         str,
         typer.Option(

@@ -31,7 +31,7 @@ class Request:
     samples: int | None
     data_seed: int
     data_root: Path | None
-    batch_size: int
+    batch_size: int | None
     loss: str
     label_smoothing: float
     ignore_index: int

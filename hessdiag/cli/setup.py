@@ -40,6 +40,7 @@ from hessdiag.errors import (
     ran_out,
 )
 from hessdiag.examples import EXAMPLES, example_path
+from hessdiag.measuring.forecast import MOST, fitting
 from hessdiag.measuring.ranks import World
 from hessdiag.networks import Normalize
 from hessdiag.problem.ascent import handed_back
@@ -90,8 +91,12 @@ def prepare(request: Request, world: World) -> Prepared:
         output=output_of(request.output, request.model),
         forward=forward_of(request.forward, data),
     )
-    batches: Iterable[tuple[Any, Tensor]] = data.batches(request.batch_size, device=device, dtype=dtype)
-    try_out(objective, batches, data)
+    size = request.batch_size or MOST
+    batches: Iterable[tuple[Any, Tensor]] = data.batches(size, device=device, dtype=dtype)
+    few = try_out(objective, batches, data)
+    if request.batch_size is None:
+        size = fitting(objective, *few)
+        batches = data.batches(size, device=device, dtype=dtype)
     loss, accuracy = (math.nan, None) if request.dry_run else mean_loss(objective, batches)
     perturbation = None
     spec = None if request.attack is None else spec_of(request.attack, request.seed)
@@ -105,7 +110,7 @@ def prepare(request: Request, world: World) -> Prepared:
             "clean_accuracy": accuracy,
             "accuracy": mean_loss(objective, batches)[1],
         }
-    facts = facts_of(request, checkpoint, data, perturbation)
+    facts = facts_of(request, checkpoint, data, perturbation, size)
     facts["data"]["of"] = len(whole)
     facts["accuracy"] = None if accuracy is None else judged(accuracy, data, facts["checkpoint"]["metrics"])
     return Prepared(objective, batches, facts)
@@ -157,8 +162,8 @@ def found(source: str) -> Path:
 
 
 @memory_errors(LOWER)
-def try_out(objective: Objective, batches: Iterable[Any], data: DataSet | NamedDataSet) -> None:
-    """One forward pass, so that data of the wrong shape are refused in terms of data."""
+def try_out(objective: Objective, batches: Iterable[Any], data: DataSet | NamedDataSet) -> tuple[Any, Tensor]:
+    """One forward pass, so that data of the wrong shape are refused in terms of data; gives the samples it took."""
     inputs, targets = objective.check_batch(next(iter(batches)), 0)
     few, labels = mapped(inputs, lambda x: x[:2]), targets[:2]
     try:
@@ -175,6 +180,7 @@ def try_out(objective: Objective, batches: Iterable[Any], data: DataSet | NamedD
         ) from error
     with torch.no_grad():
         objective.summed_loss(few, labels)
+    return few, labels
 
 
 def told(data: DataSet | NamedDataSet) -> str:
@@ -243,7 +249,11 @@ def shape_of(data: DataSet | NamedDataSet) -> Any:
 
 
 def facts_of(
-    request: Request, checkpoint: Checkpoint, data: DataSet | NamedDataSet, perturbation: dict[str, Any] | None
+    request: Request,
+    checkpoint: Checkpoint,
+    data: DataSet | NamedDataSet,
+    perturbation: dict[str, Any] | None,
+    batch_size: int,
 ) -> dict[str, Any]:
     """The `cli` block of the JSON: what was measured, on what."""
     training = checkpoint.extra.get("training")
@@ -266,7 +276,7 @@ def facts_of(
             "samples": len(data),
             "chosen": request.samples is not None,
             "data_seed": request.data_seed,
-            "batch_size": request.batch_size,
+            "batch_size": batch_size,
             "shape": shape_of(data),
             "classes": data.num_classes,
             "sha256": data.sha256,

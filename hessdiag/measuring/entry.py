@@ -30,7 +30,7 @@ from hessdiag.methods.base import FUNCTIONAL, GAUSS_NEWTON, known
 from hessdiag.methods.batches import (
     Batches,
     Numbered,
-    Seen,
+    Pass,
     check_apart,
     check_deterministic,
     numbered,
@@ -189,7 +189,7 @@ def _case(objective: Objective, batches: Batches, method: str, seed: int, *, twi
     if twice:
         facts = check_deterministic(objective, batches, coverage=sites, read=look)
     else:
-        seen: list[Seen] = []
+        seen = Pass()
         facts = survey(objective, batches, coverage=sites, read=look, keep=seen)
         check_apart(objective, firsts[0], seen)
     return Case(objective, batches, facts, firsts[0], seed, World.current(), read[0] if read else None)

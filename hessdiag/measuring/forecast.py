@@ -35,15 +35,45 @@ def forecast(objective: Objective, batches: Batches) -> tuple[Forecast, ...]:
     return tuple(method.cost(case, base) for method in METHODS.values())
 
 
-def _look(objective: Objective, first: Numbered) -> FirstPass:
+MEMORY = 3e9
+"""Bytes that a measurement is to fit in where nobody says how many samples go at once."""
+MOST = 128
+OF_SAMPLE, OF_PARAMETER, OF_PROGRAM = 5.0, 128.0, 3e8  # of what a pass saves; bytes of sums; torch itself
+
+
+def fitting(objective: Objective, inputs: Any, targets: Tensor) -> int:
+    """How many samples at once, a power of two up to MOST, a measurement by propagation holds in about MEMORY.
+
+    From what the forward pass of the few samples given here saves, and the sums that it keeps for every parameter: the
+    same on every machine, since batches are part of what a resumed measurement must find again.
+    """
     held: dict[int, int] = {}
+    with torch.enable_grad(), _holding(held):
+        outputs = objective.outputs(inputs, targets, index=0)
+    own = {p.untyped_storage().data_ptr() for p in objective.model.parameters()}
+    each = OF_SAMPLE * sum(size for key, size in held.items() if key not in own) / len(targets)
+    del outputs
+    room = MEMORY - OF_PROGRAM - OF_PARAMETER * objective.size
+    count = MOST
+    while count > 8 and count * each > room:
+        count //= 2
+    return count
+
+
+def _holding(held: dict[int, int]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Fill in the bytes of every storage that autograd saves."""
 
     def keep(tensor: Tensor) -> Tensor:
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    return torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+
+
+def _look(objective: Objective, first: Numbered) -> FirstPass:
+    held: dict[int, int] = {}
     work = _Work(objective.model)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), work:
+    with torch.enable_grad(), _holding(held), work:
         outputs = objective.outputs(first.inputs, first.targets, index=first.index)
     try:
         columns = objective.loss.curvature(outputs.detach(), first.targets).columns.count

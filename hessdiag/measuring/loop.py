@@ -72,7 +72,8 @@ class Loop(Sums):
         self.unsaved: str | None = None
         """Why the resume file is older than what was done, if it is."""
         self._pause = SAVE_EVERY
-        if resume is not None and resume.exists():
+        self._kept = resume is not None and resume.exists()
+        if self._kept:
             self._restore()
         self._same_everywhere()
 
@@ -200,9 +201,9 @@ class Loop(Sums):
         place, tensors = self.place(partial=not several), self.tensors(partial=not several)
         try:
             files.store(self._resume, identity=self._identity, progress=place, tensors=tensors)
-            self.unsaved = None
+            self.unsaved, self._kept = None, True
         except ResumeError as error:
-            if not self._resume.exists():  # nothing is lost yet, and nothing could be kept
+            if not self._kept:  # little is lost yet, and nothing could be kept
                 raise
             self.unsaved = f"{files.UNSAVED}: {error}"
         self._saved = time.monotonic()

@@ -15,6 +15,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None  # type: ignore[assignment]
+
 PathLike = str | os.PathLike[str]
 
 JSON_BUDGET = 64 * 2**20
@@ -148,16 +153,17 @@ def replace_file(path: PathLike, content: bytes | memoryview) -> None:
         _write_through(path, mode, content)
         return
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.tmp")
-    # O_EXCL with mode 0o666 obeys the user's umask, which tempfile's 0o600 would not.
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o666)
+    temporary, handle = _temporary(target)
     try:
         try:
             _write_all(handle, content)
             os.fsync(handle)
+            if fcntl is not None:  # held, and so locked, until the rename
+                os.replace(temporary, target)
         finally:
             os.close(handle)
-        os.replace(temporary, target)
+        if fcntl is None:
+            os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -179,6 +185,21 @@ def beside(path: Path, suffixes: tuple[str, ...]) -> Path | None:
     stems = [name for name in names if Path(name).stem == path.name]
     close = stems or get_close_matches(path.name, names, n=1)
     return path.parent / close[0] if close else None
+
+
+def _temporary(target: Path) -> tuple[Path, int]:
+    """A new file beside `target`, open and locked for as long as somebody writes it: see `clear_stale`."""
+    while True:
+        temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.tmp")
+        # O_EXCL with mode 0o666 obeys the user's umask, which tempfile's 0o600 would not.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o666)
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.fstat(handle).st_nlink == 0:  # cleared away before it was locked
+                os.close(handle)
+                continue
+        return temporary, handle
 
 
 def write_bytes(path: PathLike, content: bytes | memoryview) -> None:
@@ -217,14 +238,24 @@ def check_writable(path: PathLike) -> None:
         raise BadFileError("no permission to write there")
 
 
-def clear_stale(folder: Path, *, seconds: float = STALE_SECONDS) -> None:
-    """Remove what writers left that were killed: temporary files untouched for so long, since a younger one may be
-    another process's at work.
+def clear_stale(folder: Path) -> None:
+    """Remove what writers left that were killed: temporary files that nobody holds locked.
+
+    A dead process holds no lock, a live one its own until the file has its name: no clock, which may jump, is asked.
+    Where there are no locks, files untouched for an hour go.
     """
     for stale in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
-            if time.time() - stale.stat().st_mtime >= seconds:
+            if fcntl is None:
+                if time.time() - stale.stat().st_mtime >= STALE_SECONDS:
+                    stale.unlink()
+                continue
+            handle = os.open(stale, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | _PLAIN)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 stale.unlink()
+            finally:
+                os.close(handle)
 
 
 def _write_all(handle: int, content: bytes | memoryview) -> None:

@@ -7,8 +7,10 @@ test` tries every seventh k and the first few, `make test-all` all of them.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from typer.testing import CliRunner
 
 import hessdiag as hd
 from experiments.__main__ import main
+from experiments.folder import Folder
 from experiments.sweep import export
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.store import Store
@@ -28,6 +31,7 @@ from experiments.sweep.worker import work
 from experiments.trained import load_trained
 from hessdiag.cli.program import app
 from hessdiag.errors import HessdiagError
+from hessdiag.measuring.loop import Loop
 from hessdiag.show import read_document
 from hessdiag.store import files
 
@@ -125,12 +129,8 @@ def test_measure(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_train(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    table = {
-        **{"network": "mlp", "network_options": {"widths": [4]}, "activation": "silu", "data": "digits", "epochs": 2},
-        **{"train_samples": 100, "batch_size": 50, "augment": {"crop": 0, "flip": False}, "watch": {"samples": 8}},
-    }
     command = ["train", "--method", "standard", "--quiet", "--save-seconds", "0"]
-    for name, value in table.items():
+    for name, value in {**TRAIN, "epochs": 2}.items():
         command += ["--set", f"{name}={json.dumps(value)}"]
     fine = main([*command, "--out", str(tmp_path / "whole")])
     assert fine in (0, 1)  # two epochs need not learn anything
@@ -212,6 +212,80 @@ def test_sweep(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert tried >= 20 / step
     assert set(ends) <= {"fine", "StoreError"}
     print(f"{tried} faults in sweep: {dict(ends)}")
+
+
+MEASURE = (
+    "measure digits-example --samples 16 --batch-size 8 --method hutchinson -q --min-replicates 4 --max-replicates 4"
+)
+TRAIN = {
+    **{"network": "mlp", "network_options": {"widths": [4]}, "activation": "silu", "data": "digits", "epochs": 3},
+    **{"train_samples": 100, "batch_size": 50, "augment": {"crop": 0, "flip": False}, "watch": {"samples": 8}},
+}
+
+
+def train_in(folder: Path) -> int:
+    command = ["train", "--method", "standard", "--quiet", "--save-seconds", "0", "--out", str(folder)]
+    for name, value in TRAIN.items():
+        command += ["--set", f"{name}={json.dumps(value)}"]
+    return main(command)
+
+
+def test_a_folder_that_vanishes_under_a_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number is printed as it is without, and the exit code says what was not written; the folder is not made anew."""
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_SHARE", 0.0)
+    folder = tmp_path / "there"
+    folder.mkdir()
+    honest = Loop._save
+    saves: list[bool] = []
+
+    def vanishing(self: Loop) -> None:
+        saves.append((folder / "r").exists())
+        if saves[-1]:
+            shutil.rmtree(folder)
+        honest(self)
+
+    wanted = CliRunner().invoke(app, MEASURE.split())
+    monkeypatch.setattr(Loop, "_save", vanishing)
+    found = CliRunner().invoke(app, f"{MEASURE} --resume {folder / 'r'} --json {folder / 'j'}".split())
+    assert True in saves
+    assert found.stdout == wanted.stdout
+    assert found.exit_code == 8 + 1 + 16, found.output
+    assert found.stderr.count("\n") == 2
+    assert not folder.exists()
+
+
+def test_a_folder_that_vanishes_under_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = Folder.save
+
+    def vanishing(self: Folder, *arguments: Any) -> None:
+        honest(self, *arguments)
+        shutil.rmtree(self.path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "save", vanishing)
+        assert train_in(tmp_path / "run") == 3
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "No such file or directory" in told
+    assert not (tmp_path / "run").exists()
+    assert train_in(tmp_path / "run") in (0, 1)
+
+
+@pytest.mark.parametrize("jump", [1e9, -1e9])
+def test_a_clock_that_jumps(jump: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock of the day is decades after or before the last: the same numbers, the same weights."""
+    wanted = CliRunner().invoke(app, f"{MEASURE} --max-seconds 10000 --resume {tmp_path / 'r0'}".split())
+    assert train_in(tmp_path / "steady") in (0, 1)
+    moments = itertools.count(1)
+    monkeypatch.setattr("time.time", lambda: 1.7e9 + jump * next(moments))
+    found = CliRunner().invoke(app, f"{MEASURE} --max-seconds 10000 --resume {tmp_path / 'r1'}".split())
+    assert (found.exit_code, found.stdout) == (wanted.exit_code, wanted.stdout)
+    assert train_in(tmp_path / "jumping") in (0, 1)
+    one, other = (load_trained(tmp_path / name).model.state_dict() for name in ("steady", "jumping"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_layer_counts_all_four_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

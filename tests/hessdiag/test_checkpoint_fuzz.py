@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ def test_mutated_files_raise_only_our_errors(
     assert report.offenders == []
     assert report.total == count
     assert report.grown < 200
+    assert 2**20 < report.held < 2**29  # it is seen, however much this process held before
     assert sum(report.refused.values()) > count / 1.5
 
 
@@ -80,3 +82,18 @@ def test_the_fuzzer_notices_a_written_file(fuzzer: ModuleType, tmp_path: Path, m
     report = fuzzer.Report()
     fuzzer.attempt(tmp_path / "a", {}, True, report, "a")
     assert report.offenders == ["a: did ['open']"]
+
+
+def test_what_a_reader_holds_is_seen_below_this_process_s_own_peak(fuzzer: ModuleType, tmp_path: Path) -> None:
+    """100 MB of a child after 500 MB here: neither hidden by those nor taken for them; a signal and a code come through."""
+    bytes(500 << 20)
+    note = str(tmp_path / "note")
+    for code, wanted, least in (
+        ("x = b'x' * (100 << 20)", 0, 100 << 20),
+        ("import os; os._exit(7)", 7, 1 << 20),
+        ("import os; os.kill(os.getpid(), 24)", -24, 1 << 20),
+    ):
+        command = fuzzer.noting(lambda mode, size, code=code: [sys.executable, "-I", "-S", "-c", code], note)("", 0)
+        assert subprocess.run(command, check=False).returncode == wanted
+        assert least <= fuzzer.most_held(note) < least + (60 << 20)
+    assert fuzzer.most_held(note) == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 import hessdiag as hd
 from hessdiag.cli.program import app
+from hessdiag.store import files
 from hessdiag.store.files import (
     MAX_VALUES,
     BadFileError,
@@ -137,15 +140,68 @@ def test_a_long_name_can_be_written(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_temporary_files_of_others_at_work_are_left_alone(tmp_path: Path) -> None:
-    young, old, other = tmp_path / ".a.0.tmp", tmp_path / ".b.1.tmp", tmp_path / "c.tmp"
-    for file in (young, old, other):
-        file.write_bytes(b"")
-    day_ago = time.time() - 86400
-    os.utime(old, (day_ago, day_ago))
-    os.utime(other, (day_ago, day_ago))
+WRITER = """
+import os, sys
+from pathlib import Path
+from hessdiag.store import files
+honest = os.fsync
+def wait(handle):
+    print("writing", flush=True)
+    sys.stdin.readline()
+    honest(handle)
+files.os.fsync = wait
+files.write_bytes(sys.argv[1], b"whole")
+"""
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks here: the age of a file decides")
+def test_temporary_files_of_others_at_work_are_left_alone_whatever_the_clock_says(tmp_path: Path) -> None:
+    """Of two writers one is killed at work: its file goes at once, the other's stays, though both look a day old."""
+    kept = tmp_path / "c.tmp"  # no writer's
+    kept.write_bytes(b"")
+    target = tmp_path / "target"
+    writers = []
+    for _ in range(2):
+        command = [sys.executable, "-c", WRITER, str(target)]
+        writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"writing\n"
+        writers.append(writer)
+    (first, second) = tmp_path.glob(".*.tmp")
+    for file in (first, second):
+        os.utime(file, (0, 0))
     clear_stale(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([young, other])
+    assert first.exists()
+    assert second.exists()
+    writers[0].kill()
+    writers[0].communicate()
+    clear_stale(tmp_path)
+    assert [first.exists(), second.exists()].count(True) == 1
+    writers[1].communicate(b"\n")
+    assert writers[1].returncode == 0
+    assert target.read_bytes() == b"whole"
+    assert sorted(tmp_path.iterdir()) == [kept, target]
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks here: the age of a file decides")
+def test_a_file_that_is_cleared_before_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleared: list[Path] = []
+    honest = files.fcntl.flock
+
+    def late(handle: int, how: int) -> None:
+        if not cleared:
+            (stale,) = tmp_path.glob(".*.tmp")
+            cleared.append(stale)
+            stale.unlink()
+        honest(handle, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    write_bytes(tmp_path / "a", b"x")
+    assert (tmp_path / "a").read_bytes() == b"x"
+    assert cleared
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_json_has_a_budget(tmp_path: Path) -> None:
