@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gate import gate
+from test_sites_several import WIDTH, Attention, Block, mlp, norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -255,6 +256,31 @@ def test_weight_norm_is_the_same_function_with_its_own_second_derivative(dim: in
                     parameter.view(-1)[k] -= step
             wanted.view(-1)[k] = (ends[0] - ends[1]) / 2e-6
         torch.testing.assert_close(found[name], wanted, rtol=1e-6, atol=1e-8)
+
+
+class Transformer(nn.Module):
+    """Words and places looked up, a causal block, a norm, the table of words as head."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(4, WIDTH), nn.Embedding(3, WIDTH)
+        self.block, self.norm = Block(norm, Attention(fused=True), mlp()), norm()
+        self.head = nn.Linear(WIDTH, 4, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.words(x) + self.places(torch.arange(x.shape[1], device=x.device))
+        return self.head(self.norm(self.block(h)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_transformer_of_words(tied: bool) -> None:
+    torch.manual_seed(0)
+    x = tokens(2, 3, high=4)
+    truth = gate(Transformer(tied=tied), x, x, shift=1)
+    assert ("head.weight" in truth) is not tied
 
 
 AUDITED = [
