@@ -294,6 +294,28 @@ AUDITED = [
 ]
 
 
+def test_what_bends_without_samples_is_given_for_single_samples_too() -> None:
+    torch.manual_seed(0)
+    model, x, y = MODELS["gains that are functions"]()
+    objective = hd.Objective(model.double())
+    each = hd.diagonal(objective, [(x, y)], per_sample=True)
+    for n in range(len(y)):
+        alone = hd.diagonal(objective, [(x[n : n + 1], y[n : n + 1])], method="reference").total
+        for name, wanted in alone.items():
+            torch.testing.assert_close(each.total[name][n], wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_batches_and_their_order_leave_a_shared_weight_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, x, y = MODELS["tied head"]()
+    objective = hd.Objective(model.double())
+    plan = hd.measure(objective, [(x, y)], method="propagation", max_replicates=10).plan
+    whole = hd.diagonal(objective, [(x, y)], plan=plan, replicates=4)
+    cut = hd.diagonal(objective, [(x[:2], y[:2]), (x[2:], y[2:])], plan=plan, replicates=4)
+    for name, wanted in whole.total.items():
+        torch.testing.assert_close(cut.total[name], wanted, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", AUDITED)
 def test_both_methods_pass_the_audit(name: str, dtype: torch.dtype) -> None:
