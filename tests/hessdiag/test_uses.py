@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import hessdiag as hd
+from hessdiag.errors import UncoveredModelError
 from hessdiag.problem.forward import forward
 
 torch.set_num_threads(1)
@@ -303,6 +304,23 @@ def test_what_bends_without_samples_is_given_for_single_samples_too() -> None:
         alone = hd.diagonal(objective, [(x[n : n + 1], y[n : n + 1])], method="reference").total
         for name, wanted in alone.items():
             torch.testing.assert_close(each.total[name][n], wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_a_parameter_that_bends_where_it_meets_the_samples_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    model = Net(lambda s, x: s.c(torch.tanh(s.k.exp().pow(x))), k=nn.Parameter(inputs(4)), c=nn.Linear(4, 3)).double()
+    for method in ("exact", "propagation"):
+        with pytest.raises(UncoveredModelError, match="'k' is not the weight or bias of a known layer"):
+            hd.measure(hd.Objective(model), [(inputs(3, 4), Y)], method=method)
+    assert hd.measure(hd.Objective(model), [(inputs(3, 4), Y)]).plan.method == "hutchinson"
+
+
+def test_a_weight_made_for_each_sample_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    model = Net(lambda s, x: s.c(torch.tanh(F.linear(x, s.a(x).mean(0).view(5, 4)))), a=nn.Linear(4, 20),
+                c=nn.Linear(5, 3)).double()  # fmt: skip
+    with pytest.raises(UncoveredModelError, match="mixes the samples"):
+        hd.measure(hd.Objective(model), [(inputs(3, 4), Y)], method="exact")
 
 
 def test_batches_and_their_order_leave_a_shared_weight_as_it_is() -> None:
