@@ -215,7 +215,9 @@ class Graph(Live):
         shape = edge_shape((node, 0))
         if not all(self.is_free(source) for source, _ in live) or not shape or shape[0] % len(self.outputs):
             return False
-        ways = self._ways(0, (node, 0))
+        bent = [kind.bends(node) for kind in sites.KINDS.of(node) if kind.match(node, self)]
+        affine = not any(bent) and (bool(bent) or node.name() in AFFINE or not Tested.match(node, self))
+        ways = self._ways(0, (node, 0)) if affine else []
         for way in ways:
             self._add(Layer(Source, way.name, node, way.name, None, carried=way))
         return bool(ways)

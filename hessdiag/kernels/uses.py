@@ -11,7 +11,10 @@ What is computed from parameters alone may bend, too. It has no samples: its sit
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,13 +109,15 @@ class Uses:
         return out
 
     def _pulled(self, key: str, value: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-        """One backward pass below an edge of the free side, for all samples or for each."""
-        edge = self.known[key].edge
-        rows = [
-            torch.autograd.grad([GradientEdge(*edge)], wanted, [one], retain_graph=True, materialize_grads=True)
-            for one in value.reshape(-1, *edge_shape(edge))
-        ]
-        return [torch.stack(column) for column in zip(*rows)]
+        """One backward pass below an edge of the free side, for all samples at once where its nodes allow that."""
+        edge: Any = GradientEdge(*self.known[key].edge)
+        seeds = value.reshape(-1, *edge_shape(self.known[key].edge))
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.autograd.grad([edge], wanted, [seeds], retain_graph=True, is_grads_batched=True)
+            return [g.detach() for g in found]
+        rows = [torch.autograd.grad([edge], wanted, [one], retain_graph=True) for one in seeds]
+        return [torch.stack(column).detach() for column in zip(*rows)]
 
 
 def _add(found: Tensors, key: str, value: Tensor) -> None:

@@ -24,7 +24,15 @@ from hessdiag.measuring.provenance import provenance
 from hessdiag.measuring.ranks import World
 from hessdiag.measuring.result import Measurement
 from hessdiag.measuring.stopping import run
-from hessdiag.measuring.summary import Course, effective, reports, reports_of_shards, summarise
+from hessdiag.measuring.summary import (
+    Course,
+    effective,
+    reports,
+    reports_of_shards,
+    summarise,
+    underflow,
+    underflown,
+)
 from hessdiag.methods import METHODS, Aim, Case, Plan, find
 from hessdiag.methods.base import FUNCTIONAL, GAUSS_NEWTON, known
 from hessdiag.methods.batches import (
@@ -164,7 +172,13 @@ def diagonal(
         loop.run_known()
         while loop.streams and loop.done < replicates:
             loop.run_round(min(plan.at_once, replicates - loop.done))
-        return loop.diagonal(provenance(case, target="data") | _told(told))
+        found = loop.diagonal(provenance(case, target="data") | _told(told))
+        squares = {name: float(t.double().square().sum()) for name, t in found.total.items()}
+        lost = underflown(objective, case.first, squares)
+        if lost:
+            facts = {**found.provenance, "underflow": lost}
+            found = replace(found, status=underflow(found.status, lost, squares), provenance=facts)
+        return found
 
 
 def _case(objective: Objective, batches: Batches, method: str, seed: int, *, twice: bool) -> Case:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,9 +102,10 @@ def summarise(case: Case, found: Reports, course: Course) -> Measurement:
     eps = torch.finfo(objective.dtype).eps
     if norm.total.replicates and norm.total.high > 0.0 and norm.total.half_width <= 32.0 * eps:  # all share a rounding
         notes.append(f"the interval is of sampling alone, and narrower than rounding in {objective.dtype}")
-    lost = _underflown(objective, case.first, total)
+    squares = {name: estimate.square for name, estimate in total.tensors.items()}
+    lost = underflown(objective, case.first, squares)
     if lost:
-        status = "underflow" if len(lost) == len(total.tensors) else f"{status}; underflow of some tensors"
+        status = underflow(status, lost, squares)
         notes.append(
             f"squares below what {objective.dtype} holds, digits or all of them lost: {', '.join(lost)}; "
             + ("use float64 (model.double())" if objective.dtype == torch.float32 else "scale the model up")
@@ -137,14 +138,21 @@ def summarise(case: Case, found: Reports, course: Course) -> Measurement:
 COLUMNS_SEEN = 8
 
 
-def _underflown(objective: Objective, first: Numbered, report: NormReport) -> list[str]:
+def underflow(status: str, lost: Collection[str], everything: Collection[str]) -> str:
+    """The status of a result that has lost the squares of some tensors."""
+    return "underflow" if len(lost) == len(everything) else f"{status}; underflow of some tensors"
+
+
+def underflown(objective: Objective, first: Numbered, squares: Mapping[str, float]) -> list[str]:
     """Tensors whose squares are lost in the dtype, or whose norm's are in float64, though the outputs depend on them.
+
+    `squares` are those of the norms.
 
     Only a norm that small is looked at: a zero is one if no column of the loss's Hessian factor reaches the parameters.
     """
     small, double = torch.finfo(objective.dtype), torch.finfo(torch.float64)
     least = max((small.tiny / small.eps) ** 2, double.tiny / double.eps)  # of squares of entries
-    doubtful = [name for name, norm in report.tensors.items() if abs(norm.square) < least]
+    doubtful = [name for name, square in squares.items() if abs(square) < least]
     if not doubtful:
         return []
     few = first.few(2)

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from gate import gate
+from test_sites_several import WIDTH, Attention, Block, mlp, norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import hessdiag as hd
+from hessdiag.errors import UncoveredModelError
 from hessdiag.problem.forward import forward
 
 torch.set_num_threads(1)
@@ -257,6 +259,31 @@ def test_weight_norm_is_the_same_function_with_its_own_second_derivative(dim: in
         torch.testing.assert_close(found[name], wanted, rtol=1e-6, atol=1e-8)
 
 
+class Transformer(nn.Module):
+    """Words and places looked up, a causal block, a norm, the table of words as head."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(4, WIDTH), nn.Embedding(3, WIDTH)
+        self.block, self.norm = Block(norm, Attention(fused=True), mlp()), norm()
+        self.head = nn.Linear(WIDTH, 4, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.words(x) + self.places(torch.arange(x.shape[1], device=x.device))
+        return self.head(self.norm(self.block(h)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_transformer_of_words(tied: bool) -> None:
+    torch.manual_seed(0)
+    x = tokens(2, 3, high=4)
+    truth = gate(Transformer(tied=tied), x, x, shift=1)
+    assert ("head.weight" in truth) is not tied
+
+
 AUDITED = [
     "tied head",
     "LSTM",
@@ -266,6 +293,45 @@ AUDITED = [
     "LoRA",
     "places looked up",
 ]
+
+
+def test_what_bends_without_samples_is_given_for_single_samples_too() -> None:
+    torch.manual_seed(0)
+    model, x, y = MODELS["gains that are functions"]()
+    objective = hd.Objective(model.double())
+    each = hd.diagonal(objective, [(x, y)], per_sample=True)
+    for n in range(len(y)):
+        alone = hd.diagonal(objective, [(x[n : n + 1], y[n : n + 1])], method="reference").total
+        for name, wanted in alone.items():
+            torch.testing.assert_close(each.total[name][n], wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_a_parameter_that_bends_where_it_meets_the_samples_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    model = Net(lambda s, x: s.c(torch.tanh(s.k.exp().pow(x))), k=nn.Parameter(inputs(4)), c=nn.Linear(4, 3)).double()
+    for method in ("exact", "propagation"):
+        with pytest.raises(UncoveredModelError, match="'k' is not the weight or bias of a known layer"):
+            hd.measure(hd.Objective(model), [(inputs(3, 4), Y)], method=method)
+    assert hd.measure(hd.Objective(model), [(inputs(3, 4), Y)]).plan.method == "hutchinson"
+
+
+def test_a_weight_made_for_each_sample_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    model = Net(lambda s, x: s.c(torch.tanh(F.linear(x, s.a(x).mean(0).view(5, 4)))), a=nn.Linear(4, 20),
+                c=nn.Linear(5, 3)).double()  # fmt: skip
+    with pytest.raises(UncoveredModelError, match="mixes the samples"):
+        hd.measure(hd.Objective(model), [(inputs(3, 4), Y)], method="exact")
+
+
+def test_batches_and_their_order_leave_a_shared_weight_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, x, y = MODELS["tied head"]()
+    objective = hd.Objective(model.double())
+    plan = hd.measure(objective, [(x, y)], method="propagation", max_replicates=10).plan
+    whole = hd.diagonal(objective, [(x, y)], plan=plan, replicates=4)
+    cut = hd.diagonal(objective, [(x[:2], y[:2]), (x[2:], y[2:])], plan=plan, replicates=4)
+    for name, wanted in whole.total.items():
+        torch.testing.assert_close(cut.total[name], wanted, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -684,6 +684,21 @@ def test_one_tensor_underflows_and_zeros_are_zeros(dtype: torch.dtype) -> None:
     assert "c.weight, c.bias;" in note
     assert "d.weight" not in note
     assert "a.weight" not in note
+    kept = hd.diagonal(hd.Objective(model), [data(dtype=dtype)])
+    assert kept.status == "exact; underflow of some tensors"
+    assert kept.provenance["underflow"] == ["c.weight", "c.bias"]
+
+
+@DTYPES
+def test_a_population_that_underflows_says_so(dtype: torch.dtype) -> None:
+    size = 1e-17 if dtype == torch.float32 else 1e-80
+    model = net(lambda s, x: size * s.b(torch.tanh(s.a(x))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    x = torch.randn(32, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = hd.measure(
+        hd.Objective(model, "half_mse"), [(x, size * x[:, :3])], method="propagation", target="population"
+    )
+    assert found.status == "underflow"
+    assert hd.diagonal(hd.Objective(model, "half_mse"), [(x, size * x[:, :3])]).status == "underflow"
 
 
 # -- what propagation's audit looks at
