@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 
@@ -20,7 +21,7 @@ from experiments.attacks.result import (
     predictions,
     verify,
 )
-from experiments.attacks.worst import TARGETS, Noise, apgd_ce, apgd_t
+from experiments.attacks.worst import TARGETS, APGDResult, Noise, apgd_ce, apgd_t
 from hessdiag.problem.ascent import Forward, handed_back
 from hessdiag.problem.perturbation import keyed_uniform
 
@@ -61,7 +62,7 @@ def aa2(
         robust, x_adv = clean.clone(), x.detach().clone()
         per_attack: dict[str, Tensor] = {}
         warnings: list[str] = []
-        attacks = {"apgd-ce": apgd_ce, "apgd-t": partial(apgd_t, targets=targets)}
+        attacks: dict[str, Callable[..., APGDResult]] = {"apgd-ce": apgd_ce, "apgd-t": partial(apgd_t, targets=targets)}
         for name, attack in attacks.items():
             flat, alive = 0, torch.nonzero(robust).flatten()
             for start in range(0, len(alive), batch_size):
