@@ -188,9 +188,11 @@ def attacks(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
                 "target": verdict(f"within {margin:g} points", abs(row["difference"]) <= margin),
             }
         )
-    what = f"both, {settings['images']} images at once or {settings['smaller']}: other verdicts"
-    changed = found["moved"]
-    return [*rows, {"attack": what, "ours, robust": str(changed["ours"]), "pyautoattack's": str(changed["theirs"])}]
+    changed = found.get("moved")
+    if changed is not None:
+        what = f"both, {settings['images']} images at once or {settings['smaller']}: other verdicts"
+        rows.append({"attack": what, "ours, robust": str(changed["ours"]), "pyautoattack's": str(changed["theirs"])})
+    return rows
 
 
 def exact(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
