@@ -120,11 +120,6 @@ def main() -> None:
         print(json.dumps({str(t).removeprefix("torch."): compare(t, settings) for t in types}))
         return
     found = in_fresh_process(settings)
-    for kind, rows in found.items():
-        for name, row in rows.items():
-            times = f"{1e3 * row['forward']:6.2f} ms and {1e3 * row['backward']:6.2f} ms"
-            ratio = f"{row['ratio']['value']:.2f} [{row['ratio']['low']:.2f}, {row['ratio']['high']:.2f}]"
-            print(f"{kind:9} {name:9} {times}, times SiLU {ratio}, fastest turns {row['ratio_of_fastest']:.2f}")
     store("activations" if settings.threads == 1 else f"activations-{settings.threads}threads", settings, found)
 
 

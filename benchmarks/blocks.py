@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import hessdiag as hd
-from benchmarks.common import digits, small_resnet, store, train
+from benchmarks.common import digits, small_resnet, store, tell, train
 from hessdiag import networks
 from hessdiag.measuring.ranks import World
 from hessdiag.methods import METHODS, Case, Plan
@@ -82,10 +82,9 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name, model in nets(settings).items():
         results[name] = compare(model, settings)
-        print(name)
         for block, row in results[name].items():
-            print(f"  block {block:>4}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True)
-    print(store("blocks", settings, results))
+            tell(f"{name}, block {block}", row)
+    store("blocks", settings, results)
 
 
 if __name__ == "__main__":

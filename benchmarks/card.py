@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import hessdiag as hd
 from benchmarks import training
 from benchmarks.common import RESULTS, environment
+from experiments.sweep.run import saved_bytes
 from hessdiag import networks
 from hessdiag.data import load
 from hessdiag.data.dataset import DataSet
@@ -97,7 +98,7 @@ def table2(name: str, settings: Settings) -> Row:
     data = noise(settings)
     x, y = data.inputs[: settings.batch].to(device).float() / 255, data.targets[: settings.batch].to(device)
     model = networks.build("resnet18", activation=activation, width=settings.width, seed=0).to(device)
-    kept = training.kept_bytes(model, x, y) / 1e9
+    kept = saved_bytes(model, x, y, known=[x, *model.parameters()]) / 1e9
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     forward: Callable[[torch.Tensor], torch.Tensor] = model
     with fresh_compiler():

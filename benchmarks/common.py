@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,42 @@ def _processor() -> str:
     return platform.processor() or "unknown processor"
 
 
+def spread(m: Mapping[str, float], *, digits: int = 3) -> str:
+    """A stored median with its interval."""
+    return f"{m['value']:.{digits}g} [{m['low']:.{digits}g}, {m['high']:.{digits}g}]"
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Whatever is stored, as one row of text: nested keys joined, medians with their intervals."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict) and {"value", "low", "high"} <= set(value):
+        return {prefix: spread(value)}
+    if isinstance(value, dict):
+        pairs = [(f"{prefix} {key}".strip(), item) for key, item in value.items()]
+        return {k: text for key, item in pairs for k, text in flat(item, key).items()}
+    if isinstance(value, (list, tuple)):
+        return {prefix: ", ".join(t for item in value for t in flat(item, prefix).values())}
+    if isinstance(value, float):
+        return {prefix: f"{value:.4g}"}
+    return {} if value is None else {prefix: str(value)}
+
+
+def tell(name: str, row: Any) -> None:
+    """Print one row as it comes; what is stored is printed as a table in the end."""
+    print(f"{name}: " + ", ".join(f"{key} {text}".strip() for key, text in flat(row).items()), flush=True)
+
+
 def store(name: str, settings: Any, results: Mapping[str, Any], *, folder: Path = RESULTS) -> Path:
-    """Write FOLDER/NAME.json as a whole: environment, settings (a dataclass), results."""
+    """Write FOLDER/NAME.json as a whole (environment, settings, a dataclass, results), and print its table."""
+    from benchmarks.tables import table
+
     folder.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment(), "settings": asdict(settings), "results": results}
     path = folder / f"{name}.json"
-    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+    text = json.dumps(content, indent=1)
+    write_bytes(path, (text + "\n").encode())
+    print(f"{table(name, json.loads(text))}\n{path}", flush=True)
     return path
 
 

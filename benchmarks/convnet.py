@@ -122,16 +122,7 @@ def main() -> None:
     settings = replace(SETTINGS, repeats=parser.parse_args().repeats)
     nets = []
     for steps in settings.training_steps:
-        nets.append(net := one_net(settings, steps))
-        r, m = net["ratio_of_means"], net["ratio"]
-        print(
-            f"after {steps} training steps: {settings.probes} probes take {net['seconds']:.2f} s and err by "
-            f"{net['hutchinson_relative_error']:.2%}; propagation in that time ({net['replicates']:.0f} replicates, "
-            f"set-up {net['setup_seconds']:.2f} s) by {net['propagation_relative_error']:.2%}; squared error "
-            f"{r['value']:.0f} times less by means [{r['low']:.0f}, {r['high']:.0f}], {m['value']:.0f} "
-            f"[{m['low']:.0f}, {m['high']:.0f}] by median of repeats, target {settings.target:g}",
-            flush=True,
-        )
+        nets.append(one_net(settings, steps))
         store("convnet", settings, {"nets": nets})
 
 

@@ -201,18 +201,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for setting in settings.settings:
-        rows.append(row := run(setting, settings))
-        low, high = row["coverage_interval"]
-        verdict = "" if not setting.required else (
-            ", within target" if settings.low <= row["coverage"] <= settings.high else ", OUTSIDE target"
-        )  # fmt: skip
-        flags = ", ".join(f"{flag} {share:.0%}" for flag, share in row["flags"].items())
-        print(
-            f"{setting.name:38} {row['coverage']:6.1%} [{low:.1%}, {high:.1%}]{verdict}; half width "
-            f"{row['mean_half_width']:.1%}, {row['mean_replicates']:.1f} replicates, flagged {row['flagged']:.1%}"
-            f"{f' ({flags})' if flags else ''}, {row['seconds']:.0f} s",
-            flush=True,
-        )
+        rows.append(run(setting, settings))
         store("coverage", settings, {"rows": rows})
 
 

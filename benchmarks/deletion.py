@@ -280,7 +280,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows, shown = run(settings, range(settings.seeds))
     found = {name: over_seeds(each) for name, each in rows.items()}
-    print(store("deletion", settings, found, folder=given.out))
+    store("deletion", settings, found, folder=given.out)
     plot.save(picture(found, shown, settings), given.out / "deletion.svg")
 
 

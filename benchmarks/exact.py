@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common import Median, digits, median, small_resnet, store
+from benchmarks.common import Median, digits, median, small_resnet, store, tell
 from benchmarks.exact_sides import CURVES, WIDTHS, backpack, deviation, mlp, ours, problem, products, public
 from hessdiag import Objective
 from hessdiag.graph import Linearisation
@@ -177,7 +177,6 @@ def check_seconds(run: Callable[[], Any], rounds: int) -> dict[str, float]:
 def run_mlps(settings: Settings) -> dict[str, Any]:
     """Every MLP against BackPACK."""
     results: dict[str, Any] = {}
-    print("net, curve: ours ms, BackPACK ms; times faster by wall and by processor time; MB of both; deviation")
     for net, widths in WIDTHS.items():
         for curve in CURVES:
             torch.manual_seed(0)
@@ -199,13 +198,7 @@ def run_mlps(settings: Settings) -> dict[str, Any]:
                 "megabytes": memory,
                 "deviation": error,
             }
-            print(
-                f"{net:16} {curve:8} {1e3 * turns.first.value:8.1f} {1e3 * turns.second.value:8.1f}   {turns.wall!s}, "
-                f"{turns.processor!s} {memory[0]:6.1f} /{memory[1]:6.1f} {error:10.1e}\n"
-                f"  kernel {1e3 * bare.first.value:.1f} ms, checks off {bare.processor!s} times that; checks, ms: "
-                + ", ".join(f"{name} {1e3 * value:.1f}" for name, value in checks.items()),
-                flush=True,
-            )
+            tell(f"{net} {curve}", results[f"{net} {curve}"])
     return results
 
 
@@ -215,19 +208,14 @@ def run_conv(settings: Settings) -> dict[str, Any]:
     x, y = digits(settings.samples)
     size = sum(p.numel() for p in model.parameters())
     mine, theirs = ours(model, x, y), products(model, x, y)
-    found = mine()
+    diagonal = mine()
     turns = take_turns(mine, theirs, settings.conv_rounds)
-    error = deviation(found, theirs())
+    error = deviation(diagonal, theirs())
     floor = median([floor_seconds(model, x, y) for _ in range(5)]).value
     forward = forward_seconds(model, x)
-    print(
-        f"residual conv net, p = {size}: ours {turns.first} s, p batched products {turns.second} s, "
-        f"times faster {turns.wall} wall, {turns.processor} processor; deviation {error:.1e}\n"
-        f"  floor (the same convolutions alone) {floor:.3g} s; one plain forward pass {1e3 * forward:.2f} ms, p of "
-        f"them {size * forward:.3g} s",
-        flush=True,
-    )
-    return {"parameters": size, "turns": turns, "deviation": error, "floor": floor, "forward": forward}
+    found = {"parameters": size, "turns": turns, "deviation": error, "floor": floor, "forward": forward}
+    tell("residual conv net", found)
+    return found
 
 
 def main() -> None:
@@ -253,7 +241,7 @@ def main() -> None:
     if options.only != "mlp":
         results["conv"] = run_conv(settings)
     if options.only is None:
-        print(store("exact", settings, plain(results)))
+        store("exact", settings, plain(results))
 
 
 def plain(value: Any) -> Any:

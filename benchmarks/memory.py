@@ -98,7 +98,6 @@ def main() -> None:
     rows = list(zip(*(found[task] for task in TASKS)))
     above = median([(m - n) / (t - n) for n, t, m in rows])
     whole = median([m / t for n, t, m in rows])
-    print(f"measurement / step: {above.value:.2f} (process sizes: {whole.value:.2f}); target {settings.target:g}")
     results: dict[str, Any] = {"peak_mib": found, "ratio_above_base": above.value, "ratio_whole": whole.value}
     store("memory", settings, results)
 

@@ -192,12 +192,10 @@ def main(arguments: list[str] | None = None) -> None:
         results["ceiling"][name] = 2 * settings.matrix**3 / median(seconds[f"product, {name}"]).value / 1e9
     before = median(seconds[BEFORE]).value
     results["before_images_per_second"] = settings.batch / before
-    print(f"{BEFORE}: {settings.batch / before:,.0f} img/s; a step has {work / 1e9:.1f} GFLOP of products")
-    print("ceiling, GFLOP/s: " + ", ".join(f"{name} {value:.0f}" for name, value in results["ceiling"].items()))
     for layout, options in LAYOUTS.items():
         mine, silu = (seconds[f"{activation}, {layout}"] for activation in (RCT, "silu"))
         kind = "bfloat16" if options["autocast"] == "bfloat16" else "float32"
-        row = {
+        results["rows"][layout] = {
             "images_per_second": settings.batch / median(mine).value,
             "silu_images_per_second": settings.batch / median(silu).value,
             "of_silu": vars(ratio(silu, mine)),
@@ -205,14 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
             "silu_times_before": vars(ratio(seconds[BEFORE], silu)),
             "share_of_ceiling": work / median(mine).value / 1e9 / results["ceiling"][kind],
         }
-        results["rows"][layout] = row
-        print(
-            f"{layout:24s} {row['images_per_second']:6,.0f} img/s, SiLU {row['silu_images_per_second']:6,.0f};"
-            f" of SiLU {ratio(silu, mine)}; times before {ratio(seconds[BEFORE], mine)}"
-            f" (SiLU {ratio(seconds[BEFORE], silu)}); {100 * row['share_of_ceiling']:.0f}% of the ceiling"
-        )
-    print(f"autocast = channels_last = 'auto' chooses {chosen.name}")
-    print(store("nfgsm", settings, results))
+    store("nfgsm", settings, results)
 
 
 if __name__ == "__main__":

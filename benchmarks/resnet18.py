@@ -206,15 +206,7 @@ def main() -> None:
     seeds: list[dict[str, Any]] = stored(settings) if given.resume else []
     for seed in range(len(seeds), settings.seeds):
         seeds.append(one_seed(settings, seed))
-        last = seeds[-1]
         ratio = median([s["variance_ratio"] for s in seeds])
-        print(
-            f"seed {seed} ({last['data']}): product within {last['propagation']['relative_error']:.1%} of |diag|² by "
-            f"propagation, {last['hutchinson']['relative_error']:.1%} by Hutchinson; variance ratio "
-            f"{last['variance_ratio']:.0f} at {last['time_ratio']:.2f} of the time; so far {ratio} "
-            f"(interval at {ratio.coverage:.0%}), target {settings.target:g}",
-            flush=True,
-        )
         store("resnet18", settings, {"seeds": seeds, "variance_ratio": ratio.__dict__})
         plot(seeds)
 

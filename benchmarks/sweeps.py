@@ -102,17 +102,8 @@ def main() -> None:
     each = (idle_seconds(settings.idle_runs, runs, settings) - starting) * settings.workers / settings.idle_runs
     work = sum(run.seconds for run in runs)
     overhead = (starting * settings.workers + each * len(runs)) / work
-    print(
-        f"a run costs {1e3 * each:.0f} ms of a worker beside itself, starting {starting:.1f} s: {overhead:.2%} of the "
-        f"{work:.0f} s of work in {len(runs)} smoke runs, target {settings.overhead_target:.0%}"
-    )
     seconds = drawn(runs, settings)
     total = seconds["list"] + seconds["draw"]
-    parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    print(
-        f"{settings.stored_runs} stored runs: {parts}; listed and drawn in {total:.1f} s, "
-        f"target {settings.drawn_target:g} s"
-    )
     found = {"starting": starting, "each": each, "runs": len(runs), "work": work, "overhead": overhead}
     store("sweeps", settings, {"overhead": found, "stored": seconds | {"list and draw": total}})
 

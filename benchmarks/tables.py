@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, median
+from benchmarks.common import RESULTS, flat, median, spread
 from hessdiag.store.files import write_bytes
 
 Row = Mapping[str, str]
@@ -29,11 +29,6 @@ def markdown(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(row.get(c, "") for c in columns) + " |" for row in rows)])
-
-
-def spread(m: Mapping[str, float], *, digits: int = 3) -> str:
-    """A stored median with its interval."""
-    return f"{m['value']:.{digits}g} [{m['low']:.{digits}g}, {m['high']:.{digits}g}]"
 
 
 def milliseconds(seconds: float) -> str:
@@ -193,6 +188,10 @@ def attacks(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
                 "target": verdict(f"within {margin:g} points", abs(row["difference"]) <= margin),
             }
         )
+    changed = found.get("moved")
+    if changed is not None:
+        what = f"both, {settings['images']} images at once or {settings['smaller']}: other verdicts"
+        rows.append({"attack": what, "ours, robust": str(changed["ours"]), "pyautoattack's": str(changed["theirs"])})
     return rows
 
 
@@ -313,30 +312,25 @@ TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] =
 PICTURES = {"resnet18": "error against wall time", "deletion": "predicted against actual change of the loss"}
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Whatever was stored, as one row of text: nested keys joined, medians with their intervals."""
-    if isinstance(value, dict) and {"value", "low", "high"} <= set(value):
-        return {prefix: spread(value)}
-    if isinstance(value, dict):
-        pairs = [(f"{prefix} {key}".strip(), item) for key, item in value.items()]
-        return {k: text for key, item in pairs for k, text in flat(item, key).items()}
-    if isinstance(value, list):
-        return {prefix: ", ".join(t for item in value for t in flat(item, prefix).values())}
-    if isinstance(value, float):
-        return {prefix: f"{value:.4g}"}
-    return {} if value is None else {prefix: str(value)}
-
-
 def generic(found: Mapping[str, Any]) -> str:
-    """A table for every mapping of mappings among the results; the rest in one row."""
+    """A table for every list or mapping of mappings among the results; the rest in one row."""
     parts: list[str] = []
     rest: dict[str, str] = {}
     for title, part in found.items():
-        if isinstance(part, dict) and part and all(isinstance(v, dict) for v in part.values()):
+        if isinstance(part, list) and part and all(isinstance(v, dict) for v in part):
+            parts.append(f"{title}:\n\n" + markdown([flat(v) for v in part]))
+        elif isinstance(part, dict) and part and all(isinstance(v, dict) for v in part.values()):
             parts.append(f"{title}:\n\n" + markdown([{"": name, **flat(v)} for name, v in part.items()]))
         else:
             rest |= flat(part, title)
     return "\n\n".join([*parts, *([markdown([rest])] if rest else [])])
+
+
+def table(name: str, content: Mapping[str, Any]) -> str:
+    """The table of one benchmark, from what is stored of it."""
+    name, found, settings = name.partition("-")[0], content["results"], content["settings"]
+    shown = markdown(TABLES[name](found, settings)) if name in TABLES else generic(found)
+    return shown + ("\n\n" + markdown(pruning(found, settings)) if name == "deletion" else "")
 
 
 def section(path: Path) -> str:
@@ -347,13 +341,9 @@ def section(path: Path) -> str:
     text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) if source.exists() else ""
     about = (text or "").partition("\n\n")[0].replace("\n", " ")
     environment = ", ".join(f"{key} {value}" for key, value in content["environment"].items())
-    found, settings = content["results"], content["settings"]
-    table = markdown(TABLES[name](found, settings)) if name in TABLES else generic(found)
-    if name == "deletion":
-        table += "\n\n" + markdown(pruning(found, settings))
     picture = path.with_suffix(".svg")
     shown = f"\n\n![{PICTURES.get(name, name)}](results/{picture.name})" if picture.exists() else ""
-    return f"## {path.stem}\n\n{about}\n\n{table}{shown}\n\nRun with {environment}.\n"
+    return f"## {path.stem}\n\n{about}\n\n{table(name, content)}{shown}\n\nRun with {environment}.\n"
 
 
 def main() -> None:

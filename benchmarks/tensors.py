@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import hessdiag as hd
-from benchmarks.common import store
+from benchmarks.common import store, tell
 from hessdiag.graph import Linearisation
 from hessdiag.measuring.forecast import forecast
 
@@ -84,8 +84,7 @@ def run(settings: Settings) -> dict[str, Any]:
         seconds = {str(tensors): min(times) for tensors, times in found.items()}
         first, last = seconds[str(settings.tensors[0])], seconds[str(settings.tensors[-1])]
         rows.append({"call": name, "seconds": seconds, "ratio": last / first})
-        shown = "  ".join(f"{n}: {s:.3f} s" for n, s in seconds.items())
-        print(f"{name:10} {shown}  ({last / first:.1f} times)", flush=True)
+        tell(name, rows[-1])
     return {"rows": rows}
 
 

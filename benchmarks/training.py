@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from benchmarks.common import store
+from benchmarks.common import store, tell
 from benchmarks.plain_loops import STEPS
 from experiments.config import TrainConfig
 from experiments.schedules import attack_budget
 from experiments.splitnorm import SplitNorm
+from experiments.sweep.run import saved_bytes
 from experiments.trainer.compiling import fresh_compiler
 from experiments.trainer.images import Sampler, on_device
 from experiments.trainer.rig import build
@@ -159,30 +159,8 @@ def speeds(settings: Settings) -> dict[str, dict[str, float]]:
             "ratio": eager / mine,
             "floor_images_per_second": settings.batch / (UNITS[method] * forward),
         }
-        row = table[method]
-        print(
-            f"{method:10s} {row['images_per_second']:10,.1f} img/s   plain {row['plain_images_per_second']:10,.1f}"
-            f"   ratio {row['ratio']:5.2f}   floor {row['floor_images_per_second']:10,.1f}",
-            flush=True,
-        )
+        tell(method, table[method])
     return table
-
-
-def kept_bytes(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    """Bytes of the distinct storages that autograd keeps between forward and backward, parameters aside."""
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), x]}
-    seen: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = F.cross_entropy(model(x), y)  # held, so that no storage is freed and its address used again
-    del loss
-    return sum(seen.values())
 
 
 def activations(settings: Settings) -> dict[str, dict[str, float | None]]:
@@ -200,16 +178,13 @@ def activations(settings: Settings) -> dict[str, dict[str, float | None]]:
         seconds = timed(lambda i, m=model, o=optimiser: STEPS["standard"](m, o, (x,), y), settings)  # type: ignore[misc]
         if settings.device.startswith("cuda"):
             peak = torch.cuda.max_memory_allocated(settings.device) / 1e9
-        kept = kept_bytes(model, x, y) / 1e9
+        kept = saved_bytes(model, x, y, known=[x, *model.parameters()]) / 1e9
         table[name] = {"milliseconds": 1e3 * seconds, "peak_gb": peak, "kept_gb": kept}
         del model, optimiser
-    for name, row in table.items():
+    for row in table.values():
         for key in ("milliseconds", "kept_gb", "peak_gb"):
             mine, reference = row[key], table["silu"][key]
             row[f"{key}_over_silu"] = None if mine is None or reference is None else mine / reference
-        shown = f"{row['milliseconds']:9.2f} ms ({row['milliseconds_over_silu']:.2f} of SiLU)"
-        memory = f"kept {row['kept_gb']:.4f} GB ({row['kept_gb_over_silu']:.2f})"
-        print(f"{name:24s} {shown}   {memory}" + ("" if row["peak_gb"] is None else f"   peak {row['peak_gb']:.3f} GB"))
     return table
 
 
@@ -234,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     results: dict[str, Any] = {"speeds": speeds(settings), "activations": activations(settings)}
     if gpu:
         results["card"] = {"name": torch.cuda.get_device_name(options.device)}
-    print(store(f"training-{options.device.partition(':')[0]}", settings, results))
+    store(f"training-{options.device.partition(':')[0]}", settings, results)
 
 
 if __name__ == "__main__":

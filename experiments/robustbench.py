@@ -15,12 +15,11 @@ ARCHITECTURES = {
 FULL = 10_000
 
 
-def entry(
-    evaluation: Mapping[str, Any], training: Mapping[str, Any], *, link: str = "", authors: str = ""
-) -> dict[str, Any]:
+def entry(evaluation: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON of one model, from an evaluation that includes AutoAttack; `training` is its configuration.
 
-    An evaluation on other than the 10,000 test images says so in the footnote.
+    Link and authors are for its owner to fill in. An evaluation on other than the 10,000 test images says so in the
+    footnote.
     """
     if "aa" not in evaluation:
         raise ConfigurationError("a RobustBench entry needs AutoAttack: evaluate with attack 'aa' first")
@@ -32,9 +31,9 @@ def entry(
         notes.append(f"AutoAttack on {samples} test images only")
     notes += [str(warning) for warning in attack["warnings"]]
     return {
-        "link": link,
+        "link": "",
         "name": f"{training.get('method', 'unknown')}, {ARCHITECTURES.get(network, network)}",
-        "authors": authors,
+        "authors": "",
         "additional_data": False,
         "number_forward_passes": 1,
         "dataset": str(evaluation["data"]["name"]),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,11 +21,9 @@ from experiments.attacks.result import (
     predictions,
     verify,
 )
-from experiments.attacks.worst import TARGETS, APGDResult, apgd_ce, apgd_t
+from experiments.attacks.worst import TARGETS, APGDResult, Noise, apgd_ce, apgd_t
 from hessdiag.problem.ascent import Forward, handed_back
 from hessdiag.problem.perturbation import keyed_uniform
-
-NAMES = ("apgd-ce", "apgd-t")
 
 
 def aa2(
@@ -62,24 +62,15 @@ def aa2(
         robust, x_adv = clean.clone(), x.detach().clone()
         per_attack: dict[str, Tensor] = {}
         warnings: list[str] = []
-        for name in NAMES:
+        attacks: dict[str, Callable[..., APGDResult]] = {"apgd-ce": apgd_ce, "apgd-t": partial(apgd_t, targets=targets)}
+        for name, attack in attacks.items():
             flat, alive = 0, torch.nonzero(robust).flatten()
             for start in range(0, len(alive), batch_size):
                 chosen = alive[start : start + batch_size]
-                outcome = _one(
-                    name,
-                    model,
-                    x[chosen],
-                    y[chosen],
-                    chosen,
-                    radius,
-                    steps,
-                    targets,
-                    seed,
-                    autocast,
-                    function,
-                    device,
-                )
+                outcome = attack(
+                    model, x[chosen].to(device), y[chosen].to(device), eps=radius, steps=steps,
+                    noise=_keyed(chosen, x, seed, device), autocast=autocast, forward=function,
+                )  # fmt: skip
                 robust[chosen] = outcome.robust.to(robust.device)
                 x_adv[chosen] = outcome.x_adv.to(x_adv.device)
                 flat += outcome.flat
@@ -112,36 +103,7 @@ def aa2(
     )
 
 
-def _one(
-    name: str,
-    model: object,
-    x: Tensor,
-    y: Tensor,
-    chosen: Tensor,
-    radius: float,
-    steps: int,
-    targets: int,
-    seed: int,
-    autocast: torch.dtype | None,
-    forward: Forward,
-    device: torch.device,
-) -> APGDResult:
-    """One attack on one batch; stream 0 of the keyed noise is APGD-CE's, stream r that of the r-th target."""
-    images, labels, indices = x.to(device), y.to(device), chosen.tolist()
-
-    def noise(stream: int) -> Tensor:
-        return keyed_uniform(indices, x.shape[1:], seed=seed, stream=stream).to(images)
-
-    if name == "apgd-ce":
-        return apgd_ce(model, images, labels, eps=radius, steps=steps, noise=noise, autocast=autocast, forward=forward)
-    return apgd_t(
-        model,
-        images,
-        labels,
-        eps=radius,
-        steps=steps,
-        targets=targets,
-        noise=noise,
-        autocast=autocast,
-        forward=forward,
-    )
+def _keyed(chosen: Tensor, x: Tensor, seed: int, device: torch.device) -> Noise:
+    """Noise by stream: 0 is APGD-CE's, r that of the r-th target."""
+    indices = chosen.tolist()
+    return lambda stream: keyed_uniform(indices, x.shape[1:], seed=seed, stream=stream).to(device, x.dtype)

@@ -22,8 +22,8 @@ from experiments.attacks.result import (
     verify,
 )
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
-from hessdiag.problem.ascent import AttackLoss, handed_back
-from hessdiag.problem.perturbation import PGDSpec, cross_entropy, keyed_pgd, parse_pgd
+from hessdiag.problem.ascent import handed_back
+from hessdiag.problem.perturbation import PGDSpec, keyed_pgd, parse_pgd
 
 ATTACKS = ("aa", "aa2", "pgd")
 PGD_STEPS = 20
@@ -72,7 +72,6 @@ def pgd_accuracy(
     *,
     spec: PGDSpec,
     batch_size: int = 250,
-    loss: AttackLoss = cross_entropy,
     progress: Progress | None = None,
 ) -> AttackResult:
     """Accuracy at the last iterate of one PGD, its start keyed by (seed, sample); the model in eval mode."""
@@ -90,7 +89,7 @@ def pgd_accuracy(
         for start in range(0, len(alive), batch_size):
             chosen = alive[start : start + batch_size]
             images, labels = x[chosen].to(device), y[chosen].to(device)
-            points = keyed_pgd(function, images, labels, chosen.tolist(), spec, loss=loss)
+            points = keyed_pgd(function, images, labels, chosen.tolist(), spec)
             verdict = predictions(function, points, batch_size=batch_size, device=device).to(y.device)
             fooled = verdict != y[chosen]
             robust[chosen[fooled]] = False

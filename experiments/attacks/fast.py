@@ -1,6 +1,14 @@
-"""The one-step attacks of fast adversarial training: random starts, projections, and both together."""
+"""The one-step attacks of fast adversarial training: noise, one gradient, one step.
+
+    x_0 = x + U(-noise eps, noise eps), in the box;   x' = Pi(x_0 + step eps sign grad l(f(x_0), y))
+
+FGSM from a random start (Wong, Rice & Kolter 2020, arXiv 2001.03994): noise 1, step 1.25, Pi onto the eps-ball around x
+and the box. N-FGSM (de Jorge et al. 2022, arXiv 2202.01181): noise 2, step 1, Pi onto the box alone: |x' - x| <= 3 eps.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +19,6 @@ from experiments.attacks.pgd import logits_function, uniform_noise
 from hessdiag.problem.ascent import (
     AttackLoss,
     Forward,
-    Scalar,
     check_box,
     handed_back,
     input_gradient,
@@ -19,38 +26,17 @@ from hessdiag.problem.ascent import (
     refuse_non_finite,
 )
 
-RS_STEP = 1.25
-N_FGSM_NOISE = 2.0
 
-
-def fgsm_rs_start(x: Tensor, eps: Scalar, generator: torch.Generator | None) -> Tensor:
-    """The start x + U(-eps, eps), clamped to the box (Wong, Rice & Kolter 2020, arXiv 2001.03994)."""
-    return (x + uniform_noise(x, eps, generator)).clamp(0.0, 1.0)
-
-
-def fgsm_rs_finish(start: Tensor, gradient: Tensor, x: Tensor, eps: Scalar, step: Scalar) -> Tensor:
-    """Pi(start + step sign g): back into the eps-ball around x, then the box."""
-    return project_linf(start + step * gradient.sign(), x, eps)
-
-
-def n_fgsm_start(x: Tensor, eps: Scalar, generator: torch.Generator | None, *, noise: float = N_FGSM_NOISE) -> Tensor:
-    """The start x + U(-noise eps, noise eps), clamped to the box (de Jorge et al. 2022, arXiv 2202.01181)."""
-    return (x + uniform_noise(x, noise * eps, generator)).clamp(0.0, 1.0)
-
-
-def n_fgsm_finish(start: Tensor, gradient: Tensor, step: Scalar) -> Tensor:
-    """The point start + step sign g, clamped to the box; N-FGSM does *not* return to the eps-ball."""
-    return (start + step * gradient.sign()).clamp(0.0, 1.0)
-
-
-def fgsm_rs(
+def fgsm(
     model: object,
     x: Tensor,
     y: Tensor,
     *,
     eps: Radius,
     generator: torch.Generator | None,
-    step: float = RS_STEP,
+    noise: float,
+    step: float,
+    into_ball: bool,
     loss: str | AttackLoss = "ce",
     bn: str = "train",
     keep_statistics: bool = True,
@@ -58,57 +44,19 @@ def fgsm_rs(
     forward: Forward | None = None,
     check: bool = True,
 ) -> Tensor:
-    """FGSM from a random start: one gradient, then `step` eps. BatchNorm trains throughout, as published."""
-    ball, centre = _prepared(x, eps, check), x.detach()
-    start = fgsm_rs_start(centre, ball, generator)
-    gradient = _gradient(model, start, y, loss, bn, keep_statistics, autocast, forward, check)
-    return fgsm_rs_finish(start, gradient, centre, ball, step * ball)
-
-
-def n_fgsm(
-    model: object,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: Radius,
-    generator: torch.Generator | None,
-    step: float = 1.0,
-    noise: float = N_FGSM_NOISE,
-    loss: str | AttackLoss = "ce",
-    bn: str = "train",
-    keep_statistics: bool = True,
-    autocast: torch.dtype | None = None,
-    forward: Forward | None = None,
-    check: bool = True,
-) -> Tensor:
-    """Noise of `noise` eps, one gradient, then `step` eps, no return to the ball: |x' - x| <= 3 eps."""
-    ball, centre = _prepared(x, eps, check), x.detach()
-    start = n_fgsm_start(centre, ball, generator, noise=noise)
-    gradient = _gradient(model, start, y, loss, bn, keep_statistics, autocast, forward, check)
-    return n_fgsm_finish(start, gradient, step * ball)
-
-
-def _prepared(x: Tensor, eps: Radius, check: bool) -> Scalar:
+    """One gradient at a noisy start. BatchNorm trains throughout, as published."""
     if check:
         check_box(x)
-    return radius(eps, look=check)
-
-
-def _gradient(
-    model: object,
-    start: Tensor,
-    y: Tensor,
-    loss: str | AttackLoss,
-    bn: str,
-    keep_statistics: bool,
-    autocast: torch.dtype | None,
-    forward: Forward | None,
-    check: bool,
-) -> Tensor:
-    objective = resolve(loss)
+    ball, centre, objective = radius(eps, look=check), x.detach(), resolve(loss)
+    start = (centre + uniform_noise(centre, noise * ball, generator)).clamp(0.0, 1.0)
     with handed_back(model, mode=bn, keep_statistics=keep_statistics):
         values, gradient, _ = input_gradient(logits_function(model, forward), start, y, objective, autocast)
     if check:
         finite = values.isfinite() & gradient.flatten(1).isfinite().all(1)
         refuse_non_finite(finite, "taking the FGSM gradient")
-    return gradient
+    points = start + step * ball * gradient.sign()
+    return project_linf(points, centre, ball) if into_ball else points.clamp(0.0, 1.0)
+
+
+fgsm_rs = partial(fgsm, noise=1.0, step=1.25, into_ball=True)
+n_fgsm = partial(fgsm, noise=2.0, step=1.0, into_ball=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.attacks.apgd import RHO, STEPS, apgd
+from experiments.attacks.apgd import STEPS, apgd
 from experiments.attacks.inputs import check_dlr, check_labels, check_samples, plain_radius
 from experiments.attacks.losses import dlr_targeted
 from experiments.attacks.pgd import logits_function, plain_logits, uniform_noise
@@ -41,7 +41,6 @@ def apgd_ce(
     *,
     eps: float | str,
     steps: int = STEPS,
-    rho: float = RHO,
     generator: torch.Generator | None = None,
     noise: Noise | None = None,
     autocast: torch.dtype | None = None,
@@ -55,7 +54,7 @@ def apgd_ce(
     with handed_back(model):
         function = logits_function(model, forward)
         clean = _clean(function, x, y)
-        run = _Worst(function, x, y, clean.argmax(1).eq(y), radius, steps, rho, autocast)
+        run = _Worst(function, x, y, clean.argmax(1).eq(y), radius, steps, autocast)
         run.attack(draw(0), cross_entropy, None)
     return run.result()
 
@@ -68,7 +67,6 @@ def apgd_t(
     eps: float | str,
     steps: int = STEPS,
     targets: int = TARGETS,
-    rho: float = RHO,
     generator: torch.Generator | None = None,
     noise: Noise | None = None,
     autocast: torch.dtype | None = None,
@@ -87,7 +85,7 @@ def apgd_t(
         clean = _clean(function, x, y)
         check_dlr(clean.shape[1])
         ranking = clean.argsort(1, descending=True)
-        run = _Worst(function, x, y, ranking[:, 0].eq(y), radius, steps, rho, autocast)
+        run = _Worst(function, x, y, ranking[:, 0].eq(y), radius, steps, autocast)
         for rank in range(1, min(targets, clean.shape[1] - 1) + 1):
             run.attack(draw(rank), dlr_targeted, ranking[:, rank])
     return run.result()
@@ -104,11 +102,10 @@ class _Worst:
         clean: Tensor,
         radius: float,
         steps: int,
-        rho: float,
         autocast: torch.dtype | None,
     ) -> None:
         self.forward, self.x, self.y, self.clean = forward, x.detach(), y, clean
-        self.radius, self.steps, self.rho, self.autocast = radius, steps, rho, autocast
+        self.radius, self.steps, self.autocast = radius, steps, autocast
         self.robust, self.adversarial, self.best = clean.clone(), self.x.clone(), self.x.clone()
         self.best_loss = torch.full(clean.shape, -torch.inf, device=x.device, dtype=torch.float64)
         self.flat = 0
@@ -130,7 +127,6 @@ class _Worst:
             eps=self.radius,
             steps=self.steps,
             loss=loss,
-            rho=self.rho,
             autocast=self.autocast,
         )
         refuse_non_finite(run.finite, "running APGD")

@@ -22,6 +22,8 @@ from experiments.correlation.noise import Curve, curve
 from experiments.correlation.shapes import quadratic
 from hessdiag.errors import ConfigurationError
 
+BELOW, CONFIDENCE = 15.0, 0.95
+
 
 @dataclass(frozen=True)
 class Coincidence:
@@ -45,12 +47,10 @@ def coincide(
     group: Sequence[object],
     *,
     margin: float,
-    below: float = 15.0,
     resamples: int = 1000,
-    confidence: float = 0.95,
     generator: np.random.Generator,
 ) -> Coincidence:
-    """Compare the curves of all groups for x < `below`."""
+    """Compare the curves of all groups for x < `BELOW`."""
     if not margin > 0:
         raise ConfigurationError(f"margin {margin}: an equivalence margin is positive")
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
@@ -59,7 +59,7 @@ def coincide(
         raise ConfigurationError("one curve has nothing to coincide with; run the sweep for more values of beta")
     member = np.array([labels.index(label) for label in group])
     curves = [
-        curve(xs[chosen], ys[chosen]) for i in range(len(labels)) if (chosen := (member == i) & (xs < below)).any()
+        curve(xs[chosen], ys[chosen]) for i in range(len(labels)) if (chosen := (member == i) & (xs < BELOW)).any()
     ]
     span = max(c.x[0] for c in curves), min(c.x[-1] for c in curves)
     if span[0] >= span[1] or len(curves) < len(labels):
@@ -68,11 +68,11 @@ def coincide(
     basis = np.stack([np.ones_like(t), t, t**2])
     point = _distance([quadratic(c.x, c.mean, c.count.astype(float)) @ basis for c in curves])
     drawn = [quadratic(c.x, c.resample(c.mean, resamples, generator), c.count.astype(float)) @ basis for c in curves]
-    upper = float(np.quantile(_distance(drawn), confidence))
-    worst, worst_low, worst_at, comparisons = _levels(curves, margin, confidence)
+    upper = float(np.quantile(_distance(drawn), CONFIDENCE))
+    worst, worst_low, worst_at, comparisons = _levels(curves, margin)
     verdict = "coincide" if upper < margin else "differ" if worst_low > margin else "undecided"
     return Coincidence(
-        verdict, margin, float(point), upper, worst, worst_low, worst_at, comparisons, len(curves), confidence
+        verdict, margin, float(point), upper, worst, worst_low, worst_at, comparisons, len(curves), CONFIDENCE
     )
 
 
@@ -82,7 +82,7 @@ def _distance(values: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
     return distance
 
 
-def _levels(curves: list[Curve], margin: float, confidence: float) -> tuple[float, float, float, int]:
+def _levels(curves: list[Curve], margin: float) -> tuple[float, float, float, int]:
     """The difference of means, over pairs and shared levels, that lies farthest beyond the margin."""
     differences = []
     for a, b in itertools.combinations(curves, 2):
@@ -92,7 +92,7 @@ def _levels(curves: list[Curve], margin: float, confidence: float) -> tuple[floa
                 differences.append((abs(a.mean[i] - b.mean[j]), np.sqrt(variance), a.freedom + b.freedom, level))
     if not differences:
         return float("nan"), float("-inf"), float("nan"), 0
-    tail = (1 - confidence) / (2 * len(differences))
+    tail = (1 - CONFIDENCE) / (2 * len(differences))
     bounds = [(d - stats.t.isf(tail, freedom) * error, d, level) for d, error, freedom, level in differences]
     low, worst, level = max(bounds)
     return float(worst), float(low), float(level), len(differences)

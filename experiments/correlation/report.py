@@ -67,7 +67,7 @@ def correlations(chosen: Sequence[Row]) -> list[Plain]:
                 if means.shape[1] < 4 + len(names):
                     continue
                 for kind in KINDS:
-                    value = float(partial(kind, means[0], means[1], list(means[2:])))
+                    value = partial(kind, means[0], means[1], list(means[2:]))
                     found.append({**about, "kind": kind, "given": given, "value": value, **_none(means.shape[1])})
             try:
                 beside = within(cells, [row.seed for row in chosen], x, robust)

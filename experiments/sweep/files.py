@@ -146,11 +146,10 @@ def read_result(folder: Path, config: RunConfig) -> tuple[dict[str, Any], float,
         content, whole = unsealed(read_json(folder / RESULT))
     except BadFileError as reason:
         raise DamagedError(f"damaged: its record {reason}") from None
-    if content.get("config") != json.loads(json.dumps(config.to_dict())) or not isinstance(content.get("record"), dict):
+    if content.get("config") != config.to_dict() or not isinstance(content.get("record"), dict):
         raise DamagedError("damaged: its record is of another configuration")
-    record, _ = unsealed(content["record"])
     seconds = content.get("seconds")
-    return record, float(seconds) if isinstance(seconds, (int, float)) else math.nan, whole
+    return content["record"], float(seconds) if isinstance(seconds, (int, float)) else math.nan, whole
 
 
 def write_attempts(folder: Path, attempts: list[Attempt]) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,6 @@ def load(
     *,
     seeds: list[int] | None = None,
     stage: int | None = None,
-    complete: Callable[[RunConfig], RunConfig] = complete,
 ) -> Sweep:
     """Read a sweep file, given by its path or its name; `seeds` replaces its seeds, `stage` is the last one to do."""
     path = find(path)
@@ -117,7 +116,7 @@ def load(
             if _matches(override["where"], {**sections["train"], **axes}, f"{place}: override {index + 1}"):
                 used[index] += 1
                 sections = {name: merged(sections[name], override.get(name, {})) for name in SECTIONS}
-        run, variant = _run(sections, axes, place, complete), extra.get("variant", "")
+        run, variant = _run(sections, axes, place), extra.get("variant", "")
         if variants.setdefault(run.key, variant) != variant:
             raise ConfigurationError(
                 f"{place}: variants {variants[run.key]!r} and {variant!r} are the same run ({run.label}); "
@@ -220,7 +219,6 @@ def _run(
     sections: dict[str, dict[str, Any]],
     axes: dict[str, Any],
     where: str,
-    complete: Callable[[RunConfig], RunConfig],
 ) -> RunConfig:
     train = {**sections["train"], **{name: value for name, value in axes.items() if name not in SHAPE}}
     if "activation" in axes:

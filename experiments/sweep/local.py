@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,6 @@ def execute(
     interruptions: int = MAX_INTERRUPTIONS,
     watch: Callable[[], None] | None = None,
     tell: Callable[[str], None] | None = None,
-    environment: Mapping[str, str] | None = None,
     interval: float = 0.25,
 ) -> dict[str, int]:
     """Run a registered sweep, or what has these seeds among its first so many runs, to its end; returns how many runs
@@ -98,7 +97,7 @@ def execute(
         if first is not None:
             command += ["--first", str(first)]
         command += ["--threads", str(workers.threads), "--parent", str(os.getpid()), "--debug"]
-        variables = {**os.environ, **workers.environment(index), **(environment or {})}
+        variables = {**os.environ, **workers.environment(index)}
         with open(logs / f"worker-{index}.log", "ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
 

@@ -165,7 +165,7 @@ class Reader:
             reason = "damaged: its configuration is not the one that its key names"
             return Row(member.key, RunConfig({}), DAMAGED, member.variant, error=reason)
         folder = self.folder(member.key)
-        state, attempts = self.standing(member.key)
+        state, attempts = self.standing(member.key)[0], read_attempts(folder)
         last = attempts[-1] if attempts else {}
         row = {
             "variant": member.variant, "failures": failures(attempts), "attempt": len(attempts),
@@ -186,20 +186,19 @@ class Reader:
         return dataclasses.replace(found, record=record) if records else found
 
     def standing(self, key: str) -> tuple[str, list[Attempt]]:
-        """How a run stands, with its history; a result that is there counts, whole or not."""
+        """How a run stands, with its history where it is not done; a result that is there counts, whole or not."""
         folder = self.folder(key)
         result = folder / RESULT
-        busy = not result.exists() and held(folder)
-        attempts = read_attempts(folder)
         if result.exists():
-            return DONE, attempts
-        if busy:
-            return RUNNING, attempts
-        return FAILED if failed(attempts) else QUEUED, attempts
+            return DONE, []
+        busy, attempts = held(folder), read_attempts(folder)
+        if result.exists():  # come meanwhile
+            return DONE, []
+        return RUNNING if busy else FAILED if failed(attempts) else QUEUED, attempts
 
     def attempts(self, key: str) -> list[Attempt]:
         """The history of one run: each attempt's outcome is done, failed, released or interrupted, None under way."""
-        state, attempts = self.standing(key)
+        state, attempts = self.standing(key)[0], read_attempts(self.folder(key))
         if attempts and (state == DONE or (state == RUNNING and attempts[-1]["outcome"] is None)):
             return [*settled(attempts[:-1]), {**attempts[-1], "outcome": DONE if state == DONE else None}]
         return settled(attempts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -96,14 +97,22 @@ class Sets:
 def cost(config: RunConfig, model: torch.nn.Module, device: torch.device, sets: Sets) -> Record:
     """What the activation costs in memory: the peak on a GPU, and the bytes kept for one training step's backward pass.
 
-    The bytes are those of every distinct tensor that autograd saves, weights aside, for one batch in training mode:
-    the same on any device.
+    The bytes are those of every distinct tensor that autograd saves, weights among them, for one batch in training
+    mode: the same on any device.
     """
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     training = sets.train
     batch = min(config.train["batch_size"], len(training))
     inputs, targets = next(iter(training.sample(batch).batches(batch, device=device)))
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    copied = copy.deepcopy(model).train()  # training mode moves running statistics: not those of the run's model
+    return {"peak_memory": peak, "saved_bytes": saved_bytes(copied, inputs, targets)}
+
+
+def saved_bytes(
+    model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor, *, known: Iterable[torch.Tensor] = ()
+) -> int:
+    """Bytes of the distinct storages that autograd keeps for the backward pass, those of `known` aside."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in known}
     seen: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,11 +121,10 @@ def cost(config: RunConfig, model: torch.nn.Module, device: torch.device, sets: 
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    copied = copy.deepcopy(model).train()  # training mode moves running statistics: not those of the run's model
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = torch.nn.functional.cross_entropy(copied(inputs), targets)
+        loss = torch.nn.functional.cross_entropy(model(inputs), targets)  # held, so that no address is used again
     del loss
-    return {"peak_memory": peak, "saved_bytes": sum(seen.values())}
+    return sum(seen.values())
 
 
 def attacked(

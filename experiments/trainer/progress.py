@@ -5,36 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 
-class Reporter(Protocol):
-    """What the loop tells while it runs."""
+class Reporter:
+    """What the loop tells while it runs; this one says nothing."""
 
     def note(self, text: str) -> None:
         """Something to know before the first step."""
-        ...
 
     def step(self, epoch: int, step: int) -> None:
         """A step was made; called often, must not wait for the device."""
-        ...
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
         """An epoch has ended."""
-        ...
-
-
-class Silent:
-    """Says nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def step(self, epoch: int, step: int) -> None:
-        """Nothing."""
-
-    def epoch(self, metrics: Mapping[str, Any]) -> None:
-        """Nothing."""
 
 
 def line(metrics: Mapping[str, Any], epochs: int) -> str:
@@ -47,7 +31,7 @@ def line(metrics: Mapping[str, Any], epochs: int) -> str:
     return "  ".join(parts)
 
 
-class _Plain:
+class _Plain(Reporter):
     """A line per epoch, where standard error is no terminal."""
 
     def __init__(self, label: str, epochs: int) -> None:
@@ -58,15 +42,12 @@ class _Plain:
         """A line of its own."""
         print(text, file=sys.stderr, flush=True)
 
-    def step(self, epoch: int, step: int) -> None:
-        """Nothing: lines are per epoch."""
-
     def epoch(self, metrics: Mapping[str, Any]) -> None:
-        """Print the line."""
+        """Print the line: steps have none."""
         print(line(metrics, self.epochs), file=sys.stderr, flush=True)
 
 
-class _Live:
+class _Live(Reporter):
     """A bar with the last epoch's numbers."""
 
     def __init__(self, bar: Any, label: str, epochs: int, steps: int, done: int) -> None:
@@ -90,7 +71,7 @@ class _Live:
 def reporting(show: bool, label: str, *, epochs: int, steps: int, done: int) -> Iterator[Reporter]:
     """A reporter for one run: silent, plain lines, or a live bar on a terminal."""
     if not show:
-        yield Silent()
+        yield Reporter()
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from experiments.config import TrainConfig
 from experiments.trainer.rig import Rig
 from hessdiag.errors import CheckpointError, ResumeError
 from hessdiag.store import states
-from hessdiag.store.files import BadFileError, read_json
+from hessdiag.store.files import BadFileError
 
 FORMAT = "experiments/state/2"
 
@@ -75,14 +74,3 @@ def read_state(path: Path, rig: Rig) -> Standing | None:
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ResumeError(f"{path}: not the state of such a run ({reason}); delete it to start again") from None
-
-
-def read_config(folder: Path) -> TrainConfig | None:
-    """The configuration that a directory was made for."""
-    path = folder / "config.json"
-    if not path.exists():
-        return None
-    try:
-        return TrainConfig.from_dict(read_json(path)["config"])
-    except (BadFileError, ValueError, KeyError, TypeError) as error:
-        raise ResumeError(f"{path}: cannot be read ({error}); use another directory") from None

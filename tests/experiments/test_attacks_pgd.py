@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.attacks import clean_logits, compiled_ascent, fgsm_rs, n_fgsm, pgd
-from experiments.attacks.fast import fgsm_rs_start, n_fgsm_start
 from experiments.attacks.losses import dlr_targeted, kl_to_clean, margin
 from experiments.attacks.pgd import starting_point
 from hessdiag.errors import (
@@ -199,8 +198,8 @@ def test_reach_of_the_one_step_attacks() -> None:
     assert (fgsm_rs(net, x, y, eps=0.1, generator=seeded()) - x).abs().max() <= 0.1 + 1e-15
     wide = (n_fgsm(net, x, y, eps=0.1, generator=seeded()) - x).abs().max()
     assert 0.25 < wide <= 0.3 + 1e-15
-    assert (fgsm_rs_start(x, 0.1, seeded()) - x).abs().max() <= 0.1
-    assert 0.15 < (n_fgsm_start(x, 0.1, seeded()) - x).abs().max() <= 0.2
+    assert (fgsm_rs(net, x, y, eps=0.1, generator=seeded(), step=0.0) - x).abs().max() <= 0.1
+    assert 0.15 < (n_fgsm(net, x, y, eps=0.1, generator=seeded(), step=0.0) - x).abs().max() <= 0.2
 
 
 @pytest.mark.parametrize("bn", ["eval", "train", "as_is"])

@@ -45,7 +45,7 @@ from validation.coordinates import (
     state_gap,
     trajectory,
 )
-from validation.evidence import Evidence, Finding, exactly, measured, zeros
+from validation.evidence import Evidence, exactly, measured, zeros
 from validation.numbers import special_nets
 from validation.register import Run, check
 
@@ -161,59 +161,42 @@ def cases(quick: bool) -> tuple[Deviations, ...]:
     return tuple(found)
 
 
-def _numbers(run: Run, statement: str, values: list[float]) -> Finding:
+def _stated(run: Run, claim: str, statement: str, part: str) -> Evidence:
+    """A statement for any depth: term by term on the symbolic nets, and this deviation of random nets and losses."""
+    values = [getattr(case, part) for case in cases(run.quick)]
     text = f"{statement}, {len(values)} random nets and losses (squared, cross-entropy, one with a full Hessian)"
-    return measured(text, max(values), at_most=TOLERANCE, label="deviation")
+    found = measured(text, max(values), at_most=TOLERANCE, label="deviation")
+    return Evidence(claim, (zeros(rows_of(claim), reach=REACH), found), note=ANY_DEPTH)
 
 
 @check("D.recursion")
 def check_D_recursion(run: Run) -> Evidence:
     """Section 1: the matrix recursion."""
-    found = (
-        zeros(rows_of("D.recursion"), reach=REACH),
-        _numbers(run, "H^(l) of the loss, started from ∇²ℓ, equals autograd", [c.matrices for c in cases(run.quick)]),
-    )
-    return Evidence("D.recursion", found, note=ANY_DEPTH)
+    return _stated(run, "D.recursion", "H^(l) of the loss, started from ∇²ℓ, equals autograd", "matrices")
 
 
 @check("D.entry")
 def check_D_entry(run: Run) -> Evidence:
     """Section 1: entries of the diagonal."""
-    found = (
-        zeros(rows_of("D.entry"), reach=REACH),
-        _numbers(run, "Gauss-Newton part plus c² D equals autograd", [c.entries for c in cases(run.quick)]),
-    )
-    return Evidence("D.entry", found, note=ANY_DEPTH)
+    return _stated(run, "D.entry", "Gauss-Newton part plus c² D equals autograd", "entries")
 
 
 @check("D.sites")
 def check_D_sites(run: Run) -> Evidence:
     """Section 2: the recursion unrolled."""
-    found = (
-        zeros(rows_of("D.sites"), reach=REACH),
-        _numbers(run, "the sum over sites equals the recursion", [c.sites for c in cases(run.quick)]),
-    )
-    return Evidence("D.sites", found, note=ANY_DEPTH)
+    return _stated(run, "D.sites", "the sum over sites equals the recursion", "sites")
 
 
 @check("D.pairs")
 def check_D_pairs(run: Run) -> Evidence:
     """Section 3: pairs of paths."""
-    found = (
-        zeros(rows_of("D.pairs"), reach=REACH),
-        _numbers(run, "the sum over pairs of paths equals the recursion", [c.pairs for c in cases(run.quick)]),
-    )
-    return Evidence("D.pairs", found, note=ANY_DEPTH)
+    return _stated(run, "D.pairs", "the sum over pairs of paths equals the recursion", "pairs")
 
 
 @check("D.gap")
 def check_D_gap(run: Run) -> Evidence:
     """Section 3: the pairs that E[28] leaves out."""
-    found = (
-        zeros(rows_of("D.gap"), reach=REACH),
-        _numbers(run, "pairs of different paths equal the error of E[28]", [c.gap for c in cases(run.quick)]),
-    )
-    return Evidence("D.gap", found, note=ANY_DEPTH)
+    return _stated(run, "D.gap", "pairs of different paths equal the error of E[28]", "gap")
 
 
 @check("D.scope")

@@ -15,7 +15,7 @@ from hessdiag.errors import DataError
 from hessdiag.store.files import BadFileError, read_json
 from theory.claims import CLAIMS
 from validation.evidence import Evidence, Figure, Report
-from validation.register import Function, Run, check, slug
+from validation.register import Function, Run, register
 
 COMMAND = "python -m experiments figures"
 
@@ -79,15 +79,11 @@ def _figure(row: dict[str, Any]) -> Figure | None:
     return Figure(str(row.get("figure") or "measured"), value, low, high, "confidence interval")
 
 
-def _reader(claim: str, where: str) -> Function:
-    def function(run: Run) -> Evidence:
-        return Evidence(claim, report=report(claim, run))
-
-    function.__name__ = f"check_{slug(claim)}"
-    function.__doc__ = f"{where}: read from the results of experiments."
-    return function
+def _reader(claim: str) -> Function:
+    return lambda run: Evidence(claim, report=report(claim, run))
 
 
 for _claim in CLAIMS:
     if _claim.kind == "empirical":
-        check(_claim.id, reads_results=True)(_reader(_claim.id, _claim.where))
+        _doc = f"{_claim.where}: read from the results of experiments."
+        register(_claim.id, _doc, _reader(_claim.id), reads_results=True)

@@ -15,7 +15,7 @@ from theory.claims.model import RANGE
 from theory.symbolic import Curvature, curvatures
 from theory.symbolic.printed import identities, number_in, orders
 from validation.evidence import Evidence, Figure, Finding, exactly, measured, zeros
-from validation.register import Function, Run, check, slug
+from validation.register import Function, Run, check, register
 
 SPECS = {
     "swish": "silu",
@@ -56,24 +56,15 @@ def _curvature_check(key: str) -> Function:
         note = "" if row.attained else "a supremum, not attained"
         return Evidence(claim, (found, _engine(key, value)), correction="" if agrees else wrong, note=note)
 
-    function.__name__ = f"check_{slug(claim)}"
-    function.__doc__ = f"Table 1, max|σ''| of {key}."
     return function
 
 
 for _row in TABLE1:
-    check(f"T1.{_row.key}.curvature")(_curvature_check(_row.key))
+    register(f"T1.{_row.key}.curvature", f"Table 1, max|σ''| of {_row.key}.", _curvature_check(_row.key))
 
 
 def _improvement_check(key: str) -> Function:
-    claim = f"S4.4.improvement-{key}"
-
-    def function(run: Run) -> Evidence:
-        return Evidence(claim, (_improvement(key),))
-
-    function.__name__ = f"check_{slug(claim)}"
-    function.__doc__ = f"Section 4.4: the difference of two cells of Table 1 for {key}."
-    return function
+    return lambda run: Evidence(f"S4.4.improvement-{key}", (_improvement(key),))
 
 
 def _improvement(key: str) -> Finding:
@@ -83,7 +74,8 @@ def _improvement(key: str) -> Finding:
 
 
 for _key in IMPROVEMENTS:
-    check(f"S4.4.improvement-{_key}")(_improvement_check(_key))
+    _doc = f"Section 4.4: the difference of two cells of Table 1 for {_key}."
+    register(f"S4.4.improvement-{_key}", _doc, _improvement_check(_key))
 
 
 @check("S4.4.improvements")
