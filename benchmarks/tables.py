@@ -296,6 +296,28 @@ def callbacks(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row
     ]
 
 
+def transformers(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row per net and plan."""
+    rows: list[Row] = []
+    for net, row in found.items():
+        for plan, gains in row["plans"].items():
+            ((lowest, gain),) = gains["lowest"].items()
+            rows.append(
+                {
+                    "net": net,
+                    "parameters": f"{row['parameters']:,}",
+                    "plan": plan,
+                    "gain, all entries": f"{gains['norm']:.3g}",
+                    "gain, mean over tensors": f"{gains['tensors']:.3g}",
+                    "lowest": f"{lowest} {gain:.3g}",
+                    "error of one replicate": f"{gains['relative error']:.3g}",
+                    "products a replicate": f"{gains['products']:.2f}",
+                    "load": f"{row['load']:.0f}",
+                }
+            )
+    return rows
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] = {
     "activations": activations,
     "attacks": attacks,
@@ -308,6 +330,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] =
     "sweeps": sweeps,
     "deletion": deletion,
     "callbacks": callbacks,
+    "transformers": transformers,
 }
 PICTURES = {"resnet18": "error against wall time", "deletion": "predicted against actual change of the loss"}
 

@@ -38,8 +38,8 @@ class Direct:
 
 @dataclass(frozen=True)
 class Own:
-    """A half of a pair that a linear layer feeds by moves and functions of single entries; `kept` are the output units
-    that the other half does not depend on.
+    """A half of a pair that a linear layer feeds by few operations; `kept` are the output units on which the other half
+    does not depend.
     """
 
     site: int
@@ -60,7 +60,8 @@ _MOVES = frozenset(
     f"{name}Backward{number}"
     for name in (
         "View", "UnsafeView", "ReshapeAlias", "Clone", "Alias", "Transpose", "Permute", "T", "Split", "SplitWithSizes",
-        "Unbind", "Select", "Slice", "Narrow", "Squeeze", "Unsqueeze", "Expand", "Neg", "Mul", "Div",
+        "Unbind", "Select", "Slice", "Narrow", "Squeeze", "Unsqueeze", "Expand", "Neg", "Mul", "Div", "Add", "Sub",
+        "MaskedFill", "Where", "Softmax", "SafeSoftmax",
     )
     for number in range(3)
 )  # fmt: skip
@@ -88,13 +89,14 @@ def find_own(graph: Graph, sites: Sequence[Site], layers: Sequence[Layer]) -> di
 def _reached(
     graph: Graph, start: Any, halves: Mapping[Key, list[tuple[int, bool, int]]]
 ) -> list[tuple[int, bool, int]]:
-    """Legs above a node with nothing but moves and functions of single entries between."""
+    """Legs above a node with nothing but what attention is made of and functions of single entries between."""
     found, stack, seen = list[tuple[int, bool, int]](), [start], {id(start)}
     while stack:
         for user, slot in graph.consumers(stack.pop()):
             found += halves.get(edge_key(user.next_functions[slot]), [])
             live = sum(graph.is_live(source) for source, _ in user.next_functions)
-            if id(user) not in seen and live == 1 and (user.name() in _MOVES or is_elementwise(user)):
+            known = user.name() == "BmmBackward0" or (live == 1 and (user.name() in _MOVES or is_elementwise(user)))
+            if id(user) not in seen and known:
                 seen.add(id(user))
                 stack.append(user)
     return list(dict.fromkeys(found))

@@ -264,7 +264,7 @@ def test_no_curvature_in_any_site_is_no_noise() -> None:
 def test_without_a_double_backward_directions_are_left_out_or_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hessdiag.problem.forward._MENDED", {})  # hardsigmoid as torch has it
+    monkeypatch.setattr("hessdiag.problem.forward.MENDED", {})  # hardsigmoid as torch has it
     model = single(lambda: nn.Sequential(Function(torch.tanh), nn.Hardsigmoid(), nn.Linear(3, 4), nn.SiLU()))
     model = nn.Sequential(model, nn.Linear(4, 3)).double()
     x, y = data(6, 5)
