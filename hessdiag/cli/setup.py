@@ -49,7 +49,7 @@ from hessdiag.problem.handing_back import memory_errors
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.outputs import meant
 from hessdiag.problem.perturbation import PGDSpec, keyed_pgd
-from hessdiag.store.files import beside
+from hessdiag.store.files import nearest_file
 
 LOWER = "lower --batch-size"
 
@@ -79,6 +79,8 @@ def prepare(request: Request, world: World) -> Prepared:
         inputs=None if request.inputs is None else names_of(request.inputs),
         targets=request.targets,
     )
+    if request.normalize is not None and isinstance(whole, NamedDataSet):
+        raise ConfigurationError("--normalize is for images, one array of floats in [0, 1]; these inputs have names")
     data = whole.sample(request.samples, seed=request.data_seed)
     objective = Objective(
         model,
@@ -155,7 +157,7 @@ def found(source: str) -> Path:
     if not path.suffix and path.parent == Path():
         close = nearest(source, list(EXAMPLES))
         raise UnknownNameError(f"{source}: neither a file nor a shipped example; {close}")
-    other = beside(path, SUFFIXES)
+    other = nearest_file(path, SUFFIXES)
     if other is not None:
         raise CheckpointError(f"{source}: no such file; did you mean {other}?")
     return path

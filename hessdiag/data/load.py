@@ -18,7 +18,7 @@ from hessdiag.data.published import SOURCES
 from hessdiag.errors import ConfigurationError, DataError, UnknownNameError, nearest
 from hessdiag.problem.handing_back import memory_errors
 from hessdiag.store.factories import is_factory_name
-from hessdiag.store.files import beside, shown
+from hessdiag.store.files import nearest_file, shown
 
 NAMES = ("digits", *SOURCES)
 NAMED = ("npz", "safetensors")
@@ -87,7 +87,7 @@ def _whole(name: str, split: str, seed: int, root: Path, arrays: Arrays) -> Data
             raise DataError(f"{name!r} names no path; write {scheme}:PATH")
         path = Path(rest).expanduser()
         if not os.path.exists(path):
-            close = beside(path, (f".{scheme}",)) if scheme in NAMED else None
+            close = nearest_file(path, (f".{scheme}",)) if scheme in NAMED else None
             if close is not None:
                 raise DataError(f"{path}: no such file; did you mean {scheme}:{close}?")
         if scheme == "folder":

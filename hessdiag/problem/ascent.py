@@ -38,10 +38,11 @@ def check_box(inputs: Tensor, where: str = "the inputs") -> None:
         raise DataError(f"{where} must be floats in [0, 1], not {inputs.dtype}; divide bytes by 255 first")
     low, high = (float(bound) for bound in torch.aminmax(inputs.detach()))
     if not (low >= 0.0 and high <= 1.0):
-        todo = "normalise inside the model (normalize=..., --normalize)"
-        if low >= 0.0 and 1.5 < high <= 255.0:
-            todo = "divide bytes by 255, or store them as uint8"
-        raise DataError(f"{where} must lie in [0, 1], found [{low:.4g}, {high:.4g}]; {todo}")
+        hint = "divide bytes by 255, and " if low >= 0.0 and 16.0 < high <= 255.0 else ""
+        raise DataError(
+            f"{where} must lie in [0, 1], found [{low:.4g}, {high:.4g}]; "
+            f"{hint}normalise inside the model (normalize=..., --normalize)"
+        )
 
 
 def project_linf(points: Tensor, centre: Tensor, eps: Scalar) -> Tensor:

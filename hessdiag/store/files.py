@@ -176,7 +176,7 @@ def replace_file(path: PathLike, content: bytes | memoryview) -> None:
             os.close(folder)
 
 
-def beside(path: Path, suffixes: tuple[str, ...]) -> Path | None:
+def nearest_file(path: Path, suffixes: tuple[str, ...]) -> Path | None:
     """The file of one of those suffixes that is called nearly so, where the one that was named is not there."""
     try:
         names = [one.name for one in itertools.islice(path.parent.iterdir(), 1000) if one.suffix in suffixes]

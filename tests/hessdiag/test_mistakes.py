@@ -168,6 +168,12 @@ MISTAKES: list[tuple[str, int, str, str | None]] = [
         "--output 0",
         f"{W.replace('make', 'Two').replace('d.npz', 'ab.npz')} --output 0",
     ),
+    (
+        f"{W.replace('make', 'Two').replace('d.npz', 'ab.npz')} --output 0 --normalize 0.5:0.5",
+        2,
+        "--normalize is for images",
+        None,
+    ),
     (f"{W} --forward keywords", 2, "one array, which the model takes as it is", W),
     (f"{W} --forward keyword", 2, "did you mean 'keywords'", None),
     (f"{W} --method hutchison", 2, "did you mean 'hutchinson'", f"{W} --method hutchinson"),
