@@ -99,7 +99,7 @@ def torchvision_nets() -> Iterator[Architecture]:
             if name == "vit_b_16":
                 model = models.VisionTransformer(size, 8, 2, 2, 16, 32, num_classes=CLASSES)
             elif name == "maxvit_t":
-                model = models.MaxVit((size, size), 8, [8, 16], [1, 1], 8, 0.0, partition_size=2, num_classes=CLASSES)
+                model = models.MaxVit((size, size), 8, 2, [8, 16], [1, 1], 8, 0.0, num_classes=CLASSES)
             else:
                 model = getattr(models, name)(**options)
             if name == "alexnet" or name.startswith("vgg"):
@@ -120,7 +120,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "resmlp_12_224": {"img_size": 32}, "gmlp_ti16_224": {"img_size": 32}, "deit_tiny_patch16_224": {"img_size": 32},
     "beit_base_patch16_224": {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3},
     "cait_xxs24_224": {"img_size": 32, "depth": 2}, "xcit_nano_12_p16_224": {"img_size": 32, "depth": 2},
-    "convmixer_1024_20_ks9_p14": {"dim": 32, "depth": 2, "patch_size": 4}, "poolformer_s12": {}, "mobilevit_xxs": {},
+    "convmixer_768_32": {}, "poolformer_s12": {}, "mobilevit_xxs": {},
     "edgenext_xx_small": {}, "ghostnet_050": {}, "lcnet_050": {}, "tinynet_e": {}, "convnextv2_atto": {},
     "inception_next_atto": {}, "rexnet_100": {},
 }  # fmt: skip
@@ -214,8 +214,11 @@ def cifar_nets(folder: Path | None) -> Iterator[Architecture]:
 
 ROBUSTBENCH = {
     "resnet": ("ResNet18", {}), "wide_resnet": ("WideResNet", {"depth": 10, "widen_factor": 1}),
-    "dm_wide_resnet": ("DMWideResNet", {"num_classes": 10, "depth": 10, "width": 1}),
-    "resnext": ("CifarResNeXt", {"cardinality": 2, "depth": 11, "base_width": 4, "num_classes": 10}),
+    "dm_wide_resnet": ("DMWideResNet", {"num_classes": 10, "depth": 10, "width": 1, "activation_fn": "Swish"}),
+    "resnext": (
+        "CifarResNeXt",
+        {"block": "ResNeXtBottleneck", "cardinality": 2, "depth": 11, "base_width": 4, "num_classes": 10},
+    ),
 }  # fmt: skip
 
 
@@ -234,7 +237,8 @@ def robustbench_nets() -> Iterator[Architecture]:
             loaded = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = loaded
             spec.loader.exec_module(loaded)
-            return classified(getattr(loaded, name)(**options), images(32))
+            own = {key: getattr(loaded, value) if isinstance(value, str) else value for key, value in options.items()}
+            return classified(getattr(loaded, name)(**own), images(32))
 
         yield Architecture("robustbench", name, build)
 

@@ -191,5 +191,5 @@ def _orthonormal(rows: list[Tensor], positive: Sequence[Tensor] | None) -> list[
         turns.append((vectors * scale[:, None, :]).transpose(1, 2))
     for place, row in enumerate(rows):  # one site at a time: the rows are the largest thing held; of its own dtype each
         turned = [torch.bmm(turn.to(row.dtype), row) for turn in turns]
-        rows[place] = turned[0] if positive is None else torch.where(positive[place][:, None], *turned)
+        rows[place] = turned[0] if positive is None else torch.where(positive[place][:, None], turned[0], turned[1])
     return rows
