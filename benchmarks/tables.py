@@ -247,6 +247,27 @@ def activations(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[R
     return rows
 
 
+def models(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row per architecture, and one for all."""
+    rows: list[Row] = []
+    for row in found["rows"]:
+        why = row.get("error") or row.get("why", "")
+        yes = bool(row.get("covered"))
+        rows.append(
+            {
+                "family": row["family"],
+                "architecture": row["name"],
+                "parameters": str(row.get("parameters", "")),
+                "by": "not built" if not row["built"] else "exact, propagation" if yes else "Hutchinson",
+                "entries against products": f"{row['entries']} off by {row['off']:.0e}" if yes and "off" in row else "",
+                "why not": "" if yes else why.replace("|", " "),
+            }
+        )
+    built = [row for row in found["rows"] if row["built"]]
+    right = sum(bool(row.get("covered")) and bool(row.get("exact")) for row in built)
+    return [*rows, {"family": "all", "by": f"{right} of {len(built)} exact and propagation, entries right"}]
+
+
 def _of_seeds(m: Mapping[str, float], form: str) -> str:
     """A mean over seeds with the lowest and the highest of them."""
     return f"{m['value']:{form}} [{m['low']:{form}}, {m['high']:{form}}]"
@@ -331,6 +352,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] =
     "deletion": deletion,
     "callbacks": callbacks,
     "transformers": transformers,
+    "models": models,
 }
 PICTURES = {"resnet18": "error against wall time", "deletion": "predicted against actual change of the loss"}
 

@@ -188,10 +188,8 @@ def _orthonormal(rows: list[Tensor], positive: Sequence[Tensor] | None) -> list[
         values, vectors = torch.linalg.eigh(products)
         floor = values[:, -1:] * len(values[0]) * torch.finfo(rows[0].dtype).eps * 10.0
         scale = torch.where(values > floor, values, torch.inf).rsqrt()
-        turns.append((vectors * scale[:, None, :]).transpose(1, 2).to(rows[0].dtype))
-    for place, row in enumerate(rows):  # one site at a time: the rows are the largest thing held
-        if positive is None:
-            rows[place] = torch.bmm(turns[0], row)
-        else:
-            rows[place] = torch.where(positive[place][:, None], torch.bmm(turns[0], row), torch.bmm(turns[1], row))
+        turns.append((vectors * scale[:, None, :]).transpose(1, 2))
+    for place, row in enumerate(rows):  # one site at a time: the rows are the largest thing held; of its own dtype each
+        turned = [torch.bmm(turn.to(row.dtype), row) for turn in turns]
+        rows[place] = turned[0] if positive is None else torch.where(positive[place][:, None], turned[0], turned[1])
     return rows

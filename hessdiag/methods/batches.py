@@ -119,7 +119,7 @@ class Pass(Sequence[Seen]):
     """
 
     def __init__(self) -> None:
-        self._values = torch.zeros(2, 0, dtype=torch.float64)
+        self._values = torch.zeros(2, 0, dtype=torch.float64, device="cpu")
         self._ends = [0]
         self._sizes: list[float] = []
 

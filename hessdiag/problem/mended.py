@@ -3,9 +3,9 @@
 hardsigmoid has no second derivative and keeps 1/6 in float32; CELU keeps 1/alpha in float32 (both of torch 2.13, 3e-8
 off in float64); bags of embeddings have no second derivative; that of weight_norm is not symmetric on CPUs. Recurrent
 nets run as loops over time with the samples first: torch has time first, and its kernels on cards, one for all steps,
-have no second derivative. Attention of several heads keeps the
-samples first, too (`attention`). What changes gradients alone is no part of the loss: hooks, an embedding's
-`scale_grad_by_freq` and `sparse`.
+have no second derivative. Attention of several heads keeps the samples first, too (`attention`). addcmul is a product
+and a sum, in which parameters are gains and biases. What changes gradients alone is no part of the loss: hooks, an
+embedding's `scale_grad_by_freq` and `sparse`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,13 @@ def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
 
 def _hardsigmoid_(x: Tensor) -> Tensor:
     return _hardsigmoid(x, True)
+
+
+def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1, **kwargs: Any) -> Tensor:
+    if kwargs:  # out=
+        return torch.ops.aten.addcmul(input, tensor1, tensor2, value=value, **kwargs)  # type: ignore[no-any-return]
+    product = tensor1 * tensor2
+    return input + (product if value == 1 else value * product)
 
 
 MAX_NORM = (
@@ -207,6 +214,8 @@ MENDED: dict[Any, Callable[..., Any]] = {
     F.hardsigmoid: _hardsigmoid,
     torch._C._nn.hardsigmoid: _hardsigmoid,
     torch._C._nn.hardsigmoid_: _hardsigmoid_,
+    torch.addcmul: _addcmul,
+    Tensor.addcmul: _addcmul,
     Tensor.register_hook: _no_hook,
     torch._weight_norm: _weight_norm,
     torch.rnn_tanh: _recurrent(torch.rnn_tanh, _simple(torch.tanh)),

@@ -130,3 +130,24 @@ def test_outputs_that_are_a_parameter() -> None:
             return self.own.expand(len(x), -1)
 
     check(Constant(), images(2, 3))
+
+
+def test_a_token_joined_to_what_is_constant() -> None:
+    """With the token alone chosen nothing else is live, and several take what it was joined to."""
+    torch.manual_seed(0)
+
+    def use(h: Tensor, p: dict[str, Tensor]) -> Tensor:
+        joined = torch.cat([p["token"].expand(len(h), -1, -1), h], 1) + p["position"]
+        return joined + F.layer_norm(joined, (4,)) * torch.tanh(joined.mean(1, keepdim=True))
+
+    model = shuffle(Using(use, token=(1, 1, 4), position=(1, 4, 4)))
+    for chosen in (r"own\..*", r"own\.token", r"own\.position", ".*"):
+        check(model, images(2, 3, 2), parameters=chosen)
+
+
+def test_gains_and_biases_by_addcmul() -> None:
+    torch.manual_seed(0)
+    model = shuffle(Using(lambda h, p: torch.addcmul(p["bias"], p["gain"], h), bias=(1, 1, 4), gain=(1, 1, 4)))
+    check(model, images(2, 3, 2))
+    model = shuffle(Using(lambda h, p: h.addcmul(p["gain"], h, value=0.3), gain=(4,)))
+    check(model, images(2, 3, 2))

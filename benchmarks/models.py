@@ -1,0 +1,151 @@
+"""Public architectures: which of them the exact method and propagation cover, and whether their entries are right.
+
+All parameters together must be read (`Linearisation`), in float64. Then some tensors of at most `entries` scalars each,
+from the whole depth of the net, by the exact method: each entry against one Hessian-vector product. Nets of at most
+`audited` parameters go through the ordinary calls besides, by both methods with their audits; what is refused is left
+to Hutchinson, whose audit must pass.
+Norms that a model computes in float32 whatever its own type are computed in float64 here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import hessdiag as hd
+from benchmarks.architectures import Architecture, Case, architectures
+from benchmarks.common import RESULTS, store
+from hessdiag.errors import HessdiagError, UncoveredModelError
+from hessdiag.graph import Linearisation
+from hessdiag.kernels import exact_batch as exact
+from hessdiag.methods import reference
+from hessdiag.problem.forward import InDouble
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared."""
+
+    seed: int = 0
+    tensors: int = 4
+    entries: int = 64
+    audited: int = 100_000
+    tolerance: float = 1e-9
+
+
+SETTINGS = Settings()
+
+
+def prepared(architecture: Architecture, settings: Settings) -> Case:
+    """The model in float64 and evaluation mode, its BatchNorms with statistics of their own."""
+    torch.manual_seed(settings.seed)
+    case = architecture.build()
+    model = case.model.double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            module.running_var.uniform_(0.5, 2.0)
+    inputs = case.inputs.double() if case.inputs.is_floating_point() else case.inputs
+    targets = case.targets.double() if case.targets.is_floating_point() else case.targets
+    return Case(model, inputs, targets, case.options)
+
+
+def in_double(call: Callable[[nn.Module, Any], Any] | None) -> Callable[[nn.Module, Any], Any]:
+    """The same call, with what it converts to a shorter type converted to float64."""
+
+    def forward(model: nn.Module, inputs: Any) -> Any:
+        with InDouble():  # type: ignore[no-untyped-call]
+            return model(inputs) if call is None else call(model, inputs)
+
+    return forward
+
+
+def chosen(objective: hd.Objective, settings: Settings) -> list[str]:
+    """Small tensors from the first to the last layer, those without any effect left out."""
+    names = [name for name, p in objective.parameters.items() if p.numel() <= settings.entries]
+    if len(names) <= settings.tensors:
+        return names
+    step = (len(names) - 1) / (settings.tensors - 1)
+    return [names[round(step * place)] for place in range(settings.tensors)]
+
+
+def run(architecture: Architecture, settings: Settings) -> dict[str, Any]:
+    """One row: what covers it, how far entries are off, or why not."""
+    begun = time.perf_counter()
+    row: dict[str, Any] = {"family": architecture.family, "name": architecture.name}
+    try:
+        case = prepared(architecture, settings)
+    except Exception as error:  # somebody else's code
+        return row | {"built": False, "why": f"{type(error).__name__}: {error}".splitlines()[0]}
+    options = {"loss": "cross_entropy"} | case.options
+    options["forward"] = in_double(options.get("forward"))
+    objective = hd.Objective(case.model, **options)
+    row |= {"built": True, "parameters": objective.size}
+    data = [(case.inputs, case.targets)]
+    try:
+        Linearisation(objective, case.inputs, case.targets)
+        row["covered"] = True
+    except UncoveredModelError as error:
+        row |= {"covered": False, "why": str(error)}
+    few = hd.Objective(case.model, **options, parameters=chosen(objective, settings))
+    row["exact"] = False
+    if row["covered"]:
+        outer, inner = exact.batch_diagonal(Linearisation(few, case.inputs, case.targets))
+        truth = reference.batch_diagonal(few, case.inputs, case.targets)[0]
+        largest = max(float(value.abs().max()) for value in truth.values())
+        off = max(float((outer[n] + inner[n] - value).abs().max()) for n, value in truth.items())
+        row |= {"entries": few.size, "off": off / largest if largest else off}
+        row["exact"] = row["off"] <= settings.tolerance
+    row |= {"propagation": row["covered"], "audited": objective.size <= settings.audited or not row["covered"]}
+    if row["audited"]:
+        for method in ("exact", "propagation") if row["covered"] else ("hutchinson",):
+            probes = {} if method == "exact" else {"min_replicates": 10, "max_replicates": 10}
+            hd.measure(few, data, method=method, rtol=0.5, **probes)
+    return row | {"seconds": time.perf_counter() - begun}
+
+
+def said(row: Mapping[str, Any]) -> str:
+    """A row as a line."""
+    where = f"{row['family']}: {row['name']}"
+    if not row["built"]:
+        return f"{where:36} not built: {row['why']}"
+    if "error" in row:
+        return f"{where:36} {row['error']}"
+    if not row["covered"]:
+        return f"{where:36} Hutchinson: {row['why']}"
+    audited = ", audited" if row["audited"] else ""
+    return f"{where:36} exact and propagation{audited}; {row['entries']} entries off by {row['off']:.0e}"
+
+
+def main() -> None:
+    """Go through all that can be built here, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pytorch-cifar", type=Path, help="a clone of github.com/kuangliu/pytorch-cifar")
+    parser.add_argument("--only", action="append", default=[], help="family or name; may be given several times")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for architecture in architectures(cifar=arguments.pytorch_cifar):
+        if arguments.only and not {architecture.family, architecture.name} & set(arguments.only):
+            continue
+        try:
+            row = run(architecture, SETTINGS)
+        except HessdiagError as error:
+            row = {"family": architecture.family, "name": architecture.name, "built": True, "covered": False}
+            row |= {"error": f"{type(error).__name__}: {error}", "exact": False, "propagation": False}
+        rows.append(row)
+        print(said(row), flush=True)
+        store("models", SETTINGS, {"rows": rows}, folder=arguments.results)
+    covered = sum(bool(row.get("covered")) and bool(row.get("exact")) for row in rows)
+    print(f"{covered} of {sum(row['built'] for row in rows)} covered by the exact method and by propagation")
+
+
+if __name__ == "__main__":
+    main()
