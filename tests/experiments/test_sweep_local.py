@@ -9,17 +9,20 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import hessdiag
 from experiments.sweep import local
-from experiments.sweep.files import read_result
+from experiments.sweep.files import GoneError, read_result
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.reader import Reader
 from experiments.sweep.store import Store
@@ -63,6 +66,23 @@ def run_held(config, out):
 def run_big(config, out):
     (out / "weights").write_bytes(b"x" * config.train["bytes"])
     return {"value": 1}
+
+def run_apart(config, out):
+    while os.path.exists(os.environ["HELD"]):
+        time.sleep(0.01)
+    return {"value": config.train["number"] ** 2}
+
+def run_hungrily(config, out):
+    if config.train["number"] == 1:
+        with open(os.path.join(os.environ["GROUP"], "cgroup.procs"), "w") as group:
+            group.write(str(os.getpid()))
+        x = b"x" * (1 << 30)
+    return {"value": config.train["number"] ** 2}
+
+def run_at_odd_times(config, out):
+    moments = iter([1e9, -1e9, 5.0, 1e12, 0.0] * 1000)
+    time.time = lambda: next(moments)
+    return run_one(config, out)
 
 def run_fatally(config, out):
     os._exit(9)
@@ -230,6 +250,165 @@ def test_a_worker_that_is_killed_is_told_with_its_run(house, monkeypatch):
         assert line.startswith("worker 0 was killed (SIGKILL")
         assert f"while it did {run.key[:8]}" in line
         assert line.endswith(f": {number} of at most 2 times")
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A group of processes to which the kernel gives 64 MB; what needs more is killed."""
+    for root, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
+        folder = Path("/sys/fs/cgroup", root, f"hessdiag-{os.getpid()}")
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        try:
+            if (folder / limit).exists():
+                (folder / limit).write_text(str(64 << 20))
+                yield folder
+                return
+        finally:
+            folder.rmdir()
+    pytest.skip("no group of processes with a limit of memory can be made here")
+
+
+def test_a_worker_that_the_kernel_kills_for_memory_is_told_and_the_rest_goes_on(house, group, monkeypatch):
+    root = house / "store"
+    runs = fill(root, 4)
+    monkeypatch.chdir(house)
+    monkeypatch.setenv("GROUP", str(group))
+    told: list[str] = []
+    options = {"runner": "fake_runs:run_hungrily", "interruptions": 2, "interval": 0.05, "tell": told.append}
+    counts = local.execute(root, sweep="sweep", workers=local.Workers(1), **options)
+    assert (counts["done"], counts["failed"]) == (3, 1)
+    assert len(told) == 2
+    for number, line in enumerate(told, start=1):
+        assert line.startswith("worker 0 was killed (SIGKILL: the kernel has killed ")
+        assert "fewer --workers" in line
+        assert f"while it did {runs[1].key[:8]}" in line
+        assert line.endswith(f"{number} of at most 2 times")
+    (failed,) = (row for row in Reader(root).rows("sweep") if row.state == "failed")
+    assert failed.key == runs[1].key
+    assert "memory?" in (failed.error or "")
+
+
+@pytest.mark.parametrize("fate", ["removed", "moved"])
+def test_a_store_whose_folder_vanishes_is_told_and_what_is_under_way_is_kept(house, monkeypatch, fate):
+    """Two runs are under way when the folder goes: no empty store takes its place, and their results are in `runs/`."""
+    root, held, aside = house / "store", house / "held", house / "aside"
+    runs = fill(root, 3)
+    held.touch()
+    monkeypatch.chdir(house)
+    monkeypatch.setenv("HELD", str(held))
+    raised: list[StoreError] = []
+
+    def work(count: int) -> dict[str, int]:
+        return local.execute(
+            root, sweep="sweep", workers=local.Workers(count), runner="fake_runs:run_apart", interval=0.05
+        )
+
+    def drive() -> None:
+        try:
+            work(2)
+        except StoreError as error:
+            raised.append(error)
+
+    driver = threading.Thread(target=drive)
+    driver.start()
+    while len(list(root.glob("runs/*/config.json"))) < 2:
+        time.sleep(0.02)
+    root.rename(aside)
+    if fate == "removed":
+        shutil.rmtree(aside)
+    time.sleep(1.0)
+    assert not root.exists()
+    held.unlink()
+    driver.join()
+    (error,) = raised
+    assert isinstance(error, GoneError)
+    assert "no longer there" in str(error)
+    assert "\n" not in str(error)
+    assert sorted(path.name for path in (root / "runs").iterdir()) == sorted(run.key for run in runs[:2])
+    if fate == "moved":
+        shutil.rmtree(root)
+        aside.rename(root)
+    else:
+        fill(root, 3)
+    assert work(1)["done"] == 3
+    store = Reader(root)
+    assert [row.record for row in store.rows("sweep")] == [{"value": 0}, {"value": 1}, {"value": 4}]
+
+
+def test_clocks_that_jump_change_nothing(house, monkeypatch):
+    """Every worker's clock of the day jumps by decades at every look; each run is done once."""
+    root = house / "store"
+    runs = fill(root, 6, sleep=0.1)
+    monkeypatch.chdir(house)
+    counts = local.execute(
+        root, sweep="sweep", workers=local.Workers(2), runner="fake_runs:run_at_odd_times", interval=0.05
+    )
+    assert counts["done"] == 6
+    counted = events(root)
+    assert all(counted["start", run.key] == 1 for run in runs)
+
+
+TRUE = {
+    **{"method": "n_fgsm", "network": "mlp", "network_options": {"widths": [4]}, "data": "digits", "eps": "0.15"},
+    **{"epochs": 3, "train_samples": 200, "augment": {"crop": 0, "flip": False}, "watch": {"samples": 8}},
+}
+LOOK = {"samples": 8, "batch_size": 8, "rtol": 10.0, "splits": ["test"], "losses": ["clean"], "plugin_probes": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the workers")
+def test_sigkill_of_workers_that_train_attack_and_measure_loses_nothing(tmp_path):
+    """The runner of every sweep, killed wherever it stands: the records are those of an undisturbed sweep, to the bit."""
+    from experiments.sweep.settings import complete
+
+    def sweep(root: Path) -> list[RunConfig]:
+        runs = [
+            complete(RunConfig({**TRUE, "activation": f"rct:beta=1,alpha={a}"}, {"aa2_samples": 20}, LOOK))
+            for a in (1, 2, 4)
+        ]
+        Store(root).add("sweep", runs, tier="smoke")
+        (root / "logs").mkdir(exist_ok=True)
+        return runs
+
+    def numbers(root: Path) -> list[object]:
+        dropped = ("seconds", "provenance", "train_seconds", "images_per_second")
+
+        def kept(value: object) -> object:
+            if isinstance(value, dict):
+                return {key: kept(item) for key, item in value.items() if key not in dropped}
+            return value
+
+        return [kept(row.record) for row in Reader(root).rows("sweep")]
+
+    def start(root: Path) -> subprocess.Popen[bytes]:
+        code = DRIVER.replace("runner=sys.argv[3],", "runner='experiments.sweep.run:run_one',")
+        return subprocess.Popen([sys.executable, "-c", code, str(root), "1", "", "1000"])
+
+    whole, struck = tmp_path / "whole", tmp_path / "struck"
+    sweep(whole)
+    assert start(whole).wait() == 0
+    sweep(struck)
+    dice, kills = random.Random(3), 0
+    driver = start(struck)
+    while kills < 18 and driver.poll() is None:
+        time.sleep(dice.random() * 6)
+        if kills % 6 == 5:
+            driver.kill()
+            driver.wait()
+            driver = start(struck)
+            kills += 1
+        for victim in children(driver.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+                kills += 1
+    assert driver.wait() == 0
+    assert None not in numbers(whole)
+    assert numbers(struck) == numbers(whole)
+    outcomes = [one["outcome"] for row in Reader(struck).rows("sweep") for one in Reader(struck).attempts(row.key)]
+    print(f"{kills} kills, of which {outcomes.count('interrupted')} struck a run; {outcomes.count('done')} done")
 
 
 def test_runs_that_always_end_their_process_fail_after_ten_times_and_end_no_sweep(house):
