@@ -393,22 +393,26 @@ def test_sigkill_of_workers_that_train_attack_and_measure_loses_nothing(tmp_path
     sweep(struck)
     dice, kills = random.Random(3), 0
     driver = start(struck)
-    while kills < 18 and driver.poll() is None:
-        time.sleep(dice.random() * 6)
+    while kills < 18:
+        while driver.poll() is None and all(row.state != "running" for row in Reader(struck).rows("sweep")):
+            time.sleep(0.05)
+        time.sleep(dice.random() * 1.5)
+        if driver.poll() is not None:
+            break  # all are done
         if kills % 6 == 5:
             driver.kill()
             driver.wait()
             driver = start(struck)
-            kills += 1
         for victim in children(driver.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
-                kills += 1
+        kills += 1
     assert driver.wait() == 0
     assert None not in numbers(whole)
     assert numbers(struck) == numbers(whole)
     outcomes = [one["outcome"] for row in Reader(struck).rows("sweep") for one in Reader(struck).attempts(row.key)]
     print(f"{kills} kills, of which {outcomes.count('interrupted')} struck a run; {outcomes.count('done')} done")
+    assert outcomes.count("interrupted") >= 5
 
 
 def test_runs_that_always_end_their_process_fail_after_ten_times_and_end_no_sweep(house):
