@@ -13,7 +13,7 @@ import typer
 
 from hessdiag.cli.exits import guarded
 
-COMMANDS = ("train", "attack", "recipes", "sweep", "card", "status", "figures", "verdicts", "power")
+COMMANDS = ("train", "attack", "recipes", "sweep", "card", "status", "figures", "verdicts", "power", "noise")
 PROGRAM = "experiments"
 
 
