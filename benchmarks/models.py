@@ -4,7 +4,8 @@ All parameters together must be read (`Linearisation`), in float64. Then some te
 from the whole depth of the net, by the exact method: three entries of each against Hessian-vector products. Nets of at
 most `audited` parameters go through the ordinary calls besides, by both methods with their audits; what is refused is
 left to Hutchinson, whose audit must pass.
-Norms that a model computes in float32 whatever its own type are computed in float64 here.
+Norms that a model computes in float32 whatever its own type are computed in float64 here. Outputs beyond +-`largest`
+are divided by one number: random weights can saturate a loss until its second derivatives are rounding.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Settings:
     entries: int = 64
     audited: int = 100_000
     tolerance: float = 1e-9
+    largest: float = 4.0  # of an output
 
 
 SETTINGS = Settings()
@@ -56,14 +58,17 @@ def prepared(architecture: Architecture, settings: Settings) -> Case:
     return Case(model, inputs, targets, case.options)
 
 
-def in_double(call: Callable[[nn.Module, Any], Any] | None) -> Callable[[nn.Module, Any], Any]:
-    """The same call, with what it converts to a shorter type converted to float64."""
+def in_double(call: Callable[[nn.Module, Any], Any] | None, case: Case, largest: float) -> Callable[..., Any]:
+    """The same call, with what it converts to a shorter type converted to float64, and its outputs of ordinary size."""
 
     def forward(model: nn.Module, inputs: Any) -> Any:
         with InDouble():  # type: ignore[no-untyped-call]
             return model(inputs) if call is None else call(model, inputs)
 
-    return forward
+    with torch.no_grad():
+        outputs = forward(case.model, case.inputs)
+    size = float(outputs.abs().max()) if isinstance(outputs, torch.Tensor) else 0.0
+    return forward if size <= largest else lambda model, inputs: forward(model, inputs) * (largest / size)
 
 
 def chosen(objective: hd.Objective, settings: Settings) -> list[str]:
@@ -84,7 +89,7 @@ def run(architecture: Architecture, settings: Settings) -> dict[str, Any]:
     except Exception as error:  # somebody else's code
         return row | {"built": False, "why": f"{type(error).__name__}: {error}".splitlines()[0]}
     options = {"loss": "cross_entropy"} | case.options
-    options["forward"] = in_double(options.get("forward"))
+    options["forward"] = in_double(options.get("forward"), case, settings.largest)
     objective = hd.Objective(case.model, **options)
     row |= {"built": True, "parameters": objective.size}
     data = [(case.inputs, case.targets)]

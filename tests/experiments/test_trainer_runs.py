@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import json
 import os
@@ -557,6 +558,11 @@ def test_a_damaged_state_is_refused_never_finished_with(tmp_path: Path) -> None:
 def test_two_runs_in_one_folder_leave_each_other_s_files(tmp_path: Path) -> None:
     """What another process writes at this moment is not swept away by the one that starts."""
     at_work = tmp_path / ".last.pt.0123456789ab.tmp"
-    at_work.write_bytes(b"half of a network")
+    with at_work.open("wb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)  # as whoever writes holds it
+        writer.write(b"half of a network")
+        writer.flush()
+        train(configuration(epochs=1), tmp_path)
+        assert at_work.read_bytes() == b"half of a network"
     train(configuration(epochs=1), tmp_path)
-    assert at_work.read_bytes() == b"half of a network"
+    assert not at_work.exists()
