@@ -107,8 +107,8 @@ def test_the_same_function_as_torch_has_it_gives_the_same_numbers() -> None:
 
 
 def test_its_curvature_is_searched_for() -> None:
-    node = _Swish.apply(torch.ones(3, requires_grad=True)).grad_fn  # type: ignore[no-untyped-call]
-    name, most = curvature_of(node)
+    output = _Swish.apply(torch.ones(3, requires_grad=True))  # type: ignore[no-untyped-call]
+    name, most = curvature_of(output.grad_fn)
     assert name == "swish"
     assert most == pytest.approx(hd.activations.max_curvature("silu"), rel=1e-6)
 

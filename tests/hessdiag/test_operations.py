@@ -124,7 +124,12 @@ def check(name: str) -> None:
     model, x = built(name)
     oracle = copy.deepcopy(model)
     oracle.operation = IN_PARTS.get(name, oracle.operation)
-    wanted = products(oracle, x)
+    try:
+        wanted = products(oracle, x)
+    except RuntimeError as error:
+        if torch.__version__ >= (2, 13) or "is not implemented" not in str(error):
+            raise
+        pytest.skip(f"torch {torch.__version__} has no second derivative to compare with: {error}")
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
         linear = Linearisation(hd.Objective(copy.deepcopy(model).to(dtype)), x.to(dtype), TARGETS)
         outer, inner = exact.batch_diagonal(linear)
