@@ -520,7 +520,7 @@ def test_compiled_training_agrees_with_eager(method: str, monkeypatch: pytest.Mo
     more = {"method": method, "network_options": {"width": 4, "strides": [1]}, "epochs": 2, "batch_size": 16}
     more |= {"dtype": "float64", "watch": {"every": 0}, "lr": 0.05, "awp": {"gamma": 0.005, "start": 2}}
     if method != "dajat":
-        more["attack"] = {"steps": 2} if method != "n_fgsm" else {}
+        more["attack"] = {"steps": 2, "step": "1/2 eps"} if method != "n_fgsm" else {}
     eager = train(configuration(**more), sets=(pool, pool))
     compiled = train(configuration(**more, compile=True), sets=(pool, pool))
     for a, b in zip(eager.model.parameters(), compiled.model.parameters()):
