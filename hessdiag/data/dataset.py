@@ -53,10 +53,7 @@ class DataSet:
         self, batch_size: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Batches:
         """Batches in order, as often as they are asked for; uint8 inputs are divided by 255 in `dtype`."""
-        if batch_size < 1:
-            raise ConfigurationError(f"batch size {batch_size}: it must be at least 1")
-        if not dtype.is_floating_point:
-            raise DtypeError(f"batches of {dtype}: inputs must be floating point")
+        check_batches(batch_size, dtype)
         return Batches(self.inputs, self.targets, batch_size, torch.device(device), dtype)
 
     def sample(self, samples: int | None, *, seed: int = 0) -> DataSet:
@@ -86,10 +83,23 @@ class Batches:
         for start in range(0, len(self.inputs), self.batch_size):
             inputs = self.inputs[start : start + self.batch_size].to(self.device)
             targets = self.targets[start : start + self.batch_size].to(self.device)
-            if inputs.dtype == torch.uint8:
-                # Divided in the wanted type: float64 batches carry k/255 to the last bit.
-                inputs = inputs.to(self.dtype).div_(255)
-            yield inputs.to(self.dtype), targets.to(self.dtype) if targets.is_floating_point() else targets
+            yield (
+                scaled(inputs, self.dtype).to(self.dtype),
+                targets.to(self.dtype) if targets.is_floating_point() else targets,
+            )
+
+
+def check_batches(batch_size: int, dtype: torch.dtype) -> None:
+    """Refuse batches of nothing, and inputs that are to be no floating-point numbers."""
+    if batch_size < 1:
+        raise ConfigurationError(f"batch size {batch_size}: it must be at least 1")
+    if not dtype.is_floating_point:
+        raise DtypeError(f"batches of {dtype}: inputs must be floating point")
+
+
+def scaled(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels in [0, 1], divided in the wanted type: float64 batches carry k/255 to the last bit. All else as it is."""
+    return inputs.to(dtype).div_(255) if inputs.dtype == torch.uint8 else inputs
 
 
 class _Rows(Protocol):

@@ -14,8 +14,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hessdiag.data.dataset import DataSet, chosen, make, make_targets, refuse_non_finite
-from hessdiag.errors import ConfigurationError, DataError, DtypeError, nearest
+from hessdiag.data.dataset import (
+    DataSet,
+    check_batches,
+    chosen,
+    make,
+    make_targets,
+    refuse_non_finite,
+    scaled,
+)
+from hessdiag.errors import ConfigurationError, DataError, nearest
 from hessdiag.feed import NAMES
 from hessdiag.store.files import shown
 
@@ -102,10 +110,7 @@ class NamedDataSet:
         self, batch_size: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> NamedBatches:
         """Batches in order, as often as they are asked for."""
-        if batch_size < 1:
-            raise ConfigurationError(f"batch size {batch_size}: it must be at least 1")
-        if not dtype.is_floating_point:
-            raise DtypeError(f"batches of {dtype}: inputs must be floating point")
+        check_batches(batch_size, dtype)
         return NamedBatches(self.inputs, self.targets, batch_size, torch.device(device), dtype)
 
     def sample(self, samples: int | None, *, seed: int = 0) -> NamedDataSet:
@@ -138,9 +143,7 @@ class NamedBatches:
             yield inputs, targets.to(self.dtype) if targets.is_floating_point() else targets
 
     def _on_device(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(self.device)
-        if tensor.dtype == torch.uint8:
-            return tensor.to(self.dtype).div_(255)
+        tensor = scaled(tensor.to(self.device), self.dtype)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
