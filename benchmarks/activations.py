@@ -2,7 +2,8 @@
 
 All functions take turns on the same tensor; a ratio is the median over the turns of RCT-AF's processor time over
 nn.SiLU's in the same turn. They run in a fresh process whose allocator keeps freed memory: fresh pages would cost both
-sides alike and hide the difference.
+sides alike and hide the difference. What the time goes to is told by torch's profiler, apart from the timed turns:
+kernels with a transcendental function, light passes over memory (sums, products, conversions), and the rest, calls.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import median, store
 from hessdiag.activations import RCTAF
 
+CALLS = {"as_strided", "detach", "empty", "empty_like", "empty_strided", "select", "slice", "split", "unbind"}
+TRANSCENDENTAL = {"exp", "log", "sigmoid", "silu", "silu_backward", "softplus_backward"}
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
 
 
@@ -33,6 +37,7 @@ class Settings:
     entries: int = 2_100_000
     alpha: float = 14.0
     repeats: int = 60
+    profiled: int = 10
     threads: int = 1
     float32_targets: tuple[float, ...] = (2.0, 1.6, 3.0)  # of beta = 0, 1, 2
     bfloat16_targets: tuple[float, ...] = (2.0, 1.5, 3.0)
@@ -63,6 +68,21 @@ def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
     return sum(sizes)
 
 
+def parts(function: Callable[[Tensor], Tensor], x: Tensor, g: Tensor, repeats: int) -> dict[str, float]:
+    """Shares of the processor time: transcendental kernels, light passes, calls."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(repeats):
+            turn(function, x, g, time.process_time)
+    shares = {"transcendental": 0.0, "light": 0.0, "calls": 0.0}
+    for event in profiler.key_averages():
+        name = event.key.removeprefix("aten::").removesuffix("_")
+        kernel = event.key.startswith("aten::") and name not in CALLS
+        kind = "transcendental" if name in TRANSCENDENTAL else "light" if kernel else "calls"
+        shares[kind] += event.self_cpu_time_total
+    total = sum(shares.values())
+    return {kind: share / total for kind, share in shares.items()}
+
+
 def compare(dtype: torch.dtype, settings: Settings) -> dict[str, Any]:
     """Times, ratios and bytes of beta = 0, 1, 2 beside nn.SiLU, in this process."""
     generator = torch.Generator().manual_seed(0)
@@ -85,6 +105,7 @@ def compare(dtype: torch.dtype, settings: Settings) -> dict[str, Any]:
             "ratio": asdict(median([sum(ours) / sum(theirs) for ours, theirs in zip(times, base)])),
             "ratio_of_fastest": min(map(sum, times)) / min(map(sum, base)),
             "saved": saved_bytes(functions[name], x) / saved,
+            "parts": parts(functions[name], x, g, settings.profiled),
         }
         for name, times in found.items()
     }

@@ -9,7 +9,9 @@ processor time, in each precision and layout that a CPU might want:
   stride 1 in the stem and 16x16 images;
 - products of square matrices: the ceiling. The share of it counts the products of convolutions and of the linear
   layer, nothing else: two forward passes, one backward pass by the images, one by images and weights (two forward
-  passes' worth, without the stem's gradient by the images).
+  passes' worth, without the stem's gradient by the images);
+- by torch's profiler, apart from the timed turns: the convolutions' share of a step, and what the step would gain
+  over the code before if all else were free.
 
 What `autocast = channels_last = "auto"` chooses on this machine is told beside. Images are random bytes.
 """
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import Median, median, store
@@ -56,6 +59,7 @@ class Settings:
     batch: int = 128
     width: int = 16
     matrix: int = 1024
+    profiled: int = 4
     of_silu_target: float = 0.85
     times_before_target: float = 1.8
 
@@ -132,6 +136,16 @@ def stepper_of(config: TrainConfig, size: int, *, plain: bool = False) -> Callab
     return step
 
 
+def convolutions(step: Callable[[int], None], settings: Settings) -> float:
+    """Their share of the processor time of steps."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for i in range(settings.profiled):
+            step(i)
+    events = profiler.key_averages()
+    own = sum(event.self_cpu_time_total for event in events if "convolution" in event.key)
+    return float(own / sum(event.self_cpu_time_total for event in events))
+
+
 def products(settings: Settings, dtype: torch.dtype) -> Callable[[int], None]:
     """The product of two square matrices."""
     a, b = (torch.randn(settings.matrix, settings.matrix).to(dtype) for _ in range(2))
@@ -194,6 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     results["before_images_per_second"] = settings.batch / before
     for layout, options in LAYOUTS.items():
         mine, silu = (seconds[f"{activation}, {layout}"] for activation in (RCT, "silu"))
+        share = convolutions(rows[f"{RCT}, {layout}"], settings)
         kind = "bfloat16" if options["autocast"] == "bfloat16" else "float32"
         results["rows"][layout] = {
             "images_per_second": settings.batch / median(mine).value,
@@ -201,6 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
             "of_silu": vars(ratio(silu, mine)),
             "times_before": vars(ratio(seconds[BEFORE], mine)),
             "silu_times_before": vars(ratio(seconds[BEFORE], silu)),
+            "share_of_convolutions": share,
+            "times_before_if_all_else_were_free": before / (median(mine).value * share),
             "share_of_ceiling": work / median(mine).value / 1e9 / results["ceiling"][kind],
         }
     store("nfgsm", settings, results)

@@ -167,6 +167,8 @@ def nfgsm(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
                 "at least ": verdict(f"{settings['times_before_target']:g}", faster),
                 "SiLU, times the code before": spread(row["silu_times_before"]),
                 "share of the ceiling": f"{row['share_of_ceiling']:.0%}",
+                "convolutions": f"{row['share_of_convolutions']:.0%} of a step",
+                "all else free, times the code before": f"{row['times_before_if_all_else_were_free']:.2f}",
             }
         )
     return rows
@@ -240,6 +242,9 @@ def activations(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[R
                     "forward": f"{milliseconds(row['forward'])} (SiLU {milliseconds(silu['forward'])})",
                     "first backward": f"{milliseconds(row['backward'])} (SiLU {milliseconds(silu['backward'])})",
                     "times SiLU": spread(row["ratio"]),
+                    "of it transcendental kernels, light passes, calls": ", ".join(
+                        f"{row['ratio']['value'] * share:.2f}" for share in row["parts"].values()
+                    ),
                     "saved bytes, times SiLU's": f"{row['saved']:g}",
                     "target": verdict(f"at most {target:g}", row["ratio"]["value"] <= target),
                 }

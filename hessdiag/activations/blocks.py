@@ -10,12 +10,14 @@ alpha of either sign, and its silu_backward(a, t) is a·(s + t·s·(1 - s)); by 
 
 These serve order 0 and its first backward for beta <= 2 in float32 and the half types, which are computed in float32
 block by block and rounded once. The first to write a block of the result is one of the heavy kernels, which hide what
-memory costs; a plain sum or product does not. Everything else (float64 too) is the closed form, block by block.
+memory costs; a plain sum or product does not. Numbers that meet a tensor are tensors without dimensions, made once a
+call: wrapping a float anew takes a fifth of such a pass. Everything else (float64 too) is the closed form by blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +30,25 @@ BLOCK = 65_536  # entries a thread works on at a time: 256 KiB of float32, of wh
 LINEAR = 18.0  # s(t) rounds to 1 in float32 beyond it
 FUSED = (torch.float32, torch.bfloat16, torch.float16)
 FAR = TAIL[torch.float32]
-ONE = torch.ones((), dtype=torch.float32, device="cpu")
+TAME = 1e30  # bound of a block's sum of squares: its entries' powers stay within float32
 PLAIN_ALPHA = (1e-6, 1e6)  # alpha² and the powers of t it meets stay within float32
 
 _sigmoid_times = torch.ops.aten.softplus_backward.grad_input  # (a, x, alpha, linear beyond) -> a·s(alpha·x)
 _swish_slope_times = torch.ops.aten.silu_backward.grad_input  # (a, t) -> a·(s + t·s·(1 - s))
 _bend_times = torch.ops.aten.sigmoid_backward.grad_input  # (a, s) -> a·s·(1 - s)
 
-Step = Callable[[Tensor, list[Tensor], list[Tensor], float], object]  # (out, given, rows of scratch, alpha)
+
+class Numbers(NamedTuple):
+    """Alpha, and the other numbers of the steps as tensors without dimensions."""
+
+    alpha: float
+    scale: Tensor  # alpha
+    minus: Tensor  # -alpha
+    three: Tensor  # 3/alpha
+    one: Tensor
+
+
+Step = Callable[[Tensor, list[Tensor], list[Tensor], Numbers], object]  # (out, given, rows of scratch, numbers)
 
 
 def served(*tensors: Tensor) -> bool:
@@ -60,7 +73,7 @@ def value(x: Tensor, alpha: float, beta: int, order: int) -> Tensor:
             return _run(_second, alpha, [x], rows=1)
         return product(x, x, alpha, beta - 1, 1)
 
-    def step(out: Tensor, given: list[Tensor], _: list[Tensor], alpha: float) -> None:
+    def step(out: Tensor, given: list[Tensor], _: list[Tensor], by: Numbers) -> None:
         out.copy_(closed_form(given[0], alpha, beta, order))
 
     return _run(step, alpha, [x])
@@ -81,7 +94,7 @@ def product(g: Tensor, x: Tensor, alpha: float, beta: int, order: int) -> Tensor
             return _run(_swish_slope, alpha, [x, g], rows=2 if half else 1)
         return _run(_half_second_slope if half else _second_slope, alpha, [x, g], rows=3 if half else 2)
 
-    def step(out: Tensor, given: list[Tensor], _: list[Tensor], alpha: float) -> None:
+    def step(out: Tensor, given: list[Tensor], _: list[Tensor], by: Numbers) -> None:
         x, g = given
         out.copy_(closed_form(x.to(working_dtype(x, alpha, 0)), alpha, beta, order).mul_(g))
 
@@ -92,7 +105,7 @@ def _fused(x: Tensor, alpha: float, beta: int) -> bool:
     return beta <= 2 and x.dtype in FUSED and PLAIN_ALPHA[0] <= alpha <= PLAIN_ALPHA[1]
 
 
-def _softplus(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
+def _softplus(out: Tensor, given: list[Tensor], rows: list[Tensor], by: Numbers) -> None:
     """sigma_0 = max(x, 0) + (log w + (e - (w - 1)))/alpha, with e = exp(-|t|) and w = 1 + e as rounded.
 
     The difference is what rounding took from e: the left tail keeps its digits. aten's log1p takes three times as long
@@ -101,52 +114,58 @@ def _softplus(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float
     (x,) = given
     e, w, *half = rows
     top, wide = half or (out, x)
-    torch.abs(_wide(x, wide), out=e).mul_(-alpha).exp_()
-    torch.log(torch.add(e, 1.0, out=w), out=top)
-    e.sub_(w.sub_(1.0)).add_(top)
+    torch.abs(_wide(x, wide), out=e).mul_(by.minus).exp_()
+    torch.log(torch.add(e, by.one, out=w), out=top)
+    e.sub_(w.sub_(by.one)).add_(top)
     if half:
-        out.copy_(wide.clamp_min_(0.0).add_(e, alpha=1.0 / alpha))
+        out.copy_(wide.clamp_min_(0.0).add_(e, alpha=1.0 / by.alpha))
     else:
-        torch.clamp_min(x, 0.0, out=out).add_(e, alpha=1.0 / alpha)
+        torch.clamp_min(x, 0.0, out=out).add_(e, alpha=1.0 / by.alpha)
 
 
-def _swish_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
-    """g·sigma_1' = g·(s + t·s·(1 - s)); beyond the clamp s is 0 or 1, and t must not overflow."""
+def _swish_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], by: Numbers) -> None:
+    """g·sigma_1' = g·(s + t·s·(1 - s))."""
     (x, g), (t, *half) = given, rows
-    torch.mul(_wide(x, t), alpha, out=t).clamp_(-FAR, FAR)
+    _bounded(torch.mul(_wide(x, t), by.scale, out=t), FAR, t)
     if half:
         out.copy_(_swish_slope_times(half[0].copy_(g), t, grad_input=t))
     else:
         _swish_slope_times(g, t, grad_input=out)
 
 
-def _second(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
-    """sigma_2 = x·s(t)·(1 + alpha·x·s(-t)): either factor keeps its digits in its tail."""
-    (x,), (right,) = given, rows
-    _sigmoid_times(x, x, alpha, LINEAR, grad_input=out)
-    torch.clamp(x, -FAR / alpha, FAR / alpha, out=right)  # an infinite x times s(-t) = 0 is no number
-    _sigmoid_times(right, right, -alpha, LINEAR, grad_input=right)
-    out.mul_(torch.add(ONE, right, alpha=alpha, out=right))
+def _second(out: Tensor, given: list[Tensor], rows: list[Tensor], by: Numbers) -> None:
+    """sigma_2 = max(x, 0) + n·(s + n·s·(1 - s))/alpha at n = -|t|, where 1 - s keeps its digits."""
+    (x,), (n,) = given, rows
+    _bounded(torch.abs(x, out=n).mul_(by.minus), FAR, n)
+    _swish_slope_times(n, n, grad_input=out)
+    torch.add(torch.clamp_min(x, 0.0, out=n), out, alpha=1.0 / by.alpha, out=out)
 
 
-def _second_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
-    """g·sigma_2' = g·s + 3·b + b·t·u, with b = alpha·(g·s(t))·(x·s(-t)) and t·u = alpha·(2·x·s(-t) - x)."""
+def _second_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], by: Numbers) -> None:
+    """g·sigma_2' = g·s·(1 + t·r·(3 + t·(2r - 1))), with r = s(-t): either factor keeps its digits in its tail."""
     (x, g), (near, right) = given, rows
-    _sigmoid_times(g, x, alpha, LINEAR, grad_input=out)
-    torch.clamp(x, -FAR / alpha, FAR / alpha, out=near)
-    _sigmoid_times(near, near, -alpha, LINEAR, grad_input=right)
-    near.sub_(right, alpha=2.0)
-    right.mul_(out)
-    out.add_(right, alpha=3.0 * alpha).addcmul_(right, near, value=-alpha * alpha)
+    bounded = _bounded(x, FAR / by.alpha, near)
+    _sigmoid_times(bounded, bounded, -by.alpha, LINEAR, grad_input=right)
+    torch.sub(by.three, bounded, out=near).add_(right, alpha=2.0).mul_(right)
+    _sigmoid_times(g, x, by.alpha, LINEAR, grad_input=out)
+    out.addcmul_(out, near, value=by.alpha * by.alpha)
 
 
-def _half_second_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], alpha: float) -> None:
-    """The same with b = t·s·(1 - s), t·u = t - 2·t·s: what float32 loses at the right is 1% of a half's step."""
+def _half_second_slope(out: Tensor, given: list[Tensor], rows: list[Tensor], by: Numbers) -> None:
+    """g·sigma_2' = g·(s + 3·b + b·(t - 2·t·s)), b = t·s·(1 - s): float32 loses 1% of a half's step at the right."""
     (x, g), (t, s, bend) = given, rows
-    t.copy_(x).mul_(alpha).clamp_(-FAR, FAR)
+    _bounded(t.copy_(x).mul_(by.scale), FAR, t)
     _bend_times(t, torch.sigmoid(t, out=s), grad_input=bend)
     t.addcmul_(t, s, value=-2.0)
     out.copy_(s.add_(bend, alpha=3.0).addcmul_(bend, t).mul_(bend.copy_(g)))
+
+
+def _bounded(t: Tensor, far: float, row: Tensor) -> Tensor:
+    """The block; where its powers could overflow, or an entry is infinite, a clamp of it in the row.
+
+    s is 0 or 1 beyond `far`. A sum of squares, which shows such entries, costs half of a clamp.
+    """
+    return t if float(torch.dot(t, t)) < TAME else torch.clamp(t, -far, far, out=row)
 
 
 def _wide(x: Tensor, row: Tensor) -> Tensor:
@@ -159,11 +178,13 @@ def _run(step: Step, alpha: float, tensors: list[Tensor], *, rows: int = 0) -> T
     x, out = _dense(tensors[0])
     length = BLOCK * torch.get_num_threads()  # each thread has its own part of every block, and finds it in its cache
     scratch = list(torch.empty(rows, min(length, x.numel()), dtype=torch.float32).unbind(0)) if rows else []
+    numbers = (torch.scalar_tensor(n, dtype=torch.float32, device="cpu") for n in (alpha, -alpha, 3.0 / alpha, 1.0))
+    by = Numbers(alpha, *numbers)
     flat = [t.as_strided((t.numel(),), (1,)) for t in (out, x, *(_like(t, x) for t in tensors[1:]))]
     for first, *rest in zip(*(torch.split(t, length) for t in flat)):
         if scratch and first.numel() < scratch[0].numel():
             scratch = [row[: first.numel()] for row in scratch]
-        step(first, rest, scratch, alpha)
+        step(first, rest, scratch, by)
     return out
 
 

@@ -84,16 +84,14 @@ class RCTFunction(torch.autograd.Function):
         return super().apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def forward(x: Tensor, alpha: float, beta: int, order: int = 0) -> Tensor:
-        """The closed form, on the CPU block by block; nothing of its temporaries outlives the call."""
-        return value(x, alpha, beta, order) if served(x) else closed_form(x, alpha, beta, order)
+    def forward(ctx: Any, x: Tensor, alpha: float, beta: int, order: int = 0) -> Tensor:
+        """The closed form, on the CPU block by block; nothing of its temporaries outlives the call.
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep x and the configuration."""
-        ctx.save_for_backward(inputs[0])
-        ctx.alpha, ctx.beta = inputs[1], inputs[2]
-        ctx.order = inputs[3] if len(inputs) > 3 else 0
+        Without `setup_context`, for whose sake torch would bind the arguments of every call by `inspect`.
+        """
+        ctx.save_for_backward(x)
+        ctx.alpha, ctx.beta, ctx.order = alpha, beta, order
+        return value(x, alpha, beta, order) if served(x) else closed_form(x, alpha, beta, order)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
