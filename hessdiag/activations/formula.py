@@ -27,7 +27,7 @@ def closed_form(x: Tensor, alpha: float, beta: int, order: int = 0) -> Tensor:
         # softplus turns linear at the threshold: at torch's 20 that costs half of float64's digits, at 40 none.
         return F.softplus(wide, beta=alpha, threshold=40).to(x.dtype)
     s = torch.sigmoid(t)
-    polynomials = _constant_remainder(beta, order)
+    polynomials = _constant_remainder(len(range(beta)), order)  # range: the compiler of torch 2.6 wants beta constant
     if not any(polynomials):
         return (wide * s if order == 0 else s).to(x.dtype)
     v = s * torch.sigmoid(-t)
