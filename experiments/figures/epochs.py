@@ -11,7 +11,7 @@ import numpy as np
 from experiments.correlation.courses import arm, epochs, looks, seen
 from experiments.correlation.rows import Row
 from experiments.figures.curves import counted
-from experiments.figures.style import COLOURS, MARKERS, canvas, label
+from experiments.figures.style import COLOURS, MARKERS, canvas, label, log_values
 from experiments.sweep.export import SweepResults
 
 # (title, y label, quantity drawn full, quantity drawn thin, scale, whether the axis is logarithmic)
@@ -95,6 +95,7 @@ def _scaled(axis: Any, drawn: Sequence[float]) -> None:
     if not len(known):
         return
     if min(drawn) > 0:
-        axis.set(yscale="log", ylim=(0.5 * min(drawn), 2.0 * max(drawn)))
+        log_values(axis, horizontal=False)
+        axis.set_ylim(0.5 * min(drawn), 2.0 * max(drawn))
     else:
         axis.set_yscale("symlog", linthresh=float(np.quantile(known, 0.1)))
