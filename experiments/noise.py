@@ -10,6 +10,13 @@ without bias if H is of other samples; over all ways to deal given samples into 
 exactly, S the covariance of single gradients with N - 1 below. tr(C) is the same with the identity in the place of H.
 The interval is the jackknife's over batches, with t of K - 1 degrees of freedom. BatchNorm uses its running statistics:
 with those of the batch a loss is no mean over samples.
+
+At rest in a quadratic bowl, with momentum μ, direction by direction (`theory.dynamics.stationary_variance`)
+
+    ½ tr(HΣ) = Σ_i η c_i (1 + μ) / (2 (1 - μ) (2(1 + μ) - η h_i)) = η tr(C) / (4 (1 - μ)) (1 + O(ηh)),
+
+h_i > 0 the eigenvalues of H, c_i the noise along them: to first order H is not in it. The trace of the Gauss-Newton
+part G = Σ_n J_nᵀ B_n B_nᵀ J_n / N is the mean of |Σ_n J_nᵀ B_n s_n|² / N over random signs s.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ from hessdiag.errors import ConfigurationError, EmptyDataError
 from hessdiag.kernels.products import Products
 from hessdiag.problem.handing_back import as_it_was
 from hessdiag.problem.objective import Objective
-from hessdiag.signs import cpu_generator
+from hessdiag.signs import Signs, cpu_generator
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -41,6 +48,10 @@ class Spread:
     low: float
     high: float
 
+    def times(self, factor: float) -> Spread:
+        """The same of a multiple that is not negative."""
+        return Spread(*(factor * value for value in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -53,8 +64,11 @@ class Noise:
 
     def half_trace(self, lr: float) -> Spread:
         """½ tr(HΣ) for the noise of one step, Σ = lr² C."""
-        half = 0.5 * lr**2
-        return Spread(*(half * value for value in vars(self.curved).values()))
+        return self.curved.times(0.5 * lr**2)
+
+    def at_rest(self, lr: float, momentum: float) -> Spread:
+        """½ tr(HΣ) for the Σ at which SGD comes to rest in a bowl, to first order in lr: lr tr(C) / (4 (1 - μ))."""
+        return self.trace.times(lr / (4 * (1 - momentum)))
 
 
 def dealt(data: DataSet, samples: int, batches: int, batch_size: int, *, seed: int = 0) -> tuple[DataSet, DataSet]:
@@ -98,6 +112,39 @@ def from_products(products: Tensor, confidence: float = 0.95) -> Spread:
     error = float(((count - 1) / count * (without - without.mean()).square().sum()).sqrt())
     half = float(student.ppf(0.5 + confidence / 2, count - 1)) * error
     return Spread(value, error, value - half, value + half)
+
+
+def gauss_newton_trace(
+    objective: Objective, measured: Batches, *, replicates: int = 16, seed: int = 0, confidence: float = 0.95
+) -> Spread:
+    """tr(G) of the mean loss over the samples measured, with Student's interval over so many replicates of signs."""
+    if replicates < 2:
+        raise ConfigurationError(f"{replicates} replicates: at least 2 say something of their spread")
+    with as_it_was(objective.model):
+        objective.check_modes()
+        values, weight, seen = torch.zeros(replicates, dtype=torch.float64), 0.0, 0
+        parameters, signs = list(objective.parameters.values()), Signs(seed)
+        for index, batch in enumerate(measured):
+            inputs, targets = objective.check_batch(batch, index)
+            with torch.enable_grad():
+                outputs = objective.outputs(inputs, targets, index=index)
+            curvature = objective.loss.curvature(outputs, targets)
+            if bool((curvature.signs < 0).any()):
+                raise ConfigurationError(f"loss {objective.loss.name!r} is not convex in the outputs: G is no square")
+            shape = torch.Size((len(targets), curvature.columns.count))
+            weight += float(objective.loss.weights(outputs.detach(), targets).sum())
+            for replicate in range(replicates):
+                drawn = signs.samples(shape, seen, replicate, dtype=torch.float64).T.to(outputs.device)
+                mixed = curvature.columns.combined(drawn).to(outputs.dtype).reshape(outputs.shape)
+                found = torch.autograd.grad(outputs, parameters, mixed, retain_graph=True, allow_unused=True)
+                values[replicate] += sum(float(part.double().square().sum()) for part in found if part is not None)
+            seen += len(targets)
+    if not weight:
+        raise EmptyDataError("no samples to measure the trace on")
+    values /= weight
+    error = float(values.std() / replicates**0.5)
+    half = float(student.ppf(0.5 + confidence / 2, replicates - 1)) * error
+    return Spread(float(values.mean()), error, float(values.mean()) - half, float(values.mean()) + half)
 
 
 def _gradients(objective: Objective, minibatches: Batches) -> tuple[Tensor, int]:

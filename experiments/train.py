@@ -10,7 +10,7 @@ threads), and returns at once what is finished.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from hessdiag.data.dataset import DataSet
 from hessdiag.errors import ConfigurationError
 
 FINISHED, OVERFITTED = "finished", "catastrophic_overfitting"
+Look = Callable[[int, float, nn.Module], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +112,15 @@ def train(
     sets: tuple[DataSet, DataSet] | None = None,
     progress: bool = False,
     save_seconds: float = 10.0,
+    look: Look | None = None,
 ) -> TrainResult:
     """Train, and test on clean images.
 
     out: the run's directory; None writes nothing. root: where data lies (see `hessdiag.data.load`); `sets` gives
     training and test data themselves. save_seconds: at least so long between two saves, which come at the end of an
-    epoch; a run that is killed repeats what came after the last.
+    epoch; a run that is killed repeats what came after the last. look: called after each epoch, before it is saved,
+    with its number, its last learning rate and the network as it stands, which must be left as it is; an epoch that a
+    run repeats is looked at again.
 
     NonFiniteError where the loss, a weight or a running statistic becomes NaN or Inf; catastrophic overfitting ends
     training early, and a network whose answers on the test images are those of chance (`chance`) has not learned: both
@@ -151,7 +155,14 @@ def train(
             reporter=reporter,
             saved=lambda: "" if folder is None else folder.safe(),
         )
-        loop.run(standing, _saver(folder, rig, config, save_seconds))
+        save = _saver(folder, rig, config, save_seconds)
+
+        def after_epoch(standing: Standing) -> None:
+            if look is not None:
+                look(standing.epoch, float(standing.history[-1]["lr"]), rig.network)
+            save(standing)
+
+        loop.run(standing, after_epoch)
     model, weights = _chosen(rig, standing)
     seen = chance.answers(model, test_set, batch_size=max(config.batch_size, 500), dtype=images.dtype)
     status = OVERFITTED if standing.reason is not None else FINISHED if seen.learned else UNLEARNED

@@ -161,9 +161,10 @@ def one_family(chosen: Sequence[Row], where: str) -> None:
     a, b = (row.result.config.to_dict() for row in (first, second))
     differing = [
         f"{part}.{name}: {json.dumps(a[part].get(name))} and {json.dumps(b[part].get(name))}"
-        for part in ("train", "attack", "measure")
-        for name in sorted({*a[part], *b[part]})
-        if name not in ("activation", "seed", "aa_samples", "pgd_samples") and a[part].get(name) != b[part].get(name)
+        for part in ("train", "attack", "measure", "along")
+        for name in sorted({*a.get(part, {}), *b.get(part, {})})
+        if name not in ("activation", "seed", "aa_samples", "pgd_samples")
+        and a.get(part, {}).get(name) != b.get(part, {}).get(name)
     ]
     raise ConfigurationError(
         f"{where}: runs of different configurations would mix in one curve ({'; '.join(differing) or 'schema'}); "

@@ -23,6 +23,7 @@ import numpy as np
 from experiments.config import load_toml
 from experiments.correlation import judges
 from experiments.correlation.controls import CONTROLS
+from experiments.correlation.courses import COURSES
 from experiments.correlation.differences import compare, matched
 from experiments.correlation.judges import Answer, NotRun, Rules
 from experiments.correlation.printed import PRINTED
@@ -202,8 +203,8 @@ def _answers(
     kind = entry["rule"]
     if kind in ("higher", "not_lower"):
         return {"": _compare(entry, chosen, sweep, results, shared)}
-    if kind in CONTROLS:
-        return {"": CONTROLS[kind](chosen, entry, shared)}
+    if kind in CONTROLS or kind in COURSES:
+        return {"": {**CONTROLS, **COURSES}[kind](chosen, entry, shared)}
     whole = kind in judges.WHOLE
     names = ("method", "network", "data") if whole else ("method", "network", "data", "beta")
     groups = split((row for row in chosen if row.beta is not None), *names)

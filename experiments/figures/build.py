@@ -15,6 +15,7 @@ from experiments.correlation.verdicts import Verdict, load_rules, verdicts
 from experiments.fields import storable
 from experiments.figures.closed_forms import figure1, figure2
 from experiments.figures.curves import DRAWINGS, counted
+from experiments.figures.epochs import overfitting
 from experiments.figures.extras import control, has_angles, heat_map, norms, scatter
 from experiments.figures.tables import table1, table2
 from experiments.sweep import origin
@@ -33,11 +34,18 @@ TITLES = {
     "table1": "Table 1. Activations",
     "table2": "Table 2. What an activation costs",
     "control": "Control. One factor of α at a time (not in the paper)",
+    "overfitting": "Robust overfitting, and the noise of a training step meanwhile (not in the paper)",
     "norms": "Norms of both losses, and whether their parts add up (not in the paper)",
     "scatter": "Norm against robustness (not in the paper)",
     "heat": "Norm by layer (not in the paper)",
 }
-SWEPT: dict[str, Drawing] = {**DRAWINGS, "table1": table1, "table2": table2, "control": control}
+SWEPT: dict[str, Drawing] = {
+    **DRAWINGS,
+    "table1": table1,
+    "table2": table2,
+    "control": control,
+    "overfitting": overfitting,
+}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ title = "what is swept, in one line"
 [train]                               # settings of every run, as `python -m experiments train` takes them
 [attack]                              # attack settings (settings.py)
 [measure]                             # measurement settings (settings.py)
+[along]                               # what is recorded at chosen epochs, if anything is (settings.py)
 
 [[grid]]                              # every combination of the lists; several grids add up
 beta = [0, 1, 2]
@@ -36,11 +37,11 @@ from experiments.sweep.keys import OWN, TIERS, RunConfig, canonical
 from experiments.sweep.settings import complete, train_fields
 from hessdiag.errors import ConfigurationError, DataError, UnknownNameError, nearest
 
-FIGURES = ("figure3", "figure4", "figure5", "figure6", "figure7", "table1", "table2", "control")
+FIGURES = ("figure3", "figure4", "figure5", "figure6", "figure7", "table1", "table2", "control", "overfitting")
 NOWHERE = "none"  # the figure of a sweep that is drawn and judged nowhere
 SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
-TOP = ("figure", "tier", "title", "note", "train", "attack", "measure", "grid", "override")
-SECTIONS = ("train", "attack", "measure")
+SECTIONS = ("train", "attack", "measure", "along")
+TOP = ("figure", "tier", "title", "note", *SECTIONS, "grid", "override")
 SHAPE = ("beta", "curvature", "alpha", "activation")
 MAX_RUNS, MAX_TABLES = 10_000, 200
 Point = tuple[dict[str, Any], dict[str, Any]]  # what the grid varies, and what it fixes
@@ -194,7 +195,7 @@ def _check_override(override: Any, train: Mapping[str, Any], points: list[Point]
     for name in SECTIONS:
         _table(override.get(name, {}), f"{place}: {name}")
     if not any(override.get(name) for name in SECTIONS):
-        raise ConfigurationError(f"{place}: changes nothing; give train, attack or measure = {{ ... }}")
+        raise ConfigurationError(f"{place}: changes nothing; give train, attack, measure or along = {{ ... }}")
     varied = {name for axes, _ in points for name in axes}
     given = varied | set(train) | {name for _, extra in points for name in extra.get("train", {})}
     for name in where:
@@ -227,6 +228,6 @@ def _run(
         shape = "curvature" if "curvature" in axes else "alpha"
         train["activation"] = f"rct:beta={axes['beta']},{shape}={axes[shape]}"
     try:
-        return complete(RunConfig(train, sections["attack"], sections["measure"]))
+        return complete(RunConfig(train, sections["attack"], sections["measure"], along=sections["along"]))
     except ConfigurationError as error:
         raise type(error)(f"{where}: {error}") from error

@@ -41,23 +41,28 @@ def canonical(value: Any, *, where: str = "configuration") -> Any:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that determines one run: how it trains, how it is attacked, what is measured on it."""
+    """Everything that determines one run: how it trains, how it is attacked, what is measured on it at the end and, if
+    `along` is not empty, at chosen epochs. What records nothing on the way has the key it had before it could.
+    """
 
     train: Plain
     attack: Plain = field(default_factory=dict)
     measure: Plain = field(default_factory=dict)
     schema: str = RECORD_SCHEMA
+    along: Plain = field(default_factory=dict)
 
     def to_dict(self) -> Plain:
         """Plain values, canonical."""
-        parts = {"schema": self.schema, "train": self.train, "attack": self.attack, "measure": self.measure}
+        parts: Plain = {"schema": self.schema, "train": self.train, "attack": self.attack, "measure": self.measure}
+        parts |= {"along": self.along} if self.along else {}
         plain: Plain = canonical(parts)
         return plain
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> RunConfig:
         """The inverse of `to_dict`."""
-        return cls(dict(value["train"]), dict(value["attack"]), dict(value["measure"]), str(value["schema"]))
+        train, attack, measure = (dict(value[name]) for name in ("train", "attack", "measure"))
+        return cls(train, attack, measure, str(value["schema"]), dict(value.get("along", {})))
 
     @cached_property
     def key(self) -> str:
@@ -86,7 +91,7 @@ class RunConfig:
 
     def replace(self, **sections: Mapping[str, Any]) -> RunConfig:
         """A copy in which each named section is updated by the given entries."""
-        parts = {"train": dict(self.train), "attack": dict(self.attack), "measure": dict(self.measure)}
+        parts = {name: dict(getattr(self, name)) for name in ("train", "attack", "measure", "along")}
         for name, entries in sections.items():
             parts[name].update(entries)
         return RunConfig(**parts, schema=self.schema)

@@ -15,7 +15,7 @@ from experiments.fields import plain, read
 from experiments.sweep import grid
 from experiments.sweep.export import SweepResults
 from experiments.sweep.keys import RunConfig, canonical
-from experiments.sweep.settings import AttackSettings, MeasureSettings
+from experiments.sweep.settings import AlongSettings, AttackSettings, MeasureSettings
 from hessdiag.errors import ConfigurationError
 
 SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
@@ -66,6 +66,7 @@ def _settings(config: RunConfig) -> Settings:
         "train": TrainConfig.from_dict(config.train).to_dict(),
         "attack": plain(read(AttackSettings, config.attack)),
         "measure": plain(read(MeasureSettings, config.measure)),
+        "along": plain(read(AlongSettings, config.along)),
     }
     settings = dict(_flat(canonical(parts), ""))
     return {**settings, "schema": config.schema}

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from experiments.config import TrainConfig
+from experiments.sweep.along import Along
+from experiments.sweep.clock import Clock
 from experiments.sweep.keys import RunConfig
-from experiments.sweep.run import Clock, Sets, measured
+from experiments.sweep.run import Sets, measured
 from experiments.train import train
 from experiments.trainer.rig import pick_device
 from hessdiag.data import DataSet
@@ -36,7 +39,8 @@ def pilot(config: RunConfig, *, threads: int | None = None) -> float:
         sets = Sets(settings)
         training, test = sets.pair
         seconds, model = _training(settings, training, test, device)
-        return seconds + _attacks(config, model, test, device) + _norms(config, model, sets, len(training), device)
+        after = _attacks(config, model, test, device) + _norms(config, model, sets, len(training), device)
+        return seconds + after + _along(config, model, sets, device)
     finally:
         torch.set_num_threads(before)
         torch.cuda.empty_cache()  # the workers need the memory; nothing happens where CUDA was not used
@@ -89,3 +93,19 @@ def _norms(config: RunConfig, model: nn.Module, sets: Sets, images: int, device:
     clock = Clock()
     measured(config.replace(measure=rough), model, device, clock, sets)
     return float(2 * asked * sum(clock.laps.values()) * min(settings["samples"], images) / few)
+
+
+def _along(config: RunConfig, model: nn.Module, sets: Sets, device: torch.device) -> float:
+    """One small look after an epoch, each of its parts scaled to what it will hold, times the epochs; the norms as in
+    `_norms`.
+    """
+    settings = config.along
+    if not settings:
+        return 0.0
+    few = {"images": min(settings["images"], IMAGES), "samples": min(settings["samples"], IMAGES), "batches": 3}
+    rough = {**few, "rtol": 10.0, "min_replicates": 10, "max_replicates": 10}
+    found = Along(config.replace(along=rough), Path(), sets.pair, device).look(model.eval(), 0.0)["seconds"]
+    images, samples, batches = (settings[name] / few[name] for name in ("images", "samples", "batches"))
+    norms = 2 * (found["norm clean"] + found["norm adversarial"]) * samples
+    parts = found["accuracy"] * images, norms, found["trace"] * samples, found["noise"] * batches * samples
+    return float(len(settings["epochs"]) * sum(parts))

@@ -3,14 +3,13 @@
 The record holds what the figures and the correlations need and what makes the numbers checkable: accuracies
 with the number of images behind them, norms with intervals, the shares of their two parts and the angle between
 them, layers, groups, the rescaling-invariant companion, the effective curvature |gamma| max|σ''|, how training went
-epoch by epoch, the seconds each part took, versions.
+epoch by epoch, what was recorded at chosen epochs, the seconds each part took, versions.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +21,16 @@ import hessdiag
 from experiments.attacks import evaluate
 from experiments.config import TrainConfig
 from experiments.provenance import provenance
+from experiments.sweep.along import Along
+from experiments.sweep.clock import Clock
 from experiments.sweep.keys import RunConfig
+from experiments.sweep.norms import crafted, estimated
 from experiments.sweep.records import Record, history_record, norm_record, outcomes, proportion, vars_of
 from experiments.train import chosen_sets, train
 from hessdiag import data
 from hessdiag.activations import max_curvature
 from hessdiag.data import DataSet
 from hessdiag.problem import objective
-from hessdiag.problem.perturbation import parse_pgd, perturb_batches
 
 ATTACKS = ("aa2", "aa", "pgd")
 PGD = "pgd:eps={eps},steps=10,seed={seed}"
@@ -43,7 +44,8 @@ def run_one(config: RunConfig, out: Path) -> Record:
     sets = Sets(settings)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    result = train(settings, out / "train", device=device, sets=sets.pair)
+    along = Along(config, out / "along", sets.pair, device) if config.along else None
+    result = train(settings, out / "train", device=device, sets=sets.pair, look=along)
     model = result.model
     clock.lap("train")
     kept = {name: value for name, value in result.to_dict().items() if name not in ("config", "provenance")}
@@ -56,6 +58,8 @@ def run_one(config: RunConfig, out: Path) -> Record:
         **attacked(config, laid_out(model, result.precision.channels_last), device, out, clock, sets),
         **measured(config, model, device, clock, sets),
     }
+    if along is not None:
+        record["along"] = along.entries(result.epochs)
     record["seconds"] = clock.laps
     record["provenance"] = provenance(device)
     return record
@@ -167,23 +171,16 @@ def measured(config: RunConfig, model: torch.nn.Module, device: torch.device, cl
         full = sets[split]
         chosen = full.sample(min(settings["samples"], len(full)), seed=settings["samples_seed"])
         for loss in settings["losses"]:
-            batches: Any = chosen.batches(settings["batch_size"], device=device)
-            if loss == "adversarial":
-                text = f"pgd:eps={config.attack['eps']},steps={settings['pgd_steps']},seed={settings['samples_seed']}"
-                batches = perturb_batches(model, batches, parse_pgd(text))
-            goal = objective.Objective(model, "cross_entropy")
-            found = hessdiag.measure(
-                goal,
-                batches,
-                method=settings["method"],
-                rtol=settings["rtol"],
-                confidence=settings["confidence"],
-                seed=settings["seed"],
-                min_replicates=settings["min_replicates"],
-                max_replicates=settings["max_replicates"],
+            batches: Any = crafted(
+                model,
+                chosen.batches(settings["batch_size"], device=device),
+                loss=loss,
+                eps=config.attack["eps"],
+                steps=settings["pgd_steps"],
+                seed=settings["samples_seed"],
             )
-            if "interrupted" in found.status:  # Ctrl-C leaves a rougher measurement: no record of this run
-                raise KeyboardInterrupt
+            goal = objective.Objective(model, "cross_entropy")
+            found = estimated(goal, batches, settings)
             entry = norm_record(found)
             norms[f"{split}/{loss}"] = entry
             curvature = [vars_of(layer) for layer in found.effective_curvature]
@@ -217,16 +214,3 @@ def plugin(goal: objective.Objective, batches: Any, probes: int, seed: int) -> R
         "biased": True,
         "label": "plug-in Hutchinson norm",
     }
-
-
-class Clock:
-    """Seconds between laps, by name."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        """The seconds since the lap before are those of `name`."""
-        now = time.monotonic()
-        self.laps[name], self._last = round(now - self._last, 3), now

@@ -98,6 +98,49 @@ class MeasureSettings:
             raise ConfigurationError("measure.seed and samples_seed must not be negative")
 
 
+@dataclass(frozen=True)
+class AlongSettings:
+    """What is recorded at the end of each of `epochs`, on the live weights (see `along`); no epochs: nothing.
+
+    images: of the training set and of the test set, clean and under PGD of `pgd_steps`. samples: training images for
+    the curvature: the norms of both losses within `rtol`, and the Gauss-Newton trace by `replicates` of signs. batches:
+    of other training images, of training's batch size, for the covariance of a step's gradient.
+    """
+
+    epochs: tuple[int, ...] = ()
+    images: int = 1000
+    samples: int = 256
+    batch_size: int = 64
+    batches: int = 12
+    method: str = "propagation"
+    rtol: float = 0.1
+    confidence: float = 0.95
+    min_replicates: int = 10
+    max_replicates: int = 100
+    replicates: int = 16
+    pgd_steps: int = 10
+    samples_seed: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ordered = all(a < b for a, b in zip(self.epochs, self.epochs[1:]))
+        if not ordered or any(epoch < 1 for epoch in self.epochs):
+            raise ConfigurationError(f"along.epochs must be increasing, from 1 on, not {list(self.epochs)}")
+        if min(self.images, self.samples, self.batch_size, self.pgd_steps) < 1:
+            raise ConfigurationError("along.images, samples, batch_size and pgd_steps must be at least 1")
+        if self.batches < 3 or self.replicates < 2:
+            raise ConfigurationError("along: at least 3 batches and 2 replicates, which tell their own scatter")
+        MeasureSettings(
+            method=self.method,
+            rtol=self.rtol,
+            confidence=self.confidence,
+            min_replicates=self.min_replicates,
+            max_replicates=self.max_replicates,
+            seed=self.seed,
+            samples_seed=self.samples_seed,
+        )
+
+
 def train_fields() -> list[str]:
     """The names that a training configuration knows."""
     return [field.name for field in fields(TrainConfig)]
@@ -119,7 +162,12 @@ def complete(config: RunConfig) -> RunConfig:
     radius = train["eps"] if attack.eps == "train" else attack.eps
     if not 0 < fraction(radius, "attack.eps") <= 1:
         raise ConfigurationError(f"attack.eps: {radius!r} is no radius in (0, 1]; give one, such as '8/255'")
-    return RunConfig(train, {**plain(attack), "eps": radius}, plain(measure), f"{RECORD_SCHEMA}.{MEANING}")
+    along = read(AlongSettings, config.along, where="along")
+    if along.epochs and along.epochs[-1] > settings.epochs:
+        raise ConfigurationError(f"along.epochs: training ends after {settings.epochs}, before {along.epochs[-1]}")
+    schema = f"{RECORD_SCHEMA}.{MEANING}"
+    looks = plain(along) if along.epochs else {}
+    return RunConfig(train, {**plain(attack), "eps": radius}, plain(measure), schema, looks)
 
 
 @functools.lru_cache(maxsize=64)

@@ -57,6 +57,20 @@ def fake_record(config: RunConfig, peak: float = 6.0, *, noise: float = 0.004) -
             "layers": layers,
         }
 
+    def look(epoch: int) -> dict[str, object]:
+        level = 0.01 * (1 + epoch / 100)
+        share = {"value": robust, "samples": 100}
+        spread = {"value": level, "error": 0.1 * level, "low": 0.8 * level, "high": 1.2 * level}
+        traces = dict.fromkeys(("trace", "curved", "half_trace", "at_rest"), spread)
+        return {
+            "epoch": epoch,
+            "lr": 0.1,
+            "accuracy": {split: {"clean": share, "robust": share} for split in ("train", "test")},
+            "norms": {loss: {**norm(level), "replicates": 10} for loss in ("clean", "adversarial")},
+            "gauss_newton_trace": spread,
+            "noise": {**traces, "batches": 8, "batch_size": 20},
+        }
+
     places = ("train/clean", "train/adversarial", "test/clean", "test/adversarial")
     samples = config.attack.get("aa2_samples", 300)
     return {
@@ -70,6 +84,7 @@ def fake_record(config: RunConfig, peak: float = 6.0, *, noise: float = 0.004) -
         "train": {"train_seconds": 5.0 + dice.random()},
         "seconds": {"train": 7.0, "aa2": 3.0},
         "provenance": {"device": "cpu: test"},
+        "along": [look(epoch) for epoch in config.along.get("epochs", ())],
     }
 
 

@@ -7,16 +7,18 @@ from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.__main__ import main
-from experiments.noise import dealt, from_products, noise
+from experiments.noise import Noise, Spread, dealt, from_products, gauss_newton_trace, noise
 from hessdiag import Objective
 from hessdiag.data import load
 from hessdiag.errors import ConfigurationError, EmptyDataError
+from theory import dynamics
 
 
 def toy(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:
@@ -134,3 +136,81 @@ def test_samples_are_dealt_once() -> None:
     numbered = replace(whole, targets=torch.arange(len(whole)))
     one, other = dealt(numbered, 100, 10, 20)
     assert len({*one.targets.tolist(), *other.targets.tolist()}) == 300
+
+
+def test_weight_decay_adds_to_the_curvature_and_not_to_the_noise() -> None:
+    """H gains l2 times the identity; the decay's own gradient is the same in every batch."""
+    model, x, y = toy()
+    trace, curved = written_out(model, x, y, (x, y))
+    single = [(x[k : k + 1], y[k : k + 1]) for k in range(6)]
+    found = noise(Objective(model, l2=0.3), [(x, y)], single)
+    assert found.trace.value == pytest.approx(trace, rel=1e-10)
+    assert found.curved.value == pytest.approx(curved + 0.3 * trace, rel=1e-10)
+
+
+def gauss_newton_written_out(model: nn.Module, x: Tensor) -> float:
+    """tr(G) of the mean cross-entropy from every sample's Jacobian and diag(p) - p pᵀ, by torch.func alone."""
+    parameters = dict(model.named_parameters())
+    total = 0.0
+    for k in range(len(x)):
+        sample = x[k : k + 1]
+        jacobian = torch.func.jacrev(lambda given: torch.func.functional_call(model, given, (sample,))[0])(parameters)  # noqa: B023
+        j = torch.cat([part.flatten(1) for part in jacobian.values()], 1).detach()
+        p = model(sample)[0].detach().softmax(0)
+        total += float((j.T @ (p.diag() - p[:, None] * p) @ j).trace())
+    return total / len(x)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_the_gauss_newton_trace_of_single_samples_of_two_classes_is_exact(dtype: torch.dtype, close: float) -> None:
+    """One sample, one column: its sign squares away, and every replicate says the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    truth = gauss_newton_written_out(model, x)
+    single = [(x[k : k + 1].to(dtype), torch.tensor([k % 2])) for k in range(5)]
+    found = gauss_newton_trace(Objective(model.to(dtype)), single, replicates=2)
+    assert found.value == pytest.approx(truth, rel=close)
+    assert found.error <= close * truth
+
+
+@pytest.mark.statistical
+def test_the_gauss_newton_trace_has_no_bias_and_its_error_is_that_of_its_scatter() -> None:
+    """2,000 replicates on batches of several samples and classes: 5 of their own errors at most."""
+    model, x, y = toy()
+    truth = gauss_newton_written_out(model, x)
+    found = gauss_newton_trace(Objective(model), [(x[:4], y[:4]), (x[4:], y[4:])], replicates=2000, seed=1)
+    assert 0 < found.error < 0.05 * truth
+    assert abs(found.value - truth) < 5 * found.error
+    cut = gauss_newton_trace(Objective(model), [(x, y)], replicates=4, seed=1)
+    again = gauss_newton_trace(Objective(model), [(x, y)], replicates=4, seed=1)
+    assert cut == again
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_at_rest_is_what_the_stationary_covariance_of_a_bowl_gives(momentum: float) -> None:
+    """Lyapunov's equation for a noise that does not commute with H: equal to first order, with the next order's size."""
+    draw = np.random.default_rng(0)
+    root, other = draw.standard_normal((2, 5, 5))
+    h, c = root @ root.T + np.eye(5), other @ other.T
+    still = Spread(float(np.trace(c)), 0.0, 0.0, 0.0)
+    for lr in (1e-3, 1e-5):
+        sigma = dynamics.stationary_covariance(h, c, lr, momentum=momentum)
+        truth = dynamics.flatness(h, sigma)
+        ours = Noise(still, still, 5, 1).at_rest(lr, momentum).value
+        next_order = lr * np.linalg.eigvalsh(h).max() / (2 * (1 + momentum))
+        assert 0 <= truth / ours - 1 <= 1.1 * next_order
+
+
+def test_what_the_trace_refuses() -> None:
+    model, x, y = toy()
+    with pytest.raises(ConfigurationError, match="at least 2"):
+        gauss_newton_trace(Objective(model), [(x, y)], replicates=1)
+    with pytest.raises(EmptyDataError, match="no samples"):
+        gauss_newton_trace(Objective(model), [])
+
+    def saddle(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs[:, 0] ** 2 - outputs[:, 1] ** 2
+
+    with pytest.raises(ConfigurationError, match="not convex"):
+        gauss_newton_trace(Objective(model, loss=saddle), [(x, y)])

@@ -21,10 +21,11 @@ from experiments.__main__ import main
 from experiments.commands import sweep as command
 from experiments.config import TrainConfig
 from experiments.sweep import cluster, export, grid, local
+from experiments.sweep.clock import Clock
 from experiments.sweep.files import read_result
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.reader import Reader
-from experiments.sweep.run import Clock, Sets, cost, measured, run_one
+from experiments.sweep.run import Sets, cost, measured, run_one
 from experiments.sweep.store import Store
 from experiments.trainer.rig import build_network
 from hessdiag import data
