@@ -156,12 +156,6 @@ def flatness(hessian: Any, covariance: Any) -> float:
     return float(np.sum(h * sigma) / 2)
 
 
-def positive_part(hessian: Any) -> Array:
-    """H with its negative eigenvalues set to zero (not the Gauss-Newton part, which is measured, not cut)."""
-    values, basis = np.linalg.eigh(np.asarray(hessian, dtype=np.float64))
-    return np.asarray((basis * np.clip(values, 0, None)) @ basis.T)
-
-
 @dataclass(frozen=True)
 class Simulation:
     """Sample mean and covariance of θ after `steps` steps over `runs` runs, with standard errors entry by

@@ -6,9 +6,6 @@ d = diag H throughout; d̂ an estimate; m the number of independent probes or re
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from scipy import stats
 from torch import Tensor
@@ -37,11 +34,6 @@ def hutchinson_covariance(hessian: Tensor, *, probes: int = 1) -> Tensor:
 def plug_in_bias(hessian: Tensor, *, probes: int = 1) -> Tensor:
     """E‖d̂‖² - ‖d‖² for Hutchinson: (‖H‖_F² - ‖diag H‖²)/m. The plug-in norm measures the Frobenius norm."""
     return hutchinson_variance(hessian, probes=probes).sum()
-
-
-def plug_in_squared_norm(replicates: Tensor) -> Tensor:
-    """‖mean of replicates‖² for rows d̂_1..d̂_m: too large by the total variance ÷ m."""
-    return (replicates.mean(0) ** 2).sum()
 
 
 def propagation_variance(weights: Tensor) -> Tensor:
@@ -87,34 +79,6 @@ def unbiased_variance(mean: Tensor, covariance: Tensor, m: int) -> Tensor:
     if m < 2:
         refuse(f"T needs at least 2 replicates, got {m}")
     return 4 * (mean @ covariance @ mean) / m + 2 * (covariance**2).sum() / (m * (m - 1))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A two-sided interval for ‖d‖² (`squared`) and for ‖d‖ (roots of its ends, low end at 0 where T's is
-    negative).
-    """
-
-    estimate: float
-    standard_error: float
-    squared: tuple[float, float]
-    norm: tuple[float, float]
-    confidence: float
-
-
-def student_interval(replicates: Tensor, *, confidence: float = 0.95) -> Interval:
-    """Delete-one jackknife error of T with Student's quantile on m - 1 degrees of freedom."""
-    m = len(replicates)
-    if m < 3:
-        refuse(f"the jackknife of T needs at least 3 replicates, got {m}")
-    total, squares = replicates.sum(0), (replicates**2).sum(1)
-    left = total - replicates
-    without = ((left**2).sum(1) - (squares.sum() - squares)) / ((m - 1) * (m - 2))
-    t = float(unbiased_squared_norm(replicates))
-    error = math.sqrt((m - 1) / m * float(((without - without.mean()) ** 2).sum()))
-    reach = float(stats.t.ppf((1 + confidence) / 2, m - 1)) * error
-    low, high = t - reach, t + reach
-    return Interval(t, error, (low, high), (math.sqrt(max(low, 0.0)), math.sqrt(max(high, 0.0))), confidence)
 
 
 def coverage_of_normal_quantile(m: int, *, confidence: float = 0.95) -> float:

@@ -189,12 +189,6 @@ def rescale_optimizer(rule: Rule, factor: float, *, lr: float, weight_decay: flo
     return {n: StepSizes(lr * c**2, weight_decay / c**2) for n, c in scales(rule, factor).items()}
 
 
-def rescale_momentum(buffers: Mapping[str, Tensor], rule: Rule, factor: float) -> dict[str, Tensor]:
-    """Momentum buffers hold gradients: ÷ c."""
-    c = scales(rule, factor)
-    return {name: v / c[name] for name, v in buffers.items()}
-
-
 def invariant_entries(diagonal: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """θ_k² H_kk: the same in all coordinates of a rule."""
     return {name: state[name] ** 2 * h for name, h in diagonal.items()}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hessdiag.errors import AuditError, ConfigurationError, UnknownNameError, nearest
 from theory.claims import BY_ID
-from validation.evidence import Evidence, Finding
+from validation.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,6 @@ class Run:
     results: Path = Path("results")
 
 
-Found = Evidence | tuple[Finding, ...]
 Function = Callable[[Run], Evidence]
 
 
@@ -71,7 +70,12 @@ def check(claim: str, *, reads_results: bool = False) -> Callable[[Function], Fu
     return register
 
 
-def register(claim: str, doc: str, function: Function, *, reads_results: bool = False) -> None:
-    """Register one of several checks that are made alike, under the name that a check of its own would have."""
-    function.__name__, function.__doc__ = f"check_{slug(claim)}", doc
-    check(claim, reads_results=reads_results)(function)
+def alike(docs: Mapping[str, str], evidence: Callable[[str, Run], Evidence], *, reads_results: bool = False) -> None:
+    """Register checks that are made alike, each under the name that one of its own would have, with its own line."""
+    for claim, doc in docs.items():
+
+        def function(run: Run, claim: str = claim) -> Evidence:
+            return evidence(claim, run)
+
+        function.__name__, function.__doc__, function.__module__ = f"check_{slug(claim)}", doc, evidence.__module__
+        check(claim, reads_results=reads_results)(function)

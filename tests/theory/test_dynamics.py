@@ -152,8 +152,6 @@ def test_flatness() -> None:
     hessian = np.diag([0.1, 1.0, 3.0])
     sigma = dynamics.stationary_covariance(hessian, 2.0 * np.eye(3), 1e-5)
     assert dynamics.flatness(hessian, sigma) == pytest.approx(3 * 1e-5 * 2.0 / 4, rel=1e-4)
-    cut = dynamics.positive_part(np.diag([-1.0, 2.0]))
-    assert np.allclose(cut, np.diag([0.0, 2.0]))
 
 
 def test_refusals() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -48,7 +47,7 @@ def test_plug_in_norm_of_many_probes() -> None:
     h = symmetric(4, 1)
     v = all_signs(4)
     draws = v * (v @ h)
-    values = [estimators.plug_in_squared_norm(torch.stack([a, b])) for a, b in itertools.product(draws, draws)]
+    values = [(((a + b) / 2) ** 2).sum() for a, b in itertools.product(draws, draws)]
     bias = torch.stack(values).mean() - (h.diagonal() ** 2).sum()
     assert torch.isclose(bias, estimators.plug_in_bias(h, probes=2), rtol=1e-10)
 
@@ -108,32 +107,6 @@ def test_unbiased_norm_by_enumeration() -> None:
         assert torch.isclose(values.var(correction=0), closed, rtol=1e-10)
 
 
-def test_jackknife_of_t_is_the_delete_one_recomputation() -> None:
-    g = torch.Generator().manual_seed(6)
-    rows = torch.randn(6, 5, generator=g, dtype=torch.float64) + 1
-    without = [estimators.unbiased_squared_norm(rows[[j for j in range(6) if j != i]]) for i in range(6)]
-    values = torch.stack(without)
-    error = math.sqrt(5 / 6 * float(((values - values.mean()) ** 2).sum()))
-    found = estimators.student_interval(rows)
-    assert found.standard_error == pytest.approx(error, rel=1e-10)
-    assert found.estimate == pytest.approx(float(estimators.unbiased_squared_norm(rows)))
-
-
-@pytest.mark.statistical
-def test_coverage_of_student_interval() -> None:
-    """2000 Gaussian data sets of 10 replicates: coverage in 93.0..97.0% (4 sigma of a binomial at 95%: ±1.95
-    points).
-    """
-    g = torch.Generator().manual_seed(7)
-    d = torch.linspace(0.5, 1.5, 30, dtype=torch.float64)
-    hits = 0
-    for _ in range(2000):
-        rows = d + 0.3 * torch.randn(10, 30, generator=g, dtype=torch.float64)
-        low, high = estimators.student_interval(rows).squared
-        hits += low <= float((d**2).sum()) <= high
-    assert 0.930 <= hits / 2000 <= 0.970
-
-
 def test_normal_quantile_undercovers() -> None:
     """With 4 replicates the normal quantile covers 86%."""
     assert estimators.coverage_of_normal_quantile(4) == pytest.approx(0.855, abs=5e-3)
@@ -145,5 +118,3 @@ def test_refusals() -> None:
         estimators.unbiased_squared_norm(torch.ones(1, 3))
     with pytest.raises(ConfigurationError, match="square matrix"):
         estimators.hutchinson_variance(torch.ones(2, 3))
-    with pytest.raises(ConfigurationError, match="at least 3 replicates"):
-        estimators.student_interval(torch.ones(2, 3))

@@ -262,16 +262,6 @@ def test_the_same_function_with_a_norm_a_hundred_times_larger(kind: str) -> None
     assert rescaling.root_mean_square(after) / rescaling.root_mean_square(before) == pytest.approx(100, rel=1e-8)
 
 
-def test_momentum_buffers() -> None:
-    net, _, _ = make("mlp", 2.0, 1)
-    rule = rule_for("mlp", net)
-    buffers = {n: torch.ones_like(p) for n, p in net.named_parameters()}
-    moved = rescaling.rescale_momentum(buffers, rule, 2.0)
-    assert float(moved["0.weight"][0, 0]) == 0.5
-    assert float(moved["6.weight"][0, 0]) == 2.0
-    assert float(moved["2.weight"][0, 0]) == 1.0
-
-
 def test_refusals() -> None:
     net, _, _ = make("resnet", 2.0, 1)
     names = list(net.state_dict())

@@ -67,12 +67,6 @@ def curvature_at_zero(beta: int) -> Expr:
     return sp.simplify(second_derivative(beta).subs(x, 0))
 
 
-def evenness(beta: int) -> Identity:
-    """σ''(-x) - σ''(x), which is zero (caption of figure 2)."""
-    curvature = second_derivative(beta)
-    return Identity("F2", f"sigma'' even, beta={beta}", zero(curvature.subs(x, -x) - curvature))
-
-
 def integral(beta: int) -> Expr:
     """∫σ'' over the real line = σ'(∞) - σ'(-∞) = 1: max|σ''| is the reciprocal of a transition width."""
     slope = sp.diff(rct(beta), x).subs(alpha, 1)  # α is a change of variable that leaves the integral alone

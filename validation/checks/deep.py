@@ -22,7 +22,7 @@ from theory.symbolic.printed import deep_identities, forward_identities
 from validation.bridge import TOLERANCE
 from validation.evidence import Evidence, Finding, exactly, measured, zeros
 from validation.numbers import largest, linear_net, random_nets, special_nets
-from validation.register import Run, check
+from validation.register import Run, alike, check
 
 TOP = "l >= L-2, the top two hidden layers and the output"
 THREE, FOUR = (2, 2, 2), (2, 2, 2, 2)
@@ -125,24 +125,44 @@ def _printed(equation: str, run: Run, correction: str, *, note: str = "") -> Evi
 
 EXACT = "D_i^(l) = Σ_{r>=l} Σ_j σ''(z_j^r) S_j^r (∂z_j^r/∂z_i^l)², with the sum over paths squared (pairs of paths)"
 MATRIX = "H^(l) = diag(σ''S) + diag(σ') Wᵀ H^(l+1) W diag(σ'), H^(L) = 0, D^(l) = diag H^(l)"
+INSTEAD = {
+    "E7": EXACT,
+    "E27": "∂δ_t/∂z_i = Σ_t' H_tt' W_t'i σ'(z_i): the sum over all t', not t' = t alone",
+    "E28": MATRIX,
+    "E31": EXACT,
+    "E32": "(δ c)² + (f - y) c² D with D = diag H, " + MATRIX,
+    "E33": "(δ c)² + (f - y) c² D, " + EXACT,
+}
+"""What holds in place of a printed form."""
 
 
-@check("E7")
-def check_E7(run: Run) -> Evidence:
-    """E[7] = E[33]: exact for l >= L-2, wrong below."""
-    return _printed("E7", run, EXACT, note="E[7] repeats E[33]")
-
-
-@check("E20")
-def check_E20(run: Run) -> Evidence:
-    """E[20]: δ by backpropagation equals ∂f/∂z."""
-    return holds("E20", *_engine(run))
-
-
-@check("E21")
-def check_E21(run: Run) -> Evidence:
-    """E[21], a definition: ∂z/∂θ in its own layer is an input, or 1."""
-    return holds("E21")
+alike(
+    {
+        "E20": "E[20]: δ by backpropagation equals ∂f/∂z.",
+        "E23": "E[23]: ∂²f/∂θ² = D c² with the exact D = ∂δ/∂z.",
+    },
+    lambda claim, run: holds(claim, *_engine(run)),
+)
+alike(
+    {
+        "E21": "E[21], a definition: ∂z/∂θ in its own layer is an input, or 1.",
+        "E24": "E[24]: the product rule for D.",
+        "E25": "E[25], a definition: one layer of E[19].",
+        "E26": "E[26]: ∂z_t^(l+1)/∂z_i^(l) = W_ti σ'(z_i).",
+    },
+    lambda claim, run: holds(claim),
+)
+alike(
+    {
+        "E7": "E[7] = E[33]: exact for l >= L-2, wrong below.",
+        "E27": "E[27]: the chain rule through the own pre-activation alone; the way through the neighbours is missing.",
+        "E28": "E[28]: the recurrence for D, exact for l >= L-2, wrong below.",
+        "E31": "E[31]: the same polynomial as E[28], hence the same scope.",
+        "E32": "E[32]: the entry with E[30] inside.",
+        "E33": "E[33]: the entry with E[31] inside.",
+    },
+    lambda claim, run: _printed(claim, run, INSTEAD[claim], note="E[7] repeats E[33]" if claim == "E7" else ""),
+)
 
 
 @check("E22")
@@ -150,42 +170,6 @@ def check_E22(run: Run) -> Evidence:
     """E[22]: ∂f/∂θ = δ c; squared it is the engine's Gauss-Newton part for one output."""
     split = max(case.gauss_newton for case in random_nets(run.quick))
     return holds("E22", measured("the engine's Gauss-Newton part is Σ (δ c)∇²ℓ(δ c)", split, at_most=TOLERANCE))
-
-
-@check("E23")
-def check_E23(run: Run) -> Evidence:
-    """E[23]: ∂²f/∂θ² = D c² with the exact D = ∂δ/∂z."""
-    return holds("E23", *_engine(run))
-
-
-@check("E24")
-def check_E24(run: Run) -> Evidence:
-    """E[24]: the product rule for D."""
-    return holds("E24")
-
-
-@check("E25")
-def check_E25(run: Run) -> Evidence:
-    """E[25], a definition: one layer of E[19]."""
-    return holds("E25")
-
-
-@check("E26")
-def check_E26(run: Run) -> Evidence:
-    """E[26]: ∂z_t^(l+1)/∂z_i^(l) = W_ti σ'(z_i)."""
-    return holds("E26")
-
-
-@check("E27")
-def check_E27(run: Run) -> Evidence:
-    """E[27]: the chain rule through the own pre-activation alone; the way through the neighbours is missing."""
-    return _printed("E27", run, "∂δ_t/∂z_i = Σ_t' H_tt' W_t'i σ'(z_i): the sum over all t', not t' = t alone")
-
-
-@check("E28")
-def check_E28(run: Run) -> Evidence:
-    """E[28]: the recurrence for D, exact for l >= L-2, wrong below."""
-    return _printed("E28", run, MATRIX)
 
 
 @check("E29")
@@ -205,24 +189,6 @@ def check_E30(run: Run) -> Evidence:
     kept = float(paper_recursion(flat, at).layer(1))
     note = f"at σ'(z) = 0 E[30] is 0/0 while E[28] gives D = {kept:g} (σ = x + x²/2, z = -1)"
     return _printed("E30", run, MATRIX + "; with S, since δ/σ' is 0/0 where σ' = 0", note=note)
-
-
-@check("E31")
-def check_E31(run: Run) -> Evidence:
-    """E[31]: the same polynomial as E[28], hence the same scope."""
-    return _printed("E31", run, EXACT)
-
-
-@check("E32")
-def check_E32(run: Run) -> Evidence:
-    """E[32]: the entry with E[30] inside."""
-    return _printed("E32", run, "(δ c)² + (f - y) c² D with D = diag H, " + MATRIX)
-
-
-@check("E33")
-def check_E33(run: Run) -> Evidence:
-    """E[33]: the entry with E[31] inside."""
-    return _printed("E33", run, "(δ c)² + (f - y) c² D, " + EXACT)
 
 
 @check("A4.2.ck-independent")

@@ -47,7 +47,7 @@ from validation.coordinates import (
 )
 from validation.evidence import Evidence, exactly, measured, zeros
 from validation.numbers import special_nets
-from validation.register import Run, check
+from validation.register import Run, alike, check
 
 PerSample = Callable[[Tensor, Tensor], Tensor]
 
@@ -161,42 +161,34 @@ def cases(quick: bool) -> tuple[Deviations, ...]:
     return tuple(found)
 
 
-def _stated(run: Run, claim: str, statement: str, part: str) -> Evidence:
+STATED = {
+    "D.recursion": ("H^(l) of the loss, started from ∇²ℓ, equals autograd", "matrices"),
+    "D.entry": ("Gauss-Newton part plus c² D equals autograd", "entries"),
+    "D.sites": ("the sum over sites equals the recursion", "sites"),
+    "D.pairs": ("the sum over pairs of paths equals the recursion", "pairs"),
+    "D.gap": ("pairs of different paths equal the error of E[28]", "gap"),
+}
+
+
+def _stated(claim: str, run: Run) -> Evidence:
     """A statement for any depth: term by term on the symbolic nets, and this deviation of random nets and losses."""
+    statement, part = STATED[claim]
     values = [getattr(case, part) for case in cases(run.quick)]
     text = f"{statement}, {len(values)} random nets and losses (squared, cross-entropy, one with a full Hessian)"
     found = measured(text, max(values), at_most=TOLERANCE, label="deviation")
     return Evidence(claim, (zeros(rows_of(claim), reach=REACH), found), note=ANY_DEPTH)
 
 
-@check("D.recursion")
-def check_D_recursion(run: Run) -> Evidence:
-    """Section 1: the matrix recursion."""
-    return _stated(run, "D.recursion", "H^(l) of the loss, started from ∇²ℓ, equals autograd", "matrices")
-
-
-@check("D.entry")
-def check_D_entry(run: Run) -> Evidence:
-    """Section 1: entries of the diagonal."""
-    return _stated(run, "D.entry", "Gauss-Newton part plus c² D equals autograd", "entries")
-
-
-@check("D.sites")
-def check_D_sites(run: Run) -> Evidence:
-    """Section 2: the recursion unrolled."""
-    return _stated(run, "D.sites", "the sum over sites equals the recursion", "sites")
-
-
-@check("D.pairs")
-def check_D_pairs(run: Run) -> Evidence:
-    """Section 3: pairs of paths."""
-    return _stated(run, "D.pairs", "the sum over pairs of paths equals the recursion", "pairs")
-
-
-@check("D.gap")
-def check_D_gap(run: Run) -> Evidence:
-    """Section 3: the pairs that E[28] leaves out."""
-    return _stated(run, "D.gap", "pairs of different paths equal the error of E[28]", "gap")
+alike(
+    {
+        "D.recursion": "Section 1: the matrix recursion.",
+        "D.entry": "Section 1: entries of the diagonal.",
+        "D.sites": "Section 2: the recursion unrolled.",
+        "D.pairs": "Section 3: pairs of paths.",
+        "D.gap": "Section 3: the pairs that E[28] leaves out.",
+    },
+    _stated,
+)
 
 
 @check("D.scope")

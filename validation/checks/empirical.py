@@ -15,7 +15,7 @@ from hessdiag.errors import DataError
 from hessdiag.store.files import BadFileError, read_json
 from theory.claims import CLAIMS
 from validation.evidence import Evidence, Figure, Report
-from validation.register import Function, Run, register
+from validation.register import Run, alike
 
 COMMAND = "python -m experiments figures"
 
@@ -79,11 +79,8 @@ def _figure(row: dict[str, Any]) -> Figure | None:
     return Figure(str(row.get("figure") or "measured"), value, low, high, "confidence interval")
 
 
-def _reader(claim: str) -> Function:
-    return lambda run: Evidence(claim, report=report(claim, run))
-
-
-for _claim in CLAIMS:
-    if _claim.kind == "empirical":
-        _doc = f"{_claim.where}: read from the results of experiments."
-        register(_claim.id, _doc, _reader(_claim.id), reads_results=True)
+alike(
+    {c.id: f"{c.where}: read from the results of experiments." for c in CLAIMS if c.kind == "empirical"},
+    lambda claim, run: Evidence(claim, report=report(claim, run)),
+    reads_results=True,
+)

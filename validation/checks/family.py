@@ -14,7 +14,7 @@ from theory.symbolic import curvature_at_zero, maximum_at_zero, second_derivativ
 from theory.symbolic.printed import displayed, identities
 from theory.symbolic.rct import alpha, flat_limit_slope, integral, rescaling_identity, x
 from validation.evidence import Evidence, Finding, exactly, measured, zeros
-from validation.register import Run, check
+from validation.register import Run, alike, check
 
 
 def engine_deviation(number: int) -> Finding:
@@ -43,28 +43,16 @@ def _equation(number: int, *, note: str = "") -> Evidence:
     return Evidence(f"E{number}", (same, engine_deviation(number)), note=note)
 
 
-@check("E1")
-def check_E1(run: Run) -> Evidence:
-    """E[1], a definition: base of the recursion, and what the engine evaluates."""
-    return _equation(1)
-
-
-@check("E2")
-def check_E2(run: Run) -> Evidence:
-    """E[2]: σ'' of E[1] minus print is zero."""
-    return _equation(2)
-
-
-@check("E3")
-def check_E3(run: Run) -> Evidence:
-    """E[3]: (σ_0)'·x minus print is zero."""
-    return _equation(3)
-
-
-@check("E4")
-def check_E4(run: Run) -> Evidence:
-    """E[4]: σ'' of E[3] minus print is zero."""
-    return _equation(4)
+alike(
+    {
+        "E1": "E[1], a definition: base of the recursion, and what the engine evaluates.",
+        "E2": "E[2]: σ'' of E[1] minus print is zero.",
+        "E3": "E[3]: (σ_0)'·x minus print is zero.",
+        "E4": "E[4]: σ'' of E[3] minus print is zero.",
+        "E6": "E[6]: σ'' of E[5] minus print is zero.",
+    },
+    lambda claim, run: _equation(int(claim[1:])),
+)
 
 
 @check("E5")
@@ -76,12 +64,6 @@ def check_E5(run: Run) -> Evidence:
     stable = bool(torch.isfinite(engine_rct(t, 1.0, 2)).all())
     note = f"evaluated as printed in float32 it is NaN from αx = {first:g} on; the engine's form is finite: {stable}"
     return _equation(5, note=note)
-
-
-@check("E6")
-def check_E6(run: Run) -> Evidence:
-    """E[6]: σ'' of E[5] minus print is zero."""
-    return _equation(6)
 
 
 @check("S3.1.is-softplus")

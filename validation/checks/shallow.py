@@ -17,7 +17,7 @@ from validation.bridge import ACTIVATIONS, TOLERANCE, as_model, autograd_diagona
 from validation.checks.deep import rows_of
 from validation.evidence import Evidence, Finding, exactly, measured, zeros
 from validation.numbers import random_nets
-from validation.register import Run, check
+from validation.register import Run, alike, check
 
 REACH = "at three inputs and two neurons"
 
@@ -54,12 +54,23 @@ def _one_hidden_layer() -> dict[str, float]:
     return found
 
 
-def _equation(number: int, *numbers: str) -> Evidence:
+NUMBERS = {
+    "E12": ("E12 engine", "E12 autograd"),
+    "E13": ("E13 autograd",),
+    "E14": ("E15 autograd",),
+    "E15": ("E15 engine", "E15 autograd"),
+    "E16": ("E16 autograd",),
+    "E17": ("E18 autograd",),
+    "E18": ("E18 engine", "E18 autograd"),
+}
+
+
+def _equation(claim: str, run: Run) -> Evidence:
     numeric = tuple(
         measured(f"{name.split()[0]} as printed equals {name.split()[1]}", _one_hidden_layer()[name], at_most=TOLERANCE)
-        for name in numbers
+        for name in NUMBERS.get(claim, ())
     )
-    return Evidence(f"E{number}", (zeros(identities_for(f"E{number}"), reach=REACH), *numeric))
+    return Evidence(claim, (zeros(identities_for(claim), reach=REACH), *numeric))
 
 
 @check("E8")
@@ -124,52 +135,19 @@ def _forward(widths: tuple[int, ...]) -> Finding:
     return measured("the engine's network computes it", gap, at_most=1e-13, label="deviation")
 
 
-@check("E11")
-def check_E11(run: Run) -> Evidence:
-    """E[11]: second derivatives in the output layer vanish."""
-    return _equation(11)
-
-
-@check("E12")
-def check_E12(run: Run) -> Evidence:
-    """E[12]: entries h_i² and 1."""
-    return _equation(12, "E12 engine", "E12 autograd")
-
-
-@check("E13")
-def check_E13(run: Run) -> Evidence:
-    """E[13]: first derivative in a hidden weight."""
-    return _equation(13, "E13 autograd")
-
-
-@check("E14")
-def check_E14(run: Run) -> Evidence:
-    """E[14]: second derivative in a hidden weight."""
-    return _equation(14, "E15 autograd")
-
-
-@check("E15")
-def check_E15(run: Run) -> Evidence:
-    """E[15]: diagonal entry of a hidden weight."""
-    return _equation(15, "E15 engine", "E15 autograd")
-
-
-@check("E16")
-def check_E16(run: Run) -> Evidence:
-    """E[16]: first derivative in a hidden bias."""
-    return _equation(16, "E16 autograd")
-
-
-@check("E17")
-def check_E17(run: Run) -> Evidence:
-    """E[17]: second derivative in a hidden bias."""
-    return _equation(17, "E18 autograd")
-
-
-@check("E18")
-def check_E18(run: Run) -> Evidence:
-    """E[18]: diagonal entry of a hidden bias."""
-    return _equation(18, "E18 engine", "E18 autograd")
+alike(
+    {
+        "E11": "E[11]: second derivatives in the output layer vanish.",
+        "E12": "E[12]: entries h_i² and 1.",
+        "E13": "E[13]: first derivative in a hidden weight.",
+        "E14": "E[14]: second derivative in a hidden weight.",
+        "E15": "E[15]: diagonal entry of a hidden weight.",
+        "E16": "E[16]: first derivative in a hidden bias.",
+        "E17": "E[17]: second derivative in a hidden bias.",
+        "E18": "E[18]: diagonal entry of a hidden bias.",
+    },
+    _equation,
+)
 
 
 @check("E19")

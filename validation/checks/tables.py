@@ -15,7 +15,7 @@ from theory.claims.model import RANGE
 from theory.symbolic import Curvature, curvatures
 from theory.symbolic.printed import identities, number_in, orders
 from validation.evidence import Evidence, Figure, Finding, exactly, measured, zeros
-from validation.register import Function, Run, check, register
+from validation.register import Run, alike, check
 
 SPECS = {
     "swish": "silu",
@@ -41,30 +41,18 @@ def _engine(key: str, truth: float) -> Finding:
     return measured("the engine's max|σ''| equals the derived one", gap, at_most=1e-8, label="difference")
 
 
-def _curvature_check(key: str) -> Function:
-    claim = f"T1.{key}.curvature"
-
-    def function(run: Run) -> Evidence:
-        row = _curvatures()[key]
-        value = math.inf if str(row.value) == "oo" else float(row.value)
-        low, high = (value, value) if row.enclosure is None else (float(row.enclosure.low), float(row.enclosure.high))
-        figure = Figure("max|σ''|", value, low, high, "enclosure")
-        printed = float(number_in(claim))
-        wrong = f"max|σ''| = {value:.6g} at x = {row.at:.4f}, printed {printed:g}"
-        agrees = row.agrees_with(printed)
-        found = exactly(f"printed {printed:g}: {row.argument}", agrees, figure=figure, counterexample=wrong)
-        note = "" if row.attained else "a supremum, not attained"
-        return Evidence(claim, (found, _engine(key, value)), correction="" if agrees else wrong, note=note)
-
-    return function
-
-
-for _row in TABLE1:
-    register(f"T1.{_row.key}.curvature", f"Table 1, max|σ''| of {_row.key}.", _curvature_check(_row.key))
-
-
-def _improvement_check(key: str) -> Function:
-    return lambda run: Evidence(f"S4.4.improvement-{key}", (_improvement(key),))
+def _curvature(claim: str, run: Run) -> Evidence:
+    key = claim.split(".")[1]
+    row = _curvatures()[key]
+    value = math.inf if str(row.value) == "oo" else float(row.value)
+    low, high = (value, value) if row.enclosure is None else (float(row.enclosure.low), float(row.enclosure.high))
+    figure = Figure("max|σ''|", value, low, high, "enclosure")
+    printed = float(number_in(claim))
+    wrong = f"max|σ''| = {value:.6g} at x = {row.at:.4f}, printed {printed:g}"
+    agrees = row.agrees_with(printed)
+    found = exactly(f"printed {printed:g}: {row.argument}", agrees, figure=figure, counterexample=wrong)
+    note = "" if row.attained else "a supremum, not attained"
+    return Evidence(claim, (found, _engine(key, value)), correction="" if agrees else wrong, note=note)
 
 
 def _improvement(key: str) -> Finding:
@@ -73,9 +61,14 @@ def _improvement(key: str) -> Finding:
     return exactly(f"difference {float(difference):g} as printed", difference == printed, counterexample=wrong)
 
 
-for _key in IMPROVEMENTS:
-    _doc = f"Section 4.4: the difference of two cells of Table 1 for {_key}."
-    register(f"S4.4.improvement-{_key}", _doc, _improvement_check(_key))
+alike({f"T1.{row.key}.curvature": f"Table 1, max|σ''| of {row.key}." for row in TABLE1}, _curvature)
+alike(
+    {
+        f"S4.4.improvement-{key}": f"Section 4.4: the difference of two cells of Table 1 for {key}."
+        for key in IMPROVEMENTS
+    },
+    lambda claim, run: Evidence(claim, (_improvement(claim.rpartition("-")[2]),)),
+)
 
 
 @check("S4.4.improvements")
@@ -163,21 +156,12 @@ def check_A6_b1_memory_as_mish(run: Run) -> Evidence:
     return _between("A6.b1-memory-as-mish", f"{float(a)} = {float(b)} GB, in print", a == b)
 
 
-def _time_between(claim: str, key: str) -> Evidence:
-    low, middle, high = MINUTES["relu"], MINUTES[key], MINUTES["gelu"]
+def _time_between(claim: str, run: Run) -> Evidence:
+    low, middle, high = MINUTES["relu"], MINUTES[f"rct{claim[4]}"], MINUTES["gelu"]
     return _between(claim, f"{float(low)} < {float(middle)} < {float(high)} min, in print", low < middle < high)
 
 
-@check("A6.b0-time-between")
-def check_A6_b0_time_between(run: Run) -> Evidence:
-    """Section A.6 against Table 2."""
-    return _time_between("A6.b0-time-between", "rct0")
-
-
-@check("A6.b1-time-between")
-def check_A6_b1_time_between(run: Run) -> Evidence:
-    """Section A.6 against Table 2."""
-    return _time_between("A6.b1-time-between", "rct1")
+alike(dict.fromkeys(["A6.b0-time-between", "A6.b1-time-between"], "Section A.6 against Table 2."), _time_between)
 
 
 @check("A6.b2-highest-cost")
