@@ -51,16 +51,7 @@ Verdict = Literal[
     "inconclusive",
 ]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-FROM_EXPERIMENTS: tuple[Verdict, ...] = (
-    "holds",
-    "contradicts",
-    "transfers",
-    "does not transfer",
-    "no difference beyond δ",
-    "depends on the setting",
-    "inconclusive",
-    "not tested",
-)
+FROM_EXPERIMENTS: tuple[Verdict, ...] = (*VERDICTS[VERDICTS.index("holds") :], "not tested")
 
 
 @dataclass(frozen=True)
