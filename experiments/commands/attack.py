@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from experiments.commands.common import Device, NotSaid, Quiet, Root, TrainedOn
 from experiments.commands.evaluation import run_attacks
 
 
@@ -15,18 +16,18 @@ def command(
     checkpoint: Annotated[Path, typer.Argument(help="A run's directory, or a checkpoint file.")],
     attack: Annotated[list[str], typer.Option(help="aa, aa2, pgd; aa2:300 for 300 images; again and again.")],
     eps: Annotated[str | None, typer.Option(help="Linf radius; by default that of training.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data set; by default that of training.")] = None,
+    data: TrainedOn = None,
     weights: Annotated[str | None, typer.Option(help="model, or ema for averaged weights.")] = None,
-    network: Annotated[str | None, typer.Option(help="Of a public checkpoint that does not say.")] = None,
-    activation: Annotated[str | None, typer.Option(help="Of a public checkpoint that does not say.")] = None,
+    network: NotSaid = None,
+    activation: NotSaid = None,
     num_classes: Annotated[int | None, typer.Option(help="Of a public checkpoint that does not say.")] = None,
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
     samples_seed: Annotated[int, typer.Option(help="Of the choice of test images.")] = 0,
     batch_size: Annotated[int, typer.Option()] = 250,
-    device: Annotated[str | None, typer.Option(help="cuda, cpu; by default the GPU if there is one.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Where data lies; $HESSDIAG_DATA by default.")] = None,
+    device: Device = None,
+    root: Root = None,
     out: Annotated[Path | None, typer.Option(help="Where result.json goes; beside the checkpoint by default.")] = None,
-    quiet: Annotated[bool, typer.Option(help="No progress on standard error.")] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Attack a trained network; AutoAttack goes on where it was after an interruption."""
     given = {"network": network, "activation": activation, "num_classes": num_classes}

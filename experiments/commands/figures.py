@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
+from experiments.commands.common import Results
 from hessdiag.errors import ConfigurationError
 
 
 def command(
-    results: Annotated[Path, typer.Option(help="Directory of exported results.")] = Path("results"),
+    results: Results = Path("results"),
     resamples: Annotated[
         int | None, typer.Option(help="Of bootstrap and permutation; as the rules say by default.")
     ] = None,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from experiments.commands.common import Root, TrainedOn
 from hessdiag.errors import ConfigurationError
 from hessdiag.store.files import BadFileError, write_json
 
@@ -18,10 +19,10 @@ def command(
     batch_size: Annotated[int | None, typer.Option(help="Of training, by default.", min=1)] = None,
     lr: Annotated[float | None, typer.Option(help="The step's rate; that of training by default.", min=0.0)] = None,
     eps: Annotated[str | None, typer.Option(help="Linf radius; 0: clean images; by default that of training.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data set; by default that of training.")] = None,
+    data: TrainedOn = None,
     seed: Annotated[int, typer.Option(help="Of the choice of images and of the attack.", min=0)] = 0,
     json: Annotated[Path | None, typer.Option(help="Write what is printed to this file.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Where data lies; $HESSDIAG_DATA by default.")] = None,
+    root: Root = None,
 ) -> int:
     """tr(C), tr(HC) and half of tr(H Sigma), Sigma = lr^2 C, of the loss at PGD-10 images, on training images.
 

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from experiments.commands.common import Seeds
 from hessdiag.show.text import counted
 
 QUANTITIES = ("aa2", "clean")
@@ -18,7 +19,7 @@ QUANTITIES = ("aa2", "clean")
 def command(
     file: Annotated[Path, typer.Argument(help="A sweep file, such as experiments/sweeps/smoke/figure3.toml.")],
     results: Annotated[Path, typer.Option(help="Exported results, whose scatter is used.")] = Path("results"),
-    seeds: Annotated[str | None, typer.Option(help="Seeds instead of the file's: 0,1,2.")] = None,
+    seeds: Seeds = None,
 ) -> int:
     """Half-width of each contrast, power for the effect that rules.toml names, the seeds that 90% need, and the chance
     to show that what is no difference is smaller than δ.

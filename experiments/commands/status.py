@@ -10,12 +10,13 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from experiments.commands.common import StoreFolder
 from experiments.sweep import status
 from experiments.sweep.reader import Reader
 
 
 def command(
-    store: Annotated[Path, typer.Option(help="Directory of the store.")] = Path("runs/sweeps"),
+    store: StoreFolder = Path("runs/sweeps"),
     sweep: Annotated[str | None, typer.Option(help="One sweep only, such as smoke/figure3.")] = None,
     watch: Annotated[bool, typer.Option(help="Refresh until nothing is left to do, or Ctrl-C.")] = False,
     list_runs: Annotated[bool, typer.Option("--list", help="Every run with what came out.")] = False,

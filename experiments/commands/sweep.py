@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from experiments.commands.common import Results, Seeds, StoreFolder
 from experiments.sweep import cluster, export, grid, local, preflight, records, status
 from experiments.sweep.cost import check_budget, estimate
 from experiments.sweep.keys import RunConfig
@@ -27,20 +28,20 @@ EXECUTORS = ("local", "ray")
 
 def command(
     files: Annotated[list[Path], typer.Argument(help="Sweeps by file or name: smoke/figure3, mine.toml.")],
-    store: Annotated[Path, typer.Option(help="Directory of the store.")] = Path("runs/sweeps"),
+    store: StoreFolder = Path("runs/sweeps"),
     executor: Annotated[str, typer.Option(help="local: processes here; ray: a cluster.")] = "local",
     workers: Annotated[int | None, typer.Option(help="Processes; one per core or GPU by default.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each run.")] = None,
     per_gpu: Annotated[int, typer.Option(help="Runs side by side on one GPU.")] = 1,
     ray_address: Annotated[str | None, typer.Option(help="A running cluster; by default one on this machine.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds instead of the file's: 0,1,2.")] = None,
+    seeds: Seeds = None,
     stage: Annotated[int | None, typer.Option(help="The last stage to do, where a file has several.")] = None,
     retries: Annotated[int, typer.Option(help="How often a failed run is tried again.")] = 0,
     budget: Annotated[float | None, typer.Option(help="Refuse to start what takes longer, in minutes.")] = None,
     pilot: Annotated[bool, typer.Option(help="Time a few steps first where no timing is known.")] = True,
     dry_run: Annotated[bool, typer.Option(help="Say what would be done and what it costs, and stop.")] = False,
     list_runs: Annotated[bool, typer.Option("--list", help="List the runs with what came out, and stop.")] = False,
-    results: Annotated[Path, typer.Option(help="Directory of exported results.")] = Path("results"),
+    results: Results = Path("results"),
     exporting: Annotated[bool, typer.Option("--export/--no-export", help="Write results/TIER/NAME.json.")] = False,
     only_export: Annotated[bool, typer.Option(help="Export what the store holds, and stop.")] = False,
 ) -> int:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from experiments.chance import UNLEARNED
+from experiments.commands.common import Device, Quiet, Root
 from experiments.commands.evaluation import run_attacks
 from experiments.commands.options import configuration
 from experiments.evaluate import Request
@@ -34,11 +35,11 @@ def command(
     assign: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of any entry, again and again.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's directory; runs/KEY by default.")] = None,
     attack: Annotated[list[str] | None, typer.Option(help="Attack afterwards: aa2:300, aa, pgd; repeatable.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cpu; by default the GPU if there is one.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Where data lies; $HESSDIAG_DATA by default.")] = None,
+    device: Device = None,
+    root: Root = None,
     save_seconds: Annotated[float, typer.Option(help="At least so long between two checkpoints.")] = 10.0,
     dry_run: Annotated[bool, typer.Option(help="Print the whole configuration and stop.")] = False,
-    quiet: Annotated[bool, typer.Option(help="No progress on standard error.")] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Train a network; the same command after an interruption goes on where it was."""
     given: dict[str, Any] = {

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Column, Table
 
+from experiments.commands.common import Results
 from hessdiag.errors import UnknownNameError, nearest
 
 COLOURS = {
@@ -31,7 +32,7 @@ def coloured(word: str, mark: str = "") -> str:
 
 
 def command(
-    results: Annotated[Path, typer.Option(help="Directory of exported results.")] = Path("results"),
+    results: Results = Path("results"),
     claim: Annotated[str | None, typer.Option(help="One claim in full, such as F7a.u-shape.")] = None,
     tables: Annotated[bool, typer.Option(help="Also every cell of Tables 1 and 2.")] = False,
 ) -> int:
