@@ -37,13 +37,13 @@ from hessdiag.problem.persample import Curvature
 class _Bend:
     """A node that bends, on one batch: its adjoint, and its form in its live inputs where it acts entry by entry."""
 
-    def __init__(self, kind: type[SiteKind], node: Any, adjoint: Tensor, name: str) -> None:
-        self.kind, self.node, self.adjoint, self.name = kind, node, adjoint, name
+    def __init__(self, kind: type[SiteKind], node: Any, adjoints: Mapping[int, Tensor], name: str) -> None:
+        self.kind, self.node, self.adjoints, self.name = kind, node, adjoints, name
         self.form: dict[tuple[int, int], Tensor] = {}
         if issubclass(kind, Pointwise):
             for pair, second in kind.second(node).items():
                 plain = isinstance(second, float) and second == 1.0
-                self.form[pair] = adjoint if plain else second * adjoint
+                self.form[pair] = adjoints[0] if plain else second * adjoints[0]
         self.slots = sorted({slot for pair in self.form for slot in pair})
         self.edges: list[Edge] = [node.next_functions[slot] for slot in self.slots]
 
@@ -194,29 +194,33 @@ class Linearisation:
                 take(place, legs[half.leg : half.leg + 1], seed, half.kept)
         return found
 
-    def adjoints(self, nodes: Sequence[Any]) -> list[Tensor]:
-        """dl/dh for the outputs h of `nodes`, the loss summed over the batch."""
-        if not nodes:
+    def adjoints(self, edges: Sequence[Edge]) -> list[Tensor]:
+        """dl/dh for the tensors h of `edges`, the loss summed over the batch."""
+        if not edges:
             return []
         gradient = self.curvature.gradient.to(self.outputs.dtype).reshape(self.outputs.shape)
         found = torch.autograd.grad(
             [self.outputs],
-            [GradientEdge(node, 0) for node in nodes],
+            [GradientEdge(*edge) for edge in edges],
             [gradient],
             retain_graph=True,
             allow_unused=True,
         )
         return [
-            torch.zeros(edge_shape((node, 0)), dtype=gradient.dtype, device=gradient.device) if g is None else g
-            for node, g in zip(nodes, found)
+            torch.zeros(edge_shape(edge), dtype=gradient.dtype, device=gradient.device) if g is None else g
+            for edge, g in zip(edges, found)
         ]
 
     # -- construction
 
     def _find_sites(self, index: int) -> list[Site]:
-        adjoints = self.adjoints([node for _, node in self.graph.bends])
+        bends = [(kind, node, kind.outputs(node)) for kind, node in self.graph.bends]
+        adjoints = iter(self.adjoints([(node, number) for _, node, outputs in bends for number in outputs]))
         with torch.no_grad():
-            raw = [_Bend(kind, node, g, self._name(node)) for (kind, node), g in zip(self.graph.bends, adjoints)]
+            raw = [
+                _Bend(kind, node, {number: next(adjoints) for number in outputs}, self._name(node))
+                for kind, node, outputs in bends
+            ]
             for bend in raw:
                 if not all(bool(torch.isfinite(c).all()) for c in bend.form.values()):
                     self._not_finite(index, bend.name)
@@ -231,7 +235,7 @@ class Linearisation:
         """Bilinear terms of shared layers whose input depends on what they apply."""
         places = [n for n, layer in enumerate(self.shared) if layer.kind.crossing(layer) and self.graph.crosses(layer)]
         found: list[Site] = []
-        for place, adjoint in zip(places, self.adjoints([self.shared[place].node for place in places])):
+        for place, adjoint in zip(places, self.adjoints([(self.shared[place].node, 0) for place in places])):
             layer = self.shared[place]
             c, legs, right = layer.on(self.samples).cross(adjoint)
             self.crossing[first + len(found)] = place
@@ -288,7 +292,7 @@ class Linearisation:
     def _sites(self, bend: _Bend) -> list[Site]:
         if issubclass(bend.kind, Pointwise) and len(bend.slots) == 1:
             return [Site(bend.name, bend.form[bend.slots[0], bend.slots[0]], ((bend.edges[0], 1.0),))]
-        return bend.kind.sites(bend.node, bend.adjoint, bend.name)
+        return bend.kind.written(bend.node, bend.adjoints, bend.name)
 
     def _base(self, edge: Edge) -> tuple[Edge, Tensor]:
         """Follow elementwise nodes and constant factors down from `edge`: the tensor u below and d(edge)/du."""

@@ -217,10 +217,18 @@ class Graph(Live):
             return False
         bent = [kind.bends(node) for kind in sites.KINDS.of(node) if kind.match(node, self)]
         affine = not any(bent) and (bool(bent) or node.name() in AFFINE or not Tested.match(node, self))
-        ways = self._ways(0, (node, 0)) if affine else []
+        ways = (self._ways(0, (node, 0)) or self._handed_out(node, live)) if affine else []
         for way in ways:
             self._add(Layer(Source, way.name, node, way.name, None, carried=way))
         return bool(ways)
+
+    def _handed_out(self, node: Any, live: list[Edge]) -> list[Carried]:
+        """What is computed from parameters, and handed to the samples by this one node."""
+        if len(live) != 1:
+            return []
+        slot, own = node.next_functions.index(live[0]), edge_shape(live[0])
+        found = read(lambda tangents: forward(node, slot, live[0], 0, tangents), own, sizes(*live[0]))
+        return [] if found is None else [Carried(self.apply(live[0]), slot, own, edge_shape((node, 0)), *found)]
 
     def _tell_apart(self) -> None:
         """Cut what several nodes apply, and what is computed first, out of `layers` into `shared`."""
@@ -253,8 +261,8 @@ class Graph(Live):
         """Whether all that is computed from a node's output is applied to something else (of one sample both serve)."""
         users = self.consumers(node)
         for user, slot in users:
-            sole = any(kind.sole for kind in layers.KINDS.of(user))
-            if not (sole and slot > 0) and (sole or not self._ends_in_weights(user)):
+            given = [kind.given(user) for kind in layers.KINDS.of(user) if kind.sole]
+            if slot in given or not (given or self._ends_in_weights(user)):
                 return False
         return bool(users)
 
@@ -349,7 +357,10 @@ class Graph(Live):
                 self.refuse(node, f"parameter {self.through(source)!r} is not the weight or bias of a known layer")
 
     def _refuse_complex(self, node: Any) -> None:
-        edges = [(node, 0), *(edge for edge in node.next_functions if self.is_live(edge[0]))]
+        edges = [
+            *((node, number) for number in self.outputs_in_use(node)),
+            *(edge for edge in node.next_functions if self.is_live(edge[0])),
+        ]
         if any(sizes(*edge).dtype.is_complex for edge in edges):
             self.refuse(node, "a function of complex numbers that is not affine")
 

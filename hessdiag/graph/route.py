@@ -24,10 +24,10 @@ from hessdiag.graph.tangents import Tangent
 class Route:
     """The nodes between one edge of the graph and the sites above it, in the order of a forward pass.
 
-    Built once per layer; `run` may be called for any number of chunks of directions.
+    Built once per layer; `run` may be called for any number of chunks of directions. `sites` come with their numbers.
     """
 
-    def __init__(self, graph: Graph, start: Edge, sites: Sequence[Site], cache: Cache) -> None:
+    def __init__(self, graph: Graph, start: Edge, sites: Sequence[tuple[int, Site]], cache: Cache) -> None:
         self.start = start
         self._cache = cache
         reached: set[int] = {id(start[0])}
@@ -36,9 +36,7 @@ class Route:
             if id(node) not in reached and any(id(source) in reached for source, _ in node.next_functions):
                 reached.add(id(node))
                 above.append(node)
-        self.sites = [
-            (number, site) for number, site in enumerate(sites) if any(id(edge[0]) in reached for edge in site.edges)
-        ]
+        self.sites = [(number, site) for number, site in sites if any(id(edge[0]) in reached for edge in site.edges)]
         needed = {id(edge[0]) for _, site in self.sites for edge in site.edges}
         self.nodes: list[tuple[Any, list[int]]] = []
         for node in reversed(above):

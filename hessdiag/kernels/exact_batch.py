@@ -9,7 +9,7 @@ takes, layer by layer, one forward pass per neuron, per weight or per output pos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ Progress = Callable[[int, int], None]
 MEMORY = 1 << 28
 NODE = 1e5
 """Multiplications done in the time that it takes to pass a node with nothing to multiply (tens of microseconds)."""
+DIGITS = 16
+"""Samples are numbered in this base to tell them apart, a pass for each digit."""
 CLOSE = 1 << 26  # bytes of tangents beyond which a processor waits for its memory
 
 
@@ -128,23 +130,43 @@ def cost(batch: Linearisation, *, memory: int = MEMORY) -> Cost:
 
 
 def check_separate(batch: Linearisation) -> None:
-    """Refuse a model in which samples of a batch reach one another or change places: half of them must not
-    see the rest, nor the rest them.
+    """Refuse a model in which samples of a batch reach one another or change places.
 
-    One backward pass from every site and output of a random half, one from those of the rest; the gradients at
-    the layers of the samples left out must vanish.
+    Seeds at the sites and outputs of a random half must vanish at the layers of all other samples, and the other way
+    round; and with each sample's seeds times a power of two, exact in any sum, each must find its own at the layers.
     """
-    samples = batch.samples
-    if samples == 1 or not (batch.layers or batch.shared):
+    samples, layers = batch.samples, [*batch.layers, *batch.shared]
+    if samples == 1 or not layers:
         return
     order = torch.randperm(samples, generator=cpu_generator(samples), device="cpu")
-    half = (order < (samples + 1) // 2).to(batch.outputs.device)
-    for some in (half, ~half):
-        _check_unseen(batch, some)
+    half = (order < (samples + 1) // 2).to(batch.outputs)
+    sizes = []
+    for some in (half, 1 - half):
+        sizes.append(_sizes(batch, layers, some))
+        for layer, size in zip(layers, sizes[-1]):
+            if size is None or bool(size[some == 0].any()):
+                raise UncoveredModelError(
+                    f"above layer {layer.name!r} the samples of a batch meet (a mean or a turn over the "
+                    "first axis); use method='hutchinson'"
+                )
+    numbers, digit = torch.arange(samples, device=half.device), 1
+    while digit < samples and samples > 2:
+        times = torch.pow(2.0, (numbers // digit % DIGITS).to(half.dtype))
+        for layer, size, *parts in zip(layers, _sizes(batch, layers, times), *sizes):
+            assert size is not None
+            wanted = sum(parts) * times
+            if float((size - wanted).norm()) > torch.finfo(half.dtype).eps ** 0.5 * float(wanted.norm()):
+                raise UncoveredModelError(
+                    f"above layer {layer.name!r} the samples of a batch change places (a turn over the first axis); "
+                    "use method='hutchinson'"
+                )
+        digit *= DIGITS
 
 
-def _check_unseen(batch: Linearisation, half: Tensor) -> None:
-    """Refuse a model in which the samples of `half` see others."""
+def _sizes(batch: Linearisation, layers: Sequence[Layer], times: Tensor) -> list[Tensor | None]:
+    """[N] by layer: the largest entry that one backward pass from all sites and outputs, each sample's seeds times a
+    number of its own, leaves there. None where the samples do not divide the layer's output.
+    """
     samples = batch.samples
     seeds: list[Tensor | None] = []
     for number, site in enumerate(batch.sites):
@@ -155,22 +177,22 @@ def _check_unseen(batch: Linearisation, half: Tensor) -> None:
             raise UncoveredModelError(
                 f"{site.name}: {list(site.c.shape)} is not laid out by samples; use method='hutchinson'"
             )
-        rows = half.to(site.c.dtype)[:, None].expand(-1, site.c.numel() // samples)
+        rows = times.to(site.c.dtype)[:, None].expand(-1, site.c.numel() // samples)
         seeds.append(rows.reshape(site.c.shape))
-    top = half.to(batch.outputs.dtype).reshape(-1, *(1,) * (batch.outputs.ndim - 1)).expand(batch.outputs.shape)
-    layers = [*batch.layers, *batch.shared]
-    for layer, gradient in zip(layers, batch.backward(seeds, top, [layer.edge for layer in layers], above=True)):
+    top = times.reshape(-1, *(1,) * (batch.outputs.ndim - 1)).expand(batch.outputs.shape)
+    found: list[Tensor | None] = []
+    for gradient in batch.backward(seeds, top, [layer.edge for layer in layers], above=True):
         if gradient is None:
-            continue
-        if gradient.numel() % samples or bool(gradient.reshape(samples, -1)[~half].any()):
-            raise UncoveredModelError(
-                f"above layer {layer.name!r} the samples of a batch meet (a mean or a turn over the "
-                "first axis); use method='hutchinson'"
-            )
+            found.append(torch.zeros_like(times))
+        elif gradient.numel() % samples:
+            found.append(None)
+        else:
+            found.append(gradient.detach().reshape(samples, -1).abs().amax(1))
+    return found
 
 
 def _plan(batch: Linearisation, memory: int) -> list[tuple[Directions, Choice]]:
-    sites = [site for site in batch.sites if bool(site.c.any())]
+    sites = [(number, site) for number, site in enumerate(batch.sites) if bool(site.c.any())]
     cache: Cache = {}
     steps = []
     for start in starts(batch):

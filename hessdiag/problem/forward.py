@@ -51,6 +51,17 @@ def as_written(kinds: Iterable[str]) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled; not imported for this
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_Mending(kinds))
+        stack.enter_context(scripts_by_operation())
+        yield
+
+
+@contextmanager
+def scripts_by_operation() -> Iterator[None]:
+    """Scripted functions run operation by operation, too, rather than as one node that hides what bends in it."""
+    jit: Any = torch.jit
+    for function in jit._state._python_cu.get_functions():  # what was compiled before is kept otherwise
+        function._debug_flush_compilation_cache()
+    with jit.optimized_execution(False):
         yield
 
 

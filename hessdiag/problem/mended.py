@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from hessdiag.errors import UncoveredModelError
+from hessdiag.problem import contraction, recurrent
 from hessdiag.problem.attention import multi_head
 
 
@@ -125,86 +126,92 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g * v.square().sum(axes, keepdim=dim != -1).rsqrt())
 
 
-Cell = Callable[[Tensor, Any, Sequence[Tensor | None]], tuple[Tensor, Any]]
-"""(what the input gives, state, (w_hh, b_hh, projection)) -> (output, state)."""
+_ALIKE = (
+    "div", "divide", "true_divide", "pow", "float_power", "maximum", "minimum", "fmax", "fmin", "clamp", "clamp_min",
+    "clamp_max", "clip", "atan2", "arctan2", "hypot", "xlogy", "logaddexp", "logaddexp2", "lerp", "addcdiv",
+)  # fmt: skip
+"""Functions of single entries in which a parameter may stand beside samples, products and sums apart."""
+_OPERATORS = ("__truediv__", "__rtruediv__", "__pow__", "__rpow__", "__div__")
 
 
-def _simple(function: Callable[[Tensor], Tensor]) -> Cell:
-    def step(given: Tensor, state: Any, weights: Sequence[Tensor | None]) -> tuple[Tensor, Any]:
-        w, b, _ = weights
-        assert w is not None
-        h = function(given + F.linear(state[0], w, b))
-        return h, (h,)
+def _spread(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same with what has no samples handed to each of them, where torch would broadcast it: one node then hands
+    out a parameter, and the function is one of two tensors, sample by sample.
+    """
 
-    return step
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if not any(x.requires_grad for x in tensors) or len(tensors) < 2:
+            return function(*args, **kwargs)
+        shape: torch.Size = torch.broadcast_shapes(*(x.shape for x in tensors))  # type: ignore[no-untyped-call]
 
+        def full(x: Any) -> Any:
+            if not (isinstance(x, Tensor) and x.requires_grad and shape):
+                return x
+            alone = x.ndim == len(shape) and x.shape[0] == 1 and (shape[0] != 1 or x.is_leaf)
+            return x.expand(shape) if x.ndim < len(shape) or alone else x
 
-def _gru(given: Tensor, state: Any, weights: Sequence[Tensor | None]) -> tuple[Tensor, Any]:
-    w, b, _ = weights
-    assert w is not None
-    (r, z, n), (hr, hz, hn) = given.chunk(3, -1), F.linear(state[0], w, b).chunk(3, -1)
-    z = torch.sigmoid(z + hz)
-    n = torch.tanh(n + torch.sigmoid(r + hr) * hn)
-    h = n + z * (state[0] - n)
-    return h, (h,)
-
-
-def _lstm(given: Tensor, state: Any, weights: Sequence[Tensor | None]) -> tuple[Tensor, Any]:
-    w, b, projection = weights
-    assert w is not None
-    i, f, g, o = (given + F.linear(state[0], w, b)).chunk(4, -1)
-    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
-    h = h if projection is None else F.linear(h, projection)
-    return h, (h, c)
-
-
-def _recurrent(whole: Any, cell: Cell) -> Callable[..., Any]:
-    """A net of several steps, layers and directions, as torch calls it."""
-
-    def run(*args: Any) -> Any:
-        if not isinstance(args[3], bool) or (args[5] and args[6]):
-            return whole(*args)  # packed sequences, whose rows are not the samples; or dropout
-        x, hidden, flat, biases, layers, _, _, both, batch_first = args
-        states = [hidden] if isinstance(hidden, Tensor) else list(hidden)
-        x = x if batch_first else x.transpose(0, 1)
-        size = len(flat) // (layers * (1 + both))
-        last: list[Any] = []
-        for layer in range(layers):
-            sides = []
-            for side in range(1 + both):
-                place = layer * (1 + both) + side
-                own = list(flat[place * size : (place + 1) * size])
-                w_in, w = own[:2]
-                b_in, b = own[2:4] if biases else (None, None)
-                rest = own[4 if biases else 2 :]
-                given = F.linear(x, w_in, b_in).unbind(1)
-                state: Any = tuple(s[place] for s in states)
-                outputs = []
-                for step in reversed(given) if side else given:
-                    h, state = cell(step, state, (w, b, rest[0] if rest else None))
-                    outputs.append(h)
-                sides.append(torch.stack(outputs[::-1] if side else outputs, 1))
-                last.append(state)
-            x = torch.cat(sides, -1) if both else sides[0]
-        ends = [torch.stack(column) for column in zip(*last)]
-        return (x if batch_first else x.transpose(0, 1), *ends)
+        return function(*map(full, args), **{name: full(x) for name, x in kwargs.items()})
 
     return run
 
 
-def _one(cell: Cell) -> Callable[..., Any]:
-    """A single step, as torch calls it."""
+def _spreading() -> dict[Any, Callable[..., Any]]:
+    """By every name under which torch has these functions."""
+    found: dict[Any, Callable[..., Any]] = {}
+    for owner, names in ((torch, _ALIKE), (Tensor, (*_ALIKE, *_OPERATORS))):
+        for name in names:
+            if hasattr(owner, name):
+                found[getattr(owner, name)] = _spread(getattr(owner, name))
+    return found
 
-    def run(x: Tensor, hidden: Any, w_in: Tensor, w: Tensor, b_in: Any = None, b: Any = None) -> Any:
-        states = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
-        _, found = cell(F.linear(x, w_in, b_in), states, (w, b, None))
-        return found if len(found) > 1 else found[0]
+
+def _real(plain: Callable[..., Tensor], function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Of complex numbers, by their real and imaginary parts."""
+
+    def run(x: Tensor, *args: Any, **named: Any) -> Tensor:
+        return function(x.real, x.imag) if x.is_complex() and not (args or named) else plain(x, *args, **named)
+
+    return run
+
+
+def _polar(abs: Tensor, angle: Tensor) -> Tensor:
+    return torch.complex(abs * torch.cos(angle), abs * torch.sin(angle))
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Gain and bias after the normalisation, channel by channel: torch repeats them for every sample."""
+    plain = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
+    shape = (-1, *(1,) * (input.ndim - 2))
+    plain = plain if weight is None else plain * weight.reshape(shape)
+    return plain if bias is None else plain + bias.reshape(shape)
+
+
+def _pair(first: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A moment and the mean, each by a function of its own."""
+
+    def run(x: Tensor, dim: Any = None, *args: Any, keepdim: bool = False, **named: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(dim, bool):  # the older form: unbiased
+            named, dim = {"unbiased": dim} | named, None
+        if args:
+            named, keepdim = {"unbiased": args[0]} | named, args[1] if len(args) > 1 else keepdim
+        axes = tuple(range(x.ndim)) if dim is None else dim
+        return first(x, axes, keepdim=keepdim, **named), x.mean(axes, keepdim=keepdim)
 
     return run
 
 
 MENDED: dict[Any, Callable[..., Any]] = {
+    **_spreading(),
     F.multi_head_attention_forward: multi_head,
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
@@ -218,12 +225,26 @@ MENDED: dict[Any, Callable[..., Any]] = {
     Tensor.addcmul: _addcmul,
     Tensor.register_hook: _no_hook,
     torch._weight_norm: _weight_norm,
-    torch.rnn_tanh: _recurrent(torch.rnn_tanh, _simple(torch.tanh)),
-    torch.rnn_relu: _recurrent(torch.rnn_relu, _simple(torch.relu)),
-    torch.gru: _recurrent(torch.gru, _gru),
-    torch.lstm: _recurrent(torch.lstm, _lstm),
-    torch.rnn_tanh_cell: _one(_simple(torch.tanh)),
-    torch.rnn_relu_cell: _one(_simple(torch.relu)),
-    torch.gru_cell: _one(_gru),
-    torch.lstm_cell: _one(_lstm),
+    torch.rnn_tanh: recurrent.whole(torch.rnn_tanh, recurrent.simple(torch.tanh)),
+    torch.rnn_relu: recurrent.whole(torch.rnn_relu, recurrent.simple(torch.relu)),
+    torch.gru: recurrent.whole(torch.gru, recurrent.gru),
+    torch.lstm: recurrent.whole(torch.lstm, recurrent.lstm),
+    torch.rnn_tanh_cell: recurrent.one(recurrent.simple(torch.tanh)),
+    torch.rnn_relu_cell: recurrent.one(recurrent.simple(torch.relu)),
+    torch.gru_cell: recurrent.one(recurrent.gru),
+    torch.lstm_cell: recurrent.one(recurrent.lstm),
+    torch._VF._pack_padded_sequence: recurrent.pack,
+    torch._VF._pad_packed_sequence: recurrent.unpack,
+    torch.index_select: recurrent.index_select,
+    Tensor.index_select: recurrent.index_select,
+    torch.einsum: contraction.einsum,
+    F.bilinear: contraction.bilinear,
+    torch.bilinear: contraction.bilinear,
+    F.instance_norm: _instance_norm,
+    **{name: _real(name, torch.hypot) for name in (torch.abs, torch.absolute, Tensor.abs, Tensor.absolute)},
+    **{name: _real(name, lambda re, im: torch.atan2(im, re)) for name in (torch.angle, Tensor.angle)},
+    Tensor.__abs__: _real(Tensor.__abs__, torch.hypot),
+    torch.polar: _polar,
+    torch.var_mean: _pair(torch.var),
+    torch.std_mean: _pair(torch.std),
 }

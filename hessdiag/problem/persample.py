@@ -220,7 +220,7 @@ class CallableLoss(Loss):
                 )
             with self._twice():
                 (gradient,) = torch.autograd.grad(loss.sum(), f, create_graph=True)
-        return ByProducts(self, loss, f, gradient)
+            return ByProducts(self, loss, f, gradient)
 
     @contextmanager
     def _twice(self) -> Iterator[None]:

@@ -611,6 +611,8 @@ FOURIER: dict[str, Operation | tuple[tuple[int, ...], Operation]] = {
     "rfft": lambda h: torch.view_as_real(torch.fft.rfft(h)),
     "rfft2": (IMAGE, lambda h: torch.view_as_real(torch.fft.rfft2(h))),
     "abs of a spectrum": lambda h: torch.fft.rfft(h).abs(),
+    "angle of a spectrum": lambda h: torch.angle(torch.fft.rfft(h)[:, 1:-1]),
+    "product of spectra": lambda h: torch.fft.irfft(torch.fft.rfft(h) * torch.fft.rfft(other(h))),
     "complex": lambda h: torch.complex(h, other(h)).real,
     "conj": lambda h: torch.complex(h, other(h)).conj().imag,
     "polar": lambda h: torch.polar(above(h), other(h)).imag,

@@ -174,8 +174,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a bias that is one number": (lambda: Built(
         lambda s, x: s.b(torch.tanh(torch.addmm(s.k, x, s.w))), {"k": (1,), "w": (5, 4)}, b=L(4, 3)), r"shape \[1\]"),
     "overwritten in place": (lambda: Built(overwritten, {}, a=L(5, 4), b=L(4, 3)), "overwritten in place"),
-    "several outputs": (lambda: Built(
-        lambda s, x: s.b(sum(torch.var_mean(s.a(x), 1, keepdim=True))), {}, a=L(5, 4), b=L(1, 3)), "several outputs"),
+    "complex": (lambda: Built(
+        lambda s, x: s.b(torch.fft.irfft(torch.fft.rfft(s.a(x)) ** 2, n=4)), {}, a=L(5, 4), b=L(4, 3)), "complex numbers"),
 }  # fmt: skip
 
 

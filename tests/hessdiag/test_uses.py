@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 
 def inputs(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def tokens(*shape: int, high: int = 5, seed: int = 3) -> Tensor:
@@ -91,6 +91,16 @@ def whole(s: Any, x: Tensor) -> Tensor:
     return s.o(s.cell(x)[0].mean(1))
 
 
+def packed(x: Tensor, lengths: tuple[int, ...], first: bool) -> Any:
+    x = x if first else x.transpose(0, 1)
+    return nn.utils.rnn.pack_padded_sequence(x, torch.tensor(lengths), batch_first=first, enforce_sorted=False)
+
+
+def bundled(s: Any, x: Tensor, lengths: tuple[int, ...] = (4, 2, 1)) -> Tensor:
+    found, _ = nn.utils.rnn.pad_packed_sequence(s.cell(packed(x, lengths, True))[0], batch_first=True)
+    return s.o(found.sum(1))
+
+
 def deep(s: Any, x: Tensor) -> Tensor:
     h = torch.tanh(s.a(x))
     for _ in range(3):
@@ -127,6 +137,13 @@ MODELS: dict[str, Model] = {
     "grouped convolution applied in depth": lambda: (
         Net(deep, a=nn.Conv1d(4, 4, 3, padding=1), b=nn.Conv1d(4, 4, 3, padding=1, groups=2), c=nn.Linear(4, 3)),
         inputs(3, 4, 5), Y),
+    "transposed convolution applied in depth": lambda: (
+        Net(deep, a=nn.Conv2d(2, 2, 3, padding=1), b=nn.ConvTranspose2d(2, 2, 3, padding=1), c=nn.Linear(2, 3)),
+        inputs(3, 2, 3, 2), Y),
+    "grouped, dilated and transposed convolution on its own output": lambda: (
+        Net(lambda s, x: s.c(torch.tanh(s.b(torch.tanh(s.b(x))))[..., ::2].flatten(1)[:, :4]),
+            b=nn.ConvTranspose1d(4, 4, 2, stride=2, dilation=2, groups=2, output_padding=1), c=nn.Linear(4, 3)),
+        inputs(3, 4, 3), Y),
     "siamese": lambda: (
         Net(lambda s, x: s.c(F.silu(s.b(torch.tanh(s.a(x[:, 0])))) - F.silu(s.b(torch.tanh(s.a(x[:, 1]))))),
             a=nn.Linear(4, 5), b=nn.Linear(5, 4), c=nn.Linear(4, 3)),
@@ -193,6 +210,14 @@ MODELS |= {
             o=nn.Linear(4, 3)), X, Y),
     "LSTM with a projection": lambda: (
         Net(whole, cell=nn.LSTM(3, 4, proj_size=2, batch_first=True), o=nn.Linear(2, 3)), X[:, :3], Y),
+    "packed, in the order of their lengths": lambda: (Net(bundled, cell=nn.LSTM(3, 2, batch_first=True), o=nn.Linear(2, 3)), X, Y),
+    "packed, in their own order, both ways": lambda: (
+        Net(lambda s, x: bundled(s, x, (2, 4, 1)), cell=nn.GRU(3, 2, bidirectional=True, batch_first=True),
+            o=nn.Linear(4, 3)), X, Y),
+    "packed words of two layers, the last states": lambda: (
+        Net(lambda s, x: s.o(s.cell(packed(s.t(x), (1, 3, 2), True))[1][-1]), t=nn.Embedding(5, 3),
+            cell=nn.RNN(3, 2, 2, batch_first=True), o=nn.Linear(2, 3)),
+        tokens(3, 3), Y),
     "two layers, both ways": lambda: (
         Net(whole, cell=nn.GRU(3, 2, num_layers=2, bidirectional=True, batch_first=True), o=nn.Linear(4, 3)), X[:, :2], Y),
 }  # fmt: skip
@@ -227,11 +252,26 @@ def test_a_recurrent_net_is_the_same_function(number: int) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_packed_sequences_run_as_they_are() -> None:
-    packed = nn.utils.rnn.pack_padded_sequence(X, torch.tensor([4, 3, 1]), batch_first=True)
+@pytest.mark.parametrize("lengths", [(4, 3, 1), (2, 4, 1), (1, 1, 3)])
+@pytest.mark.parametrize("number", range(len(RECURRENT)))
+def test_a_recurrent_net_of_packed_sequences_is_the_same_function(number: int, lengths: tuple[int, ...]) -> None:
+    model = RECURRENT[number].double()
+
+    def run(model: Any, x: Tensor) -> list[Tensor]:
+        found, last = model(packed(x, lengths, model.batch_first))
+        padded, seen = nn.utils.rnn.pad_packed_sequence(found, model.batch_first, padding_value=0.5, total_length=5)
+        assert seen.tolist() == list(lengths)
+        return [padded, found.data, *(last if isinstance(last, tuple) else [last])]
+
+    for mine, torchs in zip(forward(model, X, run), run(model, X), strict=True):
+        torch.testing.assert_close(mine, torchs)
+
+
+def test_packed_rows_made_by_hand_run_as_they_are() -> None:
+    rows = packed(X, (4, 3, 1), True)
     for number in (0, 2, 5):
         model = RECURRENT[number].double()
-        torch.testing.assert_close(forward(model, packed)[0].data, model(packed)[0].data)
+        torch.testing.assert_close(forward(model, rows)[0].data, model(rows)[0].data)
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
@@ -308,7 +348,8 @@ def test_what_bends_without_samples_is_given_for_single_samples_too() -> None:
 
 def test_a_parameter_that_bends_where_it_meets_the_samples_is_refused_by_name() -> None:
     torch.manual_seed(0)
-    model = Net(lambda s, x: s.c(torch.tanh(s.k.exp().pow(x))), k=nn.Parameter(inputs(4)), c=nn.Linear(4, 3)).double()
+    model = Net(lambda s, x: s.c(torch.linalg.solve(s.k, x[:, :, None])[..., 0]), k=nn.Parameter(torch.eye(4)),
+                c=nn.Linear(4, 3)).double()  # fmt: skip
     for method in ("exact", "propagation"):
         with pytest.raises(UncoveredModelError, match="'k' is not the weight or bias of a known layer"):
             hd.measure(hd.Objective(model), [(inputs(3, 4), Y)], method=method)

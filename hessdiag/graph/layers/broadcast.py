@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,11 @@ class Broadcast(LayerKind):
         assert self.layer.carried is not None
         self.way = self.layer.carried
         self.shape = self.way.shape
-        self.own_rows = len(self.shape) == len(self.out) and self.shape[0] == self.rows and self.way.index is not None
+        whole = len(self.shape) == len(self.out) and self.shape[0] == self.rows
+        if whole and self.samples == 1 and self.way.index is None:  # rows of w are rows of the one sample there is
+            places = torch.arange(self.shape.numel(), device=sizes(self.layer.node).device).reshape(self.shape)
+            self.way = replace(self.way, index=places)
+        self.own_rows = whole and self.way.index is not None
         if len(self.shape) == len(self.out) and self.shape[0] != 1 and not self.own_rows:
             raise UncoveredModelError(
                 f"parameter {self._name!r} of shape {list(self.shape)} does not broadcast over the samples"

@@ -45,6 +45,11 @@ class Embedding(LayerKind):
         return Layer(cls, graph.layer_name(weight), node, weight, None) if weight else None
 
     @classmethod
+    def given(cls, node: Any) -> None:
+        """Numbers have no gradient: the table stands first."""
+        return
+
+    @classmethod
     def enters(cls, node: Any, graph: Graph) -> bool:
         """Numbers of samples are a matrix as a rule; a row of them may be places."""
         return saved.tensor(node, "indices").ndim > 1

@@ -38,6 +38,11 @@ class Gain(LayerKind):
         weight, bias = (graph.direct(node, slot) for slot in (1, 2))
         return Layer(cls, graph.layer_name(weight, bias), node, weight, bias) if weight or bias else None
 
+    @classmethod
+    def enters(cls, node: Any, graph: Graph) -> bool:
+        """A constant x."""
+        return not graph.is_live(node.next_functions[0][0])
+
     def read(self) -> None:
         """y."""
         self._y = self.site.rows(self.layer.node).y.reshape(self.out) if self.layer.weight else None

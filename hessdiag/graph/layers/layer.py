@@ -155,6 +155,11 @@ class LayerKind(NodeKind, ABC):
         return False
 
     @classmethod
+    def given(cls, node: Any) -> int | None:
+        """The slot of what the parameter is applied to; None where that is a constant throughout."""
+        return 0
+
+    @classmethod
     def carries(cls, node: Any, graph: Graph) -> bool:
         """Whether a node of these does nothing but carry a chosen parameter to its layer."""
         return False

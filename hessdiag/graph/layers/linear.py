@@ -96,6 +96,11 @@ class Linear(PositionWise):
         return Layer(cls, graph.layer_name(weight, bias), node, weight, bias, transposed)
 
     @classmethod
+    def given(cls, node: Any) -> int:
+        """That of x."""
+        return _SLOTS[node.name()][0]
+
+    @classmethod
     def enters(cls, node: Any, graph: Graph) -> bool:
         """A constant x."""
         return not graph.is_live(input_edge(node)[0])

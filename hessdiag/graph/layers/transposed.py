@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hessdiag.graph import saved
-from hessdiag.graph.chunks import chunk_samples, outer
+from hessdiag.graph.chunks import chunk_samples, grouped, outer
 from hessdiag.graph.layers.conv import Conv, patches
-from hessdiag.graph.layers.layer import Layer, LayerKind
+from hessdiag.graph.layers.layer import Half, Layer, LayerKind
 from hessdiag.graph.sites.site import Legs
 from hessdiag.graph.tangents import Tangent
 
@@ -65,8 +65,16 @@ class Transposed(Conv):
         return LayerKind.some(self, delta, low, high)
 
     def cross(self, adjoint: Tensor) -> tuple[Tensor, Legs, Legs]:
-        """No rule."""
-        return LayerKind.cross(self, adjoint)
+        """2 sum_is dx_is (dW g_s)_i, g_s what pixel s reaches of g: pairs of lam_s dx_is and (dW g_s)_i / lam_s."""
+        node, given = self.layer.node, self._x.shape
+        g = patches(adjoint.reshape(self.out), node, self._kernel, self._groups, given[2:])
+        size = torch.linalg.vector_norm(g, dim=2, keepdim=True)
+        lam, live = size.sqrt(), size > 0
+        shape = (self.rows, self._groups, given[1] // self._groups, -1)
+        c = (2.0 * live.to(g.dtype)).expand(shape).reshape(given)
+        half = _Turned(self, g / torch.where(live, lam, 1.0))
+        edges = node.next_functions
+        return c, ((edges[0], lam.expand(shape).reshape(given)),), ((edges[1], half),)
 
     def _weights(self, delta: Tensor, group: int) -> Iterator[Tensor]:
         yield from self._outer(self._x, delta, group * self.fold)
@@ -129,3 +137,25 @@ class Transposed(Conv):
                 yield self.layer.weight, slice(low, low + len(flat)), Tangent(seed.reshape(-1, *self.out))
         if self.layer.bias:
             yield from self._products(self.layer.bias, self.ones(), count)
+
+
+class _Turned(Half):
+    """(dW g_s) / lam_s at every input pixel, g / lam given: [rows, groups, entries, pixels]."""
+
+    def __init__(self, of: Transposed, g: Tensor) -> None:
+        self.of, self.g = of, g
+
+    def push(self, tangents: Tensor) -> Tensor:
+        w = tangents.reshape(len(tangents), self.g.shape[1], -1, self.g.shape[2])
+        return torch.einsum("kgab,ngbs->kngas", w, self.g).reshape(len(w), *self.of._x.shape)
+
+    def pull(self, seed: Tensor) -> Tensor:
+        return torch.einsum("ngas,ngbs->gab", self._apart(seed), self.g).reshape(self.of._kernel)
+
+    def some(self, seed: Tensor, low: int, high: int) -> Tensor:
+        rows = slice(low * self.of.fold, high * self.of.fold)
+        each = self._apart(seed)[rows] @ self.g[rows].transpose(-1, -2)
+        return grouped(each.reshape(-1, *self.of._kernel), self.of.fold)
+
+    def _apart(self, seed: Tensor) -> Tensor:
+        return seed.reshape(*self.g.shape[:2], -1, self.g.shape[3])

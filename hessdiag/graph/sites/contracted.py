@@ -10,7 +10,7 @@ along, which is taken off: what autograd finds at u_i is h_i + sum over later in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -31,13 +31,13 @@ APART = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 class Contracted:
-    """H of one node for one adjoint; `order` gives the place of a node in the forward pass."""
+    """H of one node for adjoints of its outputs; `order` gives the place of a node in the forward pass."""
 
-    def __init__(self, node: Any, slots: Sequence[int], adjoint: Tensor, order: dict[int, int]) -> None:
+    def __init__(self, node: Any, slots: Sequence[int], adjoints: Mapping[int, Tensor], order: dict[int, int]) -> None:
         self.slots = slots
         unique = {edge_key(node.next_functions[slot]): node.next_functions[slot] for slot in slots}
         self.edges: list[Edge] = sorted(unique.values(), key=lambda edge: order[id(edge[0])])
-        self._recorded = Recorded(node, [adjoint, *[None] * (len(node._input_metadata) - 1)], slots)
+        self._recorded = Recorded(node, [adjoints.get(k) for k in range(len(node._input_metadata))], slots)
         self._which = [[edge_key(e) for e in self.edges].index(edge_key(node.next_functions[slot])) for slot in slots]
         self._recorded.edges = self.edges
         self.shapes = [torch.Size(edge_shape(edge)) for edge in self.edges]
@@ -64,13 +64,21 @@ class Contracted:
         whole = self.times(drawn)
         scale = max(float(w.abs().max()) for w in whole)
         for axes in range(shared, 0, -1):
-            lead = self.shapes[0][:axes]
-            half = random_like(lead, self.like.dtype, self.like.device, 9) > 0
-            masks = [half.reshape(*lead, *(1,) * (len(s) - axes)) for s in self.shapes]
-            found = self.times([d * m for d, m in zip(drawn, masks)])
-            if all(float((f - w * m).abs().max()) <= APART[f.dtype] * scale for f, w, m in zip(found, whole, masks)):
+            if all(self._is_apart(half, drawn, whole, scale) for half in self._halves(self.shapes[0][:axes])):
                 return axes
         return None
+
+    def _halves(self, lead: torch.Size) -> Iterator[Tensor]:
+        """Halves of the rows by the digits of their numbers: any two rows are told apart by one of these."""
+        numbers = torch.arange(lead.numel(), device=self.like.device).reshape(lead)
+        for digit in range(max(lead.numel() - 1, 0).bit_length()):
+            yield (numbers >> digit) % 2 > 0
+
+    def _is_apart(self, half: Tensor, drawn: list[Tensor], whole: list[Tensor], scale: float) -> bool:
+        """Whether half of the rows, by themselves, give what they give among all."""
+        masks = [half.reshape(*half.shape, *(1,) * (len(s) - half.ndim)) for s in self.shapes]
+        found = self.times([d * m for d, m in zip(drawn, masks)])
+        return all(float((f - w * m).abs().max()) <= APART[f.dtype] * scale for f, w, m in zip(found, whole, masks))
 
     def site(self, name: str, axes: int) -> Site:
         """The blocks, filled and turned."""

@@ -102,6 +102,16 @@ class SiteKind(NodeKind, ABC):
     def sites(cls, node: Any, adjoint: Tensor, name: str) -> list[Site]:
         """The node's second-order term as sites, for dl/dy = `adjoint`."""
 
+    @classmethod
+    def outputs(cls, node: Any) -> tuple[int, ...]:
+        """Numbers of the outputs in which it bends."""
+        return (0,)
+
+    @classmethod
+    def written(cls, node: Any, adjoints: Mapping[int, Tensor], name: str) -> list[Site]:
+        """The same, for the adjoints of those outputs."""
+        return cls.sites(node, adjoints[0], name)
+
 
 Pairs = Mapping[tuple[int, int], Tensor | float]
 """Second derivatives by pairs of input slots (i <= j); what is missing is zero."""

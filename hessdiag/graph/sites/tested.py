@@ -1,7 +1,7 @@
 """A node of torch's own that no list knows, admitted by test: its backward says whether it is affine, or how it bends.
 
-Affine: the pullback does not depend on the inputs. Otherwise, with one live input u and one output in use, the node's
-Hessian contracted with its adjoint, a matrix on the entries of u, is applied to a vector of ones and to random ones.
+Affine: the pullback does not depend on the inputs. Otherwise, with one live input u, the node's Hessian contracted with
+the adjoints of its outputs in use, a matrix on the entries of u, is applied to a vector of ones and to random ones.
 Where both agree with one diagonal c, that is a site on u, sum of c du^2; where they do not, or with several live
 inputs, entries bend together: in small blocks, which are filled (`contracted`), or the node is refused. The tests are
 made of every batch, with the numbers of that batch.
@@ -9,7 +9,7 @@ made of every batch, with the numbers of that batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,16 +55,16 @@ class Tested(SiteKind):
             graph.refuse(node, _reason(error))
         if not bent:
             return False
-        if any(number for number in graph.outputs_in_use(node)):
-            graph.refuse(node, "an operation that the site identity does not cover: it bends, and has several outputs")
+        used = tuple(sorted(graph.outputs_in_use(node)))
         several = len({edge_key(node.next_functions[slot]) for slot in slots}) > 1
-        seed, order = _seeds(node)[0], {id(one): place for place, one in enumerate(graph.nodes)}
-        node.metadata[_KEPT] = slots, None, order
-        if not several and _is_diagonal(node, slots, seed):
+        seeds = {number: seed for number, seed in enumerate(_seeds(node)) if number in used and seed is not None}
+        order = {id(one): place for place, one in enumerate(graph.nodes)}
+        node.metadata[_KEPT] = slots, None, order, used
+        if not several and _is_diagonal(node, slots, seeds):
             return True
-        if seed is None or seed.dtype not in DIAGONAL:
+        if len(seeds) < len(used) or any(seed.dtype not in DIAGONAL for seed in seeds.values()):
             graph.refuse(node, "an operation that the site identity does not cover: its entries bend together")
-        contracted = Contracted(node, slots, seed, order)
+        contracted = Contracted(node, slots, seeds, order)
         axes = contracted.rows()
         if axes is None and graph.is_free(node):  # no samples, but one block
             axes = 0
@@ -75,16 +75,27 @@ class Tested(SiteKind):
             graph.refuse(
                 node, f"an operation that the site identity does not cover: {block} of its entries bend together"
             )
-        node.metadata[_KEPT] = slots, axes, order
+        node.metadata[_KEPT] = slots, axes, order, used
         return True
 
     @classmethod
+    def outputs(cls, node: Any) -> tuple[int, ...]:
+        """Those in use."""
+        used: tuple[int, ...] = node.metadata[_KEPT][3]
+        return used
+
+    @classmethod
     def sites(cls, node: Any, adjoint: Tensor, name: str) -> list[Site]:
+        """Of a node with one output."""
+        return cls.written(node, {0: adjoint}, name)
+
+    @classmethod
+    def written(cls, node: Any, adjoints: Mapping[int, Tensor], name: str) -> list[Site]:
         """The diagonal of its Hessian as a site on its input, or its blocks."""
-        slots, axes, order = node.metadata[_KEPT]
+        slots, axes, order, _ = node.metadata[_KEPT]
         if axes is not None:
-            return [Contracted(node, slots, adjoint, order).site(name, axes)]
-        return [Site(name, _diagonal(node, slots, adjoint), ((node.next_functions[slots[0]], 1.0),))]
+            return [Contracted(node, slots, adjoints, order).site(name, axes)]
+        return [Site(name, _diagonal(node, slots, adjoints), ((node.next_functions[slots[0]], 1.0),))]
 
 
 def _seeds(node: Any) -> list[Tensor | None]:
@@ -105,9 +116,8 @@ def _bent(node: Any, slots: Sequence[int]) -> bool:
     return any(bool((change != 0).any()) for change in changes)
 
 
-def _recorded(node: Any, slots: Sequence[int], adjoint: Tensor | None) -> Recorded:
-    rest = [None] * (len(node._input_metadata) - 1)
-    recorded = Recorded(node, [adjoint, *rest], slots)
+def _recorded(node: Any, slots: Sequence[int], adjoints: Mapping[int, Tensor]) -> Recorded:
+    recorded = Recorded(node, [adjoints.get(number) for number in range(len(node._input_metadata))], slots)
     recorded.edges = recorded.edges[:1]
     return recorded
 
@@ -117,15 +127,15 @@ def _product(recorded: Recorded, slots: Sequence[int], vector: Tensor) -> Tensor
     return torch.zeros_like(vector) if change is None else change
 
 
-def _diagonal(node: Any, slots: Sequence[int], adjoint: Tensor | None) -> Tensor:
-    meta, recorded = sizes(*node.next_functions[slots[0]]), _recorded(node, slots, adjoint)
+def _diagonal(node: Any, slots: Sequence[int], adjoints: Mapping[int, Tensor]) -> Tensor:
+    meta, recorded = sizes(*node.next_functions[slots[0]]), _recorded(node, slots, adjoints)
     ones = torch.ones(edge_shape(recorded.edges[0]), dtype=meta.dtype, device=meta.device)
     return _product(recorded, slots, ones)
 
 
-def _is_diagonal(node: Any, slots: Sequence[int], adjoint: Tensor | None) -> bool:
+def _is_diagonal(node: Any, slots: Sequence[int], adjoints: Mapping[int, Tensor]) -> bool:
     """Whether H r = (H 1) r for random r."""
-    c, recorded = _diagonal(node, slots, adjoint), _recorded(node, slots, adjoint)
+    c, recorded = _diagonal(node, slots, adjoints), _recorded(node, slots, adjoints)
     if c.dtype not in DIAGONAL:
         return False
     for number in (2, 3):

@@ -1,0 +1,199 @@
+"""Recurrent nets as loops over time with the samples first, in their own order.
+
+torch has time first, and its kernels on cards, one for all steps, have no second derivative. Packed sequences hold
+samples by their lengths, and of a step only those that are as long: here the padded ones stay beside the packed rows
+(`Padded`), steps run on all samples, and a sample that has ended keeps its state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Cell = Callable[[Tensor, Any, Sequence[Tensor | None]], tuple[Tensor, Any]]
+"""(what the input gives, state, (w_hh, b_hh, projection)) -> (output, state)."""
+
+
+def simple(function: Callable[[Tensor], Tensor]) -> Cell:
+    """h = f(W x + U h)."""
+
+    def step(given: Tensor, state: Any, weights: Sequence[Tensor | None]) -> tuple[Tensor, Any]:
+        w, b, _ = weights
+        assert w is not None
+        h = function(given + F.linear(state[0], w, b))
+        return h, (h,)
+
+    return step
+
+
+def gru(given: Tensor, state: Any, weights: Sequence[Tensor | None]) -> tuple[Tensor, Any]:
+    """torch's GRU."""
+    w, b, _ = weights
+    assert w is not None
+    (r, z, n), (hr, hz, hn) = given.chunk(3, -1), F.linear(state[0], w, b).chunk(3, -1)
+    z = torch.sigmoid(z + hz)
+    n = torch.tanh(n + torch.sigmoid(r + hr) * hn)
+    h = n + z * (state[0] - n)
+    return h, (h,)
+
+
+def lstm(given: Tensor, state: Any, weights: Sequence[Tensor | None]) -> tuple[Tensor, Any]:
+    """torch's LSTM, with a projection or without."""
+    w, b, projection = weights
+    assert w is not None
+    i, f, g, o = (given + F.linear(state[0], w, b)).chunk(4, -1)
+    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    h = h if projection is None else F.linear(h, projection)
+    return h, (h, c)
+
+
+def whole(torchs: Any, cell: Cell) -> Callable[..., Any]:
+    """A net of several steps, layers and directions, as torch calls it."""
+
+    def run(*args: Any) -> Any:
+        if not isinstance(args[3], bool):
+            return packed(*args)
+        x, hidden, flat, biases, layers, dropout, training, both, batch_first = args
+        if dropout and training:
+            return torchs(*args)
+        states = [hidden] if isinstance(hidden, Tensor) else list(hidden)
+        x, ends = _run(cell, x if batch_first else x.transpose(0, 1), None, states, flat, biases, layers, both)
+        return (x if batch_first else x.transpose(0, 1), *ends)
+
+    def packed(*args: Any) -> Any:
+        data, _, hidden, flat, biases, layers, dropout, training, both = args
+        kept = getattr(data, _KEPT, None)
+        if kept is None or (dropout and training):
+            return torchs(*args)
+        order = kept.order
+        states = [hidden] if isinstance(hidden, Tensor) else list(hidden)
+        if order is not None:
+            states = [state.index_select(1, torch.argsort(order)) for state in states]
+        x, ends = _run(cell, kept.rows, kept.lengths, states, flat, biases, layers, both)
+        if order is not None:
+            ends = [end.index_select(1, order) for end in ends]
+        return (_packed(x, kept.lengths, order)[0], *ends)
+
+    return run
+
+
+def one(cell: Cell) -> Callable[..., Any]:
+    """A single step, as torch calls it."""
+
+    def run(x: Tensor, hidden: Any, w_in: Tensor, w: Tensor, b_in: Any = None, b: Any = None) -> Any:
+        states = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
+        _, found = cell(F.linear(x, w_in, b_in), states, (w, b, None))
+        return found if len(found) > 1 else found[0]
+
+    return run
+
+
+def _run(
+    cell: Cell,
+    x: Tensor,
+    lengths: Tensor | None,
+    states: Sequence[Tensor],
+    flat: Sequence[Tensor],
+    biases: bool,
+    layers: int,
+    both: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """(outputs [samples, steps, width], last states [layers and directions, samples, width]); zero beyond `lengths`."""
+    size = len(flat) // (layers * (1 + both))
+    last: list[Any] = []
+    going = None if lengths is None else _going(lengths, x.shape[1], x.device)
+    for layer in range(layers):
+        sides = []
+        for side in range(1 + both):
+            place = layer * (1 + both) + side
+            own = list(flat[place * size : (place + 1) * size])
+            w_in, w = own[:2]
+            b_in, b = own[2:4] if biases else (None, None)
+            rest = own[4 if biases else 2 :]
+            given = F.linear(x, w_in, b_in).unbind(1)
+            state: Any = tuple(s[place] for s in states)
+            outputs = []
+            for t in reversed(range(len(given))) if side else range(len(given)):
+                h, new = cell(given[t], state, (w, b, rest[0] if rest else None))
+                if going is not None and not bool(going[t].all()):
+                    here = going[t][:, None]
+                    new = tuple(torch.where(here, n, old) for n, old in zip(new, state))
+                    h = h.masked_fill(~here, 0.0)
+                state = new
+                outputs.append(h)
+            sides.append(torch.stack(outputs[::-1] if side else outputs, 1))
+            last.append(state)
+        x = torch.cat(sides, -1) if both else sides[0]
+    return x, [torch.stack(column) for column in zip(*last)]
+
+
+def _going(lengths: Tensor, steps: int, device: torch.device) -> Tensor:
+    """Which samples have not ended, [steps, samples]."""
+    return torch.arange(steps, device=device)[:, None] < lengths.to(device)[None]
+
+
+# -- packed sequences
+
+_KEPT = "_hessdiag_padded"
+_PICKED = "_hessdiag_picked"
+
+
+@dataclass(frozen=True)
+class Padded:
+    """What packed rows were made of: `rows` [samples, steps, ...] and `lengths` in the samples' own order, and the
+    `order` by length in which torch has them (None: the same).
+    """
+
+    rows: Tensor
+    lengths: Tensor
+    order: Tensor | None
+
+
+def index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """torch's, remembering what was put into another order: samples, before they are packed."""
+    out: Tensor = torch.ops.aten.index_select(x, dim, index)
+    if isinstance(dim, int) and index.ndim == 1 and x.ndim > 1 and len(index) == x.shape[dim]:
+        setattr(out, _PICKED, (x, dim, index))
+    return out
+
+
+def pack(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """Packed rows, with what they were made of."""
+    axis = 0 if batch_first else 1
+    source, dim, order = getattr(x, _PICKED, (x, axis, None))
+    if dim != axis:
+        source, order = x, None
+    rows = source if batch_first else source.transpose(0, 1)
+    own = lengths if order is None else torch.empty_like(lengths).scatter_(0, order.to(lengths.device), lengths)
+    return _packed(rows[:, : int(lengths.max())], own, order)
+
+
+def _packed(rows: Tensor, lengths: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(rows of all steps, those of a step in `order`; how many each step has)."""
+    going = _going(lengths, rows.shape[1], rows.device)
+    in_order = torch.arange(len(rows), device=rows.device) if order is None else order.to(rows.device)
+    step, place = going[:, in_order].nonzero(as_tuple=True)
+    data = rows[in_order[place], step]
+    setattr(data, _KEPT, Padded(rows, lengths, order))
+    return data, going.sum(1).cpu()
+
+
+def unpack(data: Tensor, sizes: Tensor, batch_first: bool, value: float, length: int) -> tuple[Tensor, Tensor]:
+    """Padded again, in the order of the packed ones; torch's own where it is not known what they were made of."""
+    kept = getattr(data, _KEPT, None)
+    if kept is None:
+        return torch._VF._pad_packed_sequence(data, sizes, batch_first, value, length)
+    going = _going(kept.lengths, kept.rows.shape[1], data.device).T
+    rows = kept.rows.masked_fill(~going.reshape(*going.shape, *(1,) * (kept.rows.ndim - 2)), value)
+    if length > rows.shape[1]:
+        rows = F.pad(rows, (0, 0) * (rows.ndim - 2) + (0, length - rows.shape[1]), value=value)
+    lengths = kept.lengths
+    if kept.order is not None:
+        rows, lengths = rows.index_select(0, kept.order), lengths[kept.order.to(lengths.device)]
+    return (rows if batch_first else rows.transpose(0, 1)), lengths

@@ -1,0 +1,198 @@
+"""Functions that the forward pass computes by others: torch's values and gradients, and models of them at the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gate import gate
+from test_uses import Net, X, Y, inputs
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessdiag as hd
+from hessdiag.errors import UncoveredModelError
+from hessdiag.graph import Linearisation
+from hessdiag.problem.forward import as_written
+
+torch.set_num_threads(1)
+
+
+def compare(function: Callable[..., Any], *given: Any) -> None:
+    """Values and gradients of all tensors, as torch has them."""
+    leaves = [x.requires_grad_() for x in given if isinstance(x, Tensor) and x.is_floating_point()]
+    wanted = function(*given)
+    with as_written({"cpu"}):
+        found = function(*given)
+    for mine, torchs in zip(*((x if isinstance(x, tuple) else (x,)) for x in (found, wanted)), strict=True):
+        torch.testing.assert_close(mine, torchs)
+        along = inputs(*mine.shape, seed=7)
+        pair = [
+            torch.autograd.grad((x * along).sum(), leaves, retain_graph=True, allow_unused=True) for x in (mine, torchs)
+        ]
+        for one, other in zip(*pair):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other)
+
+
+EINSUMS = [
+    ("nf,fg->ng", (2, 3), (3, 4)), ("nf,gf->ng", (2, 3), (4, 3)), ("ntf,tfg->ntg", (2, 5, 3), (5, 3, 4)),
+    ("...f,gf->...g", (2, 5, 3), (4, 3)), ("n...f,fg->n...g", (2, 5, 2, 3), (3, 4)), ("nthd,hde->nte", (2, 5, 3, 4), (3, 4, 6)),
+    ("bnd,hkd->bhnk", (2, 5, 3), (4, 6, 3)), ("hdk,btd->bhtk", (4, 3, 6), (2, 5, 3)), ("bhtk,hkd->btd", (2, 4, 5, 6), (4, 6, 3)),
+    ("nef,efg->neg", (2, 3, 4), (3, 4, 5)), ("nchw,cd->ndhw", (2, 3, 4, 2), (3, 5)), ("ni,nj->nij", (2, 3), (2, 4)),
+    ("nf,f->n", (2, 3), (3,)), ("nf,f", (2, 3), (3,)), ("ntf,sf->nts", (2, 5, 3), (5, 3)), ("nii,ij->nj", (2, 3, 3), (3, 4)),
+    ("ntf,gh->ntg", (2, 5, 3), (4, 2)), ("nf,gf->gn", (2, 3), (4, 3)), ("n f, f g -> n g", (2, 3), (3, 4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("equation", "first", "second"), EINSUMS, ids=[row[0] for row in EINSUMS])
+def test_sums_of_products(equation: str, first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    compare(lambda a, b: torch.einsum(equation, a, b), inputs(*first), inputs(*second, seed=1))
+    compare(lambda a, b: torch.einsum(equation, [a, b]), inputs(*first), inputs(*second, seed=1))
+
+
+def test_shapes_that_do_not_fit_are_torchs_to_refuse() -> None:
+    for shape in ((2, 3), (4, 3, 1)):
+        with pytest.raises(RuntimeError) as told:
+            torch.einsum("nf,gf->ng", inputs(2, 4), inputs(*shape))
+        with as_written({"cpu"}), pytest.raises(RuntimeError) as found:
+            torch.einsum("nf,gf->ng", inputs(2, 4), inputs(*shape).requires_grad_())
+        assert str(found.value) == str(told.value)
+
+
+ALIKE: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "x / w": lambda x, w: x / w,
+    "w / x": lambda x, w: w / x,
+    "in place": lambda x, w: (1.0 * x).div_(w),
+    "x ** w": lambda x, w: x**w,
+    "w ** x": lambda x, w: w**x,
+    "the larger": torch.maximum,
+    "clipped": lambda x, w: x.clamp(max=w),
+    "clipped twice": lambda x, w: torch.clamp(x, 0.5 * w, max=w),
+    "on the way": lambda x, w: torch.lerp(x, x * x, w),
+    "an angle": lambda x, w: torch.atan2(w, x),
+    "with an addend": lambda x, w: torch.addcdiv(x, w, x, value=0.3),
+    "a number": lambda x, w: 2.0 / w + x**2 + (x / 3.0) * w**-1.5,
+}
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (), (1, 1, 3), (4, 3)], ids=str)
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_parameter_beside_samples(name: str, shape: tuple[int, ...]) -> None:
+    compare(ALIKE[name], inputs(2, 4, 3).abs() + 0.5, inputs(*shape, seed=2).abs() + 1.0)
+
+
+MOMENTS: list[Callable[[Tensor], Any]] = [
+    lambda x: torch.var_mean(x, 1),
+    lambda x: torch.var_mean(x, (1, 2), False),
+    lambda x: torch.var_mean(x, dim=1, correction=0, keepdim=True),
+    lambda x: torch.std_mean(x, unbiased=False, dim=-1),
+    lambda x: torch.std_mean(x, 1, True, True),
+    lambda x: torch.var_mean(x, True),
+    torch.var_mean,
+]
+
+
+@pytest.mark.parametrize("number", range(len(MOMENTS)))
+def test_moments_in_pairs(number: int) -> None:
+    compare(MOMENTS[number], inputs(2, 5, 3))
+
+
+def test_other_functions() -> None:
+    compare(F.bilinear, inputs(2, 5, 3), inputs(2, 5, 4), inputs(6, 3, 4), inputs(6))
+    compare(lambda x, w, b: F.instance_norm(x, None, None, w, b, eps=0.1), inputs(2, 3, 4, 4), inputs(3), inputs(3))
+    compare(lambda x: torch.fft.rfft(x).abs(), inputs(2, 5))
+    compare(lambda x: torch.angle(torch.fft.rfft(x)[:, 1:]), inputs(2, 5))
+    compare(lambda x, y: torch.view_as_real(torch.polar(x, y)), inputs(2, 5).abs(), inputs(2, 5))
+
+
+IMAGES = inputs(3, 2, 3, 2)
+MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "bilinear layer": lambda: (
+        Net(lambda s, x: s.c(torch.tanh(s.b(s.a(x), torch.tanh(x)))), a=nn.Linear(4, 3), b=nn.Bilinear(3, 4, 5),
+            c=nn.Linear(5, 3)),
+        inputs(3, 4)),
+    "bilinear layer of one tensor, twice": lambda: (
+        Net(lambda s, x: s.c(s.b(*(2 * [torch.tanh(s.b(x, x))]))), b=nn.Bilinear(4, 4, 4, bias=False), c=nn.Linear(4, 3)),
+        inputs(3, 4)),
+    "heads by einsum": lambda: (
+        Net(lambda s, x: s.c(torch.einsum("nthk,hkd->ntd", torch.tanh(torch.einsum("ntf,hkf->nthk", x, s.q)), s.o)[:, 0]),
+            q=nn.Parameter(inputs(2, 2, 3)), o=nn.Parameter(inputs(2, 2, 4)), c=nn.Linear(4, 3)),
+        X),
+    "a matrix for every place, by einsum": lambda: (
+        Net(lambda s, x: s.c(torch.einsum("ntf,tfg->ntg", torch.tanh(torch.einsum("ntf,tgf->ntg", x, s.w)), s.w).sum(1)),
+            w=nn.Parameter(inputs(4, 3, 3)), c=nn.Linear(3, 3)),
+        X),
+    "divided by a parameter": lambda: (
+        Net(lambda s, x: s.c(torch.tanh(s.a(x) / s.w)), a=nn.Linear(4, 4), w=nn.Parameter(inputs(4).abs() + 0.5),
+            c=nn.Linear(4, 3)),
+        inputs(3, 4)),
+    "standardised by parameters": lambda: (
+        Net(lambda s, x: s.c(torch.tanh((x - s.m) / s.v.exp().sqrt())), m=nn.Parameter(inputs(4)),
+            v=nn.Parameter(inputs(4, seed=1)), c=nn.Linear(4, 3)),
+        inputs(3, 4)),
+    "divided by a temperature, twice": lambda: (
+        Net(lambda s, x: s.c(torch.softmax(s.a(x) / s.t, -1) / s.t), a=nn.Linear(4, 4), t=nn.Parameter(torch.tensor(1.3)),
+            c=nn.Linear(4, 3)),
+        inputs(3, 4)),
+    "means of a learned power": lambda: (
+        Net(lambda s, x: s.c((2 * torch.sigmoid(s.a(x)) ** s.p).mean((2, 3)) ** (0.3 / s.p)), a=nn.Conv2d(2, 3, 2),
+            p=nn.Parameter(torch.tensor([3.0])), c=nn.Linear(3, 3)),
+        IMAGES),
+    "clipped at a parameter": lambda: (
+        Net(lambda s, x: s.c(torch.minimum(F.silu(s.a(x)), s.alpha) ** 2), a=nn.Linear(4, 4),
+            alpha=nn.Parameter(torch.tensor(0.1)), c=nn.Linear(4, 3)),
+        inputs(3, 4)),
+    "a parameter raised to samples": lambda: (
+        Net(lambda s, x: s.c(torch.tanh(s.k.exp().pow(x))), k=nn.Parameter(inputs(4)), c=nn.Linear(4, 3)),
+        inputs(3, 4)),
+    "instance norms with gains": lambda: (
+        Net(lambda s, x: s.c(torch.tanh(s.n(s.b(torch.tanh(s.n(s.a(x)))))).mean((2, 3))), a=nn.Conv2d(2, 2, 1),
+            b=nn.Conv2d(2, 2, 2, padding=1), n=nn.InstanceNorm2d(2, affine=True), c=nn.Linear(2, 3)),
+        IMAGES),
+    "moments in a pair": lambda: (
+        Net(lambda s, x: s.c((lambda h, v, m: (h - m) / (v + 0.1).sqrt())(s.a(x), *torch.var_mean(s.a(x), 1, keepdim=True))),
+            a=nn.Linear(4, 4), c=nn.Linear(4, 3)),
+        inputs(3, 4)),
+    "sizes and angles of a spectrum": lambda: (
+        Net(lambda s, x: s.c(torch.cat([(z := torch.fft.rfft(s.a(x))).abs(), z[:, 1:2].angle()], 1)), a=nn.Linear(4, 4),
+            c=nn.Linear(4, 3)),
+        inputs(3, 4)),
+    "determinants": lambda: (
+        Net(lambda s, x: s.c(torch.linalg.slogdet(s.a(x).reshape(-1, 2, 2, 2) + 3 * torch.eye(2))[1]), a=nn.Linear(4, 8),
+            c=nn.Linear(2, 3)),
+        inputs(3, 4)),
+    "both factors of a matrix": lambda: (
+        Net(lambda s, x: s.c(sum(torch.linalg.qr(s.a(x).reshape(-1, 2, 2))).flatten(1)), a=nn.Linear(4, 4),
+            c=nn.Linear(4, 3)),
+        inputs(3, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gate(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = MODELS[name]()
+    truth = gate(model, x, Y)
+    assert all(bool(t.any()) for t in truth.values())
+
+
+@pytest.mark.parametrize("name", ["bilinear layer", "divided by a parameter", "instance norms with gains"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_methods_pass_the_audit(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = MODELS[name]()
+    objective = hd.Objective(model.to(dtype))
+    for method in ("exact", "propagation"):
+        assert hd.measure(objective, [(x.to(dtype), Y)], method=method, max_replicates=10).plan.method == method
+
+
+def test_products_of_the_batch_with_itself_are_refused_by_name() -> None:
+    model = Net(lambda s, x: s.c((lambda h: h @ h.T @ h)(s.a(x))), a=nn.Linear(4, 4), c=nn.Linear(4, 3)).double()
+    with pytest.raises(
+        UncoveredModelError, match=r"Mm after 'a': a matrix that depends on the inputs and on parameters"
+    ):
+        Linearisation(hd.Objective(model), inputs(3, 4), Y)
