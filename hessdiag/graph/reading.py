@@ -249,7 +249,10 @@ class Graph(Live):
         """
         if not all(self.is_free(source) for source, _ in node.next_functions if self.is_live(source)):
             return False
-        constant = any(not self.is_live(source) for source, _ in node.next_functions)
+        constant = any(
+            not self.is_live(source) and not _is_number(node, slot)
+            for slot, (source, _) in enumerate(node.next_functions)
+        )
         shape, samples = edge_shape((node, 0)), len(self.outputs)
         if not (constant or node.name() in INDEXED) or not shape or shape[0] % samples:
             return True
@@ -280,7 +283,9 @@ class Graph(Live):
             )[0]
             for part in (half, ~half)
         ]
-        return all(g is not None for g in found) and bool(((found[0] != 0) & (found[1] != 0)).any())
+        if not all(g is not None and bool(g.any()) for g in found):  # a branch that starts at zero, say
+            return self._ends_in_weights(node)
+        return bool(((found[0] != 0) & (found[1] != 0)).any())
 
     # -- parameters on their way
 
@@ -373,6 +378,14 @@ class Graph(Live):
                         self._uses[id(node)][0][0],
                         f"parameter {name!r} is not the weight or bias of a known layer",
                     )
+
+
+def _is_number(node: Any, slot: int) -> bool:
+    """Whether a product or a quotient has one number in a slot, the same for all samples."""
+    if node.name() not in ("MulBackward0", "DivBackward0"):
+        return False
+    kept = saved.tensor_or_none(node, ("self", "other")[slot])
+    return kept is not None and kept.ndim == 0
 
 
 def detach_guard(outputs: Tensor) -> None:

@@ -196,6 +196,22 @@ def _instance_norm(
     return plain if bias is None else plain + bias.reshape(shape)
 
 
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Of one sample without running statistics (as weights are standardised) as an instance normalisation."""
+    if training and running_mean is None and len(input) == 1 and (weight is not None or bias is not None):
+        return _instance_norm(input, None, None, weight, bias, True, momentum, eps)
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 def _pair(first: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """A moment and the mean, each by a function of its own."""
 
@@ -241,6 +257,7 @@ MENDED: dict[Any, Callable[..., Any]] = {
     F.bilinear: contraction.bilinear,
     torch.bilinear: contraction.bilinear,
     F.instance_norm: _instance_norm,
+    F.batch_norm: _batch_norm,
     **{name: _real(name, torch.hypot) for name in (torch.abs, torch.absolute, Tensor.abs, Tensor.absolute)},
     **{name: _real(name, lambda re, im: torch.atan2(im, re)) for name in (torch.angle, Tensor.angle)},
     Tensor.__abs__: _real(Tensor.__abs__, torch.hypot),

@@ -778,6 +778,23 @@ def test_a_batch_of_one_sample(name: str, dtype: torch.dtype) -> None:
     agree(expected_propagation(objective, *batches[1]), alone, TOLERANCE[dtype])
 
 
+@DTYPES
+def test_a_branch_that_starts_at_zero(dtype: torch.dtype) -> None:
+    """No gradient tells that its weights, standardised and scaled by numbers, have no samples."""
+
+    def body(s: Any, x: Tensor) -> Tensor:
+        w = F.batch_norm(s.w[None], None, None, weight=s.g * 0.7, training=True, momentum=0.0)[0]
+        return s.b(x[:, :4] + torch.tanh(F.linear(x, w * torch.linspace(1, 2, 5, dtype=x.dtype))) * s.skip)
+
+    parts: dict[str, Any] = {"w": lambda: torch.randn(4, 5), "g": lambda: torch.randn(4), "b": lambda: L(4, 3)}
+    for skip in (0.0, 0.3):
+        model = net(body, dtype=dtype, skip=lambda skip=skip: torch.tensor(skip), **parts)
+        x, y = data(n=4, dtype=dtype)
+        truth = by_products(model, (x, y))
+        agree(hd.diagonal(hd.Objective(model), [(x, y)]).total, truth, TOLERANCE[dtype])
+        agree(expected_propagation(hd.Objective(model), x, y), truth, TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("samples", [2, 3, 4])
 def test_small_matrices_whose_rows_bend_apart_or_together(samples: int) -> None:
     """Two rows of two: one random half of the entries, alike in every row, took each entry for a row of its own."""
