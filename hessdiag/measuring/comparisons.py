@@ -142,12 +142,21 @@ def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[Audit
         only = [None if seed is None else _one(seed, n, linear.samples) for seed in seeds]
         own = [linear.objective.parameters[name] for name in names]
         found = linear.backward(only, _one(output, n, linear.samples), own)
+        pairs = {}
         for name, truth in zip(names, found):
             mine = each[name][n] if name in each else torch.zeros_like(linear.objective.parameters[name])
             expected = torch.zeros_like(mine) if truth is None else truth
-            size = float(expected.double().norm()) or float(mine.double().norm()) or 1.0
-            worst[name] = max(worst[name], float(mine.sub_(expected).double().norm()) / size)
+            size = float(expected.double().norm()) or float(mine.double().norm())
+            pairs[name] = float(mine.sub_(expected).double().norm()), size
+        floor = _floor(linear, max(size for _, size in pairs.values()))
+        for name, (off, size) in pairs.items():
+            worst[name] = max(worst[name], off / size if off > floor else 0.0)
     return [AuditEntry("squares", name, deviation, tolerance) for name, deviation in worst.items()]
+
+
+def _floor(linear: Linearisation, whole: float) -> float:
+    """What is zero beside the largest: a bias that a softmax takes off has nothing but rounding on either side."""
+    return float(ROUNDINGS * torch.finfo(linear.outputs.dtype).eps * whole)
 
 
 def _one(seed: Tensor, sample: int, samples: int) -> Tensor:
@@ -169,8 +178,7 @@ def entries(
     """Two random entries of every parameter of `layers`, as `diagonal` gives its two parts."""
     outer, inner = diagonal(linear)
     generator = cpu_generator(signs.seed)
-    whole = max(float((outer[name] + inner[name].abs()).max()) for name in outer)
-    floor = ROUNDINGS * torch.finfo(linear.outputs.dtype).eps * whole
+    floor = _floor(linear, max(float((outer[name] + inner[name].abs()).max()) for name in outer))
     entries = []
     for layer in layers:
         for name in layer.own:
@@ -180,11 +188,11 @@ def entries(
             places = torch.randint(0, first.numel(), (2,), generator=generator, device="cpu").tolist()
             for k, truth in zip(places, products.entries(name, places)):
                 off = abs(truth - float(first[k] + second[k]))
-                if off > tolerance * scale and off > floor:  # a bias under a softmax is zero to either's rounding
+                if off <= floor:
+                    continue
+                if off > tolerance * scale:
                     off = max(off - _entry_noise(linear, products, name, diagonal), 0.0)
-                    worst = max(worst, off / scale)
-                elif off <= tolerance * scale:
-                    worst = max(worst, off / scale)
+                worst = max(worst, off / scale)
             entries.append(AuditEntry("entries", name, worst, tolerance))
     return entries
 

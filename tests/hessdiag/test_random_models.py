@@ -29,6 +29,8 @@ torch.set_num_threads(1)
 FEW, MANY = range(6), range(6, 150)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 """float32: a LayerNorm of two entries loses three digits."""
+ZERO = 1e-13
+"""One number added to all logits bends nothing: both sides are rounding."""
 ENTRIES = 100
 """Of sites, up to which every one-hot vector is tried."""
 LARGE = 200
@@ -51,7 +53,7 @@ def near(what: str, found: Tensors, wanted: Tensors, size: Tensors, tolerance: f
     for name, truth in wanted.items():
         off = float((found[name].double() - truth).abs().max())
         scale = float(size[name].abs().max()) + 1e-3 * whole
-        assert off <= tolerance * scale, (what, name, off, scale)
+        assert off <= tolerance * scale + ZERO, (what, name, off, scale)
 
 
 def signed(propagator: Propagator) -> Tensors:
@@ -119,6 +121,9 @@ def check(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, size in SIZES.items():
             monkeypatch.setattr(name, size)
     try:
+        if seed % 4 == 1:  # some of the parameters alone: the rest are constants
+            names = [name for name, p in case.model.named_parameters() if p.requires_grad]
+            case.options["parameters"] = names[:: 2 if len(names) > 1 else 1]
         objective = hd.Objective(case.model, **case.options)
     except HessdiagError as error:
         assert "no parameters" in str(error)  # noqa: PT017
