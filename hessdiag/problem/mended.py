@@ -179,37 +179,25 @@ def _polar(abs: Tensor, angle: Tensor) -> Tensor:
     return torch.complex(abs * torch.cos(angle), abs * torch.sin(angle))
 
 
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
+_INSTANCE, _BATCH = inspect.signature(F.instance_norm), inspect.signature(F.batch_norm)
+
+
+def _instance_norm(*args: Any, **named: Any) -> Tensor:
     """Gain and bias after the normalisation, channel by channel: torch repeats them for every sample."""
-    plain = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    shape = (-1, *(1,) * (input.ndim - 2))
+    given = _INSTANCE.bind(*args, **named).arguments
+    weight, bias = given.pop("weight", None), given.pop("bias", None)
+    plain, shape = F.instance_norm(**given), (-1, *(1,) * (given["input"].ndim - 2))
     plain = plain if weight is None else plain * weight.reshape(shape)
     return plain if bias is None else plain + bias.reshape(shape)
 
 
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
+def _batch_norm(*args: Any, **named: Any) -> Tensor:
     """Of one sample without running statistics (as weights are standardised) as an instance normalisation."""
-    if training and running_mean is None and len(input) == 1 and (weight is not None or bias is not None):
-        return _instance_norm(input, None, None, weight, bias, True, momentum, eps)
-    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    bound = _BATCH.bind(*args, **named)
+    bound.apply_defaults()
+    given = bound.arguments
+    alone = given.pop("training") and given["running_mean"] is None and len(given["input"]) == 1
+    return _instance_norm(**given) if alone else F.batch_norm(*args, **named)
 
 
 def _pair(first: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:

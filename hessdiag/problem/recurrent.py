@@ -63,7 +63,8 @@ def whole(torchs: Any, cell: Cell) -> Callable[..., Any]:
         if dropout and training:
             return torchs(*args)
         states = [hidden] if isinstance(hidden, Tensor) else list(hidden)
-        x, ends = _run(cell, x if batch_first else x.transpose(0, 1), None, states, flat, biases, layers, both)
+        weights = _weights(flat, biases, layers, both)
+        x, ends = _run(cell, x if batch_first else x.transpose(0, 1), None, states, weights)
         return (x if batch_first else x.transpose(0, 1), *ends)
 
     def packed(*args: Any) -> Any:
@@ -75,7 +76,7 @@ def whole(torchs: Any, cell: Cell) -> Callable[..., Any]:
         states = [hidden] if isinstance(hidden, Tensor) else list(hidden)
         if order is not None:
             states = [state.index_select(1, torch.argsort(order)) for state in states]
-        x, ends = _run(cell, kept.rows, kept.lengths, states, flat, biases, layers, both)
+        x, ends = _run(cell, kept.rows, kept.lengths, states, _weights(flat, biases, layers, both))
         if order is not None:
             ends = [end.index_select(1, order) for end in ends]
         return (_packed(x, kept.lengths, order)[0], *ends)
@@ -94,33 +95,36 @@ def one(cell: Cell) -> Callable[..., Any]:
     return run
 
 
+Weights = Sequence[Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]]
+"""By layers and directions: W and U, their biases, and the projection."""
+
+
+def _weights(flat: Sequence[Tensor], biases: bool, layers: int, both: bool) -> Weights:
+    """torch's list, apart."""
+    size = len(flat) // (layers * (1 + both))
+    found = []
+    for place in range(0, len(flat), size):
+        w_in, w, *rest = flat[place : place + size]
+        b_in, b = rest[:2] if biases else (None, None)
+        projection = rest[2 if biases else 0 :]
+        found.append((w_in, w, b_in, b, projection[0] if projection else None))
+    return [found[place : place + 1 + both] for place in range(0, len(found), 1 + both)]
+
+
 def _run(
-    cell: Cell,
-    x: Tensor,
-    lengths: Tensor | None,
-    states: Sequence[Tensor],
-    flat: Sequence[Tensor],
-    biases: bool,
-    layers: int,
-    both: bool,
+    cell: Cell, x: Tensor, lengths: Tensor | None, states: Sequence[Tensor], weights: Weights
 ) -> tuple[Tensor, list[Tensor]]:
     """(outputs [samples, steps, width], last states [layers and directions, samples, width]); zero beyond `lengths`."""
-    size = len(flat) // (layers * (1 + both))
     last: list[Any] = []
     going = None if lengths is None else _going(lengths, x.shape[1], x.device)
-    for layer in range(layers):
+    for layer in weights:
         sides = []
-        for side in range(1 + both):
-            place = layer * (1 + both) + side
-            own = list(flat[place * size : (place + 1) * size])
-            w_in, w = own[:2]
-            b_in, b = own[2:4] if biases else (None, None)
-            rest = own[4 if biases else 2 :]
+        for side, (w_in, w, b_in, b, projection) in enumerate(layer):
             given = F.linear(x, w_in, b_in).unbind(1)
-            state: Any = tuple(s[place] for s in states)
+            state: Any = tuple(s[len(last)] for s in states)
             outputs = []
             for t in reversed(range(len(given))) if side else range(len(given)):
-                h, new = cell(given[t], state, (w, b, rest[0] if rest else None))
+                h, new = cell(given[t], state, (w, b, projection))
                 if going is not None and not bool(going[t].all()):
                     here = going[t][:, None]
                     new = tuple(torch.where(here, n, old) for n, old in zip(new, state))
@@ -129,7 +133,7 @@ def _run(
                 outputs.append(h)
             sides.append(torch.stack(outputs[::-1] if side else outputs, 1))
             last.append(state)
-        x = torch.cat(sides, -1) if both else sides[0]
+        x = torch.cat(sides, -1) if len(sides) > 1 else sides[0]
     return x, [torch.stack(column) for column in zip(*last)]
 
 
