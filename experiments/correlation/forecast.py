@@ -30,6 +30,7 @@ from hessdiag.errors import ConfigurationError
 MOST_SEEDS = 200
 WANTED = 0.9
 CURVE = ("method", "network", "data", "beta")
+ALONG = "overfitting"  # judged along epochs, where nothing is forecast
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def nearest_scatter(chosen: Sequence[Row], figure: str, name: str, results: Sequ
     """The scatter of the stored sweep that has most in common with these runs and several seeds."""
     best: tuple[tuple[int, int], Scatter] | None = None
     for sweep in results:
-        if sweep.figure.startswith("table"):
+        if sweep.figure.startswith("table") or sweep.figure == ALONG:  # cells that are no levels of a curve
             continue
         for members in split(rows(sweep), "method", "network", "data").values():
             squares, freedom = 0.0, 0
@@ -187,6 +188,11 @@ def forecast(
     sweep: Sweep, results: Sequence[SweepResults], rules: Rules, quantities: Sequence[str]
 ) -> tuple[list[Forecast], dict[str, Scatter]]:
     """Every contrast of a sweep by every quantity, and where each quantity's scatter comes from."""
+    if sweep.figure == ALONG:
+        raise ConfigurationError(
+            f"{sweep.name}: its rules compare epochs of a run, whose scatter nothing here forecasts; "
+            "docs/campaign.md says what they judge"
+        )
     chosen = planned_rows(sweep)
     sources: dict[str, Scatter] = {}
     found = []

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from experiments.__main__ import main
 from experiments.config import TrainConfig
-from experiments.correlation import courses
+from experiments.correlation import courses, forecast
 from experiments.correlation.judges import NotRun
 from experiments.correlation.rows import Row, rows
 from experiments.correlation.verdicts import INCONCLUSIVE, NOT_TESTED, load_rules, shared_rules, verdicts
@@ -266,6 +266,16 @@ def test_the_campaigns_arms_share_all_but_rate_and_awp_and_are_looked_at_around_
             assert {place for drop in drops for place in (drop - 1, drop)} <= set(looks)
         assert sweep.runs[1].train["schedule"]["milestones"] == [0.5, 0.75]
     assert len(grid.load("campaign/overfitting", stage=1).runs) == 4
+
+
+def test_nothing_is_forecast_for_it_nor_from_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its arms are no levels of a curve: their scatter says nothing of a sweep over curvature."""
+    assert main(["power", "campaign/overfitting"]) == 2
+    assert "compare epochs of a run" in capsys.readouterr().err
+    stored = [sweep for sweep in export.read_all(RESULTS) if sweep.figure == "overfitting"]
+    planned = forecast.planned_rows(grid.load("campaign/main", stage=1))
+    assert stored
+    assert forecast.nearest_scatter(planned, "figure3", "aa2", stored) is None
 
 
 # Rules, on courses made by hand.
