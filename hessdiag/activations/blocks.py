@@ -17,7 +17,7 @@ call: wrapping a float anew takes a fifth of such a pass. Everything else (float
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -177,11 +177,12 @@ def _run(step: Step, alpha: float, tensors: list[Tensor], *, rows: int = 0) -> T
     """The step on each block, with so many rows of float32 as scratch; the first tensor gives the memory format."""
     x, out = _dense(tensors[0])
     length = BLOCK * torch.get_num_threads()  # each thread has its own part of every block, and finds it in its cache
-    scratch = list(torch.empty(rows, min(length, x.numel()), dtype=torch.float32).unbind(0)) if rows else []
-    numbers = (torch.scalar_tensor(n, dtype=torch.float32, device="cpu") for n in (alpha, -alpha, 3.0 / alpha, 1.0))
-    by = Numbers(alpha, *numbers)
+    own: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    scratch = list(torch.empty(rows, min(length, x.numel()), **own).unbind(0)) if rows else []
+    by = Numbers(alpha, *(torch.scalar_tensor(n, **own) for n in (alpha, -alpha, 3.0 / alpha, 1.0)))
     flat = [t.as_strided((t.numel(),), (1,)) for t in (out, x, *(_like(t, x) for t in tensors[1:]))]
-    for first, *rest in zip(*(torch.split(t, length) for t in flat)):
+    blocks = zip(*(torch.split(t, length) for t in flat)) if x.numel() > length else [flat]
+    for first, *rest in blocks:
         if scratch and first.numel() < scratch[0].numel():
             scratch = [row[: first.numel()] for row in scratch]
         step(first, rest, scratch, by)

@@ -397,6 +397,21 @@ def test_training_at_the_ends_of_the_range(beta: int, dtype: torch.dtype) -> Non
     assert slope[1:].tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beta", [0, 1, 2, 3])
+def test_defaults_of_torch_change_nothing(beta: int, dtype: torch.dtype) -> None:
+    x = torch.linspace(-1, 1, 9).to(dtype)
+    expected = first_backward(x, torch.ones_like(x), 14.0, beta)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = first_backward(x, torch.ones_like(x), 14.0, beta)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
 @pytest.mark.parametrize("beta", [0, 1, 2])
 def test_double_backward_of_float32_training(beta: int) -> None:
     """With create_graph the first backward is a node of its own, in every type; without it, the same numbers."""
