@@ -1,12 +1,12 @@
 """What runs record along their epochs (`experiments.sweep.along`), by name; and rules that compare epochs and arms.
 
 The arms of a sweep differ in the schedule of the learning rate and in weight perturbation. Rules look at two epochs,
-the same for all arms: the last recorded one, and before it the first that an arm whose rate drops ended at a lower
-rate. Of one seed the error of a difference is what the record tells: of accuracies that of the draw of images, which
-are the same at every epoch and in every arm, so that differences are taken image by image; of everything else that of
-the two estimates as if they were independent, though they share images (too large, if anything): it speaks of this one
-net. Two arms of one seed are told and not judged, for how far two trainings part by chance a single seed does not tell.
-Of several seeds it is that of the seeds' own differences, by Student's t.
+the same for all arms: the last that the configuration names, and before it the first that an arm whose rate drops ended
+at a lower rate. Of one seed the error of a difference is what the record tells: of accuracies that of the draw of
+images, which are the same at every epoch and in every arm, so that differences are taken image by image; of everything
+else that of the two estimates as if they were independent, though they share images (too large, if anything). It speaks
+of this one net. Two arms of one seed are told and not judged, for how far two trainings part by chance a single seed
+does not tell. Of several seeds it is that of the seeds' own differences, by Student's t.
 """
 
 from __future__ import annotations
@@ -122,14 +122,15 @@ def _arms(chosen: Sequence[Row]) -> dict[str, dict[int, Row]]:
 
 
 def compared(chosen: Sequence[Row]) -> tuple[int, int]:
-    """The two epochs: the first recorded at a dropped rate, and the last."""
+    """The two epochs: the first recorded at a dropped rate, and the last that was to be recorded."""
     places = set()
     for row in chosen:
         if looks(row) and arm(row).startswith("drop"):
             rates = [float(look["lr"]) for look in looks(row)]
             after = [epoch for epoch, rate in zip(epochs(row), rates) if rate < max(rates) * (1 - 1e-9)]
-            if after and after[0] < epochs(row)[-1]:
-                places.add((after[0], epochs(row)[-1]))
+            end = int(row.result.config.along["epochs"][-1])
+            if after and after[0] < end:
+                places.add((after[0], end))
     if not places:
         raise NotRun("no run recorded two epochs after its learning rate dropped")
     if len(places) > 1:

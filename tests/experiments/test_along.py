@@ -382,6 +382,10 @@ def test_what_was_not_run_is_not_tested_and_what_was_looked_at_elsewhere_is_refu
         courses.compared([early, late])
     with pytest.raises(NotRun, match="no run of the arm 'drop, AWP'"):
         courses.at_end([early], {"quantity": "tr(C)", "arm": "drop, AWP", "beyond": "drop", "sign": -1}, RULES)
+    stopped = course(1, [look_of(30, 0.1, hits, 1, 1), look_of(40, 0.01, hits, 1, 1)], seed=1)
+    assert courses.compared([early, stopped]) == (40, 60)
+    with pytest.raises(ConfigurationError, match=r"drop, seed 1: epoch 60 is not recorded"):
+        courses.change([early, stopped], FALL, RULES)
     with pytest.raises(ConfigurationError, match="no run records 'tr'"):
         courses.seen(early.record["along"][0], "tr")
     bare = SweepResults("smoke/overfitting", "overfitting", "smoke", "", 0, (course(1, []).result,))
