@@ -19,8 +19,8 @@ sum_j c_j slope_j^2 (da_j/dtheta)^2: `direct`, once; the signed passes then carr
 seed being subtracted from its cotangent before squaring. The same holds of a layer that feeds a LayerNorm through a
 sum, and of one half of a pair whose other half does not depend on the layer (a query's own leg of its product with the
 keys): that share is zero. And the directions of a sample's sites in which signs would be noisiest can be squared one by
-one, once: `deflate`, `deflated` (hessdiag.kernels.deflation). Layers in which signs would be noisier than products of the
-Hessian at their outputs are left to these: `probes` (hessdiag.kernels.probes).
+one, once: `deflate`, `deflated` (hessdiag.kernels.deflation). Layers in which signs would be noisier than products of
+the Hessian at their outputs are left to these: `probes` (hessdiag.kernels.probes).
 """
 
 from __future__ import annotations

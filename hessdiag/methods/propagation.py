@@ -126,9 +126,9 @@ class _Batches(Work):
         seen, propagator.deflation, propagator.probes.basis = self._deflations[batch.start]
         if not torch.allclose(seen, marks, rtol=1e-9, atol=1e-9 * float(seen.abs().max())):  # a sum's order may differ
             raise NotDeterministicError(
-                f"batch {batch.index}: other samples than before; a plan with deflate={plan.deflate} and "
-                f"probe_rank={plan.probe_rank} needs the samples in one order: do not shuffle, or give a plan with "
-                "both 0"
+                f"batch {batch.index}: other samples than before; a plan with directions (deflate={plan.deflate}, "
+                f"probe_rank={plan.probe_rank}) needs the samples in one order: do not shuffle, or give a plan with "
+                "deflate=0 and probe_rank=0"
             )
 
 
