@@ -90,10 +90,7 @@ class Linearisation:
         if not bool(torch.isfinite(self.curvature.loss).all()):
             raise NonFiniteError(f"batch {index}: the loss {objective.loss.name!r} is not finite; check the targets")
         self.sites: list[Site] = self._find_sites(index)
-        pairs = [number for number, site in enumerate(self.sites) if site.right]
-        for number, lam in (balance or {}).items():
-            if number < len(pairs):
-                self.sites[pairs[number]] = replace(self.sites[pairs[number]], lam=lam)
+        self.balance(balance or {})
         self.free = frozenset(
             number for number, s in enumerate(self.sites) if all(self.graph.is_free(edge[0]) for edge in s.edges)
         )
@@ -104,6 +101,13 @@ class Linearisation:
         """What layers have in the outputs themselves, by their place in `layers` and beyond them in `shared`."""
         self._halves: dict[int, list[Own]] | None = None
         self._rowed: dict[int, Rowed] | None = None
+
+    def balance(self, lams: Mapping[int, float]) -> None:
+        """Give pairs, counted among themselves, their `lam`."""
+        pairs = [number for number, site in enumerate(self.sites) if site.right]
+        for number, lam in lams.items():
+            if number < len(pairs):
+                self.sites[pairs[number]] = replace(self.sites[pairs[number]], lam=lam)
 
     @property
     def loss(self) -> float:
