@@ -57,6 +57,10 @@ from hessdiag.signs import Signs
 from hessdiag.store.files import write_bytes
 
 Row = dict[str, Any]
+TURN = 4
+"""Replicates that a method draws when its turn comes: what the one before left in the caches and of the memory counts
+for the first of them alone, and the median is of all.
+"""
 ONCE = 30
 """Replicates over which the set-up is spread."""
 
@@ -372,9 +376,10 @@ def measure(name: str, settings: Settings, kept: Path | None = None) -> Row:
             net, found_by_pilot, **options
         )
     methods = {method: Drawn(make, settings.device) for method, make in makers.items()}
-    for r in range(settings.replicates + 1):
+    for low in range(0, settings.replicates + 1, TURN):
         for drawn in methods.values():
-            drawn.one(r)
+            for r in range(low, min(low + TURN, settings.replicates + 1)):
+                drawn.one(r)
     base = methods.pop("hutchinson")
     noise = base.variance()
     best = methods["propagation"].mean()
