@@ -229,12 +229,15 @@ def main() -> None:
     options = parser.parse_args()
     settings = replace(SETTINGS, measurements=options.measurements)
     torch.set_num_threads(1)
+    rows: dict[str, Any] = {}
     path = RESULTS / "coverage.json"
-    stored = json.loads(path.read_text(encoding="utf-8"))["results"]["rows"] if options.only and path.is_file() else []
-    rows = {row["setting"]["name"]: row for row in stored}
     for setting in settings.settings:
         if options.only in (None, setting.name):
-            rows[setting.name] = run(setting, settings)
+            found = run(setting, settings)
+            if options.only and path.is_file():
+                stored = json.loads(path.read_text(encoding="utf-8"))["results"]["rows"]
+                rows = {row["setting"]["name"]: row for row in stored}
+            rows[setting.name] = found
             order = [s.name for s in settings.settings if s.name in rows]
             store("coverage", settings, {"rows": [rows[name] for name in order]})
 
