@@ -25,6 +25,7 @@ the Hessian at their outputs are left to these: `probes` (hessdiag.kernels.probe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -78,12 +79,15 @@ class Propagator:
 
     @staticmethod
     def probed(batch: Linearisation) -> list[tuple[int, Layer]]:
-        """Layers that products may serve, by their place in `layers` and beyond them in `shared`: not those that feed
-        the outputs directly, nor what is computed from parameters first.
+        """Layers that products may serve, by their place in `layers` and beyond them in `shared`.
+
+        Not those that feed the outputs directly, nor what is computed from parameters first, nor parameters with
+        several uses besides: products at one output say nothing of what two uses have together.
         """
         computed = {key for key, known in batch.graph.applied.items() if known.computed}
-        layers = enumerate([*batch.layers, *batch.shared])
-        return [(n, layer) for n, layer in layers if n not in batch.heads and not computed & set(layer.own)]
+        layers = [(n, one) for n, one in enumerate([*batch.layers, *batch.shared]) if n not in batch.heads]
+        uses = Counter(key for _, layer in layers for key in layer.own)
+        return [(n, one) for n, one in layers if not computed & set(one.own) and all(uses[k] == 1 for k in one.own)]
 
     def direct(self) -> Tensors:
         """The functional part's share of the sites that each layer feeds directly: exact, no pass at all."""

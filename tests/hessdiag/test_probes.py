@@ -44,6 +44,17 @@ class Language(nn.Module):
         return self.head(self.last(x + self.down(F.gelu(self.up(x)))))  # type: ignore[no-any-return]
 
 
+class Twice(nn.Module):
+    """One linear layer, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(torch.tanh(self.fc(x))))
+
+
 def language(
     *, tied: bool = False, dtype: torch.dtype = torch.float64, **options: Any
 ) -> tuple[nn.Module, Tensor, Tensor]:
@@ -136,6 +147,27 @@ def test_the_pilot_takes_products_where_a_small_table_meets_a_layernorm() -> Non
         chosen = [choose_probes(batch, 0, samples=8, ordered=True, outer=False) for _ in range(2)]
         assert chosen[0] == chosen[1]
         assert ("embed" in chosen[0][0]) == expected, (spread, chosen)
+
+
+def test_a_measurement_takes_them_by_itself_and_is_right() -> None:
+    torch.manual_seed(0)
+    model = Language(8, 6, 8, spread=0.02)
+    x = torch.randint(0, 6, (4, 9))
+    data = [(x[:, :-1], x[:, 1:])]
+    found = hd.measure(hd.Objective(model), data, method="propagation", rtol=0.2, max_replicates=60)
+    assert found.plan.probes
+    assert found.norm.gauss_newton is not None
+    truth = hd.measure(hd.Objective(model), data, method="exact").norm.total.norm
+    low, high = found.norm.total.norm_interval
+    assert low - (high - low) <= truth <= high + (high - low)
+
+
+def test_several_uses_of_a_parameter_are_left_to_signs() -> None:
+    torch.manual_seed(0)
+    batch = Linearisation(
+        hd.Objective(nn.Sequential(Twice(), nn.Linear(4, 3)).double()), torch.randn(2, 4).double(), torch.tensor([0, 1])
+    )
+    assert [layer.name for _, layer in Propagator.probed(batch)] == []
 
 
 def test_directions_need_the_samples_in_one_order_and_names_must_be_there() -> None:
