@@ -33,7 +33,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -341,16 +341,14 @@ def propagation(
     return draw
 
 
-def plans(found: Pilot, *, columns: bool) -> dict[str, Row]:
-    """Those that differ from the pilot's."""
-    left = dict(PLANS)
-    if columns:
-        del left["Gauss-Newton by passes of its own"]
-    if not found.probes:
-        del left["no products at outputs"]
-    if not found.probe_rank:
-        del left["no directions of products"]
-    return left
+def plans(found: Pilot, wanted: Collection[str], *, columns: bool) -> dict[str, Row]:
+    """The pilot's and, of those `wanted`, all that differ from it."""
+    same = {
+        "Gauss-Newton by passes of its own": columns,
+        "no products at outputs": not found.probes,
+        "no directions of products": not found.probe_rank,
+    }
+    return {plan: options for plan, options in PLANS.items() if not plan or (plan in wanted and not same.get(plan))}
 
 
 def hutchinson(net: Trained) -> Callable[[int], Tensors]:
@@ -365,13 +363,13 @@ def hutchinson(net: Trained) -> Callable[[int], Tensors]:
     return draw
 
 
-def measure(name: str, settings: Settings, kept: Path | None = None) -> Row:
+def measure(name: str, settings: Settings, kept: Path | None = None, wanted: Collection[str] = tuple(PLANS)) -> Row:
     """Train a net and measure it."""
     net = NETS[name](settings, kept)
     found_by_pilot = pilot(net)
     columns = net.targets.ndim == 1
     makers: dict[str, Callable[[], Callable[[int], Tensors]]] = {"hutchinson": lambda: hutchinson(net)}
-    for plan, options in plans(found_by_pilot, columns=columns).items():
+    for plan, options in plans(found_by_pilot, wanted, columns=columns).items():
         makers[f"propagation {plan}".strip()] = lambda options=options: propagation(  # type: ignore[misc]
             net, found_by_pilot, **options
         )
@@ -430,6 +428,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="name")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--plans", nargs="*", metavar="plan", help="which to switch off or on (default: all)")
     parser.add_argument("--weights", type=Path, default=default_root() / "transformers", help="folder of trained nets")
     parser.add_argument("--full", action="store_true", help="full size without a GPU, too")
     options = parser.parse_args(arguments)
@@ -447,7 +446,7 @@ def main(arguments: list[str] | None = None) -> None:
         if name in rows:
             continue
         kept = None if settings.shrink > 1 else options.weights / f"{name}.pt"
-        rows[name] = measure(name, settings, kept)
+        rows[name] = measure(name, settings, kept, PLANS if options.plans is None else options.plans)
         options.out.mkdir(parents=True, exist_ok=True)
         content = {"environment": environment(), "settings": asdict(settings), "results": rows}
         write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
