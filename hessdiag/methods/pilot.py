@@ -39,8 +39,8 @@ PROBED_SHARE = 0.1
 PROBED_MOST = 3
 PROBE_COUNTS = (1, 2, 4)
 PROBE_RANK = 16
-PROBE_COST = 0.3
-"""Replicates by signs that one product at a layer's output costs (measured on GPTs: 0.2 to 0.3)."""
+PROBE_COST = 0.45
+"""Replicates by signs that one product at a layer's output costs (measured on a ViT and a GPT)."""
 PILOT_ONCE = 30
 """Replicates over which what is done once is spread."""
 PROBE_REPLICATES = 4
