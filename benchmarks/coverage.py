@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import hessdiag as hd
-from benchmarks.common import binomial_interval, digits, store, train
+from benchmarks import transformers
+from benchmarks.common import RESULTS, binomial_interval, digits, store, train
 from hessdiag import networks
 from hessdiag.graph import Linearisation
 from hessdiag.kernels import exact_batch as exact
@@ -51,6 +53,8 @@ class Setting:
     parameters: str | None = None
     deflate: int = 0
     required: bool = True
+    measurements: int | None = None
+    """Where they are not as many as of the others."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Settings:
             Setting("population", "mlp", {"widths": (16,), "in_features": 64}, 50, 640, target="population"),
             Setting("MLP, fixed", "mlp", {"widths": (64, 64), "in_features": 64}, 50, 32, deflate=4),
             Setting("MLP, sequential", "mlp", {"widths": (64, 64), "in_features": 64}, 50, 32, rtol=0.001, deflate=4),
+            Setting("ViT, fixed", "vit", {"width": 8}, 200, 32, deflate=4, measurements=500),
+            Setting("GRU, fixed", "gru", {"width": 8}, 200, 32, replicates=64, measurements=500),
             Setting("noise dominates: Hutchinson", "small_resnet", {}, 50, 32, method="hutchinson", required=False),
             Setting(
                 "heavy tails: population, well trained", "mlp", {"widths": (16,), "in_features": 64}, 2000, 64,
@@ -87,10 +93,32 @@ class Settings:
 SETTINGS = Settings()
 
 
+class Rows(nn.Module):
+    """A GRU that reads an image row by row; scores from its last state."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(8, width, batch_first=True), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of [N, 1, 8, 8]."""
+        return self.head(self.gru(x[:, 0])[0][:, -1])  # type: ignore[no-any-return]
+
+
+_BUILT: dict[str, Callable[..., nn.Module]] = {
+    "vit": lambda width: transformers.ViT(width, transformers.Settings(heads=2, layers=1)),
+    "gru": Rows,
+}
+
+
 def model_of(setting: Setting, settings: Settings) -> tuple[nn.Module, Tensor, Tensor]:
     """The trained network and all digits, shaped for it."""
-    model = networks.build(setting.network, activation=settings.activation, seed=settings.seed, **setting.options)
     x, y = digits(1297)
+    if setting.network in _BUILT:
+        torch.manual_seed(settings.seed)
+        model = _BUILT[setting.network](**setting.options)
+    else:
+        model = networks.build(setting.network, activation=settings.activation, seed=settings.seed, **setting.options)
     x = x.flatten(1) if setting.network == "mlp" else x
     train(model, x, y, steps=setting.steps, batch=64, lr=0.1, seed=settings.seed)
     return model, x, y
@@ -122,7 +150,7 @@ def over_signs(setting: Setting, settings: Settings) -> Iterator[tuple[float, No
     case = case_of(objective, [(x, y)], plan)
     loop = Loop(case, invariant=False)
     loop.run_known()
-    for number in range(settings.measurements):
+    for number in range(setting.measurements or settings.measurements):
         case.seed = 1000 * settings.seed + number + 1
         loop.work.signs, loop.done, loop.history = case.signs, 0, []
         loop.streams = {name: Replicates(objective.parameters, groups=plan.groups) for name in loop.streams}
@@ -146,7 +174,7 @@ def over_data(setting: Setting, settings: Settings) -> Iterator[tuple[float, Nor
     objective = hd.Objective(model)
     truth = true_rms(objective, x, y)
     generator = torch.Generator().manual_seed(settings.seed)
-    for number in range(settings.measurements):
+    for number in range(setting.measurements or settings.measurements):
         chosen = torch.randint(len(y), (setting.samples,), generator=generator)
         batches = [(x[chosen], y[chosen])]
         case = case_of(objective, batches, Plan(setting.method))
@@ -197,12 +225,21 @@ def main() -> None:
     """Measure setting by setting, print, store."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measurements", type=int, default=SETTINGS.measurements)
-    settings = replace(SETTINGS, measurements=parser.parse_args().measurements)
+    parser.add_argument("--only", metavar="NAME", help="measure this setting alone; the others' stored rows stay")
+    options = parser.parse_args()
+    settings = replace(SETTINGS, measurements=options.measurements)
     torch.set_num_threads(1)
-    rows = []
+    rows: dict[str, Any] = {}
+    path = RESULTS / "coverage.json"
     for setting in settings.settings:
-        rows.append(run(setting, settings))
-        store("coverage", settings, {"rows": rows})
+        if options.only in (None, setting.name):
+            found = run(setting, settings)
+            if options.only and path.is_file():
+                stored = json.loads(path.read_text(encoding="utf-8"))["results"]["rows"]
+                rows = {row["setting"]["name"]: row for row in stored}
+            rows[setting.name] = found
+            order = [s.name for s in settings.settings if s.name in rows]
+            store("coverage", settings, {"rows": [rows[name] for name in order]})
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def verdict(target: str, reached: bool) -> str:
 
 
 def _judged(wanted: str, inside: bool, row: Mapping[str, Any]) -> str:
-    """The verdict on a coverage, which takes a thousand measurements."""
-    enough = int(row["measurements"]) >= 1000
+    """The verdict on a coverage, which takes a thousand measurements, or as many as its setting says."""
+    enough = int(row["measurements"]) >= (row["setting"].get("measurements") or 1000)
     return verdict(wanted, inside) if enough else f"{wanted}: open, too few measurements"
 
 
@@ -322,6 +322,12 @@ def callbacks(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row
     ]
 
 
+def _chosen(row: Mapping[str, Any]) -> str:
+    """The pilot's plan with what it chose."""
+    chosen = ", ".join(f"{count} of {layer}" for layer, count in row["pilot"]["products a replicate"].items())
+    return f"propagation, products: {chosen}, {row['pilot']['directions']} directions"
+
+
 def transformers(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
     """A row per net and plan."""
     rows: list[Row] = []
@@ -332,7 +338,7 @@ def transformers(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
                 {
                     "net": net,
                     "parameters": f"{row['parameters']:,}",
-                    "plan": plan,
+                    "plan": plan if plan != "propagation" or not row["pilot"]["products a replicate"] else _chosen(row),
                     "gain, all entries": f"{gains['norm']:.3g}",
                     "gain, mean over tensors": f"{gains['tensors']:.3g}",
                     "lowest": f"{lowest} {gain:.3g}",

@@ -1,11 +1,12 @@
 """Transformers, one batch: how much more a replicate of propagation says than Hutchinson in the same time.
 
-    python -m benchmarks.transformers [NAME...] [--device DEVICE] [--full] [--out FOLDER]
+    python -m benchmarks.transformers [NAME...] [--device DEVICE] [--full] [--out FOLDER] [--weights FOLDER]
 
 vit128        a ViT of width 128 on digits (patches of 2 x 2, 16 tokens), 16 images
 gpt64         a GPT of width 64 on characters, untied, 8 sequences of 64, its table of characters started as torch does
-gpt256        the same of width 256
 gpt64_small   gpt64 with the table and the positions started at 0.02, as GPT-2's: the first LayerNorm divides by that
+gpt256        as gpt64, of width 256, trained on batches of 8 sequences rather than 32
+gpt256_tied   the same with the table as its head, started at 0.02
 
 The text is the source code of Python's standard library as the running interpreter has it; its hash stands with the
 result.
@@ -17,8 +18,9 @@ replicates, unbiased), t the median time of one and s that of the set-up,
     gain = V_h (t_h + s_h / 30) / (V_p (t_p + s_p / 30)),
 
 for all entries together (`norm`) and tensor by tensor: their geometric mean, and the lowest by name. Tensors whose
-diagonal is zero within rounding (a key's bias) are left out, and named. The `plans` are propagation with one thing
-switched on or off at a time. A row is stored as soon as it is measured; rows that are stored already are left out.
+diagonal is zero within rounding (a key's bias) are left out, and named. The plan without a name is the pilot's; the
+others are that with one thing switched on or off at a time. A row is stored as soon as it is measured; rows that are
+stored already are left out, and trained weights are kept in a folder for the next time.
 Without a GPU everything is tiny, a rehearsal whose numbers say nothing, unless `--full` is given.
 """
 
@@ -31,7 +33,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,18 +44,23 @@ from torch.nn import functional as F
 
 import hessdiag as hd
 from benchmarks.common import RESULTS, digits, environment, median
+from hessdiag.data import default_root
 from hessdiag.errors import ConfigurationError, nearest
 from hessdiag.graph import Linearisation
 from hessdiag.kernels.products import Products
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors, accumulate
 from hessdiag.methods.hutchinson import probe
-from hessdiag.methods.pilot import balance_products
+from hessdiag.methods.pilot import balance_products, choose_probes
 from hessdiag.methods.propagation import EXACT_COLUMNS
 from hessdiag.signs import Signs
 from hessdiag.store.files import write_bytes
 
 Row = dict[str, Any]
+TURN = 4
+"""Replicates that a method draws when its turn comes: what the one before left in the caches and of the memory counts
+for the first of them alone, and the median is of all.
+"""
 ONCE = 30
 """Replicates over which the set-up is spread."""
 
@@ -63,7 +70,7 @@ class Settings:
     """What is measured, and how large; `shrink` divides widths and steps."""
 
     device: str = "cpu"
-    replicates: int = 24
+    replicates: int = 16
     steps: int = 500
     heads: int = 4
     layers: int = 4
@@ -110,13 +117,15 @@ class ViT(nn.Module):
 class GPT(nn.Module):
     """Characters in, the next one out at every place."""
 
-    def __init__(self, width: int, vocabulary: int, settings: Settings, spread: float) -> None:
+    def __init__(self, width: int, vocabulary: int, settings: Settings, spread: float, tied: bool) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(1, settings.tokens, width))
         self.blocks = nn.Sequential(*(Block(width, settings.heads, causal=True) for _ in range(settings.layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         nn.init.normal_(self.embed.weight, std=spread)
+        if tied:
+            self.head.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of every place."""
@@ -150,8 +159,15 @@ def text() -> tuple[Tensor, int, str]:
     )
 
 
-def trained(model: nn.Module, draw: Callable[[int], tuple[Tensor, Tensor]], settings: Settings, lr: float) -> float:
-    """AdamW with a warm-up; returns the loss of the last steps."""
+def trained(
+    model: nn.Module, draw: Callable[[int], tuple[Tensor, Tensor]], settings: Settings, lr: float, kept: Path | None
+) -> float:
+    """AdamW with a warm-up, or as it was `kept`; returns the loss of the last steps."""
+    if kept is not None and kept.is_file():
+        content = torch.load(kept, weights_only=True, map_location=settings.device)
+        model.load_state_dict(content["state"])
+        model.eval()
+        return float(content["loss"])
     steps = max(settings.steps // settings.shrink**2, 2)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     losses = []
@@ -166,10 +182,14 @@ def trained(model: nn.Module, draw: Callable[[int], tuple[Tensor, Tensor]], sett
         losses.append(float(loss.detach()))
     model.eval()
     last = losses[-max(steps // 20, 1) :]
-    return sum(last) / len(last)
+    loss = sum(last) / len(last)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"state": model.state_dict(), "loss": loss}, kept)
+    return loss
 
 
-def vit(width: int, settings: Settings) -> Trained:
+def vit(width: int, settings: Settings, kept: Path | None) -> Trained:
     """Trained on batches of 64 digits."""
     torch.manual_seed(0)
     x, y = (part.to(settings.device) for part in digits(1297))
@@ -179,36 +199,42 @@ def vit(width: int, settings: Settings) -> Trained:
         chosen = torch.randint(len(x), (64,), generator=torch.Generator().manual_seed(step)).to(x.device)
         return x[chosen], y[chosen]
 
-    return Trained(model, x[:16], y[:16], {"data": "digits", "loss": trained(model, draw, settings, 1e-3)})
+    return Trained(model, x[:16], y[:16], {"data": "digits", "loss": trained(model, draw, settings, 1e-3, kept)})
 
 
-def gpt(width: int, settings: Settings, *, spread: float = 1.0) -> Trained:
-    """Trained on batches of 32 places of the text."""
+def gpt(
+    width: int, settings: Settings, kept: Path | None, *, spread: float = 1.0, tied: bool = False, sequences: int = 32
+) -> Trained:
+    """Trained on batches of so many places of the text."""
     torch.manual_seed(0)
     characters, vocabulary, mark = text()
-    model = GPT(width // settings.shrink, vocabulary, settings, spread).to(settings.device)
+    model = GPT(width // settings.shrink, vocabulary, settings, spread, tied).to(settings.device)
 
-    def draw(step: int, count: int = 32) -> tuple[Tensor, Tensor]:
+    def draw(step: int, count: int = sequences) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(step)
         starts = torch.randint(len(characters) - settings.tokens, (count, 1), generator=generator)
         rows = characters[starts + torch.arange(settings.tokens + 1)].to(settings.device)
         return rows[:, :-1], rows[:, 1:]
 
-    loss = trained(model, draw, settings, 1e-3)
+    loss = trained(model, draw, settings, 1e-3, kept)
     facts = {"data": "Python's standard library", "sha256": mark, "characters": len(characters), "loss": loss}
     return Trained(model, *draw(1 << 20, 8), facts)
 
 
-NETS: dict[str, Callable[[Settings], Trained]] = {
-    "vit128": lambda settings: vit(128, settings),
-    "gpt64": lambda settings: gpt(64, settings),
-    "gpt256": lambda settings: gpt(256, settings),
-    "gpt64_small": lambda settings: gpt(64, settings, spread=0.02),
+NETS: dict[str, Callable[[Settings, Path | None], Trained]] = {
+    "vit128": lambda settings, kept: vit(128, settings, kept),
+    "gpt64": lambda settings, kept: gpt(64, settings, kept),
+    "gpt64_small": lambda settings, kept: gpt(64, settings, kept, spread=0.02),
+    "gpt256": lambda settings, kept: gpt(256, settings, kept, sequences=8),
+    "gpt256_tied": lambda settings, kept: gpt(256, settings, kept, sequences=8, spread=0.02, tied=True),
 }
 PLANS: dict[str, Row] = {
     "": {},
     "no balance": {"balance": False},
-    "with directions": {"directions": 8},
+    "Gauss-Newton by passes of its own": {"merged": False},
+    "no products at outputs": {"probes": False},
+    "no directions of products": {"probe_rank": False},
+    "with directions of signs": {"directions": 8},
     "no closed shares of norms and pairs": {"closed": False},
 }
 
@@ -251,33 +277,78 @@ class Drawn:
         return time.perf_counter()
 
 
+@dataclass(frozen=True)
+class Pilot:
+    """What a pilot chose, once for all plans."""
+
+    balance: Mapping[int, float]
+    probes: Mapping[str, int]
+    probe_rank: int
+    seconds: float
+
+
+def pilot(net: Trained) -> Pilot:
+    """As a plan's pilot does it, on the batch."""
+    begun = time.perf_counter()
+    linear = Linearisation(hd.Objective(net.model), net.inputs, net.targets)
+    balance = balance_products(linear, 0)
+    linear.balance(balance)
+    outer = linear.columns <= EXACT_COLUMNS
+    probes, rank = choose_probes(linear, 0, samples=linear.samples, ordered=True, outer=outer)
+    return Pilot(balance, probes, rank, time.perf_counter() - begun)
+
+
 def propagation(
-    net: Trained, *, balance: bool = True, directions: int = 0, closed: bool = True
+    net: Trained,
+    found: Pilot,
+    *,
+    balance: bool = True,
+    merged: bool = True,
+    probes: bool = True,
+    probe_rank: bool = True,
+    directions: int = 0,
+    closed: bool = True,
 ) -> Callable[[int], Tensors]:
     """Set up, and what draws one replicate."""
     objective, signs = hd.Objective(net.model), Signs(0, net.inputs.device)
     linear = Linearisation(objective, net.inputs, net.targets)
     if balance:
-        few = Linearisation(objective, net.inputs[:8], net.targets[:8])
-        linear = Linearisation(objective, net.inputs, net.targets, balance=balance_products(few, 0))
+        linear.balance(balance_products(linear, 0))  # part of the set-up
     if not closed:
         linear._rowed, linear._halves = {}, {}
-    propagator = Propagator(linear)
-    known = propagator.direct()
+    propagator = Propagator(linear, probes=found.probes if probes else {})
     columns = linear.columns <= EXACT_COLUMNS
-    accumulate(known, propagator.gauss_newton() if columns else propagator.heads())
+    known = propagator.direct()
+    if probes and probe_rank and found.probe_rank:
+        propagator.probes.find(signs, found.probe_rank)
+        accumulate(known, propagator.probes.along())
+    apart: Tensors = {}
+    accumulate(known, propagator.gauss_newton(apart) if columns else propagator.heads())
+    accumulate(known, apart, -1.0)
     if directions:
         propagator.deflate(signs, directions)
         accumulate(known, propagator.deflated())
 
     def draw(r: int) -> Tensors:
-        found = propagator.functional(signs, r)
-        if not columns:
-            accumulate(found, propagator.gauss_newton_signed(signs, r))
-        accumulate(found, known)
-        return found
+        drawn = propagator.functional(signs, r, outer=merged and not columns)
+        if not (columns or merged):
+            apart: Tensors = {}
+            accumulate(drawn, propagator.gauss_newton_signed(signs, r, apart))
+            accumulate(drawn, apart, -1.0)
+        accumulate(drawn, known)
+        return drawn
 
     return draw
+
+
+def plans(found: Pilot, wanted: Collection[str], *, columns: bool) -> dict[str, Row]:
+    """The pilot's and, of those `wanted`, all that differ from it."""
+    same = {
+        "Gauss-Newton by passes of its own": columns,
+        "no products at outputs": not found.probes,
+        "no directions of products": not found.probe_rank,
+    }
+    return {plan: options for plan, options in PLANS.items() if not plan or (plan in wanted and not same.get(plan))}
 
 
 def hutchinson(net: Trained) -> Callable[[int], Tensors]:
@@ -292,16 +363,21 @@ def hutchinson(net: Trained) -> Callable[[int], Tensors]:
     return draw
 
 
-def measure(name: str, settings: Settings) -> Row:
+def measure(name: str, settings: Settings, kept: Path | None = None, wanted: Collection[str] = tuple(PLANS)) -> Row:
     """Train a net and measure it."""
-    net = NETS[name](settings)
+    net = NETS[name](settings, kept)
+    found_by_pilot = pilot(net)
+    columns = net.targets.ndim == 1
     makers: dict[str, Callable[[], Callable[[int], Tensors]]] = {"hutchinson": lambda: hutchinson(net)}
-    for plan, options in PLANS.items():
-        makers[f"propagation {plan}".strip()] = lambda options=options: propagation(net, **options)  # type: ignore[misc]
+    for plan, options in plans(found_by_pilot, wanted, columns=columns).items():
+        makers[f"propagation {plan}".strip()] = lambda options=options: propagation(  # type: ignore[misc]
+            net, found_by_pilot, **options
+        )
     methods = {method: Drawn(make, settings.device) for method, make in makers.items()}
-    for r in range(settings.replicates + 1):
+    for low in range(0, settings.replicates + 1, TURN):
         for drawn in methods.values():
-            drawn.one(r)
+            for r in range(low, min(low + TURN, settings.replicates + 1)):
+                drawn.one(r)
     base = methods.pop("hutchinson")
     noise = base.variance()
     best = methods["propagation"].mean()
@@ -311,6 +387,11 @@ def measure(name: str, settings: Settings) -> Row:
         "parameters": sum(p.numel() for p in net.model.parameters()),
         "zero": zero,
         "load": os.getloadavg()[0],
+        "pilot": {
+            "products a replicate": dict(found_by_pilot.probes),
+            "directions": found_by_pilot.probe_rank,
+            "seconds": found_by_pilot.seconds,
+        },
         "hutchinson": {"seconds": median(base.seconds).value, "setup": base.setup},
         "plans": {},
     }
@@ -347,6 +428,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="name")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--plans", nargs="*", metavar="plan", help="which to switch off or on (default: all)")
+    parser.add_argument("--weights", type=Path, default=default_root() / "transformers", help="folder of trained nets")
     parser.add_argument("--full", action="store_true", help="full size without a GPU, too")
     options = parser.parse_args(arguments)
     settings = sized(options.device, full=options.full)
@@ -362,7 +445,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise ConfigurationError(f"no net {name!r}; {nearest(name, list(NETS))}")
         if name in rows:
             continue
-        rows[name] = measure(name, settings)
+        kept = None if settings.shrink > 1 else options.weights / f"{name}.pt"
+        rows[name] = measure(name, settings, kept, PLANS if options.plans is None else options.plans)
         options.out.mkdir(parents=True, exist_ok=True)
         content = {"environment": environment(), "settings": asdict(settings), "results": rows}
         write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -50,7 +50,10 @@ class Signs:
         blocks = []
         for block in range(first, last + 1):
             self._generator.manual_seed(key(self.seed, *parts, block))
-            blocks.append(self._draw(torch.Size((BLOCK, *rest)), dtype))
+            rows = BLOCK
+            if self.device.type == "cpu":  # draws one number after the other: what comes after the batch is not needed
+                rows = min(BLOCK, start + count - block * BLOCK)
+            blocks.append(self._draw(torch.Size((rows, *rest)), dtype))
         drawn = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         offset = start - first * BLOCK
         return drawn[offset : offset + count]

@@ -29,9 +29,14 @@ from hessdiag.graph.reading import Graph, detach_guard
 from hessdiag.graph.saved import constant
 from hessdiag.graph.sites import Map, Pointwise, Site, SiteKind
 from hessdiag.graph.sites.elementwise import Elementwise, derivatives
-from hessdiag.graph.sites.site import Legs, pulled
+from hessdiag.graph.sites.site import pulled
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import Curvature
+
+Pull = tuple[int, bool, int]
+"""A leg: the number of its site, whether it is of the second half of a pair, and its number there."""
+Pulls = dict[Pull, tuple[Edge, Tensor]]
+"""Edges and their cotangents, leg by leg."""
 
 
 class _Bend:
@@ -71,7 +76,7 @@ class Linearisation:
                 outputs = objective.outputs(inputs, targets, index=index)
         self.outputs: Tensor = outputs
         detach_guard(self.outputs)
-        self.objective = objective
+        self.objective, self._targets = objective, targets
         self.samples = len(targets)
         self.graph = Graph(self.outputs, objective.parameters)
         self.layers: list[Layer] = self.graph.layers
@@ -85,10 +90,7 @@ class Linearisation:
         if not bool(torch.isfinite(self.curvature.loss).all()):
             raise NonFiniteError(f"batch {index}: the loss {objective.loss.name!r} is not finite; check the targets")
         self.sites: list[Site] = self._find_sites(index)
-        pairs = [number for number, site in enumerate(self.sites) if site.right]
-        for number, lam in (balance or {}).items():
-            if number < len(pairs):
-                self.sites[pairs[number]] = replace(self.sites[pairs[number]], lam=lam)
+        self.balance(balance or {})
         self.free = frozenset(
             number for number, s in enumerate(self.sites) if all(self.graph.is_free(edge[0]) for edge in s.edges)
         )
@@ -99,6 +101,13 @@ class Linearisation:
         """What layers have in the outputs themselves, by their place in `layers` and beyond them in `shared`."""
         self._halves: dict[int, list[Own]] | None = None
         self._rowed: dict[int, Rowed] | None = None
+
+    def balance(self, lams: Mapping[int, float]) -> None:
+        """Give pairs, counted among themselves, their `lam`."""
+        pairs = [number for number, site in enumerate(self.sites) if site.right]
+        for number, lam in lams.items():
+            if number < len(pairs):
+                self.sites[pairs[number]] = replace(self.sites[pairs[number]], lam=lam)
 
     @property
     def loss(self) -> float:
@@ -120,15 +129,34 @@ class Linearisation:
         Of a pair the second half takes the seeds of `right`, or without these the same as the first. `above` leaves out
         what sites look at of the free side, which has no samples.
         """
+        pulls = self.pull(seeds, seeds if right is None else right, above=above)
+        return self.backward_from(pulls, output_seed, targets, create_graph=create_graph)
+
+    def pull(self, seeds: Sequence[Tensor | None], right: Sequence[Tensor | None], *, above: bool = False) -> Pulls:
+        """Cotangents of the edges that sites look at, leg by leg, for seeds as `backward` takes them."""
+        found: Pulls = {}
+        for number, (site, seed, other) in enumerate(zip(self.sites, seeds, right)):
+            for second, legs, s in ((False, site.legs, seed), (True, site.right, other)):
+                if s is not None:
+                    for leg, (edge, factor) in enumerate(legs):
+                        if not (above and self.graph.is_free(edge[0])):
+                            found[number, second, leg] = edge, pulled(edge, factor, s)
+        return found
+
+    def backward_from(
+        self,
+        pulls: Pulls,
+        output_seed: Tensor | None,
+        targets: Sequence[GradientEdge | Tensor],
+        *,
+        create_graph: bool = False,
+    ) -> tuple[Tensor | None, ...]:
+        """`backward`, its seeds brought to the edges already."""
         roots: list[Any] = []
         vectors: list[Tensor] = []
-        for site, seed, other in zip(self.sites, seeds, seeds if right is None else right):
-            for legs, s in ((site.legs, seed), (site.right, other)):
-                if above:
-                    legs = tuple(leg for leg in legs if not self.graph.is_free(leg[0][0]))
-                for edge, vector in pulled(legs, s) if s is not None else ():
-                    roots.append(GradientEdge(*edge))
-                    vectors.append(vector)
+        for edge, vector in pulls.values():
+            roots.append(GradientEdge(*edge))
+            vectors.append(vector)
         if output_seed is not None:
             roots.append(self.outputs)
             vectors.append(output_seed.to(self.outputs.dtype).reshape(self.outputs.shape))
@@ -168,30 +196,34 @@ class Linearisation:
         assert found is not None
         return found
 
-    def own(
-        self, seeds: Sequence[Tensor | None], right: Sequence[Tensor | None], *, halves: bool = True
-    ) -> dict[int, Tensor]:
+    def own(self, pulls: Pulls, *, halves: bool = True) -> dict[int, Tensor]:
         """By layer, what its cotangent holds of seeds whose share is known: of sites that mix rows, and (`halves`) of
         pairs of which it feeds one half alone.
         """
-        found: dict[int, Tensor] = {}
-
-        def take(place: int, legs: Legs, seed: Tensor | None, kept: Tensor | float) -> None:
-            for edge, vector in pulled(legs, seed) if seed is not None else ():
-                part = carried(self.layers[place], edge, vector)
-                if part is not None:
-                    found[place] = part * kept if place not in found else found[place] + part * kept
-
-        for place, rowed in self.rowed.items():
-            for number in rowed.sites:
-                take(place, self.sites[number].legs, seeds[number], 1.0)
         if halves and self._halves is None:
             self._halves = find_own(self.graph, self.sites, self.layers)
+        wanted: dict[tuple[Pull, ...], dict[int, Tensor | float]] = {}
+        for place, rowed in self.rowed.items():
+            wanted.setdefault(tuple((number, False, 0) for number in rowed.sites), {})[place] = 1.0
         for place, mine in (self._halves or {}).items() if halves else ():
             for half in mine:
-                legs = self.sites[half.site].right if half.second else self.sites[half.site].legs
-                seed = (right if half.second else seeds)[half.site]
-                take(place, legs[half.leg : half.leg + 1], seed, half.kept)
+                wanted.setdefault(((half.site, half.second, half.leg),), {})[place] = half.kept
+        found: dict[int, Tensor] = {}
+        for together, places in wanted.items():
+            given = [pulls[pull] for pull in together if pull in pulls]  # on one edge
+            if not given:
+                continue
+            parts = torch.autograd.grad(
+                [GradientEdge(*given[0][0])],
+                [self.layers[place].edge for place in places],
+                [sum((vector for _, vector in given[1:]), given[0][1])],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for (place, kept), part in zip(places.items(), parts):
+                if part is not None:
+                    share = part if isinstance(kept, float) else part * kept
+                    found[place] = share if place not in found else found[place] + share
         return found
 
     def adjoints(self, edges: Sequence[Edge]) -> list[Tensor]:
@@ -208,6 +240,18 @@ class Linearisation:
         )
         return [
             torch.zeros(edge_shape(edge), dtype=gradient.dtype, device=gradient.device) if g is None else g
+            for edge, g in zip(edges, found)
+        ]
+
+    def gradients(self, edges: Sequence[GradientEdge]) -> list[Tensor]:
+        """dl/dt at `edges`, the loss summed over the batch, as functions that can be differentiated once more."""
+        with torch.enable_grad():
+            losses = self.objective.loss.values(self.outputs.double(), self._targets)
+            found = torch.autograd.grad([losses.sum()], list(edges), create_graph=True, allow_unused=True)
+        return [
+            torch.zeros(edge_shape((edge.node, edge.output_nr)), dtype=self.outputs.dtype, device=self.outputs.device)
+            if g is None
+            else g
             for edge, g in zip(edges, found)
         ]
 

@@ -5,27 +5,20 @@ What `Linearisation.backward` returns are the cotangents of all layers at once, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
-from hessdiag.graph.linearise import Linearisation
+from hessdiag.graph.linearise import Linearisation, Pulls
 
 Visitor = Callable[[int, Tensor], None]
 
 
-def visit(
-    batch: Linearisation,
-    seeds: Sequence[Tensor | None],
-    output_seed: Tensor | None,
-    visitor: Visitor,
-    *,
-    right: Sequence[Tensor | None] | None = None,
-) -> None:
+def visit(batch: Linearisation, pulls: Pulls, output_seed: Tensor | None, visitor: Visitor) -> None:
     """Call `visitor(place, cotangent)` once for every layer that the roots reach.
 
-    `place` is its index in `layers`, and beyond them in `shared`. Seeds are those of `Linearisation.backward`. The pass
-    goes down to the layers with none below them, and so through all the others.
+    `place` is its index in `layers`, and beyond them in `shared`. Roots are those of `Linearisation.backward_from`. The
+    pass goes down to the layers with none below them, and so through all the others.
     """
     layers = [*batch.layers, *batch.shared]
     first = [place for place, layer in enumerate(layers) if batch.graph.is_first(layer)]
@@ -34,7 +27,7 @@ def visit(
         for place in set(range(len(layers))) - set(first):
             handles.append(layers[place].node.register_prehook(_teller(place, visitor)))
         edges = [layers[place].edge for place in first]
-        found = batch.backward(seeds, output_seed, edges, right=right, above=True)
+        found = batch.backward_from(pulls, output_seed, edges)
     finally:
         for handle in handles:
             handle.remove()

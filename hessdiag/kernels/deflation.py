@@ -88,7 +88,7 @@ def deflation(batch: Linearisation, squares: Sequence[LayerKind], signs: Signs, 
             found.append(row)
     basis = [torch.stack(rows.pop(0), 1) for _ in sizes]
     for _ in range(2):  # twice, since squared condition numbers cost half the digits
-        basis = _orthonormal(basis, None if paired else positive)
+        basis = orthonormal(basis, None if paired else positive)
     return Deflation(basis, None if paired else positive)
 
 
@@ -176,7 +176,7 @@ def _answers(
     ]
 
 
-def _orthonormal(rows: list[Tensor], positive: Sequence[Tensor] | None) -> list[Tensor]:
+def orthonormal(rows: list[Tensor], positive: Sequence[Tensor] | None) -> list[Tensor]:
     """Orthonormal rows per sample, over the positive and over the negative entries if these are given; zero rows beyond
     the rank.
     """

@@ -19,18 +19,21 @@ sum_j c_j slope_j^2 (da_j/dtheta)^2: `direct`, once; the signed passes then carr
 seed being subtracted from its cotangent before squaring. The same holds of a layer that feeds a LayerNorm through a
 sum, and of one half of a pair whose other half does not depend on the layer (a query's own leg of its product with the
 keys): that share is zero. And the directions of a sample's sites in which signs would be noisiest can be squared one by
-one, once: `deflate`, `deflated` (hessdiag.kernels.deflation).
+one, once: `deflate`, `deflated` (hessdiag.kernels.deflation). Layers in which signs would be noisier than products of
+the Hessian at their outputs are left to these: `probes` (hessdiag.kernels.probes).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from hessdiag.graph import LayerKind, Linearisation, Site, edge_shape, visit
+from hessdiag.graph import Layer, LayerKind, Linearisation, Site, edge_shape, visit
 from hessdiag.kernels.deflation import Deflation, deflation
+from hessdiag.kernels.probes import Probes, accumulate_new
 from hessdiag.kernels.tensors import Tensors, accumulate, zeros
 from hessdiag.kernels.uses import Uses
 from hessdiag.signs import Signs
@@ -43,7 +46,8 @@ KEEP_ROOTS = 1 << 26
 class Propagator:
     """Passes over one linearised batch: squares prepared once, then as many replicates as wanted.
 
-    `groups` gives, per layer name, how many neighbouring samples are summed before squaring (1: per sample).
+    `groups` gives, per layer name, how many neighbouring samples are summed before squaring (1: per sample). `probes`
+    gives, per layer name, by how many products its share is had instead, in each replicate.
     `start` is the batch's first sample in the whole data; it keys the signs.
     """
 
@@ -55,6 +59,7 @@ class Propagator:
         groups: Mapping[str, int] | None = None,
         keep: bool = False,
         deflation: Deflation | None = None,
+        probes: Mapping[str, int] | None = None,
     ) -> None:
         self.batch = batch
         self.deflation = deflation
@@ -67,16 +72,34 @@ class Propagator:
         self._small = size <= KEEP_ROOTS
         self._roots: dict[int, list[Tensor | None]] = {}
         self._blank: list[Tensor | None] = [None] * len(batch.sites)
+        chosen = {
+            place: (probes or {})[layer.name] for place, layer in self.probed(batch) if layer.name in (probes or {})
+        }
+        self.probes = Probes(batch, {place: self._layer(place) for place in chosen}, chosen, start=start)
+
+    @staticmethod
+    def probed(batch: Linearisation) -> list[tuple[int, Layer]]:
+        """Layers that products may serve, by their place in `layers` and beyond them in `shared`.
+
+        Not those that feed the outputs directly, nor what is computed from parameters first, nor parameters with
+        several uses besides: products at one output say nothing of what two uses have together.
+        """
+        computed = {key for key, known in batch.graph.applied.items() if known.computed}
+        layers = [(n, one) for n, one in enumerate([*batch.layers, *batch.shared]) if n not in batch.heads]
+        uses = Counter(key for _, layer in layers for key in layer.own)
+        return [(n, one) for n, one in layers if not computed & set(one.own) and all(uses[k] == 1 for k in one.own)]
 
     def direct(self) -> Tensors:
         """The functional part's share of the sites that each layer feeds directly: exact, no pass at all."""
         out = zeros(self.batch.objective.parameters)
         for place, direct in self.batch.direct.items():
+            if place in self.probes.counts:
+                continue
             c = self.batch.sites[direct.site].c
             slope = direct.slope
             weight = c.reshape(edge_shape((self.batch.layers[place].node, 0))) * slope * slope
             accumulate(out, self.squares[place].weighted(weight))
-        for place in self.batch.rowed:
+        for place in self.batch.rowed.keys() - self.probes.counts.keys():
             accumulate(out, self.squares[place].weighted(self.batch.own_weight(place)))
         return out
 
@@ -100,8 +123,12 @@ class Propagator:
                 self._square_pass(*self._seeds(sign, direction), None, out, 1.0 if absolute else float(sign), single)
         return out
 
-    def functional(self, signs: Signs, replicate: int) -> Tensors:
-        """One unbiased replicate of the functional part beyond its `direct` and `deflated` shares, samples summed."""
+    def functional(self, signs: Signs, replicate: int, *, outer: bool = False) -> Tensors:
+        """One unbiased replicate of the functional part beyond its `direct` and `deflated` shares, samples summed.
+
+        With `outer` the Gauss-Newton part beyond its `heads` as well: merged into the same passes, it costs none. Of
+        layers that products serve it is there in any case, beyond `probes.along`.
+        """
         samples = self.batch.samples
         drawn = []
         for number, site in enumerate(self.batch.sites):
@@ -109,58 +136,76 @@ class Propagator:
             shape = torch.Size((owners, site.c.numel() // owners))
             dtype = site.c.dtype if self._small or self.deflation is not None else torch.int8
             drawn.append(signs.samples(shape, self.start, replicate, FUNCTIONAL, number, dtype=dtype))
-        return self.beyond(drawn)
+        out = self.beyond(drawn, self._columns(signs, replicate) if outer else None)
+        accumulate(out, self.probes.replicate(signs, replicate))
+        return out
 
-    def beyond(self, drawn: Sequence[Tensor]) -> Tensors:
-        """The same for given signs, shaped like the sites; summed over all unit vectors in their place it is exact."""
+    def beyond(self, drawn: Sequence[Tensor], outer: Tensor | None = None) -> Tensors:
+        """The same for given signs, shaped like the sites, and `outer`, those of the columns of the loss's factor.
+
+        Summed over all unit vectors in the place of either it is exact.
+        """
         out = zeros(self.batch.objective.parameters)
         for sign in (1, -1):
             kept = drawn if self.deflation is None else self.deflation.project(drawn, sign)
-            self._square_pass(*self._seeds(sign, kept), None, out, float(sign), self._groups)
+            top = None if outer is None else self._output_seed(outer, float(sign))
+            self._square_pass(*self._seeds(sign, kept), top, out, float(sign), self._groups, heads=top is not None)
         return out
 
-    def gauss_newton(self) -> Tensors:
-        """The Gauss-Newton part exactly: one pass per column of the loss's Hessian factor."""
+    def gauss_newton(self, apart: Tensors | None = None) -> Tensors:
+        """The Gauss-Newton part exactly: one pass per column of the loss's Hessian factor.
+
+        To `apart` is added what of it the products of `probes` hold as well.
+        """
+        apart = {} if apart is None else apart
         out = zeros(self.batch.objective.parameters)
         curvature = self.batch.curvature
         single = [1] * len(self.squares)
         for column, sign in curvature.each():
-            self._square_pass(self._blank, self._blank, column, out, sign, single)
+            self._square_pass(self._blank, self._blank, column, out, sign, single, apart=apart)
         return out
 
     def heads(self) -> Tensors:
         """The Gauss-Newton part's share of the layers that feed the outputs directly: exact, no pass at all."""
         out = zeros(self.batch.objective.parameters)
         for place, direct in self.batch.heads.items():
-            layer, slope = self._head(place), direct.slope
+            layer, slope = self._layer(place), direct.slope
             bent = self.batch.curvature.columns.diagonal().to(slope.dtype).reshape(edge_shape((layer.layer.node, 0)))
             accumulate(out, layer.weighted(bent * slope * slope))
         return out
 
-    def _head(self, place: int) -> LayerKind:
+    def _layer(self, place: int) -> LayerKind:
         if place < len(self.squares):
             return self.squares[place]
         return self.batch.shared[place - len(self.squares)].on(self.batch.samples)
 
-    def gauss_newton_signed(self, signs: Signs, replicate: int) -> Tensors:
+    def gauss_newton_signed(self, signs: Signs, replicate: int, apart: Tensors | None = None) -> Tensors:
         """One unbiased replicate of the Gauss-Newton part beyond its `heads`: columns summed under random signs.
 
         Per eigenvalue sign. Of a parameter that is applied elsewhere, too, the random square of its head is taken off.
         """
-        curvature = self.batch.curvature
-        shape = torch.Size((self.batch.samples, len(curvature.signs)))
-        drawn = signs.samples(shape, self.start, replicate, GAUSS_NEWTON, dtype=curvature.signs.dtype).T
-        return self.gauss_newton_beyond(drawn)
+        return self.gauss_newton_beyond(self._columns(signs, replicate), apart)
 
-    def gauss_newton_beyond(self, drawn: Tensor) -> Tensors:
+    def gauss_newton_beyond(self, drawn: Tensor, apart: Tensors | None = None) -> Tensors:
         """The same for given signs [columns, samples]; summed over all unit vectors in their place it is exact."""
-        out, curvature = zeros(self.batch.objective.parameters), self.batch.curvature
+        out = zeros(self.batch.objective.parameters)
+        apart = {} if apart is None else apart
         for sign in (1.0, -1.0):
-            chosen = curvature.signs == sign
-            if bool(chosen.any()):
-                seed = curvature.columns.combined(drawn * chosen[:, None])
-                self._square_pass(self._blank, self._blank, seed, out, sign, self._groups, heads=True)
+            seed = self._output_seed(drawn, sign)
+            if seed is not None:
+                self._square_pass(self._blank, self._blank, seed, out, sign, self._groups, heads=True, apart=apart)
         return out
+
+    def _columns(self, signs: Signs, replicate: int) -> Tensor:
+        """Signs of the columns of the loss's factor, [columns, samples]."""
+        columns = self.batch.curvature.signs
+        shape = torch.Size((self.batch.samples, len(columns)))
+        return signs.samples(shape, self.start, replicate, GAUSS_NEWTON, dtype=columns.dtype).T
+
+    def _output_seed(self, drawn: Tensor, sign: float) -> Tensor | None:
+        """The columns of this eigenvalue sign summed under signs; None where there are none."""
+        chosen = self.batch.curvature.signs == sign
+        return self.batch.curvature.columns.combined(drawn * chosen[:, None]) if bool(chosen.any()) else None
 
     def each(self, seeds: Sequence[Tensor | None], output_seed: Tensor | None) -> Tensors:
         """Per-sample gradients [N, ...] of every parameter for given cotangents."""
@@ -206,31 +251,50 @@ class Propagator:
         sign: float,
         groups: Sequence[int],
         heads: bool = False,
+        apart: Tensors | None = None,
     ) -> None:
+        """Add the squares of one pass to `out`: of layers that products serve with `apart` alone, where they are told
+        apart besides.
+        """
         if output_seed is None and all(seed is None for seed in (*seeds, *right)):
             return
 
         shared: dict[int, Tensor] = {}
-        own = self.batch.own(seeds, right)
+        pulls = self.batch.pull(seeds, right, above=True)
+        own = self.batch.own(pulls)
 
         def square(place: int, delta: Tensor) -> None:
-            head = heads and place in self.batch.heads
-            if head and place >= len(self.squares):
-                accumulate(out, self._head(place).summed(delta.detach()), -sign)
-            elif head:
+            if place in self.probes.counts:
+                self._probed(place, delta.detach(), out, apart, sign)
+            elif heads and place in self.batch.heads and place >= len(self.squares):
+                accumulate(out, self._layer(place).summed(delta.detach()), -sign)
+            elif heads and place in self.batch.heads:
                 return
             if place >= len(self.squares):
                 shared[place - len(self.squares)] = delta.detach()
-                return
-            delta = self.batch.remote(place, delta, seeds)
-            if place in own:
-                delta = delta - own.pop(place)
-            accumulate(out, self.squares[place].summed(delta.detach(), group=groups[place]), sign)
+            elif place not in self.probes.counts:
+                delta = self.batch.remote(place, delta, seeds)
+                if place in own:
+                    delta = delta - own.pop(place)
+                accumulate(out, self.squares[place].summed(delta.detach(), group=groups[place]), sign)
 
-        visit(self.batch, seeds, output_seed, square, right=right)
+        visit(self.batch, pulls, output_seed, square)
         if self.batch.shared:
             accumulate(out, self.uses.squared(shared, right), sign)
             accumulate(out, self._free_squares(seeds, right), sign)
+
+    def _probed(self, place: int, delta: Tensor, out: Tensors, apart: Tensors | None, sign: float) -> None:
+        """What a pass holds of a layer that products serve. Of one use among several it is its own square alone, which
+        is in `out` with that of all uses, and taken off if not wanted.
+        """
+        shared = place >= len(self.squares)
+        if apart is None and not shared:
+            return
+        found = self._layer(place).summed(delta)
+        if apart is not None:
+            accumulate_new(apart, found, sign)
+        if apart is None or not shared:
+            accumulate(out, found, -sign if apart is None else sign)
 
     def _free_squares(self, seeds: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensors:
         """What the sites of the free side give: squares of one gradient, which no sample shares."""

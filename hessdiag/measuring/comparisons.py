@@ -208,7 +208,7 @@ def closed(
     shares, generator = propagator.direct(), cpu_generator(signs.seed)
     seeds: list[Tensor | None] = [signs.plain(s.c, AUDIT, 6, n) for n, s in enumerate(linear.sites)]
     deltas = linear.backward(seeds, None, [layer.edge for layer in linear.layers], above=True)
-    taken, found = linear.own(seeds, seeds, halves=False), []
+    taken, found = linear.own(linear.pull(seeds, seeds, above=True), halves=False), []
     for place in places:
         layer, delta = linear.layers[place], deltas[place]
         closed_sites = set(linear.rowed[place].sites if place in linear.rowed else ())

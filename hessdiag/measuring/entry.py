@@ -106,10 +106,10 @@ def measure(
         if plan is None:
             plan, checked = decide(case, method, Aim(rtol), audit_model=audit_model)
         else:
-            plan = replace(plan, deflate=0) if target == POPULATION else plan
+            plan = replace(plan, deflate=0, probe_rank=0) if target == POPULATION else plan
             checked = check_given(case, plan, audit_model=audit_model)
         if target == POPULATION:  # every sample is used once, for a total: nothing to spread the exact passes over
-            plan = replace(plan, deflate=0, parts=False)
+            plan = replace(plan, deflate=0, probe_rank=0, parts=False)
         case.chosen = _everywhere(case, plan)
         check_budget(case, budget)
         found, notes = effective(case)

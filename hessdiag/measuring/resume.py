@@ -93,7 +93,7 @@ def identity_of(case: Case) -> dict[str, Any]:
         "groups": plan.groups,
         "block": plan.block,
         "deflate": plan.deflate,
-        "order": facts.order if plan.deflate else None,
+        "order": facts.order if plan.ordered else None,
         "largest batch": facts.largest,
         "balance": {str(n): lam for n, lam in plan.balance.items()} if plan.deflate else None,
-    }
+    } | ({"probes": dict(plan.probes), "probe rank": plan.probe_rank} if plan.probes else {})

@@ -282,7 +282,7 @@ def _sketches(
 
 def _plan(measured: Measurement, objective: Objective, shards: list[_Group], total: int) -> Plan:
     """Exact where that is cheap, whatever the measurement used: no noise is then in the way. Else its own method."""
-    plan = replace(measured.plan, deflate=0)
+    plan = replace(measured.plan, deflate=0, probe_rank=0)
     if find(plan.method).singles:
         return plan
     inputs, targets = shards[0].batches[0]

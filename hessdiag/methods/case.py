@@ -72,7 +72,8 @@ class Case:
 
     def few(self, count: int, balance: Mapping[int, float] | None = None) -> Linearisation:
         """The first samples, `count` of them or all there are, linearised."""
-        if count >= len(self.first.targets) and not balance:
+        if count >= len(self.first.targets):
+            self.linear.balance(balance or {})
             return self.linear
         few = self.first.few(count)
         return Linearisation(self.objective, few.inputs, few.targets, index=few.index, balance=balance)
@@ -81,6 +82,7 @@ class Case:
         """A batch under the plan; the one that was read is given away, since nobody needs it any more."""
         balance = self.plan.balance
         read, self.read = self.read, None
-        if isinstance(read, Linearisation) and not balance and same_samples(batch, self.first):
+        if isinstance(read, Linearisation) and same_samples(batch, self.first):
+            read.balance(balance)
             return read
         return Linearisation(self.objective, batch.inputs, batch.targets, index=batch.index, balance=balance)

@@ -1,19 +1,21 @@
 """What a plan measures rather than guesses, on samples of the first batch whose replicates are thrown away.
 
-How many neighbouring samples to sum before squaring, how many directions per sample to take out of the signs, and the
-balance of the two factors of each product of activations.
+How many neighbouring samples to sum before squaring, how many directions per sample to take out of the signs, the
+balance of the two factors of each product of activations, and which layers are left to products rather than signs.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from hessdiag.errors import UncoveredModelError
-from hessdiag.graph import Linearisation
+from hessdiag.graph import Linearisation, edge_shape
+from hessdiag.kernels.probes import Probes
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors, accumulate
 from hessdiag.signs import BLOCK, Signs
@@ -30,6 +32,20 @@ DIRECTION_COST = 2.5
 DIRECTION_SHARE = 0.75
 LEAST_REPLICATES = 10
 PILOT_REPLICATES = 8
+PROBED_NOISE = 1.0
+"""A replicate by signs whose variance is less than this, relative to the squared norm, is quiet enough."""
+PROBED_SHARE = 0.1
+"""Layers with less of the noise than this are left to signs."""
+PROBED_MOST = 3
+PROBE_COUNTS = (1, 2, 4)
+PROBE_RANK = 16
+PROBE_COST = 0.45
+"""Replicates by signs that one product at a layer's output costs (measured on a ViT and a GPT)."""
+PILOT_ONCE = 30
+"""Replicates over which what is done once is spread."""
+PROBE_REPLICATES = 4
+PROBES_PAY = 1.5
+"""Variance times time must fall by this much, so that chance does not decide."""
 ROUNDED = 1e-3
 """Bound of the relative rounding error of what directions give; beyond it all is left to signs, whose spread shows."""
 _PILOT = 1 << 40  # replicate numbers of the pilot, never those of a measurement
@@ -82,6 +98,75 @@ def balance_products(batch: Linearisation, seed: int) -> dict[int, float]:
     return balance
 
 
+def choose_probes(
+    batch: Linearisation,
+    seed: int,
+    *,
+    samples: int,
+    ordered: bool,
+    groups: Mapping[str, int] | None = None,
+    outer: bool = True,
+) -> tuple[dict[str, int], int]:
+    """(products a replicate by layer, directions per sample): what makes variance times time least, set-up included.
+
+    The layers in which signs are noisiest are tried with products at their outputs, and with directions of these where
+    the samples come in one order (`ordered`) and memory allows. Time is counted in replicates by signs, and no clock is
+    read: the same net gets the same plan. ({}, 0) where signs are quiet, or no worse, or no product exists. `outer`:
+    the Gauss-Newton part is known exactly.
+    """
+    if not batch.sites or batch.free:
+        return {}, 0
+    signs, plain = Signs(seed, batch.outputs.device), Propagator(batch, groups=groups)
+    known = plain.direct()
+    accumulate(known, plain.gauss_newton() if outer else plain.heads())
+    noise, mean = _spread(lambda r: plain.functional(signs, r, outer=not outer))
+    total = sum(noise.values())
+    size = sum(float((mean[name] + known[name]).square().sum()) for name in mean) - total / PROBE_REPLICATES
+    if total <= PROBED_NOISE * size:
+        return {}, 0
+    shares: dict[str, float] = {}
+    entries: dict[str, int] = {}
+    for _, layer in Propagator.probed(batch):
+        shares[layer.name] = shares.get(layer.name, 0.0) + sum(noise[name] for name in layer.own)
+        entries[layer.name] = entries.get(layer.name, 0) + edge_shape((layer.node, 0)).numel()
+    noisy = sorted((n for n in shares if shares[n] > PROBED_SHARE * total), key=lambda n: -shares[n])[:PROBED_MOST]
+    left: dict[int, dict[str, float]] = {0: {}, PROBE_RANK: {}}
+    for name in noisy:
+        try:
+            probes = Propagator(batch, probes={name: 1}).probes
+            probes.check(signs)
+            left[0][name] = _noise(probes, signs)
+            held = 8 * PROBE_RANK * entries[name] * samples // batch.samples
+            if ordered and left[0][name] < shares[name] and held <= DEFLATE_BYTES // PROBED_MOST:
+                probes.find(signs, PROBE_RANK)
+                left[PROBE_RANK][name] = _noise(probes, signs)
+        except UncoveredModelError:  # no product there
+            continue
+    best, chosen = total / PROBES_PAY, (dict[str, int](), 0)
+    for rank, found in left.items():
+        rest, noise_left, each = total, 0.0, 0.0
+        for number, name in enumerate(found):
+            rest, noise_left = rest - shares[name], noise_left + found[name]
+            for count in PROBE_COUNTS:
+                each = (number + 1) * PROBE_COST * (count + 2 * rank / PILOT_ONCE)
+                cost = (max(rest, 0.0) + noise_left / count) * (1.0 + each)
+                if cost < best:
+                    best, chosen = cost, (dict.fromkeys(list(found)[: number + 1], count), rank)
+    return chosen
+
+
+def _noise(probes: Probes, signs: Signs) -> float:
+    """Variance of one replicate of products, summed over all entries."""
+    return math.fsum(_spread(lambda r: probes.replicate(signs, r))[0].values())
+
+
+def _spread(draw: Callable[[int], Tensors]) -> tuple[dict[str, float], Tensors]:
+    """(variance of one replicate, summed over the entries of each tensor; the mean), from a few."""
+    rows = [draw(_PILOT + number) for number in range(PROBE_REPLICATES)]
+    found = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {name: float(t.var(0).sum()) for name, t in found.items()}, {name: t.mean(0) for name, t in found.items()}
+
+
 def direction_bytes(batch: Linearisation, samples: int) -> float:
     """Bytes of one direction for so many samples like the batch's."""
     return sum(site.c.numel() * site.c.element_size() for site in batch.sites) / batch.samples * samples
@@ -103,6 +188,7 @@ def choose_rank(
     replicates: int | None = None,
     groups: Mapping[str, int] | None = None,
     outer: bool = True,
+    probes: Mapping[str, int] | None = None,
 ) -> int:
     """Directions per sample to square exactly: as many as memory allows, and as pay for themselves.
 
@@ -114,10 +200,12 @@ def choose_rank(
     rank = affordable_rank(batch, samples)
     if not rank:
         return 0
-    propagator, signs = Propagator(batch, groups=groups), Signs(seed, batch.outputs.device)
+    propagator, signs = Propagator(batch, groups=groups, probes=probes), Signs(seed, batch.outputs.device)
     known = propagator.direct()
     if outer:
-        accumulate(known, propagator.gauss_newton())
+        apart: Tensors = {}
+        accumulate(known, propagator.gauss_newton(apart))
+        accumulate(known, apart, -1.0)
     if replicates is None:
         products = _products(propagator, signs, known)
         need = replicates_needed(products, rtol, share=batch.samples / samples, cautious=True)

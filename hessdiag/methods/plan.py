@@ -35,20 +35,32 @@ class Plan:
     reason: str = ""
     block: int = PROBE_BLOCK
     """Neighbouring samples that share one probe of Hutchinson's; 0: all of them."""
+    probes: Mapping[str, int] = field(default_factory=dict)
+    """By layer, products a replicate that serve it instead of signs (`hessdiag.kernels.probes`)."""
+    probe_rank: int = 0
+    """Directions per sample of these layers that are taken exactly."""
 
     def __post_init__(self) -> None:
         find(self.method)
         if self.gauss_newton not in ("exact", "signs"):
             raise ConfigurationError(f"gauss_newton must be 'exact' or 'signs', not {self.gauss_newton!r}")
-        whole = (self.groups, self.at_once, self.deflate, self.block, *self.sample_groups.values())
+        counts = (*self.sample_groups.values(), *self.probes.values())
+        whole = (self.groups, self.at_once, self.deflate, self.block, self.probe_rank, *counts)
         if any(isinstance(n, bool) or not isinstance(n, int) for n in whole):
-            raise ConfigurationError("groups, at_once, deflate, block and sample_groups of a plan are whole numbers")
+            raise ConfigurationError("groups, at_once, deflate, block, probes and the like of a plan are whole numbers")
         if not all(lam and abs(lam) < float("inf") for lam in self.balance.values()):
             raise ConfigurationError("the balance of a plan holds finite numbers other than 0")
-        if self.groups < 4 or not 1 <= self.at_once <= 4096 or min(self.deflate, self.block) < 0:
-            raise ConfigurationError("a plan needs groups >= 4, at_once in 1 to 4096, deflate >= 0 and block >= 0")
-        if any(group < 1 for group in self.sample_groups.values()):
-            raise ConfigurationError("the sample_groups of a plan are at least 1")
+        if self.groups < 4 or not 1 <= self.at_once <= 4096 or min(self.deflate, self.block, self.probe_rank) < 0:
+            raise ConfigurationError(
+                "a plan needs groups >= 4, at_once in 1 to 4096, and deflate, block and probe_rank of at least 0"
+            )
+        if any(count < 1 for count in counts):
+            raise ConfigurationError("the sample_groups and probes of a plan are at least 1")
+
+    @property
+    def ordered(self) -> bool:
+        """Whether directions belong to samples, which must come in one order then."""
+        return self.deflate > 0 or (self.probe_rank > 0 and bool(self.probes))
 
     @property
     def align(self) -> int:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hessdiag.errors import BudgetError, ConfigurationError, NotDeterministicError
-from hessdiag.graph import Linearisation
+from hessdiag.errors import BudgetError, ConfigurationError, NotDeterministicError, nearest
+from hessdiag.graph import Linearisation, edge_shape
 from hessdiag.kernels import exact_batch as exact
 from hessdiag.kernels.deflation import Deflation
 from hessdiag.kernels.propagator import Propagator
@@ -36,6 +36,7 @@ from hessdiag.methods.pilot import (
     affordable_rank,
     balance_products,
     choose_groups,
+    choose_probes,
     choose_rank,
     direction_bytes,
     rounding,
@@ -65,47 +66,69 @@ class _Batches(Work):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self._deflations: dict[int, tuple[Tensor, Deflation | None]] = {}  # by first sample, with its fingerprints
+        self._deflations: dict[int, tuple[Tensor, Deflation | None, dict[int, Tensor]]] = {}
+        """Directions by the first sample, with the fingerprints of the batch."""
 
     def known(self, batch: Numbered, tell: Tell) -> dict[str, Tensors]:
         """The functional part's closed share and that along directions; what is exact of the Gauss-Newton part."""
         linear = self.case.linearise(batch)
         exact.check_separate(linear)
         propagator = self.kept(batch, lambda: self._propagator(linear, batch))
+        propagator.probes.check(self.signs)
         functional = propagator.direct()
         accumulate(functional, propagator.deflated())
-        exactly = self.case.plan.gauss_newton == "exact"
-        return {GAUSS_NEWTON: propagator.gauss_newton() if exactly else propagator.heads(), FUNCTIONAL: functional}
+        accumulate(functional, propagator.probes.along())
+        if self.case.plan.gauss_newton == "exact":
+            apart: Tensors = {}
+            outer = propagator.gauss_newton(apart)
+            accumulate(functional, apart, -1.0)
+            return {GAUSS_NEWTON: outer, FUNCTIONAL: functional}
+        heads = propagator.heads()
+        if self.case.plan.parts:
+            return {GAUSS_NEWTON: heads, FUNCTIONAL: functional}
+        accumulate(functional, heads)
+        return {TOTAL: functional}
 
     def replicate(self, batch: Numbered, r: int) -> dict[str, Tensors]:
-        """The functional part beyond what is known, and the Gauss-Newton part where it is left to signs."""
-        propagator = self.kept(batch, lambda: self._propagator(self.case.linearise(batch), batch))
-        functional: Tensors = propagator.functional(self.signs, r)
-        if self.case.plan.gauss_newton == "exact":
+        """The functional part beyond what is known, and the Gauss-Newton part where it is left to signs: by a pass of
+        its own, or with the functional one's where nobody asks for the parts.
+        """
+        propagator: Propagator = self.kept(batch, lambda: self._propagator(self.case.linearise(batch), batch))
+        plan, apart = self.case.plan, dict[str, Tensor]()
+        if plan.gauss_newton != "exact" and not plan.parts:
+            return {TOTAL: propagator.functional(self.signs, r, outer=True)}
+        functional = propagator.functional(self.signs, r)
+        if plan.gauss_newton == "exact":
             return {FUNCTIONAL: functional}
-        outer: Tensors = propagator.gauss_newton_signed(self.signs, r)
+        outer = propagator.gauss_newton_signed(self.signs, r, apart)
+        accumulate(functional, apart, -1.0)
         total = {name: functional[name] + outer[name] for name in outer}
         return {TOTAL: total, GAUSS_NEWTON: outer, FUNCTIONAL: functional}
 
     def _propagator(self, linear: Linearisation, batch: Numbered) -> Propagator:
         plan = self.case.plan
         keep = self.case.single and _kept_bytes(linear) <= KEEP_BYTES
-        propagator = Propagator(linear, start=batch.start, groups=plan.sample_groups, keep=keep)
-        if plan.deflate:
+        groups, probes = plan.sample_groups, plan.probes
+        propagator = Propagator(linear, start=batch.start, groups=groups, keep=keep, probes=probes)
+        if plan.ordered:
             self._deflate(propagator, batch)
         return propagator
 
     def _deflate(self, propagator: Propagator, batch: Numbered) -> None:
         """Give a propagator the directions that belong to its batch: what is exact of them was counted once."""
         marks = fingerprint(batch.inputs, batch.targets)
-        rank = self.case.plan.deflate
+        plan = self.case.plan
         if batch.start not in self._deflations:
-            self._deflations[batch.start] = (marks, propagator.deflate(self.signs, rank))
-        seen, propagator.deflation = self._deflations[batch.start]
+            if plan.probe_rank:
+                propagator.probes.find(self.signs, plan.probe_rank)
+            found = propagator.deflate(self.signs, plan.deflate)
+            self._deflations[batch.start] = (marks, found, propagator.probes.basis)
+        seen, propagator.deflation, propagator.probes.basis = self._deflations[batch.start]
         if not torch.allclose(seen, marks, rtol=1e-9, atol=1e-9 * float(seen.abs().max())):  # a sum's order may differ
             raise NotDeterministicError(
-                f"batch {batch.index}: other samples than before; a plan with deflate={rank} needs the "
-                "samples in one order: do not shuffle, or give a plan with deflate=0"
+                f"batch {batch.index}: other samples than before; a plan with directions (deflate={plan.deflate}, "
+                f"probe_rank={plan.probe_rank}) needs the samples in one order: do not shuffle, or give a plan with "
+                "deflate=0 and probe_rank=0"
             )
 
 
@@ -117,11 +140,17 @@ class Propagation(Method):
 
     def known(self, plan: Plan) -> tuple[str, ...]:
         """The closed share of the functional part; the Gauss-Newton part, or its share in the output layer alone."""
-        return GAUSS_NEWTON, FUNCTIONAL
+        return (TOTAL,) if self._merged(plan) else (GAUSS_NEWTON, FUNCTIONAL)
 
     def streams(self, plan: Plan) -> tuple[str, ...]:
-        """The functional part alone where the other is exact."""
+        """The functional part alone where the other is exact; both as one where the plan does not ask for the parts."""
+        if self._merged(plan):
+            return (TOTAL,)
         return (FUNCTIONAL,) if plan.gauss_newton == "exact" else (TOTAL, GAUSS_NEWTON, FUNCTIONAL)
+
+    @staticmethod
+    def _merged(plan: Plan) -> bool:
+        return plan.gauss_newton != "exact" and not plan.parts
 
     def plan(self, case: Case, aim: Aim, reason: str) -> Plan:
         """Groups, balance and directions by a pilot on the first samples."""
@@ -132,22 +161,51 @@ class Propagation(Method):
             batch = case.few(PILOT_SAMPLES, balance)
         chosen = choose_groups(batch, case.seed)
         groups, together = replicate_groups(case.objective.size), at_once(case)
+        ordered = case.survey.checked and not case.survey.shuffled  # the samples are known to come in one order
+        samples = case.survey.samples
+        outer = gauss_newton == "exact"
+        probes, probe_rank = choose_probes(
+            batch, case.seed, samples=samples, ordered=ordered, groups=chosen, outer=outer
+        )
         rank = 0
-        if case.survey.checked and not case.survey.shuffled:  # the samples are known to come in one order
-            outer = gauss_newton == "exact"
+        if ordered:
             rank = choose_rank(
                 batch,
                 case.seed,
-                samples=case.survey.samples,
+                samples=samples,
                 rtol=aim.rtol,
                 replicates=aim.replicates,
                 groups=chosen,
                 outer=outer,
+                probes=probes,
             )
-        return Plan(self.name, gauss_newton, groups, together, chosen, balance, rank, reason=reason)
+        return Plan(
+            self.name,
+            gauss_newton,
+            groups,
+            together,
+            chosen,
+            balance,
+            rank,
+            reason=reason,
+            probes=probes,
+            probe_rank=probe_rank,
+        )
 
     def check(self, case: Case, plan: Plan) -> None:
-        """Refuse a plan whose directions would fill the memory, or be lost in rounding: it was made for others."""
+        """Refuse a plan whose directions would fill the memory, or be lost in rounding, or whose layers are not there:
+        it was made for others.
+        """
+        sizes = {layer.name: edge_shape((layer.node, 0)).numel() for _, layer in Propagator.probed(case.linear)}
+        for name in plan.probes:
+            if name not in sizes:
+                raise ConfigurationError(f"a plan with probes for {name!r}: {nearest(name, sorted(sizes))}")
+        held = 8 * plan.probe_rank * sum(sizes[name] for name in plan.probes) / case.linear.samples
+        if held * case.survey.samples > GIVEN_BYTES:
+            raise BudgetError(
+                f"a plan with probe_rank={plan.probe_rank} would hold {held * case.survey.samples / 1e9:.1f} GB of "
+                f"directions for {case.survey.samples} samples; give one with probe_rank=0, or fewer samples"
+            )
         if not plan.deflate:
             return
         size = plan.deflate * direction_bytes(case.linear, case.survey.samples)
@@ -156,12 +214,15 @@ class Propagation(Method):
                 f"a plan with deflate={plan.deflate} would hold {size / 1e9:.1f} GB of directions for "
                 f"{case.survey.samples} samples; give one with deflate=0, or fewer samples"
             )
-        propagator = Propagator(case.few(PILOT_SAMPLES, plan.balance), start=case.first.start)
+        few = case.few(PILOT_SAMPLES, plan.balance)
+        propagator = Propagator(few, start=case.first.start, probes=plan.probes)
         if not propagator.batch.sites:
             return
         signs, known = Signs(0, case.objective.device), propagator.direct()
         outer = plan.gauss_newton == "exact"
-        accumulate(known, propagator.gauss_newton() if outer else propagator.gauss_newton_signed(signs, 0))
+        apart: Tensors = {}
+        accumulate(known, propagator.gauss_newton(apart) if outer else propagator.gauss_newton_signed(signs, 0, apart))
+        accumulate(known, apart, -1.0)
         off = rounding(propagator, signs, known, min(plan.deflate, DEFLATE_LEAST))
         if off > GIVEN_ROUNDED:
             raise ConfigurationError(

@@ -32,8 +32,8 @@ STATUS = {
     "few replicates": "fewer than four groups of replicates: its error is rough or unknown; take more",
     "noise dominates": "most of the variance comes from pairs of noises: the interval is wide and covers too "
     "often; take more replicates or a method with less variance",
-    "few entries dominate": "a handful of entries carry the norm: the interval may cover too seldom; "
-    "take more replicates",
+    "few entries dominate": "a handful of entries carry the norm, and one replicate varies by as much as the estimate: "
+    "the interval may cover too seldom; take more replicates",
     "heavy tails": "a single replicate varies by more than the estimate itself: few samples or entries "
     "carry it, the interval may cover too seldom; take more replicates",
 }
@@ -43,6 +43,10 @@ STATUS = {
 # that are single squares, not eight; noise ten times the signal.
 MIN_PARTICIPATION = 5.0
 """Fewer entries than this carrying the norm are a handful."""
+FEW_SPREAD = 1.0
+"""A single replicate must vary by more than this, relative to T, for a handful to matter: quiet ones cover at 95%."""
+RESOLVED = 0.5
+"""With a larger relative error of T nothing is known of how many entries carry it."""
 MAX_NOISE_SHARE = 0.5
 """More of the variance than this made by pairs of noises is noise that dominates."""
 MIN_NOISE = 1e-6
@@ -129,9 +133,10 @@ def from_moments(moments: Moments, *, confidence: float = 0.95, sequential: bool
         flags.append("few replicates")
     if noise_share > MAX_NOISE_SHARE and error > MIN_NOISE * abs(square):
         flags.append("noise dominates")
-    if participation < MIN_PARTICIPATION:
+    single = math.sqrt(count * max(variance - pair, 0.0)) if not math.isnan(variance) else 0.0
+    if participation < MIN_PARTICIPATION and single > FEW_SPREAD * square > 0.0 and error < RESOLVED * square:
         flags.append("few entries dominate")
-    if count * max(variance - pair, 0.0) > (MAX_SPREAD * square) ** 2:
+    if single > MAX_SPREAD * abs(square):
         flags.append("heavy tails")
     norm = math.sqrt(square) if square > 0.0 or zero else math.nan
     root = math.sqrt(moments.entries)

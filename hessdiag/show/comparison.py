@@ -85,7 +85,7 @@ def unpaired(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
         return "the seeds differ"
     if any(
         a["plan"].get(key) != b["plan"].get(key)
-        for key in ("gauss_newton", "groups", "sample_groups", "deflate", "parts")
+        for key in ("gauss_newton", "groups", "sample_groups", "deflate", "probes", "probe_rank", "parts")
     ):
         return "the plans differ: measure the second with --plan FIRST.json"
     if _data(a) != _data(b):

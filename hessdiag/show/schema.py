@@ -139,6 +139,8 @@ PLAN = fields(
         "sample_groups": table(whole(1, 1 << 20)),
         "balance": table(number()),
         "deflate": whole(0, 4096),
+        "probes": table(whole(1, 1 << 20)),
+        "probe_rank": whole(0, 4096),
         "parts": flag,
         "reason": text,
     },

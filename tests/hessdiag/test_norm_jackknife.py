@@ -205,9 +205,16 @@ def test_flags() -> None:
     assert "noise dominates" in loud.flags
     one = np.full(60, 0.02)
     one[0] = 1.0
-    lonely = estimated(normal(one, 0.02 * ones, 12, 1, 0)[0])
+    steady = estimated(normal(one, 0.02 * ones, 12, 1, 0)[0])
+    assert steady.status == "ok"  # one entry carries the norm, but its replicates hardly differ
+    assert steady.participation == pytest.approx((one @ one) ** 2 / (one**4).sum(), rel=0.1)
+    squares = np.random.default_rng(2).chisquare(4, (48, 60)) / 4
+    lonely, many = estimated(squares * one), estimated(squares * ones)
     assert lonely.status == "few entries dominate"
-    assert lonely.participation == pytest.approx((one @ one) ** 2 / (one**4).sum(), rel=0.1)
+    assert lonely.participation < 2.0
+    assert "few entries dominate" not in many.flags
+    unknown = [estimated(squares[8 * k : 8 * k + 8] - 0.9) for k in range(6)]  # noise, and no norm to carry
+    assert not any("few entries dominate" in e.flags for e in unknown)
     rows = 0.02 * np.random.default_rng(0).standard_normal((200, 60))
     rows[:, 0] += np.random.default_rng(1).standard_normal(200) ** 2
     assert "heavy tails" in estimated(rows).flags

@@ -258,8 +258,9 @@ def test_a_visit_hands_over_the_cotangents_that_a_backward_pass_returns(build: t
     output = torch.randn(linear.outputs.shape, generator=g, dtype=linear.outputs.dtype)
     for chosen in (seeds, [None] * len(seeds), [*seeds[:-1], None] if seeds else []):
         wanted = linear.backward(chosen, output, [layer.edge for layer in linear.layers])
+        pulls = linear.pull(chosen, chosen)
         for _ in range(2):
             found: dict[int, Tensor] = {}
-            visit(linear, chosen, output, lambda place, delta, found=found: found.__setitem__(place, delta.clone()))
+            visit(linear, pulls, output, lambda place, delta, found=found: found.__setitem__(place, delta.clone()))
             assert set(found) == {place for place, delta in enumerate(wanted) if delta is not None}
             assert all(torch.equal(found[place], wanted[place]) for place in found)

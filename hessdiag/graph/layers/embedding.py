@@ -108,6 +108,13 @@ class Embedding(LayerKind):
         sums[seen % (self._rows + 1) == self._rows] = 0
         return sums[where].reshape(delta.shape)
 
+    def onto(self, v: Tensor) -> Tensor:
+        """The mean over the places of a number."""
+        seen, where = self._distinct(1)
+        means = self._per_distinct(v, where, len(seen)) / torch.bincount(where, minlength=len(seen))[:, None]
+        means[seen % (self._rows + 1) == self._rows] = 0
+        return means[where].reshape(v.shape)
+
     def _tables(self, delta: Tensor, low: int, high: int) -> Tensor:
         numbers = self._or_last(self._numbers[low:high])
         first = torch.arange(high - low, device=numbers.device)[:, None] * (self._rows + 1)

@@ -216,6 +216,12 @@ class LayerKind(NodeKind, ABC):
         """
         return None
 
+    def onto(self, v: Tensor) -> Tensor:
+        """Cotangents of the output brought onto what steps of a sample's own parameters can reach, sample by sample, or
+        onto anything that holds it: as they stand.
+        """
+        return v
+
     @classmethod
     def has_closed_share(cls) -> bool:
         """Whether the kind gives `weighted`."""

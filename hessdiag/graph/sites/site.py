@@ -72,16 +72,12 @@ class Site:
         return not self.right and len(self.legs) == 1 and isinstance(self.legs[0][1], float) and self.legs[0][1] == 1.0
 
 
-def pulled(legs: Legs, seed: Tensor) -> list[tuple[Edge, Tensor]]:
-    """Cotangents of the edges of a combination for a seed on its entries."""
-    found = []
-    for edge, factor in legs:
-        if isinstance(factor, Map):
-            found.append((edge, factor.pull(seed)))
-        else:
-            plain = isinstance(factor, float) and factor == 1.0
-            found.append((edge, (seed if plain else seed * factor).sum_to_size(edge_shape(edge))))
-    return found
+def pulled(edge: Edge, factor: float | Tensor | Map, seed: Tensor) -> Tensor:
+    """The cotangent of the edge of one leg for a seed on the entries of its site."""
+    if isinstance(factor, Map):
+        return factor.pull(seed)
+    plain = isinstance(factor, float) and factor == 1.0
+    return (seed if plain else seed * factor).sum_to_size(edge_shape(edge))
 
 
 class SiteKind(NodeKind, ABC):

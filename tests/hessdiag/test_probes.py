@@ -1,0 +1,188 @@
+"""Layers that are served by products at their outputs: exact on average, and chosen where signs are noisier."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from gate import close
+from models import beyond_in_the_mean
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessdiag as hd
+from hessdiag.errors import ConfigurationError, NotDeterministicError
+from hessdiag.graph import Linearisation
+from hessdiag.kernels.propagator import Propagator
+from hessdiag.kernels.tensors import Tensors, accumulate
+from hessdiag.methods import Plan, reference
+from hessdiag.methods.pilot import choose_probes
+from hessdiag.signs import Signs
+
+
+class Language(nn.Module):
+    """A table below a LayerNorm, attention and an MLP; the table may serve as the head, too."""
+
+    def __init__(self, width: int = 4, letters: int = 5, tokens: int = 3, *, tied: bool = False, spread: float = 1.0):
+        super().__init__()
+        self.embed = nn.Embedding(letters, width)
+        self.position = nn.Parameter(0.3 * spread * torch.randn(1, tokens, width))
+        self.norm, self.query, self.key = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.last, self.head = nn.LayerNorm(width), nn.Linear(width, letters, bias=False)
+        nn.init.normal_(self.embed.weight, std=spread)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of the next letter at every place."""
+        x = self.embed(x) + self.position
+        h = self.norm(x)
+        x = x + torch.softmax(self.query(h) @ self.key(h).transpose(1, 2), -1) @ h
+        return self.head(self.last(x + self.down(F.gelu(self.up(x)))))  # type: ignore[no-any-return]
+
+
+class Twice(nn.Module):
+    """One linear layer, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(torch.tanh(self.fc(x))))
+
+
+def language(
+    *, tied: bool = False, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(3)
+    model = Language(tied=tied, **options).to(dtype)
+    x = torch.tensor([[1, 2, 1], [0, 4, 4]])  # numbers that come more than once
+    return model, x, torch.tensor([[2, 1, 0], [3, 4, 1]])
+
+
+def in_the_mean(propagator: Propagator, *, merged: bool) -> Tensors:
+    """What is known and, for every random vector, the sum over all unit vectors in its place."""
+    batch, probes = propagator.batch, propagator.probes
+    out = beyond_in_the_mean(propagator)
+    for place in probes.counts:
+        entries = propagator.probes.squares[place].out.numel() // batch.samples
+        for entry in range(entries):
+            v = torch.zeros(batch.samples, entries, dtype=batch.outputs.dtype)
+            v[:, entry] = 1
+            accumulate(out, probes.beyond(place, v.reshape(probes.squares[place].out)))
+    for part in (propagator.direct(), probes.along()):
+        accumulate(out, part)
+    if not merged:
+        apart: Tensors = {}
+        accumulate(out, propagator.gauss_newton(apart))
+        accumulate(out, apart, -1.0)
+        return out
+    blank = [torch.zeros(site.c.numel(), dtype=site.c.dtype) for site in batch.sites]
+    for column in range(batch.columns):
+        unit = torch.zeros(batch.columns, batch.samples, dtype=batch.curvature.signs.dtype)
+        unit[column] = 1
+        accumulate(out, propagator.beyond(blank, unit))
+    accumulate(out, propagator.heads())
+    return out
+
+
+@pytest.mark.parametrize("probes", [{}, {"embed": 1, "position": 1, "up": 1}], ids=len)
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_unit_vectors_in_the_place_of_all_that_is_random_are_p_products(
+    tied: bool, merged: bool, probes: dict[str, int]
+) -> None:
+    model, x, y = language(tied=tied)
+    truth, outer, _, _ = reference.batch_diagonal(hd.Objective(model), x, y)
+    rank = 3 if merged else 0
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        batch = Linearisation(hd.Objective(copy.deepcopy(model).to(dtype)), x, y)
+        propagator = Propagator(batch, probes=probes)
+        if rank and probes:
+            propagator.probes.find(Signs(1), rank)
+        close(in_the_mean(propagator, merged=merged), truth, outer, tolerance)
+
+
+def test_padding_is_no_parameter() -> None:
+    torch.manual_seed(0)
+    embed = nn.Embedding(5, 4, padding_idx=0)
+    model = nn.Sequential(embed, nn.LayerNorm(4), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5)).double()
+    x, y = torch.tensor([[1, 0, 1], [0, 0, 2]]), torch.tensor([[2, 1, 0], [3, 4, 1]])
+    truth, outer, _, _ = reference.batch_diagonal(hd.Objective(model), x, y)
+    propagator = Propagator(Linearisation(hd.Objective(model), x, y), probes={"0": 1})
+    propagator.probes.find(Signs(1), 2)
+    close(in_the_mean(propagator, merged=True), truth, outer, 1e-12)
+
+
+@pytest.mark.parametrize("parts", [True, False])
+@pytest.mark.parametrize("gauss_newton", ["exact", "signs"])
+def test_a_measurement_by_such_a_plan_has_the_parts_it_was_asked_for(gauss_newton: str, parts: bool) -> None:
+    model, x, y = language()
+    objective, count = hd.Objective(model), 100
+    plan = Plan("propagation", gauss_newton, probes={"embed": 1, "position": 2}, probe_rank=1, parts=parts)
+    found = hd.diagonal(objective, [(x, y)], plan=plan, replicates=count)
+    exact = hd.diagonal(objective, [(x, y)], method="exact")
+    wanted = ("total", "gauss_newton", "functional") if parts or gauss_newton == "exact" else ("total",)
+    for part in ("total", "gauss_newton", "functional"):
+        assert bool(getattr(found, part)) == (part in wanted)
+    rounding = 1e-12 * max(float(truth.abs().max()) for truth in exact.total.values())  # a key's bias is zero
+    for name, truth in exact.total.items():
+        off = (found.total[name] - truth).abs()
+        assert bool((off <= 7.0 * found.standard_errors[name] + rounding).all()), name
+        if parts:
+            both = found.gauss_newton[name] + found.functional[name]
+            assert torch.allclose(both, found.total[name], rtol=1e-9, atol=1e-12)
+
+
+def test_the_pilot_takes_products_where_a_small_table_meets_a_layernorm() -> None:
+    for spread, expected in ((0.02, True), (3.0, False)):
+        torch.manual_seed(0)
+        model = Language(16, 12, 24, spread=spread)
+        x = torch.randint(0, 12, (8, 25))
+        batch = Linearisation(hd.Objective(model), x[:, :-1], x[:, 1:])
+        chosen = [choose_probes(batch, 0, samples=8, ordered=True, outer=False) for _ in range(2)]
+        assert chosen[0] == chosen[1]
+        assert ("embed" in chosen[0][0]) == expected, (spread, chosen)
+
+
+def test_a_measurement_takes_them_by_itself_and_is_right() -> None:
+    torch.manual_seed(0)
+    model = Language(8, 6, 8, spread=0.02)
+    x = torch.randint(0, 6, (4, 9))
+    data = [(x[:, :-1], x[:, 1:])]
+    found = hd.measure(hd.Objective(model), data, method="propagation", rtol=0.2, max_replicates=60)
+    assert found.plan.probes
+    assert found.norm.gauss_newton is not None
+    truth = hd.measure(hd.Objective(model), data, method="exact").norm.total.norm
+    low, high = found.norm.total.norm_interval
+    assert low - (high - low) <= truth <= high + (high - low)
+
+
+def test_several_uses_of_a_parameter_are_left_to_signs() -> None:
+    torch.manual_seed(0)
+    batch = Linearisation(
+        hd.Objective(nn.Sequential(Twice(), nn.Linear(4, 3)).double()), torch.randn(2, 4).double(), torch.tensor([0, 1])
+    )
+    assert [layer.name for _, layer in Propagator.probed(batch)] == []
+
+
+def test_directions_need_the_samples_in_one_order_and_names_must_be_there() -> None:
+    model, x, y = language()
+    objective = hd.Objective(model)
+    plan = Plan("propagation", "signs", probes={"embed": 1}, probe_rank=2)
+    orders = iter(range(100))
+
+    class Turning:
+        def __iter__(self) -> Any:
+            turn = next(orders) % 2
+            yield (x.flip(0), y.flip(0)) if turn else (x, y)
+            yield x + 0, y + 0
+
+    with pytest.raises(NotDeterministicError, match="probe_rank"):
+        hd.measure(objective, Turning(), plan=plan, deterministic_check=False, audit_model=False, max_replicates=12)
+    with pytest.raises(ConfigurationError, match="embed"):
+        hd.measure(objective, [(x, y)], plan=Plan("propagation", "signs", probes={"embd": 1}))
