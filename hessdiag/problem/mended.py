@@ -131,7 +131,8 @@ _ALIKE = (
     "clamp_max", "clip", "atan2", "arctan2", "hypot", "xlogy", "logaddexp", "logaddexp2", "lerp", "addcdiv",
 )  # fmt: skip
 """Functions of single entries in which a parameter may stand beside samples, products and sums apart."""
-_OPERATORS = ("__truediv__", "__rtruediv__", "__pow__", "__rpow__", "__div__")
+_METHODS = (*(f"{name}_" for name in _ALIKE), *(f"__{name}__" for name in ("truediv", "rtruediv", "itruediv", "div")),
+            *(f"__{name}__" for name in ("pow", "rpow", "ipow")))  # fmt: skip
 
 
 def _spread(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -159,7 +160,7 @@ def _spread(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _spreading() -> dict[Any, Callable[..., Any]]:
     """By every name under which torch has these functions."""
     found: dict[Any, Callable[..., Any]] = {}
-    for owner, names in ((torch, _ALIKE), (Tensor, (*_ALIKE, *_OPERATORS))):
+    for owner, names in ((torch, _ALIKE), (Tensor, (*_ALIKE, *_METHODS))):
         for name in names:
             if hasattr(owner, name):
                 found[getattr(owner, name)] = _spread(getattr(owner, name))

@@ -142,6 +142,10 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
         Net(lambda s, x: s.c((2 * torch.sigmoid(s.a(x)) ** s.p).mean((2, 3)) ** (0.3 / s.p)), a=nn.Conv2d(2, 3, 2),
             p=nn.Parameter(torch.tensor([3.0])), c=nn.Linear(3, 3)),
         IMAGES),
+    "divided in place": lambda: (
+        Net(lambda s, x: s.c(torch.tanh((1.0 * s.a(x)).div_(s.w))), a=nn.Linear(4, 4), w=nn.Parameter(inputs(4).abs() + 0.5),
+            c=nn.Linear(4, 3)),
+        inputs(3, 4)),
     "clipped at a parameter": lambda: (
         Net(lambda s, x: s.c(torch.minimum(F.silu(s.a(x)), s.alpha) ** 2), a=nn.Linear(4, 4),
             alpha=nn.Parameter(torch.tensor(0.1)), c=nn.Linear(4, 3)),
