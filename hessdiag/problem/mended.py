@@ -184,10 +184,16 @@ _INSTANCE, _BATCH = inspect.signature(F.instance_norm), inspect.signature(F.batc
 
 
 def _instance_norm(*args: Any, **named: Any) -> Tensor:
-    """Gain and bias after the normalisation, channel by channel: torch repeats them for every sample."""
-    given = _INSTANCE.bind(*args, **named).arguments
-    weight, bias = given.pop("weight", None), given.pop("bias", None)
-    plain, shape = F.instance_norm(**given), (-1, *(1,) * (given["input"].ndim - 2))
+    """Pixels as the features of a layer norm, then gain and bias channel by channel: torch repeats these for every
+    sample, and its gradient of one sample is wrong where what comes down to it has the channels last in memory.
+    """
+    bound = _INSTANCE.bind(*args, **named)
+    bound.apply_defaults()
+    given = bound.arguments
+    if given["running_mean"] is not None or not given["use_input_stats"]:
+        return F.instance_norm(*args, **named)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    plain, shape = F.layer_norm(x, x.shape[2:], eps=given["eps"]), (-1, *(1,) * (x.ndim - 2))
     plain = plain if weight is None else plain * weight.reshape(shape)
     return plain if bias is None else plain + bias.reshape(shape)
 
@@ -197,8 +203,9 @@ def _batch_norm(*args: Any, **named: Any) -> Tensor:
     bound = _BATCH.bind(*args, **named)
     bound.apply_defaults()
     given = bound.arguments
-    alone = given.pop("training") and given["running_mean"] is None and len(given["input"]) == 1
-    return _instance_norm(**given) if alone else F.batch_norm(*args, **named)
+    if given.pop("training") and given["running_mean"] is None and len(given["input"]) == 1:
+        return _instance_norm(**given)
+    return F.batch_norm(*args, **named)
 
 
 def _pair(first: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
