@@ -9,8 +9,8 @@ they apply).
 
 Between the chosen parameters and the outputs every node must be known: as that of a layer kind (`layers.KINDS`), of a
 site kind (`sites.KINDS`), or as affine, by its name. A node of torch's own that no list names is tested: its backward
-says whether it is affine, or how it bends (`sites.tested`). Anything else - scripted code, custom code that is no
-activation by name or by test, kernels without a second derivative - raises UncoveredModelError with its name and place.
+says whether it is affine, or how it bends (`sites.tested`). Anything else - custom code that is no activation by name
+or by test, kernels without a second derivative - raises UncoveredModelError with its name and place.
 """
 
 from __future__ import annotations

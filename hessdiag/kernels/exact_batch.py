@@ -154,8 +154,8 @@ def check_separate(batch: Linearisation) -> None:
         times = torch.pow(2.0, (numbers // digit % DIGITS).to(half.dtype))
         for layer, size, *parts in zip(layers, _sizes(batch, layers, times), *sizes):
             assert size is not None
-            wanted = sum(parts) * times
-            if float((size - wanted).norm()) > torch.finfo(half.dtype).eps ** 0.5 * float(wanted.norm()):
+            own = sum(parts)
+            if float((size / times - own).norm()) > torch.finfo(half.dtype).eps ** 0.5 * float(own.norm()):
                 raise UncoveredModelError(
                     f"above layer {layer.name!r} the samples of a batch change places (a turn over the first axis); "
                     "use method='hutchinson'"

@@ -105,7 +105,7 @@ class Propagator:
 
     def deflate(self, signs: Signs, rank: int) -> Deflation | None:
         """Find `rank` directions per sample for the signed passes to leave out, if there is anything to leave out."""
-        if rank and self.batch.sites and not self.batch.free and not self.batch.crossing:
+        if rank and self.batch.sites and self.batch.layers and not self.batch.free and not self.batch.crossing:
             self.deflation = deflation(self.batch, self.squares, signs, start=self.start, rank=rank)
         return self.deflation
 

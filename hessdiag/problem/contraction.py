@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LARGEST = 1 << 26
+"""Entries of a product that is written out."""
+
 
 def einsum(*args: Any) -> Tensor:
     """torch's; of two operands with samples in one of them, told by the first letter of the result, a linear layer, or
@@ -45,6 +48,8 @@ def _as_layer(*args: Any) -> Tensor | None:
         return None
     shared = [k for k in out if k in of_x and k in of_w]
     rows, units = [k for k in out if k in of_x and k not in of_w], [k for k in out if k not in of_x]
+    if shared and prod(size.values()) > LARGEST:
+        return None
     if shared:
         order = rows + shared + units + summed
         product = _spread_out(x, of_x, order) * _spread_out(w, of_w, order)

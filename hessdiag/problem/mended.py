@@ -131,7 +131,8 @@ _ALIKE = (
     "clamp_max", "clip", "atan2", "arctan2", "hypot", "xlogy", "logaddexp", "logaddexp2", "lerp", "addcdiv",
 )  # fmt: skip
 """Functions of single entries in which a parameter may stand beside samples, products and sums apart."""
-_OPERATORS = ("__truediv__", "__rtruediv__", "__pow__", "__rpow__", "__div__")
+_METHODS = (*(f"{name}_" for name in _ALIKE), *(f"__{name}__" for name in ("truediv", "rtruediv", "itruediv", "div")),
+            *(f"__{name}__" for name in ("pow", "rpow", "ipow")))  # fmt: skip
 
 
 def _spread(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -159,7 +160,7 @@ def _spread(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _spreading() -> dict[Any, Callable[..., Any]]:
     """By every name under which torch has these functions."""
     found: dict[Any, Callable[..., Any]] = {}
-    for owner, names in ((torch, _ALIKE), (Tensor, (*_ALIKE, *_OPERATORS))):
+    for owner, names in ((torch, _ALIKE), (Tensor, (*_ALIKE, *_METHODS))):
         for name in names:
             if hasattr(owner, name):
                 found[getattr(owner, name)] = _spread(getattr(owner, name))
@@ -183,10 +184,16 @@ _INSTANCE, _BATCH = inspect.signature(F.instance_norm), inspect.signature(F.batc
 
 
 def _instance_norm(*args: Any, **named: Any) -> Tensor:
-    """Gain and bias after the normalisation, channel by channel: torch repeats them for every sample."""
-    given = _INSTANCE.bind(*args, **named).arguments
-    weight, bias = given.pop("weight", None), given.pop("bias", None)
-    plain, shape = F.instance_norm(**given), (-1, *(1,) * (given["input"].ndim - 2))
+    """Pixels as the features of a layer norm, then gain and bias channel by channel: torch repeats these for every
+    sample, and its gradient of one sample is wrong where what comes down to it has the channels last in memory.
+    """
+    bound = _INSTANCE.bind(*args, **named)
+    bound.apply_defaults()
+    given = bound.arguments
+    if given["running_mean"] is not None or not given["use_input_stats"]:
+        return F.instance_norm(*args, **named)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    plain, shape = F.layer_norm(x, x.shape[2:], eps=given["eps"]), (-1, *(1,) * (x.ndim - 2))
     plain = plain if weight is None else plain * weight.reshape(shape)
     return plain if bias is None else plain + bias.reshape(shape)
 
@@ -196,8 +203,9 @@ def _batch_norm(*args: Any, **named: Any) -> Tensor:
     bound = _BATCH.bind(*args, **named)
     bound.apply_defaults()
     given = bound.arguments
-    alone = given.pop("training") and given["running_mean"] is None and len(given["input"]) == 1
-    return _instance_norm(**given) if alone else F.batch_norm(*args, **named)
+    if given.pop("training") and given["running_mean"] is None and len(given["input"]) == 1:
+        return _instance_norm(**given)
+    return F.batch_norm(*args, **named)
 
 
 def _pair(first: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -779,6 +779,16 @@ def test_a_batch_of_one_sample(name: str, dtype: torch.dtype) -> None:
 
 
 @DTYPES
+def test_a_model_of_shared_weights_alone(dtype: torch.dtype) -> None:
+    """Directions are found at layers, of which there is none."""
+    model = net(lambda s, x: torch.tanh(F.linear(x, s.w.cumsum(0))).log_softmax(1), dtype=dtype, w=lambda: torch.randn(3, 5) / 2)
+    x, y = data(dtype=dtype)
+    truth = by_products(model, (x, y))
+    agree(expected_propagation(hd.Objective(model), x, y, rank=4), truth, TOLERANCE[dtype])
+    assert hd.measure(hd.Objective(model), [(x, y)], method="propagation", plan=Plan("propagation", deflate=4)).status
+
+
+@DTYPES
 def test_a_branch_that_starts_at_zero(dtype: torch.dtype) -> None:
     """No gradient tells that its weights, standardised and scaled by numbers, have no samples."""
 
