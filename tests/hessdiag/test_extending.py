@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hessdiag as hd
 from hessdiag.activations import functions, registry
-from hessdiag.errors import AuditError, CheckpointError, ConfigurationError
+from hessdiag.errors import AuditError, CheckpointError, ConfigurationError, UncoveredModelError
 from hessdiag.graph import Layer, LayerKind, Linearisation, Pointwise, Site, SiteKind, layers, saved, sites
 from hessdiag.kernels import exact_batch as exact_module
 from hessdiag.kernels.propagator import Propagator
