@@ -99,6 +99,10 @@ class Linearisation:
         self.direct: dict[int, Direct] = find_direct(self.graph, owners, self.layers)
         self.heads: dict[int, Direct] = self._find_heads()
         """What layers have in the outputs themselves, by their place in `layers` and beyond them in `shared`."""
+        self.kept: dict[str, Any] = {}
+        """What kernels found out about it, for their next call."""
+        self.separate = False
+        """Whether the samples were looked at and do not meet."""
         self._halves: dict[int, list[Own]] | None = None
         self._rowed: dict[int, Rowed] | None = None
 

@@ -66,6 +66,16 @@ def forward_order(root: Any) -> list[Any]:
     return order
 
 
+def graph_bytes(outputs: torch.Tensor) -> int:
+    """Bytes of the outputs of all nodes below a tensor: about what autograd keeps of a forward pass."""
+    return sum(
+        torch.Size(meta.shape).numel() * meta.dtype.itemsize
+        for node in forward_order(outputs.grad_fn)
+        if not is_leaf(node)
+        for meta in node._input_metadata
+    )
+
+
 def edge_shape(edge: Edge) -> torch.Size:
     """Shape of the forward value that an edge of the graph stands for."""
     node, number = edge

@@ -8,13 +8,14 @@ respect to v is J u.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hessdiag.graph.affine import sign_of
-from hessdiag.graph.moves import Cache, double_backward, factor_of, fan_of, move
+from hessdiag.graph.moves import Cache, double_backward, factor_of, move
 from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape
 from hessdiag.graph.reading import Graph
 from hessdiag.graph.sites import Map, Site
@@ -22,18 +23,20 @@ from hessdiag.graph.tangents import Tangent
 
 
 class Route:
-    """The nodes between one edge of the graph and the sites above it, in the order of a forward pass.
+    """The nodes between some edges of the graph and the sites above them, in the order of a forward pass.
 
-    Built once per layer; `run` may be called for any number of chunks of directions. `sites` come with their numbers.
+    Built once per layer, or for several together; `run` may be called for any number of chunks of directions. `sites`
+    come with their numbers.
     """
 
-    def __init__(self, graph: Graph, start: Edge, sites: Sequence[tuple[int, Site]], cache: Cache) -> None:
-        self.start = start
+    def __init__(self, graph: Graph, starts: Sequence[Edge], sites: Sequence[tuple[int, Site]], cache: Cache) -> None:
+        self.starts = starts
         self._cache = cache
-        reached: set[int] = {id(start[0])}
+        first = {id(node) for node, _ in starts}
+        reached: set[int] = set()
         above: list[Any] = []
         for node in graph.nodes:
-            if id(node) not in reached and any(id(source) in reached for source, _ in node.next_functions):
+            if id(node) in first or any(id(source) in reached for source, _ in node.next_functions):
                 reached.add(id(node))
                 above.append(node)
         self.sites = [(number, site) for number, site in sites if any(id(edge[0]) in reached for edge in site.edges)]
@@ -57,7 +60,6 @@ class Route:
                 wanted.setdefault(id(source), set()).add(number)
                 last[id(source), number] = position
         place = {id(node): position for position, (node, _) in enumerate(self.nodes)}
-        place[id(self.start[0])] = -1
         self._due: dict[int, list[tuple[int, Site]]] = {}
         for number, site in self.sites:
             legs = [edge for edge in site.edges if id(edge[0]) in place]
@@ -71,34 +73,27 @@ class Route:
         for key, position in last.items():
             self._ends.setdefault(position, []).append(key)
 
-    def cost(self) -> tuple[float, int]:
-        """(multiplications, largest number of tangent entries alive) for one direction of every sample."""
-        work, alive, peak = 0.0, {edge_key(self.start): edge_shape(self.start).numel()}, 0
-        for position, (node, _) in enumerate(self.nodes):
-            for output in self._wanted.get(id(node), ()):
-                alive[id(node), output] = edge_shape((node, output)).numel()
-                work += alive[id(node), output] * fan_of(node)
-            peak = max(peak, sum(alive.values()))
-            for key in self._ends.get(position, ()):
-                alive.pop(key, None)
-        return work + 4.0 * sum(site.c.numel() for _, site in self.sites), max(peak, sum(alive.values()))
+    def run(self, seeds: Sequence[Tangent]) -> Iterator[tuple[int, Site, Tangent, Tangent | None]]:
+        """Move tangents of the starts up; yield every site's dz as it becomes known: (index, site, dz, dw of a pair).
 
-    def run(self, seed: Tangent) -> Iterator[tuple[int, Site, Tangent, Tangent | None]]:
-        """Move a tangent of the start up; yield every site's dz as it becomes known: (index, site, dz, dw of a pair).
-
-        Those of a pair are dense; one of which only half is reached adds nothing.
+        The directions of all starts stand one after the other. Those of a pair are dense; one of which only half is
+        reached adds nothing.
         """
-        tangents: dict[Key, Tangent] = {(id(self.start[0]), self.start[1]): seed}
-        yield from self._sites_at(-1, tangents)
-        for key in self._ends.get(-1, ()):
-            tangents.pop(key, None)
+        tangents: dict[Key, Tangent] = {}
+        ends = list(accumulate((len(seed.value) for seed in seeds), initial=0))
+        begun: dict[Key, list[tuple[int, Tangent]]] = {}
+        for edge, low, seed in zip(self.starts, ends, seeds):
+            begun.setdefault(edge_key(edge), []).append((low, seed))
         for position, (node, slots) in enumerate(self.nodes):
             given = _known([(node.next_functions[slot], slot) for slot in slots], tangents)
+            outputs = self._wanted.get(id(node), ())
             if given:
-                outputs = self._wanted.get(id(node), ())
                 free = self._free(position, tangents) if len(outputs) == 1 else set()
                 for output in outputs:
                     tangents[id(node), output] = self._step(node, output, given, free)
+            for key in ((id(node), output) for output in outputs):
+                for low, seed in begun.get(key, ()):
+                    tangents[key] = _begun(tangents.get(key), low, seed, ends[-1], edge_shape((node, key[1])))
             yield from self._sites_at(position, tangents)
             for key in self._ends.get(position, ()):
                 tangents.pop(key, None)
@@ -177,6 +172,16 @@ class Route:
         for value, sign in zip(values[1:], signs[1:]):
             total = torch.add(total, value, alpha=sign)
         return Tangent(total, None, band, len(values) > 1 or signs[0] != 1.0)
+
+
+def _begun(before: Tangent | None, low: int, seed: Tangent, count: int, shape: torch.Size) -> Tangent:
+    """What has reached an edge, and the directions low.. of `count` that start there."""
+    if before is None and len(seed.value) == count:
+        return seed
+    own = seed.dense(shape)
+    total = own.new_zeros(count, *shape) if before is None else before.dense(shape).clone()
+    total[low : low + len(own)] += own
+    return Tangent(total, owned=True)
 
 
 T = TypeVar("T")

@@ -55,7 +55,14 @@ class Level:
 
 
 def find_chain(batch: Linearisation) -> list[Level] | None:
-    """The levels of a chain from the first linear layer to the outputs; None for any other network."""
+    """The levels of a chain from the first linear layer to the outputs, looked for once; None for any other network."""
+    if "chain" not in batch.kept:
+        batch.kept["chain"] = _read_chain(batch)
+    found: list[Level] | None = batch.kept["chain"]
+    return found
+
+
+def _read_chain(batch: Linearisation) -> list[Level] | None:
     if batch.shared:
         return None
     graph, segment = batch.graph, dict[int, int]()

@@ -10,7 +10,7 @@ from parameters alone, is dealt out evenly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,16 +59,16 @@ def ways_of(batch: Linearisation, start: Layer | Shared) -> list[Way]:
 
 
 class Directions:
-    """Sums over the sites that one start reaches; each pass moves as many directions as the seed holds."""
+    """Sums over the sites that a route reaches; each pass moves as many directions as the seeds hold."""
 
-    def __init__(self, batch: Linearisation, start: Layer | Shared, route: Route) -> None:
+    def __init__(self, batch: Linearisation, route: Route) -> None:
         self.batch, self.route, self.samples = batch, route, batch.samples
-        self.ways = ways_of(batch, start)
 
-    def total(self, seed: Tangent) -> Tensor:
-        """[K, N]: sum over the sites of each sample of c dz^2."""
-        total = torch.zeros(len(seed.value), self.samples, dtype=torch.float64, device=seed.value.device)
-        for number, site, tangent, other in self.route.run(seed):
+    def total(self, *seeds: Tangent) -> Tensor:
+        """[K, N]: sum over the sites of each sample of c dz^2, one seed for each start of the route."""
+        count = sum(len(seed.value) for seed in seeds)
+        total = torch.zeros(count, self.samples, dtype=torch.float64, device=seeds[0].value.device)
+        for number, site, tangent, other in self.route.run(seeds):
             if number in self.batch.free:
                 total += self._free(site, tangent, other)[:, None] / self.samples
                 continue
@@ -82,7 +82,7 @@ class Directions:
         """
         places = len(seed.value)
         block = self.batch.outputs.new_zeros(self.samples, places, places)
-        for _, site, tangent, other in self.route.run(seed):
+        for _, site, tangent, other in self.route.run([seed]):
             t, c = self._at_site(site, tangent)
             block += torch.einsum("knj,nj,lnj->nkl", t, c, t if other is None else self._at_site(site, other)[0])
         return block
@@ -102,3 +102,39 @@ class Directions:
             c = c * factor.square()
         c = tangent.narrowed(c)
         return value.reshape(len(value), self.samples, -1), c.reshape(self.samples, -1)
+
+
+class Recorded:
+    """In the place of `Directions`: keeps the seeds that a way would move, and then gives it what they came to.
+
+    So the directions of many layers can share a pass: each way runs twice, first into nothing.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.seeds: list[Tangent] = []
+        self.totals: Iterator[Tensor] | None = None
+
+    def total(self, seed: Tangent) -> Tensor:
+        """Zeros while seeds are recorded."""
+        if self.totals is not None:
+            return next(self.totals)
+        self.seeds.append(seed)
+        return torch.zeros(len(seed.value), self.samples, dtype=torch.float64, device=seed.value.device)
+
+    def block(self, seed: Tangent) -> Tensor:
+        """Of ways whose directions must share a pass by themselves: not recorded."""
+        raise NotImplementedError
+
+
+class Nowhere:
+    """Where second derivatives go that are not meant."""
+
+    def add(self, name: str, indices: slice, values: Tensor) -> None:
+        """Nothing."""
+
+    def outer(self, name: str, low: int, rows: Tensor, columns: Tensor) -> None:
+        """Nothing."""
+
+    def scatter(self, name: str, places: Tensor, values: Tensor) -> None:
+        """Nothing."""

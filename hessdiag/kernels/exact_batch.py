@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from hessdiag.errors import BudgetError, UncoveredModelError
-from hessdiag.graph import Layer, Linearisation
+from hessdiag.graph import Layer, Linearisation, Site, edge_shape
 from hessdiag.graph.layers import Way
 from hessdiag.graph.layers.linear import input_of
 from hessdiag.graph.moves import Cache
 from hessdiag.graph.nodes import Edge
 from hessdiag.graph.route import Route
+from hessdiag.graph.tangents import Tangent
 from hessdiag.kernels.chain import CACHED, Level, best_switch, find_chain, gauss_newton
 from hessdiag.kernels.chain import functional as diagonal_along
 from hessdiag.kernels.collector import Collector
-from hessdiag.kernels.directions import Directions, starts, ways_of
+from hessdiag.kernels.directions import Directions, Nowhere, Recorded, Shared, starts, ways_of
 from hessdiag.kernels.price import Price, prices
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors
@@ -39,6 +40,7 @@ NODE = 1e5
 DIGITS = 16
 """Samples are numbered in this base to tell them apart, a pass for each digit."""
 CLOSE = 1 << 26  # bytes of tangents beyond which a processor waits for its memory
+NEAR = 1 << 22  # bytes of those of several layers that share a pass
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Cost:
 class Choice:
     """How one layer's directions are chosen and how many go in one pass."""
 
+    edge: Edge
     way: Way
     flops: float
     bytes_each: int
@@ -83,8 +86,8 @@ def batch_diagonal(
     """
     with torch.no_grad():
         chain = find_chain(batch)
-        steps = [] if chain else _plan(batch, memory)
-        price = _chain_price(batch, chain, memory) if chain else _price(batch, [choice for _, choice in steps], memory)
+        groups = [] if chain else _plan(batch, memory)
+        price = _chain_price(batch, chain, memory) if chain else _price(batch, groups, memory)
         if budget is not None and price.flops > budget:
             raise BudgetError(
                 f"an exact diagonal of this batch takes {price.flops:.2g} multiplications in "
@@ -105,9 +108,10 @@ def batch_diagonal(
                 "weights that are computed from parameters bend for all samples together; take one sample at a time"
             )
         done, total = 0, price.passes
-        for directions, choice in steps:
-            choice.way.run(directions, functional, choice.count)
-            done += choice.way.passes
+        sites, cache = _bent(batch), dict[tuple[str, int, int], Any]()
+        for group in groups:
+            _move(batch, group, sites, cache, functional)
+            done += sum(choice.way.passes for choice in group)
             if progress:
                 progress(done, total)
         gauss_newton = _gauss_newton(batch, per_sample)
@@ -122,11 +126,7 @@ def cost(batch: Linearisation, *, memory: int = MEMORY) -> Cost:
         chain = find_chain(batch)
         if chain:
             return _chain_price(batch, chain, memory)
-        bent = [site for site in batch.sites if bool(site.c.any())]
-        begins = starts(batch)
-        found = zip(begins, prices(batch.graph, begins, bent))
-        choices = [_choose(ways_of(batch, start), price, batch, memory) for start, price in found if price.sites]
-        return _price(batch, choices, memory)
+        return _price(batch, _plan(batch, memory), memory)
 
 
 def check_separate(batch: Linearisation) -> None:
@@ -136,23 +136,15 @@ def check_separate(batch: Linearisation) -> None:
     round; and with each sample's seeds times a power of two, exact in any sum, each must find its own at the layers.
     """
     samples, layers = batch.samples, [*batch.layers, *batch.shared]
-    if samples == 1 or not layers:
+    if samples == 1 or not layers or batch.separate:
         return
     order = torch.randperm(samples, generator=cpu_generator(samples), device="cpu")
     half = (order < (samples + 1) // 2).to(batch.outputs)
-    sizes = []
-    for some in (half, 1 - half):
-        sizes.append(_sizes(batch, layers, some))
-        for layer, size in zip(layers, sizes[-1]):
-            if size is None or bool(size[some == 0].any()):
-                raise UncoveredModelError(
-                    f"above layer {layer.name!r} the samples of a batch meet (a mean or a turn over the "
-                    "first axis); use method='hutchinson'"
-                )
+    sizes = [check_unseen(batch, _pulled(batch, some), some) for some in (half, 1 - half)]
     numbers, digit = torch.arange(samples, device=half.device), 1
     while digit < samples and samples > 2:
         times = torch.pow(2.0, (numbers // digit % DIGITS).to(half.dtype))
-        for layer, size, *parts in zip(layers, _sizes(batch, layers, times), *sizes):
+        for layer, size, *parts in zip(layers, _sizes(batch, _pulled(batch, times)), *sizes):
             assert size is not None
             own = sum(parts)
             if float((size / times - own).norm()) > torch.finfo(half.dtype).eps ** 0.5 * float(own.norm()):
@@ -161,29 +153,52 @@ def check_separate(batch: Linearisation) -> None:
                     "use method='hutchinson'"
                 )
         digit *= DIGITS
+    batch.separate = True
 
 
-def _sizes(batch: Linearisation, layers: Sequence[Layer], times: Tensor) -> list[Tensor | None]:
-    """[N] by layer: the largest entry that one backward pass from all sites and outputs, each sample's seeds times a
-    number of its own, leaves there. None where the samples do not divide the layer's output.
-    """
-    samples = batch.samples
-    seeds: list[Tensor | None] = []
+def check_laid_out(batch: Linearisation) -> None:
+    """Refuse sites whose entries do not lie sample by sample."""
     for number, site in enumerate(batch.sites):
-        if number in batch.free:
-            seeds.append(None)
-            continue
-        if site.c.numel() % samples:
+        if number not in batch.free and site.c.numel() % batch.samples:
             raise UncoveredModelError(
                 f"{site.name}: {list(site.c.shape)} is not laid out by samples; use method='hutchinson'"
             )
+
+
+def check_unseen(batch: Linearisation, gradients: Sequence[Tensor | None], some: Tensor) -> list[Tensor]:
+    """Refuse a model whose gradients at the layers, from sites and outputs of `some` samples, reach the others.
+
+    [N] by layer: the largest of each sample.
+    """
+    found = []
+    for layer, size in zip([*batch.layers, *batch.shared], _sizes(batch, gradients)):
+        if size is None or bool(size[some == 0].any()):
+            raise UncoveredModelError(
+                f"above layer {layer.name!r} the samples of a batch meet (a mean or a turn over the "
+                "first axis); use method='hutchinson'"
+            )
+        found.append(size)
+    return found
+
+
+def _pulled(batch: Linearisation, times: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients at the layers from all sites and outputs, each sample's seeds times a number of its own."""
+    check_laid_out(batch)
+    samples, layers = batch.samples, [*batch.layers, *batch.shared]
+    seeds: list[Tensor | None] = []
+    for number, site in enumerate(batch.sites):
         rows = times.to(site.c.dtype)[:, None].expand(-1, site.c.numel() // samples)
-        seeds.append(rows.reshape(site.c.shape))
+        seeds.append(None if number in batch.free else rows.reshape(site.c.shape))
     top = times.reshape(-1, *(1,) * (batch.outputs.ndim - 1)).expand(batch.outputs.shape)
-    found: list[Tensor | None] = []
-    for gradient in batch.backward(seeds, top, [layer.edge for layer in layers], above=True):
+    return batch.backward(seeds, top, [layer.edge for layer in layers], above=True)
+
+
+def _sizes(batch: Linearisation, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """[N] by layer: the largest entry of each sample; None where the samples do not divide the layer's output."""
+    samples, found = batch.samples, list[Tensor | None]()
+    for gradient in gradients:
         if gradient is None:
-            found.append(torch.zeros_like(times))
+            found.append(torch.zeros(samples, dtype=batch.outputs.dtype, device=batch.outputs.device))
         elif gradient.numel() % samples:
             found.append(None)
         else:
@@ -191,35 +206,70 @@ def _sizes(batch: Linearisation, layers: Sequence[Layer], times: Tensor) -> list
     return found
 
 
-def _plan(batch: Linearisation, memory: int) -> list[tuple[Directions, Choice]]:
-    sites = [(number, site) for number, site in enumerate(batch.sites) if bool(site.c.any())]
-    cache: Cache = {}
-    steps = []
-    for start in starts(batch):
-        edge: Edge = (start.node, 0)
-        route = Route(batch.graph, edge, sites, cache)
-        if route.sites:
-            directions, (work, entries) = Directions(batch, start, route), route.cost()
-            price = Price(work, entries, sum(site.c.numel() for _, site in route.sites), len(route.nodes))
-            steps.append((directions, _choose(directions.ways, price, batch, memory)))
-    return steps
+def _bent(batch: Linearisation) -> list[tuple[int, Site]]:
+    """Sites that bend, with their numbers."""
+    return [(number, site) for number, site in enumerate(batch.sites) if bool(site.c.any())]
 
 
-def _choose(ways: list[Way], price: Price, batch: Linearisation, memory: int) -> Choice:
+def _plan(batch: Linearisation, memory: int) -> list[list[Choice]]:
+    """How the directions of everything that reaches a site are moved, thought out once; those of a list share a pass.
+
+    They do where to pass the nodes takes longer than to multiply, as far as memory allows: of a net of many small
+    layers time is then that of one pass, not the square of their number.
+    """
+    groups: list[list[Choice]] = batch.kept.setdefault(f"plan {memory}", [])
+    begins, room = [] if groups else starts(batch), 0
+    for start, price in zip(begins, prices(batch.graph, begins, [site for _, site in _bent(batch)])):
+        if not price.sites:
+            continue
+        choice = _choose(start, ways_of(batch, start), price, batch, memory)
+        count, passes = min(choice.count, NEAR // choice.bytes_each), choice.way.passes
+        small = choice.way.together == 1 and choice.flops < NODE * choice.nodes and passes <= count
+        room = min(room, count) - passes
+        if not (small and room >= 0 and groups):
+            groups.append([])
+            room = count - passes if small else 0
+        groups[-1].append(choice)
+    return groups
+
+
+def _move(
+    batch: Linearisation, group: list[Choice], sites: list[tuple[int, Site]], cache: Cache, into: Collector
+) -> None:
+    """The directions of one layer, some at a time, or those of several in one pass."""
+    route = Route(batch.graph, [choice.edge for choice in group], sites, cache)
+    directions = Directions(batch, route)
+    if len(group) == 1:
+        group[0].way.run(directions, into, group[0].count)
+        return
+    recorded = []
+    for choice in group:
+        recorded.append(Recorded(batch.samples))
+        choice.way.run(recorded[-1], Nowhere(), choice.way.passes)
+    shapes = [edge_shape(choice.edge) for choice in group]
+    seeds = [Tangent(torch.cat([s.dense(shape) for s in one.seeds])) for one, shape in zip(recorded, shapes)]
+    totals = iter(directions.total(*seeds).split([len(s.value) for one in recorded for s in one.seeds]))
+    for choice, one in zip(group, recorded):
+        one.totals = totals
+        choice.way.run(one, into, choice.way.passes)
+
+
+def _choose(start: Layer | Shared, ways: list[Way], price: Price, batch: Linearisation, memory: int) -> Choice:
     """The way that costs least of those whose directions fit into memory together."""
     each = 3 * price.entries * batch.outputs.element_size()
     on_processor = batch.outputs.device.type == "cpu"
     count = max((min(memory, CLOSE) if on_processor else memory) // each, 1)
     fitting = [way for way in ways if way.together <= count]
     flops, best = min(((price.work * way.passes + way.extra(price.sites), way) for way in fitting), key=lambda p: p[0])
-    return Choice(best, flops, each, count, price.nodes * -(-best.passes // count))
+    return Choice((start.node, 0), best, flops, each, count, price.nodes * -(-best.passes // count))
 
 
-def _price(batch: Linearisation, choices: list[Choice], memory: int) -> Cost:
+def _price(batch: Linearisation, groups: list[list[Choice]], memory: int) -> Cost:
+    choices = [choice for group in groups for choice in group]
     passes = sum(choice.way.passes for choice in choices)
     needed = max((min(memory, choice.bytes_each * choice.way.passes) for choice in choices), default=0)
-    out = 16 * batch.objective.size
-    return Cost(passes, sum(choice.flops for choice in choices), needed + out, sum(choice.nodes for choice in choices))
+    nodes = sum(max(choice.nodes for choice in group) for group in groups)
+    return Cost(passes, sum(choice.flops for choice in choices), needed + 16 * batch.objective.size, nodes)
 
 
 def _chain_price(batch: Linearisation, levels: list[Level], memory: int) -> Cost:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Products:
                 outputs = objective.outputs(inputs, targets, index=index)
             losses = objective.loss.values(outputs, targets)
             self._gradient = _gradient(losses.sum(), self._parameters)
-            self._outputs = outputs
+            self.outputs = outputs
             self._dummy: Tensor | None = None
             if parts:
                 self._curvature = objective.loss.curvature(outputs, targets)
@@ -74,13 +75,19 @@ class Products:
 
     def entries(self, name: str, places: list[int]) -> list[float]:
         """Some entries of the diagonal, counted in the order of the parameter's axes."""
-        found = []
-        unit = one_hot(self.objective.parameters[name], name)
+        parameter, found = self.objective.parameters[name], []
+        zeros = self._zeros[: parameter.numel()]
+        unit = {name: zeros.view(parameter.shape)}
         for k in places:
-            unit[name].view(-1)[k] = 1
+            zeros[k] = 1
             found.append(float(self.hessian(unit)[name].reshape(-1)[k]))
-            unit[name].view(-1)[k] = 0
+            zeros[k] = 0
         return found
+
+    @cached_property
+    def _zeros(self) -> Tensor:
+        """As many as the largest parameter has entries."""
+        return self._parameters[0].detach().new_zeros(max(p.numel() for p in self._parameters))
 
     def push(self, vector: Tensors) -> Tensor:
         """J v, the change of the outputs along v, [N, ...]."""
@@ -93,8 +100,8 @@ class Products:
         """J^T (d2l/df2) J v."""
         pushed = self.push(vector).double()
         flat = pushed.reshape(len(pushed), -1)
-        back = self._curvature.times(flat).to(self._outputs.dtype).reshape(self._outputs.shape)
-        found = torch.autograd.grad(self._outputs, self._parameters, back, retain_graph=True, allow_unused=True)
+        back = self._curvature.times(flat).to(self.outputs.dtype).reshape(self.outputs.shape)
+        found = torch.autograd.grad(self.outputs, self._parameters, back, retain_graph=True, allow_unused=True)
         return _named(found, vector)
 
 

@@ -26,7 +26,7 @@ the Hessian at their outputs are left to these: `probes` (hessdiag.kernels.probe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -209,13 +209,15 @@ class Propagator:
 
     def each(self, seeds: Sequence[Tensor | None], output_seed: Tensor | None) -> Tensors:
         """Per-sample gradients [N, ...] of every parameter for given cotangents."""
-        deltas = self.batch.backward(seeds, output_seed, self._edges, above=True)
-        out: Tensors = {}
+        return dict(self.each_of(self.batch.backward(seeds, output_seed, self._edges, above=True), seeds))
+
+    def each_of(self, deltas: Sequence[Tensor | None], seeds: Sequence[Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+        """The same for the layers' cotangents that such a pass gave, one parameter after the other."""
         for square, delta in zip(self.squares, deltas):
             if delta is not None:
-                out |= square.each(delta.detach())
+                yield from square.each(delta.detach()).items()
         shared = {place: d.detach() for place, d in enumerate(deltas[len(self.squares) :]) if d is not None}
-        return out | self.uses.each(shared, seeds)
+        yield from self.uses.each(shared, seeds).items()
 
     def _seeds(self, sign: int, drawn: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Signs (or a direction) times sqrt(max(+-c, 0)), site by site, None where it vanishes; and those of the second

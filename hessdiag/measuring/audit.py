@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from hessdiag.errors import AuditError, HessdiagError, UncoveredModelError
 from hessdiag.graph import Layer, Linearisation
 from hessdiag.graph.nodes import forward_order, is_leaf
-from hessdiag.kernels import exact_batch as exact
 from hessdiag.kernels.products import Products
 from hessdiag.kernels.tensors import Tensors
 from hessdiag.measuring import comparisons
-from hessdiag.measuring.autograd_check import Probe, loss_quotients
+from hessdiag.measuring.autograd_check import Moved, Probe, loss_quotients
 from hessdiag.measuring.comparisons import AuditEntry
 from hessdiag.measuring.ranks import World
 from hessdiag.methods import Aim, Case, Method, find
@@ -105,16 +104,20 @@ _METHOD = {
 
 @dataclass(frozen=True)
 class _Twin:
-    """What is audited: a copy in float64 where there can be one, and the arithmetic that keeps it in double."""
+    """What is audited: a copy in float64 where there can be one, and the arithmetic that keeps it in double.
+
+    The copy's parameters stand a little off the model's (see `autograd_check`), so that one forward pass serves all
+    comparisons.
+    """
 
     objective: Objective
     few: Numbered
     arithmetic: Callable[[], AbstractContextManager[Any]]
     dtype: torch.dtype
-    moved: tuple[Objective, Numbered] | None = None
-    """A copy that runs in double, and samples for it: the parameters of a user's own model are not moved."""
+    moved: Moved | None = None
+    """A copy that runs in double: the parameters of a user's own model are not moved."""
     outputs: Tensor | None = None
-    """Of the copy, with their graph: one forward pass serves every comparison where the parameters stand."""
+    """Of the copy, with their graph."""
 
 
 class Checks:
@@ -124,21 +127,24 @@ class Checks:
         self.objective, self.few, self.seed = twin.objective, twin.few, seed
         self.signs = Signs(seed, twin.objective.device)
         self.tolerance = TOLERANCE[twin.dtype]
-        self._given = twin.outputs
+        self._twin = twin
 
     @cached_property
+    def _read(self) -> tuple[Linearisation, list[AuditEntry]]:
+        few, outputs = self.few, self._twin.outputs
+        linear = Linearisation(self.objective, few.inputs, few.targets, index=few.index, outputs=outputs)
+        return linear, comparisons.squares(linear, self.signs, self.tolerance)
+
+    @property
     def linear(self) -> Linearisation:
-        """The few samples, linearised, each for itself."""
-        few = self.few
-        found = Linearisation(self.objective, few.inputs, few.targets, index=few.index, outputs=self._given)
-        exact.check_separate(found)
-        return found
+        """The few samples, linearised, which do not meet."""
+        return self._read[0]
 
     @cached_property
     def products(self) -> Products:
         """Hessian-vector products of the few samples."""
-        few = self.few
-        return Products(self.objective, few.inputs, few.targets, index=few.index, parts=False, outputs=self._given)
+        few, outputs = self.few, self._twin.outputs
+        return Products(self.objective, few.inputs, few.targets, index=few.index, parts=False, outputs=outputs)
 
     @cached_property
     def forward(self) -> comparisons.Forward:
@@ -148,8 +154,9 @@ class Checks:
     @cached_property
     def directions(self) -> Tensors:
         """One random direction of all parameters; the comparisons of derivatives, which come last, use it up."""
-        parameters = self.objective.parameters.items()
-        return {name: self.signs.plain(p, comparisons.AUDIT, n) for n, (name, p) in enumerate(parameters)}
+        twin = self._twin
+        shared = twin.moved is not None and twin.outputs is not None
+        return twin.moved.directions if shared else random_directions(self.objective, self.signs)
 
     @cached_property
     def layers(self) -> list[Layer]:
@@ -159,7 +166,7 @@ class Checks:
     @property
     def outputs(self) -> Tensor:
         """The model's outputs for the few samples, from whichever graph there is."""
-        return self.products._outputs if self._given is None else self._given
+        return self.products.outputs if self._twin.outputs is None else self._twin.outputs
 
     def symmetry(self) -> AuditEntry:
         """Of the double backward."""
@@ -172,7 +179,7 @@ class Checks:
 
     def squares(self) -> list[AuditEntry]:
         """The layers' per-sample gradients."""
-        return comparisons.squares(self.linear, self.signs, self.tolerance)
+        return self._read[1]
 
     def closed(self) -> list[AuditEntry]:
         """Closed shares of the functional part."""
@@ -192,19 +199,20 @@ class Checks:
 
 def audit(objective: Objective, first: Numbered, *, method: str, seed: int) -> Audit:
     """Check `method` on the first samples of the data."""
-    twin = _twin(objective, first.few(SAMPLES))
+    twin = _twin(objective, first.few(SAMPLES), Signs(seed, objective.device))
     with twin.arithmetic():
         checks = Checks(twin, seed)
         entries = list(find(method).audit(checks))
         if isinstance(objective.loss, CallableLoss):
             off = loss_quotients(objective.loss, checks.outputs, twin.few.targets)
             entries.append(AuditEntry("loss", objective.loss.name, off, comparisons.DIFFERENCE))
+        del checks  # with its graphs
         if twin.moved is not None:
-            entries += comparisons.quotients(*twin.moved, checks.directions)
+            entries += comparisons.quotients(twin.moved)
     return Audit(tuple(entries), len(twin.few.targets), str(twin.dtype).removeprefix("torch."))
 
 
-def _twin(objective: Objective, few: Numbered) -> _Twin:
+def _twin(objective: Objective, few: Numbered, signs: Signs) -> _Twin:
     """The first of these that runs: in double throughout, in double with shorter parts, or the model as it is.
 
     Where only the loss insists on another dtype, derivatives of the model are still compared in double.
@@ -215,6 +223,7 @@ def _twin(objective: Objective, few: Numbered) -> _Twin:
         double = replace(few, inputs=_as_double(few.inputs), targets=_as_double(few.targets))
         probe = copy.copy(copied)
         probe.loss = Probe()
+        moved = Moved(probe, double, random_directions(copied, signs))
         outputs = _run(probe, double)
     except (HessdiagError, RuntimeError, TypeError, NotImplementedError):
         return own
@@ -225,14 +234,28 @@ def _twin(objective: Objective, few: Numbered) -> _Twin:
             outputs = _run(probe, double)
             shortest = _shortest(outputs)
             arithmetic = InDouble
-    moved = (probe, double) if shortest == torch.float64 else None
+    moved.outputs = outputs
+    compared = moved if shortest == torch.float64 else None
     try:
         with torch.no_grad():
             copied.loss.check(outputs, double.targets)
             copied.summed_losses(outputs.detach(), double.targets, index=double.index)
     except (HessdiagError, RuntimeError, TypeError):
-        return replace(own, moved=moved if arithmetic is nullcontext else None)
-    return _Twin(copied, double, arithmetic, shortest, moved, outputs)
+        return replace(own, moved=compared if arithmetic is nullcontext else None)
+    return _Twin(copied, double, arithmetic, shortest, compared, outputs)
+
+
+PERIOD = 4099
+"""Random signs of a direction, after which they come again: a prime, so that no two rows of a matrix are alike."""
+
+
+def random_directions(objective: Objective, signs: Signs) -> Tensors:
+    """Random signs for all parameters."""
+    found = {}
+    for number, (name, p) in enumerate(objective.parameters.items()):
+        drawn = signs.plain(p.new_empty(min(p.numel(), PERIOD)), comparisons.AUDIT, number)
+        found[name] = drawn.repeat(-(-p.numel() // PERIOD))[: p.numel()].reshape(p.shape)
+    return found
 
 
 def double_copy(objective: Objective) -> Objective:

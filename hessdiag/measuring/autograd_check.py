@@ -5,17 +5,19 @@ straight-through estimator give a plausible gradient or Hessian of another funct
 autograd's derivatives, so all are refused the same way. Along one direction u of all parameters, large where the
 gradient is, for a well-conditioned scalar S of the outputs (a fitted loss is rounding; it is looked at by itself):
 
-slope       u . grad S by autograd against (S(theta + h u) - S(theta - h u)) / 2h: all tensors add to it, of one sign;
-difference  H u against (grad S(theta + h u) - grad S(theta - h u)) / 2h, tensor by tensor;
+slope       u . grad S by autograd, the mean of two ends, against the quotient (S(theta + h u) - S(theta)) / h: all
+            tensors add to it, of one sign;
+difference  H u against (grad S(theta + h u) - grad S(theta)) / h, tensor by tensor;
 loss        for a callable loss, both of the loss as a function of the outputs alone.
 
-Parameters stand a little off where they were: off the kinks that zeros sit on. A row of an embedding that its
-padding_idx keeps from having a gradient is a constant, and not moved.
+What one step leaves in doubt is looked at from both sides, and with other steps. Parameters stand a little off where
+they were: off the kinks that zeros sit on. A row of an embedding that its padding_idx keeps from having a gradient is a
+constant, and not moved.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +33,8 @@ from hessdiag.methods.batches import Numbered
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import CallableLoss, Curvature, Loss, as_rows
 
-STEPS = (1e-7, 1e-8, 1e-6)
-"""Relative steps; so small that no unit of a piecewise-linear network changes sides, or none at one of them."""
+STEPS = ((1e-7, 0.0), (1e-7, -1e-7), (1e-8, -1e-8), (1e-6, -1e-6))
+"""The ends of relative steps; so small that no unit of a piecewise-linear network changes sides, or none at one."""
 LOSS_STEP = 1e-6
 MOVED = 1e-3
 _EPS = torch.finfo(torch.float64).eps
@@ -62,15 +64,15 @@ class Quotients:
 class Moved:
     """A copy of the model in float64, moved off its kinks, with S and its gradient along one direction.
 
-    `directions` are random signs, moved along and then used up. The copy's parameters are left where the last
-    comparison put them.
+    `directions` are random signs, moved along and then used up. The parameters of `objective`, whose loss is S, are
+    moved here and left where the last comparison put them; `outputs` are set by whoever runs it next.
     """
 
+    outputs: Tensor
+
     def __init__(self, objective: Objective, few: Numbered, directions: dict[str, Tensor]) -> None:
-        self.objective = copy.copy(objective)
-        self.objective.loss = Probe()
+        self.objective, self.directions, self.parameters = objective, directions, objective.parameters
         self.inputs, self.targets, self.index = few.inputs, few.targets, few.index
-        self.parameters, self._directions = objective.parameters, directions
         self.size = {n: float(p.detach().norm()) / p.numel() ** 0.5 or 1e-3 for n, p in self.parameters.items()}
         with torch.no_grad():
             for name, p in self.parameters.items():
@@ -78,39 +80,45 @@ class Moved:
         self._here = 0.0
 
     def run(self, *, slope: float, difference: float) -> Quotients:
-        """Everything. Beyond the tolerances `slope` and `difference` it is looked at more closely: which parameters
-        are cut off, whether other steps agree.
+        """Everything. Beyond the tolerances `slope` and `difference` it is looked at more closely: from both sides,
+        which parameters are cut off, whether other steps agree.
         """
-        within, tolerance = slope, difference
-        products = Products(self.objective, self.inputs, self.targets, index=self.index, parts=False)
+        middle = self.objective, self.inputs, self.targets
+        products = Products(*middle, index=self.index, parts=False, outputs=self.outputs)
         gradient = {n: None if g is None else g.detach() for n, g in zip(products.names, products._gradient)}
+        value = float(self.objective.loss.values(self.outputs.detach(), self.targets).sum())
+        here = value, {n: torch.zeros_like(self.parameters[n]) if g is None else g for n, g in gradient.items()}
         along = self._direction(gradient, products)
         curved = products.hessian(along)
         norm = sum(float(g.norm()) ** 2 for g in gradient.values() if g is not None) ** 0.5
         off = dict.fromkeys(along, float("inf"))
         apart = tuple[str, ...]()
         found = float("inf")
-        for number, step in enumerate(STEPS):
-            values, gradients = zip(*(self._at(along, sign * step, gradient=True) for sign in (1.0, -1.0)))
-            if not number:
-                found = self._slope(gradient, along, values, step)
-                if found > within:
-                    apart = self._cut_off(gradient, along, within)
+        room = next(iter(along.values())).new_empty(max(u.numel() for u in along.values()))
+        for number, ends in enumerate(STEPS):
+            (high, above), (low, below) = (self._at(along, end, gradient=True) if end else here for end in ends)
+            width, step = ends[0] - ends[1], ends[0]
+            if number < 2 and found > slope:
+                rounding = ROUNDINGS * _EPS * abs(value) / step
+                found = _slope([above, below], along, (high - low) / width, rounding)
+                if number and found > slope:
+                    apart = self._cut_off(gradient, along, slope)
             noise = ROUNDINGS * _EPS * norm / step
             for name in along:
-                quotient = torch.sub(gradients[0][name], gradients[1][name]).div_(2 * step)
-                beyond = max(float((quotient - curved[name]).norm()) - noise, 0.0)
-                size = max(float(quotient.norm()), float(curved[name].norm())) if beyond else 1.0
+                own = room[: above[name].numel()].view(above[name].shape)
+                quotient = torch.sub(above[name], below[name], out=own).div_(width)
+                beyond = max(float(quotient.sub_(curved[name]).norm()) - noise, 0.0)
+                size = max(float(quotient.add_(curved[name]).norm()), float(curved[name].norm())) if beyond else 1.0
                 off[name] = min(off[name], beyond / size)
-            if max(off.values(), default=0.0) <= tolerance:
+            if max(off.values(), default=0.0) <= difference and (number or found <= slope):
                 break
         return Quotients(found, apart, off)
 
     def _direction(self, gradient: dict[str, Tensor | None], products: Products) -> dict[str, Tensor]:
-        fixed = _padding(products._outputs)
+        fixed = _padding(products.outputs)
         along = {}
         for name, p in self.parameters.items():
-            u, g = self._directions[name], gradient[name]
+            u, g = self.directions[name], gradient[name]
             length = 0.0 if g is None else float(g.norm())
             if g is not None and length:
                 u.add_(g, alpha=p.numel() ** 0.5 / length)
@@ -119,13 +127,6 @@ class Moved:
                     u[row] = 0
             along[name] = u.mul_(self.size[name])
         return along
-
-    def _slope(self, gradient: dict[str, Tensor | None], along: dict[str, Tensor], values: Any, step: float) -> float:
-        terms = [float(g.flatten() @ along[n].flatten()) for n, g in gradient.items() if g is not None and n in along]
-        quotient = (values[0] - values[1]) / (2 * step)
-        scale = max(sum(abs(t) for t in terms), abs(quotient))
-        off = max(abs(quotient - sum(terms)) - ROUNDINGS * _EPS * abs(values[0]) / step, 0.0)
-        return off / scale if off else 0.0
 
     def _cut_off(
         self, gradient: dict[str, Tensor | None], along: dict[str, Tensor], tolerance: float
@@ -136,9 +137,12 @@ class Moved:
             return ()
         self._move(along, 0.0)
         rest = {name: u for name, u in along.items() if name not in names}
-        values = [self._at(rest, sign * STEPS[0], gradient=False)[0] for sign in (1.0, -1.0)]
+        high, low = STEPS[1]
+        values = [self._at(rest, end, gradient=False)[0] for end in (high, low)]
         self._move(rest, 0.0)
-        return names if self._slope(gradient, rest, values, STEPS[0]) <= tolerance else ()
+        noise = ROUNDINGS * _EPS * abs(values[0]) / high
+        off = _slope([gradient], rest, (values[0] - values[1]) / (high - low), noise)
+        return names if off <= tolerance else ()
 
     def _at(self, along: dict[str, Tensor], step: float, *, gradient: bool) -> tuple[float, dict[str, Tensor]]:
         """(S, its gradient) with the parameters `step * along` from the middle."""
@@ -156,6 +160,19 @@ class Moved:
             for name, u in along.items():
                 self.parameters[name].add_(u, alpha=step - self._here)
         self._here = step
+
+
+def _slope(
+    gradients: Sequence[Mapping[str, Tensor | None]], along: dict[str, Tensor], quotient: float, noise: float
+) -> float:
+    """How far u . grad S, the mean of some places, is off a quotient, relative to its terms."""
+    terms = []
+    for name, u in along.items():
+        found = [float(g[name].flatten() @ u.flatten()) for g in gradients if g[name] is not None]
+        terms.append(sum(found) / len(gradients))
+    scale = max(sum(abs(t) for t in terms), abs(quotient))
+    off = max(abs(quotient - sum(terms)) - noise, 0.0)
+    return off / scale if off else 0.0
 
 
 def _padding(outputs: Tensor) -> list[tuple[Any, int]]:

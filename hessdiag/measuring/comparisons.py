@@ -11,7 +11,7 @@ closed     for propagation, two entries per parameter of a layer's closed share,
 own        for a method from outside, a few entries of what it gives against Hessian-vector products, those of a
            stochastic method beyond eight standard errors of the mean of its replicates.
 Hutchinson needs no identity; there the double backward is checked by its symmetry v^T (H u) = u^T (H v). Whatever the
-method, autograd's derivatives are held against difference quotients (see `derivatives`). No comparison asks for more
+method, autograd's derivatives are held against difference quotients (see `autograd_check`). No comparison asks for more
 digits than autograd has (see `rounding`).
 """
 
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from hessdiag.graph import Layer, Linearisation
+from hessdiag.kernels.exact_batch import check_laid_out, check_unseen
 from hessdiag.kernels.products import Products, one_hot
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors
 from hessdiag.measuring.autograd_check import Moved
 from hessdiag.measuring.rounding import ROUNDINGS, unit
 from hessdiag.methods.base import Method
-from hessdiag.methods.batches import Numbered
 from hessdiag.methods.case import Case
 from hessdiag.problem.objective import Objective
 from hessdiag.signs import Signs, cpu_generator
@@ -128,30 +128,43 @@ def push(
 
 
 def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[AuditEntry]:
-    """Every layer function's per-sample gradients, one entry of the audit per parameter."""
-    propagator = Propagator(linear)
+    """Every layer function's per-sample gradients, one entry of the audit per parameter.
+
+    One backward pass from the sites and outputs of each sample by itself, which is refused where it reaches another
+    sample's layers.
+    """
+    check_laid_out(linear)
     seeds = [
         None if number in linear.free else signs.plain(site.c, AUDIT, 1, number)
         for number, site in enumerate(linear.sites)
     ]
     output = signs.plain(linear.outputs, AUDIT, 2)
-    each = propagator.each(seeds, output)
     names = [name for layer in linear.graph.owners() for name in layer.own]
-    worst = dict.fromkeys(names, 0.0)
+    edges = [layer.edge for layer in (*linear.layers, *linear.shared)]
+    targets = [*edges, *(linear.objective.parameters[name] for name in names)]
+    deltas: list[Tensor | None] = [None] * len(edges)
+    truths: list[dict[str, Tensor | None]] = []
     for n in range(linear.samples):
         only = [None if seed is None else _one(seed, n, linear.samples) for seed in seeds]
-        own = [linear.objective.parameters[name] for name in names]
-        found = linear.backward(only, _one(output, n, linear.samples), own)
-        pairs = {}
-        for name, truth in zip(names, found):
-            mine = each[name][n] if name in each else torch.zeros_like(linear.objective.parameters[name])
-            expected = torch.zeros_like(mine) if truth is None else truth
-            size = float(expected.double().norm()) or float(mine.double().norm())
-            pairs[name] = float(mine.sub_(expected).double().norm()), size
-        floor = _floor(linear, max(size for _, size in pairs.values()))
-        for name, (off, size) in pairs.items():
-            worst[name] = max(worst[name], off / size if off > floor else 0.0)
-    return [AuditEntry("squares", name, deviation, tolerance) for name, deviation in worst.items()]
+        found = linear.backward(only, _one(output, n, linear.samples), targets)
+        if linear.samples > 1:
+            check_unseen(linear, found[: len(edges)], torch.arange(linear.samples, device=output.device) == n)
+        truths.append(dict(zip(names, found[len(edges) :])))
+        deltas = [b if a is None else a if b is None else a + b for a, b in zip(deltas, found)]
+    linear.separate = True
+    worst = {}
+    for name, each in Propagator(linear).each_of(deltas, seeds):
+        worst[name] = max(_apart(mine, truth.pop(name)) for mine, truth in zip(each, truths))
+    for name in truths[0]:  # what no layer gives
+        worst[name] = max(_apart(None, truth[name]) for truth in truths)
+    return [AuditEntry("squares", name, worst[name], tolerance) for name in names]
+
+
+def _apart(mine: Tensor | None, truth: Tensor | None) -> float:
+    """|mine - truth| relative to the truth, None standing for zero; `mine` is used up."""
+    size, own = (0.0 if x is None else float(x.double().norm()) for x in (truth, mine))
+    off = own if truth is None else size if mine is None else float(mine.sub_(truth).double().norm())
+    return off / (size or own or 1.0)
 
 
 def _floor(linear: Linearisation, whole: float) -> float:
@@ -183,7 +196,7 @@ def entries(
     for layer in layers:
         for name in layer.own:
             first, second = outer[name].reshape(-1), inner[name].reshape(-1)
-            scale = max(float(torch.linalg.vector_norm(part, torch.inf)) for part in (first, second)) or 1.0
+            scale = max(abs(float(end)) for part in (first, second) for end in torch.aminmax(part)) or 1.0
             worst = 0.0
             places = torch.randint(0, first.numel(), (2,), generator=generator, device="cpu").tolist()
             for k, truth in zip(places, products.entries(name, places)):
@@ -288,10 +301,9 @@ def _entry_noise(
     return ROUNDINGS * torch.finfo(linear.outputs.dtype).eps * float((outer[name] + inner[name].abs()).max())
 
 
-def quotients(movable: Objective, few: Numbered, directions: Tensors) -> list[AuditEntry]:
-    """Autograd's derivatives of the model against difference quotients (see `derivatives`)."""
-    directions = {name: u.to(movable.dtype) for name, u in directions.items()}
-    found = Moved(movable, few, directions).run(slope=SLOPE, difference=DIFFERENCE)
+def quotients(moved: Moved) -> list[AuditEntry]:
+    """Autograd's derivatives of the model against difference quotients (see `autograd_check`)."""
+    found = moved.run(slope=SLOPE, difference=DIFFERENCE)
     what, where = ("cut off", ", ".join(found.apart)) if found.apart else ("slope", "the whole model")
     entries = [AuditEntry(what, where, found.slope, SLOPE)]
     return entries + [AuditEntry("difference", name, off, DIFFERENCE) for name, off in found.difference.items()]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hessdiag.errors import ConfigurationError, HessdiagError, UnknownNameError, nearest
 from hessdiag.graph import Linearisation
-from hessdiag.kernels.tensors import Tensors
+from hessdiag.kernels.tensors import Tensors, hold_freed_memory
 from hessdiag.measuring.choose import EXACT_BUDGET, check_budget, check_given, decide, stored_plan
 from hessdiag.measuring.diagonal import Diagonal
 from hessdiag.measuring.loop import Callback, Loop
@@ -90,7 +90,8 @@ def measure(
 
     `budget` refuses an exact method that takes more multiplications (None: none is refused). `deterministic_check`
     looks at the data twice and refuses what differs, `audit_model` holds method, model and derivatives against each
-    other on two samples: switch them off only where both are known to be right. `keep_diagonal` keeps the diagonal in
+    other on two samples; either looks for samples that meet, in all batches or in the first. Switch them off only where
+    model and data are known to be right. `keep_diagonal` keeps the diagonal in
     the result. `progress` is True for a bar on a terminal or a line in a notebook, or a function of an `Event`.
     `resume` names a file that the state is written to as it goes; started again with the same file, the measurement
     goes on from there to the same bits.
@@ -99,7 +100,7 @@ def measure(
     _check_basics(objective, method, seed)
     _check_arguments(rtol, confidence, min_replicates, max_replicates, max_seconds, target)
     with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
-        case = _case(objective, batches, plan.method if plan else method, seed, twice=deterministic_check)
+        case = _case(objective, batches, plan.method if plan else method, seed, deterministic_check, audit_model)
         path, checked = None if resume is None else Path(resume), None
         if plan is None and path is not None and path.exists():
             plan = stored_plan(path, method)
@@ -159,7 +160,7 @@ def diagonal(
     if not isinstance(replicates, int) or replicates < 2:
         raise ConfigurationError(f"replicates={replicates!r}: at least 2 are needed for an error")
     with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
-        case = _case(objective, batches, plan.method if plan else method, seed, twice=deterministic_check)
+        case = _case(objective, batches, plan.method if plan else method, seed, deterministic_check, audit_model)
         if plan is None:
             plan, _ = decide(case, method, Aim(replicates=replicates), audit_model=audit_model)
         else:
@@ -173,7 +174,7 @@ def diagonal(
         while loop.streams and loop.done < replicates:
             loop.run_round(min(plan.at_once, replicates - loop.done))
         found = loop.diagonal(provenance(case, target="data") | _told(told))
-        squares = {name: float(t.double().square().sum()) for name, t in found.total.items()}
+        squares = {name: float(t.flatten() @ t.flatten()) for name, t in found.total.items()}
         lost = underflown(objective, case.first, squares)
         if lost:
             facts = {**found.provenance, "underflow": lost}
@@ -181,32 +182,36 @@ def diagonal(
         return found
 
 
-def _case(objective: Objective, batches: Batches, method: str, seed: int, *, twice: bool) -> Case:
-    """What is known of the data before any method is chosen, and their first batch, linearised if that may be used."""
-    objective.check_modes()
+def _case(objective: Objective, batches: Batches, method: str, seed: int, twice: bool, apart: bool) -> Case:
+    """What is known of the data before any method is chosen, and their first batch, linearised if that may be used.
+
+    `twice` goes through the data again, `apart` holds at least the first batch against its parts.
+    """
+    hold_freed_memory()
     sites = method not in METHODS or METHODS[method].sites
-    firsts: list[Numbered] = []
-    read: list[Linearisation | HessdiagError] = []
+    found: list[tuple[Numbered, Tensor | None, Linearisation | HessdiagError | None]] = []
 
     def look(first: Numbered) -> Tensor | None:
-        firsts.append(first)
-        if not sites:
-            return None
+        outputs, read = None, None
         try:
-            linear = Linearisation(objective, first.inputs, first.targets, index=first.index)
+            with torch.enable_grad():
+                outputs = objective.outputs(first.inputs, first.targets, index=first.index)
+            if sites:
+                read = Linearisation(objective, first.inputs, first.targets, index=first.index, outputs=outputs)
         except HessdiagError as error:  # told when it matters: what is wrong with data or model goes first
-            read.append(error)
-            return None
-        read.append(linear)
-        return linear.outputs.detach()
+            read = error if sites else None
+        found.append((first, outputs, read))
+        return None if outputs is None else outputs.detach()
 
     if twice:
         facts = check_deterministic(objective, batches, coverage=sites, read=look)
     else:
-        seen = Pass()
+        seen = Pass() if apart else None
         facts = survey(objective, batches, coverage=sites, read=look, keep=seen)
-        check_apart(objective, firsts[0], seen)
-    return Case(objective, batches, facts, firsts[0], seed, World.current(), read[0] if read else None)
+        if seen is not None:
+            check_apart(objective, found[0][0], seen)
+    first, outputs, read = found[0]
+    return Case(objective, batches, facts, first, seed, World.current(), outputs, read)
 
 
 def _everywhere(case: Case, plan: Plan) -> Plan:

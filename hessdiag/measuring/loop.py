@@ -91,7 +91,7 @@ class Loop(Sums):
             with self._whole():
                 found = self.work.known(batch, self._inner(self.plan.method))
                 self.add_known(found, own=self.work.hands_over)
-                self._after_batch(position + 1)
+                self._after_batch(batch, position + 1)
             self._save_in_time()
             phase = self.plan.method if self.method.deterministic else "exact part"
             self._tell(phase, position + 1, self.survey.batches)
@@ -111,6 +111,7 @@ class Loop(Sums):
                             f"the diagonal of {name!r} holds NaN or Inf: overflow in {self.objective.dtype}"
                         )
             self.known_done, self._position = True, 0
+        self.case.outputs = None  # whether somebody took them or not
         self.save()
 
     def run_round(self, count: int) -> None:
@@ -126,7 +127,7 @@ class Loop(Sums):
                     if self.world.mine(position, self.survey.batches, r):
                         for stream, part in self.work.replicate(batch, r).items():
                             accumulate(self._partial[f"{r}.{stream}"], part)
-                self._after_batch(position + 1)
+                self._after_batch(batch, position + 1)
             self._save_in_time()
             self._tell("replicates", position + 1, self.survey.batches)
         with self._whole(), undivided():
@@ -138,6 +139,7 @@ class Loop(Sums):
                         tensor /= self.survey.weight
                     replicates.add(sums, r)
             self.done = numbers.stop
+            self.case.outputs = None
             self._position = 0
 
     def abandon_round(self) -> None:
@@ -169,10 +171,10 @@ class Loop(Sums):
         yield
         self._torn = False
 
-    def _after_batch(self, position: int) -> None:
+    def _after_batch(self, batch: Numbered, position: int) -> None:
         self._position = position
         if self.survey.batches > 1:
-            self.work.forget()
+            self.work.spare(batch)
         if World.asked_to_stop and not self.known_done:
             raise KeyboardInterrupt
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.errors import UncoveredModelError
-from hessdiag.graph import Linearisation
 from hessdiag.graph.sites.elementwise import curvature_of
 from hessdiag.measuring.audit import Audit
 from hessdiag.measuring.diagonal import Diagonal
@@ -228,12 +227,12 @@ def _summary(
 def effective(case: Case) -> tuple[tuple[EffectiveCurvature, ...], list[str]]:
     """|gain| max|sigma''| of each normalisation that feeds an activation directly; a note of parameters unreached."""
     try:
-        linear = case.linear if isinstance(case.read, Linearisation) else case.few(1)  # the graph is that of any sample
+        graph = case.graph
     except UncoveredModelError:
         return (), []
-    norms = {id(layer.node): layer for layer in linear.layers if layer.kind.normalises and layer.weight}
+    norms = {id(layer.node): layer for layer in graph.layers if layer.kind.normalises and layer.weight}
     found = []
-    for node in linear.graph.of_kind("elementwise"):
+    for node in graph.of_kind("elementwise"):
         layer = norms.get(id(node.next_functions[0][0]))
         if layer is None or layer.weight is None:
             continue
@@ -242,6 +241,6 @@ def effective(case: Case) -> tuple[tuple[EffectiveCurvature, ...], list[str]]:
         found.append(
             EffectiveCurvature(layer.name, label, largest, float(gain.mean()) * largest, float(gain.max()) * largest)
         )
-    unused = ", ".join(linear.graph.unused)
+    unused = ", ".join(graph.unused)
     notes = [f"parameters that do not reach the outputs (their entries are zero): {unused}"] if unused else []
     return tuple(found), notes

@@ -11,9 +11,12 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
 from hessdiag.kernels.tensors import Tensors
-from hessdiag.methods.batches import Numbered
+from hessdiag.methods.batches import Numbered, same_samples
+from hessdiag.problem.forward import leaves
 
 if TYPE_CHECKING:
     from hessdiag.measuring.audit import Checks
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 TOTAL, GAUSS_NEWTON, FUNCTIONAL = "total", "gauss_newton", "functional"
 Tell = Callable[[int, int], None]
+HELD = 1 << 24
+"""Bytes of what is prepared of several batches that are held between replicates."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ class Work:
 
     def __init__(self, case: Case) -> None:
         self.case, self.signs = case, case.signs
-        self._kept: tuple[int, int, Any] | None = None
+        self._kept: dict[int, tuple[Numbered, Any]] = {}  # by first sample
+        self._held: dict[int, float] = {}
 
     def known(self, batch: Numbered, tell: Tell) -> dict[str, Tensors]:
         """What one pass over `batch` gives exactly, by part of `Method.known`; `tell(done, total)` is progress."""
@@ -92,17 +98,40 @@ class Work:
         """Replicate `r` of `Method.streams` for `batch`, unbiased, keyed by (seed, r, sample numbers)."""
         raise NotImplementedError
 
-    def forget(self) -> None:
-        """Let go of what was kept of a batch."""
-        self._kept = None
-
     def kept(self, batch: Numbered, make: Callable[[], Any]) -> Any:
-        """What `make` prepares of `batch`, kept until another batch comes or `forget` is called."""
-        place = (batch.start, len(batch.targets))
-        if self._kept is None or self._kept[:2] != place:
-            self._kept = None  # before the next is made: two graphs at once may be too many
-            self._kept = (*place, make())
-        return self._kept[2]
+        """What `make` prepares of `batch`, kept until `spare` or `forget` lets go of it."""
+        before = self._kept.get(batch.start)
+        if before is not None:
+            alike = len(before[0].targets) == len(batch.targets)
+            if alike and (self.case.single or same_samples(before[0], batch)):
+                return before[1]
+            self._let_go(batch.start)  # before the next is made: two graphs at once may be too many
+        made = make()
+        self._kept[batch.start] = batch, made
+        return made
+
+    def spare(self, batch: Numbered) -> None:
+        """Let go of what was kept of `batch`, one of several, unless it fits into `HELD` bytes beside the others."""
+        if batch.start in self._kept and batch.start not in self._held:
+            size = self.size(self._kept[batch.start][1]) + sum(
+                x.numel() * x.element_size() for x in leaves(batch.inputs) if isinstance(x, Tensor)
+            )
+            if sum(self._held.values()) + size > HELD:
+                self._let_go(batch.start)
+            else:
+                self._held[batch.start] = size
+
+    def size(self, prepared: Any) -> float:
+        """Bytes that `prepared` holds besides the batch's inputs; by default nobody knows, and none is held."""
+        return float("inf")
+
+    def forget(self) -> None:
+        """Let go of what was kept of all batches."""
+        self._kept, self._held = {}, {}
+
+    def _let_go(self, start: int) -> None:
+        self._kept.pop(start, None)
+        self._held.pop(start, None)
 
 
 class Method:

@@ -250,6 +250,8 @@ def same_samples(one: Numbered, other: Numbered) -> bool:
     """Whether two batches hold the same samples in the same order."""
     if one.start != other.start or len(one.targets) != len(other.targets):
         return False
+    if one.inputs is other.inputs and one.targets is other.targets:
+        return True
     return torch.equal(*(fingerprint(batch.inputs, batch.targets) for batch in (one, other)))
 
 

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from hessdiag.errors import HessdiagError, UncoveredModelError
-from hessdiag.graph import Linearisation
+from hessdiag.graph import Graph, Linearisation
+from hessdiag.graph.reading import detach_guard
 from hessdiag.methods.batches import Batches, Numbered, Survey, same_samples
 from hessdiag.problem.objective import Objective
 from hessdiag.signs import Signs
@@ -27,6 +30,8 @@ class Case:
     first: Numbered
     seed: int
     world: World
+    outputs: Tensor | None = field(default=None, repr=False)
+    """The model's for the first batch, with their graph, until somebody takes it."""
     read: Linearisation | HessdiagError | None = field(default=None, repr=False)
     """The linearisation of the first batch, or why there is none; None before anyone asked."""
     chosen: Plan | None = None
@@ -42,7 +47,7 @@ class Case:
         """The first batch, linearised; UncoveredModelError where the site identity does not cover it."""
         if self.read is None:
             try:
-                self.read = Linearisation(self.objective, self.first.inputs, self.first.targets, index=self.first.index)
+                self.read = self._linearised(self.first, self.outputs)
             except HessdiagError as error:
                 self.read = error
         if isinstance(self.read, HessdiagError):
@@ -75,14 +80,36 @@ class Case:
         if count >= len(self.first.targets):
             self.linear.balance(balance or {})
             return self.linear
-        few = self.first.few(count)
-        return Linearisation(self.objective, few.inputs, few.targets, index=few.index, balance=balance)
+        return self._linearised(self.first.few(count), None, balance)
 
     def linearise(self, batch: Numbered) -> Linearisation:
         """A batch under the plan; the one that was read is given away, since nobody needs it any more."""
         balance = self.plan.balance
         read, self.read = self.read, None
+        outputs = self.outputs_of(batch)
         if isinstance(read, Linearisation) and same_samples(batch, self.first):
             read.balance(balance)
             return read
-        return Linearisation(self.objective, batch.inputs, batch.targets, index=batch.index, balance=balance)
+        return self._linearised(batch, outputs, balance)
+
+    def outputs_of(self, batch: Numbered) -> Tensor | None:
+        """The outputs of a batch if they are at hand; given away, since nobody needs them any more."""
+        outputs, self.outputs = self.outputs, None
+        return outputs if outputs is not None and same_samples(batch, self.first) else None
+
+    @property
+    def graph(self) -> Graph:
+        """That of any sample of the first batch; UncoveredModelError where it cannot be read."""
+        if isinstance(self.read, Linearisation):
+            return self.read.graph
+        if self.outputs is None:
+            return self.few(1).graph
+        detach_guard(self.outputs)
+        return Graph(self.outputs, self.objective.parameters)
+
+    def _linearised(
+        self, batch: Numbered, outputs: Tensor | None, balance: Mapping[int, float] | None = None
+    ) -> Linearisation:
+        return Linearisation(
+            self.objective, batch.inputs, batch.targets, index=batch.index, balance=balance, outputs=outputs
+        )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hessdiag.graph.nodes import graph_bytes
 from hessdiag.kernels.products import Products
 from hessdiag.kernels.tensors import Tensors, accumulate, zeros
 from hessdiag.methods.base import FUNCTIONAL, GAUSS_NEWTON, TOTAL, FirstPass, Forecast, Method, Work
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from hessdiag.methods.case import Case
 
 PROBE = 2  # stream of signs
+HELD_GRAPHS = 4
+"""Times a forward pass's graph that a batch holds between replicates."""
 PRODUCTS, HESSIAN, OUTER = 8.0, 6.0, 5.0
 """In forward passes of the batch, measured on one CPU core for a residual network, an MLP and a ResNet-18."""
 
@@ -58,9 +61,16 @@ class _Batches(Work):
             found[FUNCTIONAL] = {name: t - found[GAUSS_NEWTON][name] for name, t in found[TOTAL].items()}
         return found
 
+    def size(self, prepared: list[tuple[int, Products]]) -> float:
+        """The graphs of the gradient."""
+        return HELD_GRAPHS * sum(graph_bytes(products.outputs) for _, products in prepared)
+
     def _products(self, part: Numbered) -> Products:
-        plan = self.case.plan
-        return Products(self.case.objective, part.inputs, part.targets, index=part.index, parts=plan.parts)
+        case = self.case
+        outputs = case.outputs_of(part)
+        return Products(
+            case.objective, part.inputs, part.targets, index=part.index, parts=case.plan.parts, outputs=outputs
+        )
 
 
 def blocks(batch: Numbered, size: int) -> Iterator[tuple[int, Numbered]]:
@@ -89,7 +99,7 @@ class Hutchinson(Method):
     def cost(self, case: Case, first: FirstPass) -> Forecast:
         """Two products a replicate, the Hessian's and the Gauss-Newton matrix's."""
         batches, size = case.survey.batches, case.objective.size
-        held = 4 * first.graph + 3 * (replicate_groups(size) + 2) * 8 * size
+        held = HELD_GRAPHS * first.graph + 3 * (replicate_groups(size) + 2) * 8 * size
         time_ = first.seconds * batches
         each = HESSIAN + OUTER + (PRODUCTS / 8 if batches > 1 else 0.0)
         return Forecast(self.name, None, batches, 2, 3, None, held, PRODUCTS * time_, each * time_)

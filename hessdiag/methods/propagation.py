@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hessdiag.errors import BudgetError, ConfigurationError, NotDeterministicError, nearest
 from hessdiag.graph import Linearisation, edge_shape
+from hessdiag.graph.nodes import graph_bytes
 from hessdiag.kernels import exact_batch as exact
 from hessdiag.kernels.deflation import Deflation
 from hessdiag.kernels.propagator import Propagator
@@ -53,6 +54,8 @@ EXACT_COLUMNS = 32
 """Loss-factor columns up to which the Gauss-Newton part is taken exactly, in one pass each."""
 KEEP_BYTES = 1 << 28
 """What layers hold of a single-batch data set is kept between replicates up to this size."""
+HELD_GRAPHS = 3.0
+"""Times a forward pass's graph that a batch holds between replicates."""
 GIVEN_ROUNDED = 10 * ROUNDED
 GIVEN_BYTES = 8 * DEFLATE_BYTES
 """Bytes of directions beyond which a plan that was given is refused."""
@@ -104,6 +107,10 @@ class _Batches(Work):
         accumulate(functional, apart, -1.0)
         total = {name: functional[name] + outer[name] for name in outer}
         return {TOTAL: total, GAUSS_NEWTON: outer, FUNCTIONAL: functional}
+
+    def size(self, prepared: Propagator) -> float:
+        """The graph, sites and their roots."""
+        return HELD_GRAPHS * graph_bytes(prepared.batch.outputs)
 
     def _propagator(self, linear: Linearisation, batch: Numbered) -> Propagator:
         plan = self.case.plan
@@ -244,7 +251,7 @@ class Propagation(Method):
         once = LINEARISE + DIRECT + (COLUMN * first.columns if taken else 0.0) + rank * DEFLATED
         each = SIGNED * (1.0 if taken else 2.0) + (LINEARISE / 8 if batches > 1 else 0.0)
         streams, vector = 1 if taken else 3, 8 * case.objective.size
-        held = 3 * first.graph + (streams * (replicate_groups(case.objective.size) + 1) + 3) * vector
+        held = int(HELD_GRAPHS * first.graph) + (streams * (replicate_groups(case.objective.size) + 1) + 3) * vector
         held += 2 * rank * int(direction_bytes(linear, samples))
         time_ = first.seconds * batches
         passes = (first.columns if taken else 0) + 4 * rank  # a direction is found in two passes and squared in two

@@ -34,8 +34,9 @@ class _Batches(Work):
 
     def known(self, batch: Numbered, tell: Tell) -> dict[str, Tensors]:
         """Both parts, the functional one by subtraction."""
+        outputs = self.case.outputs_of(batch)
         total, outer, _, _ = batch_diagonal(
-            self.case.objective, batch.inputs, batch.targets, index=batch.index, progress=tell
+            self.case.objective, batch.inputs, batch.targets, index=batch.index, progress=tell, outputs=outputs
         )
         return {GAUSS_NEWTON: outer, FUNCTIONAL: {name: total[name] - outer[name] for name in total}}
 
@@ -75,9 +76,13 @@ def batch_diagonal(
     index: int = 0,
     chunk: int = 64,
     progress: Tell | None = None,
+    outputs: Tensor | None = None,
 ) -> tuple[Tensors, Tensors, float, int]:
-    """(total, Gauss-Newton, weight, samples), summed over one batch: p products for each part."""
-    products = Products(objective, inputs, targets, index=index)
+    """(total, Gauss-Newton, weight, samples), summed over one batch: p products for each part.
+
+    `outputs` are the model's, with their graph, where they are at hand.
+    """
+    products = Products(objective, inputs, targets, index=index, outputs=outputs)
     total: Tensors = {}
     outer: Tensors = {}
     done, size = 0, objective.size

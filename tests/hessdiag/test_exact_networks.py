@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessdiag as hd
-from hessdiag.graph import Linearisation
+from hessdiag.graph import Linearisation, edge_shape
+from hessdiag.graph.moves import fan_of
+from hessdiag.graph.route import Route
 from hessdiag.kernels import chain, price
 from hessdiag.kernels import exact_batch as exact
+from hessdiag.kernels.directions import starts
+from hessdiag.kernels.price import Price, prices
 from hessdiag.methods import reference
 from hessdiag.problem.objective import Objective
 
@@ -256,16 +260,31 @@ def test_single_precision_is_summed_in_double() -> None:
 
 @pytest.mark.parametrize("name", ["residual", "tokens", "resnet18", "preact_resnet18", "glu"])
 def test_the_price_of_all_layers_is_that_of_their_routes(name: str) -> None:
-    """`cost` walks the graph once; the plan of a run, layer by layer. They agree to the last multiplication."""
+    """`prices` walks the graph once for all layers; here each walks its own route. They agree to the last entry."""
     shapes = {"residual": (2, 8, 8), "tokens": (4, 5), "glu": (5,)}
     builds: dict[str, Any] = {"residual": Residual, "tokens": Tokens, "glu": lambda: Function(ELEMENTWISE["glu"])}
     build = builds.get(name, lambda: hd.networks.build(name, activation="silu", num_classes=3, width=2))
     model = seeded(build)
     x = torch.randn(3, *shapes.get(name, (3, 8, 8)), dtype=torch.float64)
     batch = Linearisation(hd.Objective(model), x, torch.tensor([0, 1, 2]))
-    with torch.no_grad():
-        steps = exact._plan(batch, exact.MEMORY)
-    assert exact.cost(batch) == exact._price(batch, [choice for _, choice in steps], exact.MEMORY)
+    sites, begins = exact._bent(batch), starts(batch)
+    for start, found in zip(begins, prices(batch.graph, begins, sites)):
+        route = Route(batch.graph, [(start.node, 0)], sites, {})
+        assert found == (walked(route) if route.sites else Price(0.0, 0, 0, 0))
+
+
+def walked(route: Route) -> Price:
+    """What one direction of every sample takes on its way."""
+    work, peak, alive = 0.0, 0, dict[tuple[int, int], int]()
+    for position, (node, _) in enumerate(route.nodes):
+        for output in route._wanted.get(id(node), ()):
+            alive[id(node), output] = edge_shape((node, output)).numel()
+            work += alive[id(node), output] * fan_of(node) if node is not route.starts[0][0] else 0.0
+        peak = max(peak, sum(alive.values()))
+        for key in route._ends.get(position, ()):
+            alive.pop(key, None)
+    sites = sum(site.c.numel() for _, site in route.sites)
+    return Price(work + 4.0 * sites, peak, sites, len(route.nodes) - 1)
 
 
 def test_the_price_is_found_by_walking_the_graph_once(monkeypatch: pytest.MonkeyPatch) -> None:

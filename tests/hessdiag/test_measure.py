@@ -254,17 +254,23 @@ def test_resume_files_of_another_measurement_are_refused(model: nn.Module, tmp_p
         hd.measure(hd.Objective(model), BATCHES, resume=path)
 
 
+def agrees(audit: audit_module.Audit) -> bool:
+    """To rounding, and quotients of a step of 1e-7 to what that step leaves out: so much of the next derivative."""
+    steps = {"slope", "difference"}
+    return all(e.deviation < (1e-4 if e.check in steps else 1e-10) for e in audit.entries)
+
+
 def test_audit_passes_and_says_what_it_compared(model: nn.Module) -> None:
     m = hd.measure(hd.Objective(model), BATCHES, method="exact")
     assert m.audit is not None
     assert m.audit.passed
     assert {e.check for e in m.audit.entries} == {"identity", "squares", "entries", "slope", "difference"}
-    assert m.audit.worst.deviation < 1e-10
+    assert agrees(m.audit)
     float32 = seeded(Residual).float()
     m = hd.measure(hd.Objective(float32), [(X.float(), Y)], method="propagation")
     assert m.audit is not None
     assert m.audit.dtype == "float64"
-    assert m.audit.worst.deviation < 1e-10
+    assert agrees(m.audit)
 
 
 def test_audit_catches_a_wrong_layer_formula(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
