@@ -248,7 +248,7 @@ def _move(
         choice.way.run(recorded[-1], Nowhere(), choice.way.passes)
     shapes = [edge_shape(choice.edge) for choice in group]
     seeds = [Tangent(torch.cat([s.dense(shape) for s in one.seeds])) for one, shape in zip(recorded, shapes)]
-    totals = iter(directions.total(*seeds).split([len(s.value) for one in recorded for s in one.seeds]))
+    totals = iter(torch.split(directions.total(*seeds), [len(s.value) for one in recorded for s in one.seeds]))
     for choice, one in zip(group, recorded):
         one.totals = totals
         choice.way.run(one, into, choice.way.passes)

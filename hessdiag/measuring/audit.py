@@ -154,9 +154,10 @@ class Checks:
     @cached_property
     def directions(self) -> Tensors:
         """One random direction of all parameters; the comparisons of derivatives, which come last, use it up."""
-        twin = self._twin
-        shared = twin.moved is not None and twin.outputs is not None
-        return twin.moved.directions if shared else random_directions(self.objective, self.signs)
+        moved = self._twin.moved
+        if moved is None or self._twin.outputs is None:
+            return random_directions(self.objective, self.signs)
+        return moved.directions
 
     @cached_property
     def layers(self) -> list[Layer]:

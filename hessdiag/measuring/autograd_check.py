@@ -28,7 +28,7 @@ from hessdiag.errors import HessdiagError
 from hessdiag.graph import saved
 from hessdiag.graph.nodes import forward_order, is_leaf
 from hessdiag.kernels.products import Products
-from hessdiag.measuring.rounding import ROUNDINGS
+from hessdiag.measuring.rounding import ROUNDINGS, length
 from hessdiag.methods.batches import Numbered
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import CallableLoss, Curvature, Loss, as_rows
@@ -73,7 +73,7 @@ class Moved:
     def __init__(self, objective: Objective, few: Numbered, directions: dict[str, Tensor]) -> None:
         self.objective, self.directions, self.parameters = objective, directions, objective.parameters
         self.inputs, self.targets, self.index = few.inputs, few.targets, few.index
-        self.size = {n: float(p.detach().norm()) / p.numel() ** 0.5 or 1e-3 for n, p in self.parameters.items()}
+        self.size = {n: length(p) / p.numel() ** 0.5 or 1e-3 for n, p in self.parameters.items()}
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.add_(directions[name], alpha=MOVED * self.size[name])
@@ -90,7 +90,7 @@ class Moved:
         here = value, {n: torch.zeros_like(self.parameters[n]) if g is None else g for n, g in gradient.items()}
         along = self._direction(gradient, products)
         curved = products.hessian(along)
-        norm = sum(float(g.norm()) ** 2 for g in gradient.values() if g is not None) ** 0.5
+        norm = sum(length(g) ** 2 for g in gradient.values() if g is not None) ** 0.5
         off = dict.fromkeys(along, float("inf"))
         apart = tuple[str, ...]()
         found = float("inf")
@@ -107,8 +107,8 @@ class Moved:
             for name in along:
                 own = room[: above[name].numel()].view(above[name].shape)
                 quotient = torch.sub(above[name], below[name], out=own).div_(width)
-                beyond = max(float(quotient.sub_(curved[name]).norm()) - noise, 0.0)
-                size = max(float(quotient.add_(curved[name]).norm()), float(curved[name].norm())) if beyond else 1.0
+                beyond = max(length(quotient.sub_(curved[name])) - noise, 0.0)
+                size = max(length(quotient.add_(curved[name])), length(curved[name])) if beyond else 1.0
                 off[name] = min(off[name], beyond / size)
             if max(off.values(), default=0.0) <= difference and (number or found <= slope):
                 break
@@ -119,9 +119,9 @@ class Moved:
         along = {}
         for name, p in self.parameters.items():
             u, g = self.directions[name], gradient[name]
-            length = 0.0 if g is None else float(g.norm())
-            if g is not None and length:
-                u.add_(g, alpha=p.numel() ** 0.5 / length)
+            size = 0.0 if g is None else length(g)
+            if g is not None and size:
+                u.add_(g, alpha=p.numel() ** 0.5 / size)
             for leaf, row in fixed:
                 if leaf is p:
                     u[row] = 0
@@ -168,8 +168,8 @@ def _slope(
     """How far u . grad S, the mean of some places, is off a quotient, relative to its terms."""
     terms = []
     for name, u in along.items():
-        found = [float(g[name].flatten() @ u.flatten()) for g in gradients if g[name] is not None]
-        terms.append(sum(found) / len(gradients))
+        found = (one[name] for one in gradients)
+        terms.append(sum(float(g.flatten() @ u.flatten()) for g in found if g is not None) / len(gradients))
     scale = max(sum(abs(t) for t in terms), abs(quotient))
     off = max(abs(quotient - sum(terms)) - noise, 0.0)
     return off / scale if off else 0.0
@@ -214,7 +214,7 @@ def loss_quotients(loss: Loss, outputs: Tensor, targets: Tensor) -> float:
         ((ends[0].loss - ends[1].loss) / (2 * LOSS_STEP), slope, middle.loss),
         ((ends[0].gradient - ends[1].gradient) / (2 * LOSS_STEP), curved, middle.gradient),
     ):
-        floor = ROUNDINGS * _EPS * (float(noise.norm()) + size) / LOSS_STEP
-        off = max(float((quotient - mine).norm()) - floor, 0.0)
-        worst = max(worst, off / max(float(quotient.norm()), float(mine.norm())) if off else 0.0)
+        floor = ROUNDINGS * _EPS * (length(noise) + size) / LOSS_STEP
+        off = max(length(quotient - mine) - floor, 0.0)
+        worst = max(worst, off / max(length(quotient), length(mine)) if off else 0.0)
     return worst

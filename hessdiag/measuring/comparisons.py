@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from hessdiag.graph import Layer, Linearisation
 from hessdiag.kernels.exact_batch import check_laid_out, check_unseen
@@ -30,7 +31,7 @@ from hessdiag.kernels.products import Products, one_hot
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors
 from hessdiag.measuring.autograd_check import Moved
-from hessdiag.measuring.rounding import ROUNDINGS, unit
+from hessdiag.measuring.rounding import ROUNDINGS, length, unit
 from hessdiag.methods.base import Method
 from hessdiag.methods.case import Case
 from hessdiag.problem.objective import Objective
@@ -141,7 +142,7 @@ def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[Audit
     output = signs.plain(linear.outputs, AUDIT, 2)
     names = [name for layer in linear.graph.owners() for name in layer.own]
     edges = [layer.edge for layer in (*linear.layers, *linear.shared)]
-    targets = [*edges, *(linear.objective.parameters[name] for name in names)]
+    targets: list[GradientEdge | Tensor] = [*edges, *(linear.objective.parameters[name] for name in names)]
     deltas: list[Tensor | None] = [None] * len(edges)
     truths: list[dict[str, Tensor | None]] = []
     for n in range(linear.samples):
@@ -162,8 +163,9 @@ def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[Audit
 
 def _apart(mine: Tensor | None, truth: Tensor | None) -> float:
     """|mine - truth| relative to the truth, None standing for zero; `mine` is used up."""
-    size, own = (0.0 if x is None else float(x.double().norm()) for x in (truth, mine))
-    off = own if truth is None else size if mine is None else float(mine.sub_(truth).double().norm())
+    size = 0.0 if truth is None else length(truth)
+    own = 0.0 if mine is None or size else length(mine)
+    off = own if truth is None else size if mine is None else length(mine.sub_(truth))
     return off / (size or own or 1.0)
 
 

@@ -192,7 +192,8 @@ def _case(objective: Objective, batches: Batches, method: str, seed: int, twice:
     found: list[tuple[Numbered, Tensor | None, Linearisation | HessdiagError | None]] = []
 
     def look(first: Numbered) -> Tensor | None:
-        outputs, read = None, None
+        outputs: Tensor | None = None
+        read: Linearisation | HessdiagError | None = None
         try:
             with torch.enable_grad():
                 outputs = objective.outputs(first.inputs, first.targets, index=first.index)

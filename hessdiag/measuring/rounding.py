@@ -20,6 +20,11 @@ from hessdiag.problem.persample import Curvature, Diagonals, Loss
 ROUNDINGS = 256.0
 
 
+def length(tensor: Tensor) -> float:
+    """Its norm, in double."""
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+
+
 class _UnitLoss(Loss):
     """The loss with a gradient of random signs and a Hessian of ones, both as large as the outputs."""
 

@@ -8,7 +8,7 @@ that of bfloat16, 2e-4 off for a small net, and its casts are no part of the sit
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,19 +24,21 @@ AUTOCAST_OFF = "autocast was on and is switched off for the measurement: what is
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[list[str]]:
     """Restore everything a measurement could touch; gives what the result's notes have to say of it."""
-    for name, parameter in model.named_parameters():
+    modules, parameters = list(model.modules()), list(model.parameters())
+    for parameter in parameters:
         if parameter.is_inference():
+            name = next(name for name, p in model.named_parameters() if p is parameter)
             raise UncoveredModelError(
                 f"parameter {name!r} was made under torch.inference_mode(), which forbids differentiating it; "
                 "build or load the model outside of it"
             )
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in modules]
     scripted = torch.jit.ScriptModule  # whose buffers cannot be bound anew
-    bound = [(m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, scripted)]
-    gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    bound = [(m._buffers, dict(m._buffers)) for m in modules if not isinstance(m, scripted)]
+    gradients = [(p, p.grad, p.requires_grad) for p in parameters]
     values = [(b, b.detach().clone()) for b in model.buffers()]
-    hooks = [(found, dict(found)) for found in _gradient_hooks(model) if found]
-    states = _random_states(model)
+    hooks = [(found, dict(found)) for found in _gradient_hooks(modules, parameters) if found]
+    states = _random_states(parameters)
     kept = random.getstate(), numpy.random.get_state()  # noqa: NPY002 (the global state is what loaders draw from)
     try:
         for found, _ in hooks:  # they change gradients, hence the Hessian that autograd shows, not the loss
@@ -75,18 +77,18 @@ def autocast_on(model: nn.Module) -> list[str]:
     return [kind for kind in sorted(kinds) if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
 
 
-def _gradient_hooks(model: nn.Module) -> Iterator[dict[int, Any]]:
-    for parameter in model.parameters():
+def _gradient_hooks(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> Iterator[dict[int, Any]]:
+    for parameter in parameters:
         yield parameter._backward_hooks or {}
-    for module in model.modules():
+    for module in modules:
         if not isinstance(module, torch.jit.ScriptModule):
             yield module._backward_hooks
             yield module._backward_pre_hooks
 
 
-def _random_states(model: nn.Module) -> tuple[Tensor, list[tuple[torch.device, Tensor]]]:
+def _random_states(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, list[tuple[torch.device, Tensor]]]:
     """Global random states, which a shuffling loader or the model itself may draw from."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    devices = {p.device for p in parameters if p.device.type == "cuda"}
     return torch.get_rng_state(), [(device, torch.cuda.get_rng_state(device)) for device in devices]
 
 
