@@ -153,20 +153,24 @@ def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[Audit
         truths.append(dict(zip(names, found[len(edges) :])))
         deltas = [b if a is None else a if b is None else a + b for a, b in zip(deltas, found)]
     linear.separate = True
+    floors = [
+        _floor(linear, max((length(g) for g in truth.values() if g is not None), default=0.0)) for truth in truths
+    ]
     worst = {}
     for name, each in Propagator(linear).each_of(deltas, seeds):
-        worst[name] = max(_apart(mine, truth.pop(name)) for mine, truth in zip(each, truths))
+        sides = zip(each, [truth.pop(name) for truth in truths], floors)
+        worst[name] = max(_apart(mine, truth, floor) for mine, truth, floor in sides)
     for name in truths[0]:  # what no layer gives
-        worst[name] = max(_apart(None, truth[name]) for truth in truths)
+        worst[name] = max(_apart(None, truth[name], floor) for truth, floor in zip(truths, floors))
     return [AuditEntry("squares", name, worst[name], tolerance) for name in names]
 
 
-def _apart(mine: Tensor | None, truth: Tensor | None) -> float:
-    """|mine - truth| relative to the truth, None standing for zero; `mine` is used up."""
+def _apart(mine: Tensor | None, truth: Tensor | None, floor: float) -> float:
+    """|mine - truth| relative to the truth, None standing for zero, and 0 below `floor`; `mine` is used up."""
     size = 0.0 if truth is None else length(truth)
     own = 0.0 if mine is None or size else length(mine)
     off = own if truth is None else size if mine is None else length(mine.sub_(truth))
-    return off / (size or own or 1.0)
+    return off / (size or own) if off > floor else 0.0
 
 
 def _floor(linear: Linearisation, whole: float) -> float:
