@@ -166,11 +166,13 @@ def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[Audit
 
 
 def _apart(mine: Tensor | None, truth: Tensor | None, floor: float) -> float:
-    """|mine - truth| relative to the truth, None standing for zero, and 0 below `floor`; `mine` is used up."""
+    """|mine - truth| relative to the truth, None standing for zero, and 0 up to `floor`; `mine` is used up."""
     size = 0.0 if truth is None else length(truth)
     own = 0.0 if mine is None or size else length(mine)
     off = own if truth is None else size if mine is None else length(mine.sub_(truth))
-    return off / (size or own) if off > floor else 0.0
+    if off <= floor:
+        return 0.0
+    return off / (size or own) if off == off else float("inf")
 
 
 def _floor(linear: Linearisation, whole: float) -> float:
