@@ -268,7 +268,7 @@ def test_the_price_of_all_layers_is_that_of_their_routes(name: str) -> None:
     x = torch.randn(3, *shapes.get(name, (3, 8, 8)), dtype=torch.float64)
     batch = Linearisation(hd.Objective(model), x, torch.tensor([0, 1, 2]))
     sites, begins = exact._bent(batch), starts(batch)
-    for start, found in zip(begins, prices(batch.graph, begins, sites)):
+    for start, found in zip(begins, prices(batch.graph, begins, [site for _, site in sites])):
         route = Route(batch.graph, [(start.node, 0)], sites, {})
         assert found == (walked(route) if route.sites else Price(0.0, 0, 0, 0))
 
