@@ -781,7 +781,9 @@ def test_a_batch_of_one_sample(name: str, dtype: torch.dtype) -> None:
 @DTYPES
 def test_a_model_of_shared_weights_alone(dtype: torch.dtype) -> None:
     """Directions are found at layers, of which there is none."""
-    model = net(lambda s, x: torch.tanh(F.linear(x, s.w.cumsum(0))).log_softmax(1), dtype=dtype, w=lambda: torch.randn(3, 5) / 2)
+    model = net(
+        lambda s, x: torch.tanh(F.linear(x, s.w.cumsum(0))).log_softmax(1), dtype=dtype, w=lambda: torch.randn(3, 5) / 2
+    )
     x, y = data(dtype=dtype)
     truth = by_products(model, (x, y))
     agree(expected_propagation(hd.Objective(model), x, y, rank=4), truth, TOLERANCE[dtype])
