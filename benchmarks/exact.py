@@ -174,9 +174,8 @@ def check_seconds(run: Callable[[], Any], rounds: int) -> dict[str, float]:
     return {name: median(row).value for name, row in spent.items()}
 
 
-def run_mlps(settings: Settings) -> dict[str, Any]:
-    """Every MLP against BackPACK."""
-    results: dict[str, Any] = {}
+def run_mlps(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every MLP against BackPACK, as they come."""
     for net, widths in WIDTHS.items():
         for curve in CURVES:
             torch.manual_seed(0)
@@ -190,7 +189,7 @@ def run_mlps(settings: Settings) -> dict[str, Any]:
             bare = take_turns(ours(model, x, y), public(model, x, y, checked=False), settings.rounds)
             checks = check_seconds(mine, settings.rounds)
             memory = [peak_megabytes(method, net, curve, settings) for method in ("public", "backpack")]
-            results[f"{net} {curve}"] = {
+            found = {
                 "turns": turns,
                 "kernel": bare.first,
                 "unchecked": bare,
@@ -198,8 +197,8 @@ def run_mlps(settings: Settings) -> dict[str, Any]:
                 "megabytes": memory,
                 "deviation": error,
             }
-            tell(f"{net} {curve}", results[f"{net} {curve}"])
-    return results
+            tell(f"{net} {curve}", found)
+            yield f"{net} {curve}", found
 
 
 def run_conv(settings: Settings) -> dict[str, Any]:
@@ -235,13 +234,13 @@ def main() -> None:
         _measure_memory(method, net, curve, options.samples)
         return
     settings = Settings(options.rounds, options.conv_rounds, options.samples, torch.get_num_threads())
-    results: dict[str, Any] = {}
-    if options.only != "conv":
-        results["mlp"] = run_mlps(settings)
+    results: dict[str, Any] = {"mlp": {}}
     if options.only != "mlp":
         results["conv"] = run_conv(settings)
-    if options.only is None:
-        store("exact", settings, plain(results))
+    for name, row in () if options.only == "conv" else run_mlps(settings):
+        results["mlp"][name] = row
+        if options.only is None:
+            store("exact", settings, plain(results))
 
 
 def plain(value: Any) -> Any:
