@@ -34,6 +34,9 @@ SPREADS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+ARMS = ("constant", "drop", "constant, AWP", "drop, AWP")
+
+
 @dataclass(frozen=True)
 class Seen:
     """A quantity at one epoch: its value, its standard error with degrees of freedom, and of an accuracy each image."""
@@ -193,8 +196,8 @@ def change(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answ
         sides = [[_at(arms[part][seed], epoch, name) for part in names] for epoch in (start, end)]
         found.append(difference(*sides))
         bases.append(sides[0][0].value)
-    than = f" than {rule['beyond']}" if "beyond" in rule else ""
-    text = f"{rule['arm']}{': change' if not than else ' changes more' + than}, epoch {start} to {end},"
+    less = f" less that of {rule['beyond']}" if "beyond" in rule else ""
+    text = f"change of {rule['arm']}{less}, epoch {start} to {end},"
     return _answer(text, over_seeds(found), name, float(np.mean(bases)), rule["sign"], rules, arms=len(names))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.correlation.courses import arm, epochs, looks, seen
+from experiments.correlation.courses import ARMS, arm, epochs, looks, seen
 from experiments.correlation.rows import Row
 from experiments.figures.curves import counted
 from experiments.figures.style import COLOURS, MARKERS, canvas, label, log_values
@@ -41,7 +41,8 @@ def overfitting(results: SweepResults, chosen: Sequence[Row], path: Path) -> Non
             axes[0][0].text(0.5, 0.5, "nothing was recorded along epochs", ha="center")
         for axis, (title, ylabel, full, thin, scale, logarithmic) in zip(axes.flat, PANELS, strict=True):
             drawn: list[float] = []
-            for index, (name, members) in enumerate(arms.items()):
+            for name, members in arms.items():
+                index = ARMS.index(name)  # an arm looks the same whichever others are there
                 drawn += _curve(axis, members, full, scale, index, name)
                 if thin:
                     drawn += _curve(axis, members, thin, scale, index, None)

@@ -33,7 +33,7 @@ from hessdiag.errors import ConfigurationError, StoreError
 
 RULES = shared_rules(load_rules())
 RESULTS = Path(__file__).parents[2] / "results"
-ARMS = ["constant", "drop", "constant, AWP", "drop, AWP"]
+ARMS = list(courses.ARMS)
 
 
 def small(config: RunConfig) -> RunConfig:
