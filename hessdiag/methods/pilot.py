@@ -142,7 +142,7 @@ def choose_probes(
                 left[PROBE_RANK][name] = _noise(probes, signs)
         except UncoveredModelError:  # no product there
             continue
-    best, chosen = total / PROBES_PAY, (dict[str, int](), 0)
+    best, price, chosen = total / PROBES_PAY, 1.0, (dict[str, int](), 0)
     for rank, found in left.items():
         rest, noise_left, each = total, 0.0, 0.0
         for number, name in enumerate(found):
@@ -151,8 +151,14 @@ def choose_probes(
                 each = (number + 1) * PROBE_COST * (count + 2 * rank / PILOT_ONCE)
                 cost = (max(rest, 0.0) + noise_left / count) * (1.0 + each)
                 if cost < best:
-                    best, chosen = cost, (dict.fromkeys(list(found)[: number + 1], count), rank)
-    return chosen
+                    best, price, chosen = cost, 1.0 + each, (dict.fromkeys(list(found)[: number + 1], count), rank)
+    if not chosen[0]:
+        return chosen
+    taken = Propagator(batch, groups=groups, probes=chosen[0])  # of a tied table the mixed terms stay with the signs
+    if chosen[1]:
+        taken.probes.find(signs, chosen[1])
+    noise, _ = _spread(lambda r: taken.functional(signs, r, outer=not outer))
+    return chosen if math.fsum(noise.values()) * price < total / PROBES_PAY else ({}, 0)
 
 
 def _noise(probes: Probes, signs: Signs) -> float:
