@@ -120,7 +120,7 @@ class Propagator:
             assert self.deflation is not None
             direction = self.deflation.direction(number)
             for sign in (1, -1):
-                self._square_pass(*self._seeds(sign, direction), None, out, 1.0 if absolute else float(sign), single)
+                self._square_pass(self._seeds(sign, direction), None, out, 1.0 if absolute else float(sign), single)
         return out
 
     def functional(self, signs: Signs, replicate: int, *, outer: bool = False) -> Tensors:
@@ -149,7 +149,7 @@ class Propagator:
         for sign in (1, -1):
             kept = drawn if self.deflation is None else self.deflation.project(drawn, sign)
             top = None if outer is None else self._output_seed(outer, float(sign))
-            self._square_pass(*self._seeds(sign, kept), top, out, float(sign), self._groups, heads=top is not None)
+            self._square_pass(self._seeds(sign, kept), top, out, float(sign), self._groups, heads=top is not None)
         return out
 
     def gauss_newton(self, apart: Tensors | None = None) -> Tensors:
@@ -162,7 +162,7 @@ class Propagator:
         curvature = self.batch.curvature
         single = [1] * len(self.squares)
         for column, sign in curvature.each():
-            self._square_pass(self._blank, self._blank, column, out, sign, single, apart=apart)
+            self._square_pass((self._blank, self._blank), column, out, sign, single, apart=apart)
         return out
 
     def heads(self) -> Tensors:
@@ -193,7 +193,7 @@ class Propagator:
         for sign in (1.0, -1.0):
             seed = self._output_seed(drawn, sign)
             if seed is not None:
-                self._square_pass(self._blank, self._blank, seed, out, sign, self._groups, heads=True, apart=apart)
+                self._square_pass((self._blank, self._blank), seed, out, sign, self._groups, heads=True, apart=apart)
         return out
 
     def _columns(self, signs: Signs, replicate: int) -> Tensor:
@@ -246,8 +246,7 @@ class Propagator:
 
     def _square_pass(
         self,
-        seeds: Sequence[Tensor | None],
-        right: Sequence[Tensor | None],
+        sides: tuple[Sequence[Tensor | None], Sequence[Tensor | None]],
         output_seed: Tensor | None,
         out: Tensors,
         sign: float,
@@ -258,6 +257,7 @@ class Propagator:
         """Add the squares of one pass to `out`: of layers that products serve with `apart` alone, where they are told
         apart besides.
         """
+        seeds, right = sides
         if output_seed is None and all(seed is None for seed in (*seeds, *right)):
             return
 

@@ -18,6 +18,7 @@ from hessdiag.graph import Linearisation, edge_shape
 from hessdiag.kernels.probes import Probes
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors, accumulate
+from hessdiag.methods.base import Aim
 from hessdiag.signs import BLOCK, Signs
 
 PILOT_SAMPLES = 2 * BLOCK
@@ -190,8 +191,7 @@ def choose_rank(
     seed: int,
     *,
     samples: int,
-    rtol: float = 0.05,
-    replicates: int | None = None,
+    aim: Aim,
     groups: Mapping[str, int] | None = None,
     outer: bool = True,
     probes: Mapping[str, int] | None = None,
@@ -199,8 +199,8 @@ def choose_rank(
     """Directions per sample to square exactly: as many as memory allows, and as pay for themselves.
 
     Each costs `DIRECTION_COST` replicates, once. They may take `DIRECTION_SHARE` of the time of the replicates that
-    `rtol` could need without them, as far as pilot replicates tell (or make a diagonal of so many `replicates` take
-    that much longer). None where they cannot be found (no double backward), or what they give would be lost in
+    the rtol of `aim` could need without them, as far as pilot replicates tell (or make a diagonal of so many replicates
+    take that much longer). None where they cannot be found (no double backward), or what they give would be lost in
     rounding. `outer` adds the exact Gauss-Newton part to what the noise is held against.
     """
     rank = affordable_rank(batch, samples)
@@ -212,12 +212,12 @@ def choose_rank(
         apart: Tensors = {}
         accumulate(known, propagator.gauss_newton(apart))
         accumulate(known, apart, -1.0)
-    if replicates is None:
+    if aim.replicates is None:
         products = _products(propagator, signs, known)
-        need = replicates_needed(products, rtol, share=batch.samples / samples, cautious=True)
+        need = replicates_needed(products, aim.rtol, share=batch.samples / samples, cautious=True)
         rank = min(rank, int((DIRECTION_SHARE * need - LEAST_REPLICATES) / DIRECTION_COST))
     else:
-        rank = min(rank, int(DIRECTION_SHARE * 2 * replicates / DIRECTION_COST))
+        rank = min(rank, int(DIRECTION_SHARE * 2 * aim.replicates / DIRECTION_COST))
     if rank < DEFLATE_LEAST:
         return 0
     try:
