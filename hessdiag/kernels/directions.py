@@ -123,8 +123,9 @@ class Recorded:
         return torch.zeros(len(seed.value), self.samples, dtype=torch.float64, device=seed.value.device)
 
     def block(self, seed: Tangent) -> Tensor:
-        """Of ways whose directions must share a pass by themselves: not recorded."""
-        raise NotImplementedError
+        """Of a single direction, its total. More of them must share a pass by themselves, and are never recorded."""
+        assert len(seed.value) == 1
+        return self.total(seed).T[:, :, None].to(seed.value.dtype)
 
 
 class Nowhere:

@@ -179,7 +179,9 @@ def test_a_number_that_is_not_as_wanted_is_given_and_told_of():
     assert found["hessian_rms_low"] <= found["hessian_rms"] <= found["hessian_rms_high"]
 
 
-def test_ctrl_c_ends_the_training_that_it_was_meant_for():
+def test_ctrl_c_ends_the_training_that_it_was_meant_for(monkeypatch):
+    monkeypatch.setattr("hessdiag.methods.base.HELD", 0)  # no graph is held, so that each replicate runs the model
+
     class Slow(MLP):
         count = 0
 

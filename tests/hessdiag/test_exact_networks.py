@@ -220,6 +220,22 @@ class Beside(nn.Module):
         return x + torch.tanh(self.inner(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_convolutions_at_a_single_position_share_passes(dtype: torch.dtype) -> None:
+    """Their way by positions has one direction a channel, and small layers' directions share a pass."""
+    convs = [nn.Conv2d(2, 3, 3, stride=2, padding=1), *(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))]
+    body = [part for conv in convs for part in (conv, nn.Tanh())]
+    model = seeded(lambda: nn.Sequential(*body, nn.Flatten(), nn.Linear(3, 3))).to(dtype)
+    x, y = torch.randn(5, 2, 2, 2, dtype=dtype), torch.arange(5) % 3
+    objective = Objective(model, loss="cross_entropy")
+    ours = hd.diagonal(objective, [(x, y)], method="exact").total
+    truth = hd.diagonal(objective, [(x, y)], method="reference").total
+    for name, t in truth.items():
+        torch.testing.assert_close(
+            ours[name], t, rtol=0, atol=(1e-12 if dtype == torch.float64 else 1e-6) * float(t.abs().max())
+        )
+
+
 def bowl_and_saddle(f: Tensor, y: Tensor) -> Tensor:
     """A loss per sample with Hessians of either sign."""
     return F.cross_entropy(f, y, reduction="none") + f[:, 0] * f[:, 1]
