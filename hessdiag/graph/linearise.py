@@ -107,11 +107,10 @@ class Linearisation:
         self._rowed: dict[int, Rowed] | None = None
 
     def balance(self, lams: Mapping[int, float]) -> None:
-        """Give pairs, counted among themselves, their `lam`."""
+        """Give pairs, counted among themselves, their `lam`: 1 where none is named, whatever it was."""
         pairs = [number for number, site in enumerate(self.sites) if site.right]
-        for number, lam in lams.items():
-            if number < len(pairs):
-                self.sites[pairs[number]] = replace(self.sites[pairs[number]], lam=lam)
+        for number, place in enumerate(pairs):
+            self.sites[place] = replace(self.sites[place], lam=lams.get(number, 1.0))
 
     @property
     def loss(self) -> float:
@@ -250,7 +249,7 @@ class Linearisation:
     def gradients(self, edges: Sequence[GradientEdge]) -> list[Tensor]:
         """dl/dt at `edges`, the loss summed over the batch, as functions that can be differentiated once more."""
         with torch.enable_grad():
-            losses = self.objective.loss.values(self.outputs.double(), self._targets)
+            _, losses = self.objective.loss.in_double(self.outputs, self._targets)
             found = torch.autograd.grad([losses.sum()], list(edges), create_graph=True, allow_unused=True)
         return [
             torch.zeros(edge_shape((edge.node, edge.output_nr)), dtype=self.outputs.dtype, device=self.outputs.device)

@@ -200,7 +200,7 @@ def loss_quotients(loss: Loss, outputs: Tensor, targets: Tensor) -> float:
     along = size * wave
     ends: list[Curvature] = []
     try:
-        if loss._in_double(f, targets)[0].dtype != torch.float64:
+        if loss.in_double(f, targets)[0].dtype != torch.float64:
             return 0.0
         middle = loss.curvature(f, targets)
         ends = [loss.curvature(f + sign * LOSS_STEP * along, targets) for sign in (1.0, -1.0)]

@@ -173,6 +173,11 @@ class Loss:
         """Loss per sample [N], differentiable, in the dtype of the outputs."""
         raise NotImplementedError
 
+    def in_double(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(outputs in float64, loss per sample in that dtype)."""
+        f = outputs.double()
+        return f, self.values(f, targets)
+
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """What each sample adds to the divisor of the mean: 1 unless places or classes are counted."""
         return torch.ones(len(targets), dtype=torch.float64, device=outputs.device)
@@ -213,7 +218,7 @@ class CallableLoss(Loss):
     def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
         """Value and gradient by autograd, whose graph serves products with the Hessian."""
         with torch.enable_grad():
-            f, loss = self._in_double(outputs, targets)
+            f, loss = self.in_double(outputs.detach().requires_grad_(True), targets)
             if not loss.requires_grad:
                 raise ConfigurationError(
                     f"loss {self.name!r} does not depend differentiably on the outputs (is it detached?)"
@@ -235,16 +240,15 @@ class CallableLoss(Loss):
                 "it in operations that have one; no method here measures it"
             ) from error
 
-    def _in_double(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(outputs, loss) in float64; in the outputs' own dtype where the function holds tensors that insist on it."""
-        f = outputs.detach().double().requires_grad_(True)
+    def in_double(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in the outputs' own dtype where the function holds tensors that insist on it."""
+        f = outputs.double()
         try:
             return f, self.values(f, targets.double() if targets.is_floating_point() else targets)
         except ConfigurationError as error:
             if outputs.dtype == torch.float64 or not isinstance(error.__cause__, RuntimeError):
                 raise
-        f = outputs.detach().requires_grad_(True)
-        return f, self.values(f, targets)
+        return outputs, self.values(outputs, targets)
 
 
 class ByProducts(Curvature):

@@ -69,7 +69,7 @@ def whole(torchs: Any, cell: Cell) -> Callable[..., Any]:
 
     def packed(*args: Any) -> Any:
         data, _, hidden, flat, biases, layers, dropout, training, both = args
-        kept = getattr(data, _KEPT, None)
+        kept = _kept(data)
         if kept is None or (dropout and training):
             return torchs(*args)
         order = kept.order
@@ -157,22 +157,44 @@ class Padded:
     rows: Tensor
     lengths: Tensor
     order: Tensor | None
+    written: tuple[int, ...]
+    """How often the packed ones and `rows` had been written to."""
+
+
+def _written(*tensors: Tensor) -> tuple[int, ...]:
+    """How often each was changed in place: what is remembered of it holds until then."""
+    return tuple(0 if x.is_inference() else x._version for x in tensors)
+
+
+def _kept(data: Tensor) -> Padded | None:
+    """What packed rows were made of; None where that is not known, or no more so."""
+    kept: Padded | None = getattr(data, _KEPT, None)
+    return kept if kept is not None and kept.written == _written(data, kept.rows) else None
 
 
 def index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
     """torch's, remembering what was put into another order: samples, before they are packed."""
     out: Tensor = torch.ops.aten.index_select(x, dim, index)
     if isinstance(dim, int) and index.ndim == 1 and x.ndim > 1 and len(index) == x.shape[dim]:
-        setattr(out, _PICKED, (x, dim, index))
+        setattr(out, _PICKED, (x, dim, index, _written(out, x, index)))
     return out
+
+
+def _picked(x: Tensor, axis: int) -> tuple[Tensor, Tensor | None]:
+    """(samples in their own order, that in which `x` has them); `x` and None where it was not made so."""
+    found: tuple[Tensor, int, Tensor, tuple[int, ...]] | None = getattr(x, _PICKED, None)
+    if found is None:
+        return x, None
+    source, dim, order, written = found
+    every = torch.arange(len(order), device=order.device)
+    known = dim == axis and written == _written(x, source, order) and torch.equal(order.long().sort().values, every)
+    return (source, order) if known else (x, None)
 
 
 def pack(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """Packed rows, with what they were made of."""
     axis = 0 if batch_first else 1
-    source, dim, order = getattr(x, _PICKED, (x, axis, None))
-    if dim != axis:
-        source, order = x, None
+    source, order = _picked(x, axis)
     rows = source if batch_first else source.transpose(0, 1)
     own = lengths if order is None else torch.empty_like(lengths).scatter_(0, order.to(lengths.device), lengths)
     return _packed(rows[:, : int(lengths.max())], own, order)
@@ -184,13 +206,13 @@ def _packed(rows: Tensor, lengths: Tensor, order: Tensor | None) -> tuple[Tensor
     in_order = torch.arange(len(rows), device=rows.device) if order is None else order.to(rows.device)
     step, place = going[:, in_order].nonzero(as_tuple=True)
     data = rows[in_order[place], step]
-    setattr(data, _KEPT, Padded(rows, lengths, order))
+    setattr(data, _KEPT, Padded(rows, lengths, order, _written(data, rows)))
     return data, going.sum(1).cpu()
 
 
 def unpack(data: Tensor, sizes: Tensor, batch_first: bool, value: float, length: int) -> tuple[Tensor, Tensor]:
     """Padded again, in the order of the packed ones; torch's own where it is not known what they were made of."""
-    kept = getattr(data, _KEPT, None)
+    kept = _kept(data)
     if kept is None:
         return torch._VF._pad_packed_sequence(data, sizes, batch_first, value, length)
     going = _going(kept.lengths, kept.rows.shape[1], data.device).T

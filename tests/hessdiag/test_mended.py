@@ -101,6 +101,32 @@ def test_moments_in_pairs(number: int) -> None:
     compare(MOMENTS[number], inputs(2, 5, 3))
 
 
+def packed_and_written(where: str, x: Tensor) -> Any:
+    """Packed rows that are changed in place, or rows picked twice: what is remembered of them is not what they are."""
+    torch.manual_seed(0)
+    net, rnn = nn.GRU(3, 4), nn.utils.rnn
+    if where in ("picked", "source", "twice"):
+        x = x * 1
+        order = torch.tensor([3, 1, 3, 2] if where == "twice" else [3, 1, 0, 2])
+        rows = x.index_select(0, order)
+        if where != "twice":
+            (x if where == "source" else rows).mul_(2.0)
+        given = rnn.pack_padded_sequence(rows, torch.tensor([6, 5, 5, 1]), batch_first=True)
+    else:
+        given = rnn.pack_padded_sequence(x, torch.tensor([2, 6, 1, 4]), batch_first=True, enforce_sorted=False)
+    if where == "input":
+        given.data.mul_(2.0)
+    out, last = net(given)
+    if where == "output":
+        out.data.relu_()
+    return rnn.pad_packed_sequence(out, batch_first=True)[0], last
+
+
+@pytest.mark.parametrize("where", ["nowhere", "input", "output", "picked", "source", "twice"])
+def test_packed_rows_written_to_are_what_they_are(where: str) -> None:
+    compare(lambda x: packed_and_written(where, x), inputs(4, 6, 3).float())
+
+
 def test_other_functions() -> None:
     compare(F.bilinear, inputs(2, 5, 3), inputs(2, 5, 4), inputs(6, 3, 4), inputs(6))
     compare(lambda x, w, b: F.instance_norm(x, None, None, w, b, eps=0.1), inputs(2, 3, 4, 4), inputs(3), inputs(3))

@@ -162,6 +162,22 @@ def test_a_measurement_takes_them_by_itself_and_is_right() -> None:
     assert low - (high - low) <= truth <= high + (high - low)
 
 
+def test_a_loss_that_holds_numbers_of_the_models_dtype_has_products_too() -> None:
+    torch.manual_seed(0)
+    model, turn = Language(8, 6, 8, spread=0.02), torch.rand(6, 6)  # float32 meets no double in a product of matrices
+    x = torch.randint(0, 6, (4, 9))
+    data = [(x[:, :-1], x[:, 1:])]
+
+    def turned(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy((outputs @ turn).transpose(1, 2), targets, reduction="none").sum(1)
+
+    found = hd.measure(hd.Objective(model, turned), data, method="propagation", rtol=0.2, max_replicates=60)
+    assert found.plan.probes
+    truth = hd.measure(hd.Objective(model, turned), data, method="exact").norm.total.norm
+    low, high = found.norm.total.norm_interval
+    assert low - (high - low) <= truth <= high + (high - low)
+
+
 def test_several_uses_of_a_parameter_are_left_to_signs() -> None:
     torch.manual_seed(0)
     batch = Linearisation(
