@@ -168,10 +168,18 @@ def _noise(probes: Probes, signs: Signs) -> float:
 
 
 def _spread(draw: Callable[[int], Tensors]) -> tuple[dict[str, float], Tensors]:
-    """(variance of one replicate, summed over the entries of each tensor; the mean), from a few."""
-    rows = [draw(_PILOT + number) for number in range(PROBE_REPLICATES)]
-    found = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    return {name: float(t.var(0).sum()) for name, t in found.items()}, {name: t.mean(0) for name, t in found.items()}
+    """(variance of one replicate, summed over the entries of each tensor; the mean), from a few.
+
+    One after the other: sum_k (1 - 1/k) |d_k - mean of those before|^2 = (R - 1) variance, and none is kept.
+    """
+    mean, variance = draw(_PILOT), dict[str, float]()
+    for number in range(1, PROBE_REPLICATES):
+        for name, found in draw(_PILOT + number).items():
+            off = found - mean[name]
+            apart = float(off.square().sum()) * number / (number + 1) / (PROBE_REPLICATES - 1)
+            variance[name] = variance.get(name, 0.0) + apart
+            mean[name] += off / (number + 1)
+    return variance, mean
 
 
 def direction_bytes(batch: Linearisation, samples: int) -> float:

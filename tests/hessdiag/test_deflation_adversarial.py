@@ -236,6 +236,15 @@ def test_what_cancels_in_rounding_is_refused_or_left_to_signs() -> None:
     assert low <= exact(model, x, y) <= high  # noise, and no more: it shows in the interval
 
 
+def test_a_balance_that_names_no_pair_is_none() -> None:
+    x, y = data(6, 5)
+    objective = hd.Objective(single(Gated).double())
+    fresh, used = (Linearisation(objective, x, y) for _ in range(2))
+    used.balance({0: 7.0})
+    used.balance({})
+    assert [site.lam for site in used.sites] == [site.lam for site in fresh.sites]
+
+
 def test_an_interval_narrower_than_rounding_says_so() -> None:
     x, y = data(6, 5, dtype=torch.float32)
     model = single(lambda: Function(torch.tanh))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from hessdiag.graph import Linearisation
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors, accumulate
 from hessdiag.methods import Plan, reference
-from hessdiag.methods.pilot import choose_probes
+from hessdiag.methods.pilot import PROBE_REPLICATES, _spread, choose_probes
 from hessdiag.signs import Signs
 
 
@@ -176,6 +177,23 @@ def test_a_loss_that_holds_numbers_of_the_models_dtype_has_products_too() -> Non
     truth = hd.measure(hd.Objective(model, turned), data, method="exact").norm.total.norm
     low, high = found.norm.total.norm_interval
     assert low - (high - low) <= truth <= high + (high - low)
+
+
+def test_replicates_of_the_pilot_are_not_kept() -> None:
+    """Each is as large as the model in float64."""
+    torch.manual_seed(0)
+    rows, seen = torch.randn(PROBE_REPLICATES, 5).double(), list[Any]()
+
+    def draw(_: int) -> Tensors:
+        row = rows[len(seen)].clone()
+        assert sum(one() is not None for one in seen) <= 2
+        seen.append(weakref.ref(row))
+        return {"a": row}
+
+    variance, mean = _spread(draw)
+    assert variance["a"] == pytest.approx(float(rows.var(0).sum()), rel=1e-13)
+    assert torch.allclose(mean["a"], rows.mean(0), rtol=1e-13)
+    assert len(seen) == PROBE_REPLICATES
 
 
 def test_several_uses_of_a_parameter_are_left_to_signs() -> None:
