@@ -39,6 +39,7 @@ from hessdiag.methods.batches import (
     Batches,
     Numbered,
     Pass,
+    Stamp,
     check_apart,
     check_deterministic,
     numbered,
@@ -189,7 +190,7 @@ def _case(objective: Objective, batches: Batches, method: str, seed: int, twice:
     """
     hold_freed_memory()
     sites = method not in METHODS or METHODS[method].sites
-    found: list[tuple[Numbered, Tensor | None, Linearisation | HessdiagError | None]] = []
+    found: list[tuple[Numbered, Tensor | None, Linearisation | HessdiagError | None, Stamp]] = []
 
     def look(first: Numbered) -> Tensor | None:
         outputs: Tensor | None = None
@@ -201,7 +202,7 @@ def _case(objective: Objective, batches: Batches, method: str, seed: int, twice:
                 read = Linearisation(objective, first.inputs, first.targets, index=first.index, outputs=outputs)
         except HessdiagError as error:  # told when it matters: what is wrong with data or model goes first
             read = error if sites else None
-        found.append((first, outputs, read))
+        found.append((first, outputs, read, Stamp(first)))
         return None if outputs is None else outputs.detach()
 
     if twice:
@@ -211,8 +212,8 @@ def _case(objective: Objective, batches: Batches, method: str, seed: int, twice:
         facts = survey(objective, batches, coverage=sites, read=look, keep=seen)
         if seen is not None:
             check_apart(objective, found[0][0], seen)
-    first, outputs, read = found[0]
-    return Case(objective, batches, facts, first, seed, World.current(), outputs, read)
+    first, outputs, read, stamp = found[0]
+    return Case(objective, batches, facts, first, seed, World.current(), outputs, stamp, read)
 
 
 def _everywhere(case: Case, plan: Plan) -> Plan:

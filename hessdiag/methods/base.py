@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
 from hessdiag.kernels.tensors import Tensors
-from hessdiag.methods.batches import Numbered, same_samples
+from hessdiag.methods.batches import Numbered, Stamp
 from hessdiag.problem.forward import leaves
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Work:
 
     def __init__(self, case: Case) -> None:
         self.case, self.signs = case, case.signs
-        self._kept: dict[int, tuple[Numbered, Any]] = {}  # by first sample
+        self._kept: dict[int, tuple[int, Stamp | None, Any]] = {}  # by first sample; no stamp where there is one batch
         self._held: dict[int, float] = {}
 
     def known(self, batch: Numbered, tell: Tell) -> dict[str, Tensors]:
@@ -100,20 +100,24 @@ class Work:
 
     def kept(self, batch: Numbered, make: Callable[[], Any]) -> Any:
         """What `make` prepares of `batch`, kept until `spare` or `forget` lets go of it."""
-        before = self._kept.get(batch.start)
-        if before is not None:
-            alike = len(before[0].targets) == len(batch.targets)
-            if alike and (self.case.single or same_samples(before[0], batch)):
-                return before[1]
-            self._let_go(batch.start)  # before the next is made: two graphs at once may be too many
+        if self._is_kept(batch):
+            return self._kept[batch.start][2]
+        self._let_go(batch.start)  # before the next is made: two graphs at once may be too many
+        stamp = None if self.case.single else Stamp(batch)
         made = make()
-        self._kept[batch.start] = batch, made
+        self._kept[batch.start] = len(batch.targets), stamp, made
         return made
+
+    def _is_kept(self, batch: Numbered) -> bool:
+        if batch.start not in self._kept:
+            return False
+        count, stamp, _ = self._kept[batch.start]
+        return count == len(batch.targets) and (stamp is None or stamp.holds(batch))
 
     def spare(self, batch: Numbered) -> None:
         """Let go of what was kept of `batch`, one of several, unless it fits into `HELD` bytes beside the others."""
         if batch.start in self._kept and batch.start not in self._held:
-            size = self.size(self._kept[batch.start][1]) + sum(
+            size = self.size(self._kept[batch.start][2]) + sum(
                 x.numel() * x.element_size() for x in leaves(batch.inputs) if isinstance(x, Tensor)
             )
             if sum(self._held.values()) + size > HELD:

@@ -246,13 +246,30 @@ def watch(facts: Survey, batches: Iterable[Numbered]) -> Iterator[Numbered]:
         )
 
 
-def same_samples(one: Numbered, other: Numbered) -> bool:
-    """Whether two batches hold the same samples in the same order."""
-    if one.start != other.start or len(one.targets) != len(other.targets):
-        return False
-    if one.inputs is other.inputs and one.targets is other.targets:
-        return True
-    return torch.equal(*(fingerprint(batch.inputs, batch.targets) for batch in (one, other)))
+class Stamp:
+    """What a batch held when something was made of it: a loader may fill the same tensors anew, or change their order.
+
+    `holds` says whether a batch holds the same samples in the same order, and no tensor of it was written to since.
+    """
+
+    def __init__(self, batch: Numbered) -> None:
+        self._start, self._count = batch.start, len(batch.targets)
+        self._tensors = _tensors(batch)
+        self._written = [x._version for x in self._tensors]
+        self._marks = fingerprint(batch.inputs, batch.targets)
+
+    def holds(self, batch: Numbered) -> bool:
+        """Whether it is `batch` still."""
+        if batch.start != self._start or len(batch.targets) != self._count:
+            return False
+        if [x._version for x in self._tensors] != self._written:
+            return False
+        return torch.equal(self._marks, fingerprint(batch.inputs, batch.targets))
+
+
+def _tensors(batch: Numbered) -> list[Tensor]:
+    """Those that tell how often they were written to."""
+    return [x for x in (*leaves(batch.inputs), batch.targets) if isinstance(x, Tensor) and not x.is_inference()]
 
 
 def check_apart(objective: Objective, batch: Numbered, seen: Sequence[Seen]) -> None:

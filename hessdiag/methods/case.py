@@ -11,7 +11,7 @@ from torch import Tensor
 from hessdiag.errors import HessdiagError, UncoveredModelError
 from hessdiag.graph import Graph, Linearisation
 from hessdiag.graph.reading import detach_guard
-from hessdiag.methods.batches import Batches, Numbered, Survey, same_samples
+from hessdiag.methods.batches import Batches, Numbered, Stamp, Survey
 from hessdiag.problem.objective import Objective
 from hessdiag.signs import Signs
 
@@ -32,6 +32,8 @@ class Case:
     world: World
     outputs: Tensor | None = field(default=None, repr=False)
     """The model's for the first batch, with their graph, until somebody takes it."""
+    stamp: Stamp | None = field(default=None, repr=False)
+    """What the first batch held when they were computed."""
     read: Linearisation | HessdiagError | None = field(default=None, repr=False)
     """The linearisation of the first batch, or why there is none; None before anyone asked."""
     chosen: Plan | None = None
@@ -95,7 +97,7 @@ class Case:
     def outputs_of(self, batch: Numbered) -> Tensor | None:
         """The outputs of a batch if they are at hand; given away, since nobody needs them any more."""
         outputs, self.outputs = self.outputs, None
-        return outputs if outputs is not None and same_samples(batch, self.first) else None
+        return outputs if outputs is not None and self.stamp is not None and self.stamp.holds(batch) else None
 
     @property
     def graph(self) -> Graph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from hessdiag.graph.sites.elementwise import Elementwise
 from hessdiag.measuring import audit as audit_module
 from hessdiag.measuring.loop import Event, Loop
 from hessdiag.measuring.population import deal
+from hessdiag.measuring.ranks import World
+from hessdiag.methods import Case
+from hessdiag.methods.base import Work
+from hessdiag.methods.batches import Numbered, survey
 
 torch.set_num_threads(1)
 G = torch.Generator().manual_seed(1)
@@ -372,6 +377,48 @@ def test_saved_diagonal_holds_parts_and_errors(model: nn.Module, tmp_path: Path)
             assert torch.equal(file.get_tensor(f"standard_error|{name}"), d.standard_errors[name])
             parts = file.get_tensor(f"gauss_newton|{name}") + file.get_tensor(f"functional|{name}")
             assert torch.allclose(parts, tensor, rtol=1e-12, atol=1e-15)
+
+
+class Refilled:
+    """A loader whose every pass has an order of its own, in the same tensors batch after batch or in new ones."""
+
+    def __init__(self, *, anew: bool) -> None:
+        self.anew, self.passes = anew, 0
+        self.x, self.y = torch.empty_like(X[:8]), torch.empty_like(Y[:8])
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(self.passes))
+        for rows in order.split(8):
+            x, y = self.x.copy_(X[rows]), self.y.copy_(Y[rows])
+            yield (x.clone(), y.clone()) if self.anew else (x, y)
+
+
+@pytest.mark.parametrize("method", ["exact", "propagation", "hutchinson"])
+def test_a_loader_that_fills_the_same_tensors_anew_is_read_anew(model: nn.Module, method: str) -> None:
+    options: Any = {"method": method, "max_replicates": 10, "deterministic_check": False, "audit_model": False}
+    if method == "propagation":
+        options["plan"] = hd.Plan("propagation")
+    one, other = (hd.measure(hd.Objective(model), Refilled(anew=anew), **options) for anew in (True, False))
+    assert other.norm.total.square == pytest.approx(one.norm.total.square, rel=1e-10)
+
+
+def test_what_is_kept_of_a_batch_is_gone_before_it_is_made_again(model: nn.Module) -> None:
+    objective = hd.Objective(model)
+    facts = survey(objective, BATCHES)
+    work = Work(Case(objective, BATCHES, facts, Numbered(0, 0, *BATCHES[0]), 0, World()))
+    alive = weakref.ref(work.kept(Numbered(0, 0, *BATCHES[0]), Made))
+
+    def make() -> Made:
+        assert alive() is None
+        return Made()
+
+    assert work.kept(Numbered(0, 0, *BATCHES[0]), make) is alive()
+    work.kept(Numbered(0, 0, X[:10].flip(0), Y[:10]), make)
+
+
+class Made:
+    """What is prepared of a batch."""
 
 
 def test_effective_curvature_pairs_gain_and_activation() -> None:
