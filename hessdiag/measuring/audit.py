@@ -182,6 +182,10 @@ class Checks:
         """The layers' per-sample gradients."""
         return self._read[1]
 
+    def sums(self) -> list[AuditEntry]:
+        """The squares that signed passes add up."""
+        return comparisons.sums(self.linear, self.signs, self.tolerance)
+
     def closed(self) -> list[AuditEntry]:
         """Closed shares of the functional part."""
         return comparisons.closed(self.linear, self.forward, self.layers, self.signs, self.tolerance)

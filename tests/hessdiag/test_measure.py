@@ -285,11 +285,25 @@ def test_audit_catches_a_wrong_layer_formula(model: nn.Module, monkeypatch: pyte
         return {n: g * 1.01 if n == "c2.weight" else g for n, g in original(self, delta).items()}
 
     monkeypatch.setattr(LayerKind, "each", wrong)
-    with pytest.raises(AuditError, match=r"squares of layer 'c2\.weight'"):
+    with pytest.raises(AuditError, match=r"(squares|sums) of layer 'c2\.weight'"):
         hd.measure(hd.Objective(model), BATCHES, method="propagation")
     m = hd.measure(hd.Objective(model), BATCHES, method="auto", max_replicates=10)
     assert m.plan.method == "hutchinson"
     assert any("audit failed" in note for note in m.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_audit_catches_squares_that_are_summed_wrongly(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of single samples are right, and what signed passes make of them is not."""
+    model, original = seeded(Residual).to(dtype), LayerKind.summed
+
+    def wrong(self: LayerKind, delta: Tensor, *, group: int = 1) -> dict[str, Tensor]:
+        found = original(self, delta, group=group)
+        return {n: g * 1.02 if n == "c2.weight" else g for n, g in found.items()}
+
+    monkeypatch.setattr(LayerKind, "summed", wrong)
+    with pytest.raises(AuditError, match=r"sums of layer 'c2\.weight'"):
+        hd.measure(hd.Objective(model), [(X.to(dtype), Y)], method="propagation")
 
 
 def test_audit_catches_a_wrong_second_derivative(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
