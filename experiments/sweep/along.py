@@ -26,13 +26,13 @@ from experiments.sweep.keys import RunConfig
 from experiments.sweep.norms import crafted, estimated
 from experiments.sweep.records import Record, norm_record, outcomes, proportion
 from experiments.sweep.seals import DamagedError, sealed, unsealed
+from experiments.sweep.settings import LOSSES
 from hessdiag import Objective
 from hessdiag.data import DataSet
 from hessdiag.errors import StoreError
 from hessdiag.store.files import BadFileError, read_json, replace_file
 from hessdiag.store.states import digest
 
-LOSSES = ("clean", "adversarial")
 SPLIT_UP = ("groups", "invariant_groups", "layers")  # left to the measurement at the end
 
 

@@ -31,7 +31,7 @@ from hessdiag.errors import UncoveredModelError
 from hessdiag.graph import LayerKind, Linearisation
 from hessdiag.kernels.deflation import orthonormal
 from hessdiag.kernels.products import once_more
-from hessdiag.kernels.tensors import Tensors, accumulate
+from hessdiag.kernels.tensors import Tensors, accumulate_new
 from hessdiag.signs import Signs
 
 PROBES, FOUND = 3, 4  # streams of signs
@@ -83,7 +83,7 @@ class Probes:
             inner = turned @ basis.transpose(1, 2)  # [samples, i, j]: q_i H q_j
             right = 2.0 * turned - inner @ basis
             for q, h in zip(basis.unbind(1), right.unbind(1)):
-                self._product(place, self._shaped(place, q), self._shaped(place, h), 1.0, out)
+                self._product(place, self._shaped(place, q), self._shaped(place, h), out)
         return out
 
     def replicate(self, signs: Signs, replicate: int) -> Tensors:
@@ -103,7 +103,7 @@ class Probes:
             v = self._across(place, basis, v)
         h = self._hessian(place, v)
         out: Tensors = {}
-        self._product(place, v, h if basis is None else self._across(place, basis, h), 1.0, out)
+        self._product(place, v, h if basis is None else self._across(place, basis, h), out)
         return out
 
     def _vector(self, place: int, signs: Signs, *parts: int) -> Tensor:
@@ -125,25 +125,17 @@ class Probes:
         flat = self._flat(v)
         return self._shaped(place, flat - ((basis @ flat[:, :, None]).transpose(1, 2) @ basis)[:, 0])
 
-    def _product(self, place: int, left: Tensor, right: Tensor, scale: float, out: Tensors) -> None:
+    def _product(self, place: int, left: Tensor, right: Tensor, out: Tensors) -> None:
         """Add sum_n (J_n^T left)(J_n^T right), as a difference of squares of halves of one size."""
         sizes = [torch.linalg.vector_norm(self._flat(t), dim=1) for t in (left, right)]
         lam = torch.where(sizes[0] * sizes[1] > 0, sizes[1] / sizes[0], 1.0).sqrt()
         lam = lam.nan_to_num(1.0, 1.0, 1.0).reshape(-1, 1)
         a, b = self._flat(left) * lam, self._flat(right) / lam
         for sign in (1.0, -1.0):
-            accumulate_new(out, self.squares[place].summed(self._shaped(place, (a + sign * b) / 2.0)), sign * scale)
+            accumulate_new(out, self.squares[place].summed(self._shaped(place, (a + sign * b) / 2.0)), sign)
 
     def _flat(self, t: Tensor) -> Tensor:
         return t.reshape(self.batch.samples, -1)
 
     def _shaped(self, place: int, t: Tensor) -> Tensor:
         return t.reshape(self.squares[place].out)
-
-
-def accumulate_new(into: Tensors, parts: Tensors, scale: float = 1.0) -> None:
-    """`accumulate`, what is missing being zero."""
-    for name, part in parts.items():
-        if name not in into:
-            into[name] = torch.zeros(part.shape, dtype=torch.float64, device=part.device)
-    accumulate(into, parts, scale)

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from hessdiag.graph import Layer, LayerKind, Linearisation, Site, edge_shape, visit
 from hessdiag.kernels.deflation import Deflation, deflation
-from hessdiag.kernels.probes import Probes, accumulate_new
-from hessdiag.kernels.tensors import Tensors, accumulate, zeros
+from hessdiag.kernels.probes import Probes
+from hessdiag.kernels.tensors import Tensors, accumulate, accumulate_new, zeros
 from hessdiag.kernels.uses import Uses
 from hessdiag.signs import Signs
 

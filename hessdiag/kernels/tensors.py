@@ -23,6 +23,12 @@ def accumulate(into: Tensors, parts: Mapping[str, Tensor], scale: float = 1.0) -
         into[name].add_(part.detach(), alpha=scale)
 
 
+def accumulate_new(into: Tensors, parts: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    """`accumulate`, what is missing being zero."""
+    into |= zeros({name: part for name, part in parts.items() if name not in into})
+    accumulate(into, parts, scale)
+
+
 @cache
 def hold_freed_memory() -> None:
     """Have glibc keep freed blocks of up to 32 MB for the next, once in a process.

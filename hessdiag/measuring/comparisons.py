@@ -5,7 +5,8 @@ identity   u^T H u by one Hessian-vector product against sum c (J u)^2 + the los
            parameters, relative to sum |c| (J u)^2 + the Gauss-Newton term;
 squares    the layer functions' per-sample gradients against autograd's, for two samples and random cotangents (a
            model that mixes samples, or uses a layer twice in parallel, fails here), relative to the tensor's norm;
-sums       for propagation, the squares of these gradients as signed passes add them up against their own sum;
+sums       for propagation, the squares of these gradients as signed passes add them up against their own sum, half of
+           the relative difference;
 entries    for the exact method, a few entries against Hessian-vector products, relative to the largest entry;
 closed     for propagation, two entries per parameter of a layer's closed share, and of its gradients without the sites
            that the closed share stands for, against forward products, relative to the sums of absolute contributions;
@@ -173,7 +174,7 @@ def sums(linear: Linearisation, signs: Signs, tolerance: float) -> list[AuditEnt
         delta = signs.plain(linear.outputs.new_empty(layer.out), AUDIT, 7, number)
         mine = layer.summed(delta.clone())
         for name, each in layer.each(delta).items():
-            off = _apart(mine.get(name), each.square_().sum(0), 0.0)
+            off = _apart(mine.get(name), each.square_().sum(0), 0.0) / 2.0  # as an error of the gradient
             worst[name] = max(worst.get(name, 0.0), off)
     return [AuditEntry("sums", name, off, tolerance) for name, off in worst.items()]
 

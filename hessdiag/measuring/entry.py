@@ -201,7 +201,7 @@ def _case(objective: Objective, batches: Batches, method: str, seed: int, twice:
             if sites:
                 read = Linearisation(objective, first.inputs, first.targets, index=first.index, outputs=outputs)
         except HessdiagError as error:  # told when it matters: what is wrong with data or model goes first
-            read = error if sites else None
+            read = error.with_traceback(None) if sites else None  # its frames hold the outputs
         found.append((first, outputs, read, Stamp(first)))
         return None if outputs is None else outputs.detach()
 

@@ -51,7 +51,7 @@ class Case:
             try:
                 self.read = self._linearised(self.first, self.outputs)
             except HessdiagError as error:
-                self.read = error
+                self.read = error.with_traceback(None)  # whose frames hold the graph
         if isinstance(self.read, HessdiagError):
             raise self.read
         return self.read

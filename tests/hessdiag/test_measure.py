@@ -260,9 +260,8 @@ def test_resume_files_of_another_measurement_are_refused(model: nn.Module, tmp_p
 
 
 def agrees(audit: audit_module.Audit) -> bool:
-    """To rounding, and quotients of a step of 1e-7 to what that step leaves out: so much of the next derivative."""
-    steps = {"slope", "difference"}
-    return all(e.deviation < (1e-4 if e.check in steps else 1e-10) for e in audit.entries)
+    """To rounding; H u to what a one-sided step of 1e-7 leaves out, half of it times the next derivative: 6.1e-6 here."""
+    return all(e.deviation < (1e-5 if e.check == "difference" else 1e-10) for e in audit.entries)
 
 
 def test_audit_passes_and_says_what_it_compared(model: nn.Module) -> None:
@@ -285,7 +284,7 @@ def test_audit_catches_a_wrong_layer_formula(model: nn.Module, monkeypatch: pyte
         return {n: g * 1.01 if n == "c2.weight" else g for n, g in original(self, delta).items()}
 
     monkeypatch.setattr(LayerKind, "each", wrong)
-    with pytest.raises(AuditError, match=r"(squares|sums) of layer 'c2\.weight'"):
+    with pytest.raises(AuditError, match=r"squares of layer 'c2\.weight'"):
         hd.measure(hd.Objective(model), BATCHES, method="propagation")
     m = hd.measure(hd.Objective(model), BATCHES, method="auto", max_replicates=10)
     assert m.plan.method == "hutchinson"
@@ -415,6 +414,40 @@ def test_a_loader_that_fills_the_same_tensors_anew_is_read_anew(model: nn.Module
         options["plan"] = hd.Plan("propagation")
     one, other = (hd.measure(hd.Objective(model), Refilled(anew=anew), **options) for anew in (True, False))
     assert other.norm.total.square == pytest.approx(one.norm.total.square, rel=1e-10)
+
+
+def test_why_a_method_does_not_serve_holds_no_graph() -> None:
+    """A traceback's frames hold what was computed in them: here the first batch's graph, until the end."""
+    graphs: list[Any] = []
+
+    class Turned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * x.flip(1)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return (grads[0] + grads[0].flip(1)) * ctx.saved_tensors[0].flip(1)
+
+    class Uncovered(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            h = Turned.apply(self[0](x))
+            if h.grad_fn is not None:
+                graphs.append(weakref.ref(h.grad_fn))
+            return self[1](h)
+
+    x, y = torch.randn(120, 5, generator=G, dtype=torch.float64), torch.arange(120) % 3
+    held: list[bool] = []
+    m = hd.measure(
+        hd.Objective(Uncovered(nn.Linear(5, 4), nn.Linear(4, 3)).double()),
+        [(x[:96], y[:96]), (x[96:], y[96:])],  # more than a probe's block: the first batch's graph serves nobody
+        max_replicates=10,
+        progress=lambda event: held.append(graphs[0]() is not None),
+    )
+    assert m.plan.method == "hutchinson"
+    assert held
+    assert not any(held)
 
 
 def test_what_is_kept_of_a_batch_is_gone_before_it_is_made_again(model: nn.Module) -> None:

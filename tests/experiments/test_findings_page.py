@@ -1,0 +1,127 @@
+"""docs/findings.md and README say what the committed results hold: its tables row by row, its verdicts' numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.correlation.courses import arm, looks, seen
+from experiments.correlation.rows import rows
+from experiments.sweep.export import read
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/findings.md").read_text()
+VERDICTS: dict[str, Any] = json.loads((ROOT / "results/verdicts.json").read_text())
+ARMS = {
+    "dropped rate": "drop",
+    "dropped rate, AWP": "drop, AWP",
+    "constant rate": "constant",
+    "constant rate, AWP": "constant, AWP",
+}
+
+
+def table(first: str) -> list[list[str]]:
+    """The cells of the table whose head begins with `first`."""
+    _, _, rest = PAGE.partition(f"| {first} |")
+    assert rest, first
+    lines = rest.split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def close(said: str, stored: float) -> bool:
+    """As rounded as it is said."""
+    digits = len(said.partition(".")[2])
+    return abs(float(said) - stored) <= 0.5000001 * 10.0**-digits
+
+
+def test_the_main_sweeps_table_is_what_is_stored() -> None:
+    runs = json.loads((ROOT / "results/campaign/main.json").read_text())["runs"]
+    records = sorted((run["record"] for run in runs), key=lambda record: float(record["max_curvature"]))
+    told = table(r"max\|σ''\|")
+    assert len(told) == len(records)
+    for cells, record in zip(told, records):
+        norms, aa2 = record["norms"], record["aa2"]
+        clean, hard = norms["train/clean"], norms["train/adversarial"]
+        stored = [
+            record["max_curvature"],
+            100 * record["clean_accuracy"]["value"],
+            *(100 * aa2[end] for end in ("value", "low", "high")),
+            *(clean["rms"], hard["rms"], hard["invariant"]["rms"]),
+            *(norm["cosine"]["value"] for norm in (clean, hard)),
+        ]
+        numbers = [number for cell in cells for number in re.findall(r"[-+]?\d+(?:\.\d+)?", cell)]
+        assert len(numbers) == len(stored)
+        assert all(map(close, numbers, stored)), (numbers, stored)
+
+
+@pytest.mark.parametrize("page", ["docs/findings.md", "README.md"])
+def test_how_far_the_main_sweep_is(page: str) -> None:
+    runs = json.loads((ROOT / "results/campaign/main.json").read_text())["runs"]
+    assert f"has {len(runs)} of the 24 runs" in (ROOT / page).read_text()
+
+
+def test_the_overfitting_table_is_what_is_stored() -> None:
+    stored = {arm(row): row for row in rows(read(ROOT / "results/quick/overfitting.json"))}
+    told = table("arm")
+    assert {ARMS[cells[0]] for cells in told} == set(stored)
+    for name, *cells in told:
+        at = {look["epoch"]: look for look in looks(stored[ARMS[name]])}
+        for cell, quantity, scale in zip(cells, ("robust test", "tr(HC)", "norm adversarial"), (100, 1, 1)):
+            begun, ended = re.findall(r"\d*\.\d+", cell)
+            assert close(begun, scale * seen(at[25], quantity).value), (name, quantity)
+            assert close(ended, scale * seen(at[50], quantity).value), (name, quantity)
+
+
+def test_what_perturbed_weights_end_with() -> None:
+    stored = {arm(row): looks(row)[-1] for row in rows(read(ROOT / "results/quick/overfitting.json"))}
+    trace, noise = (
+        seen(stored["drop, AWP"], quantity).value / seen(stored["drop"], quantity).value
+        for quantity in ("Gauss-Newton trace", "tr(HC)")
+    )
+    assert f"ends with {trace:.2f} of the Gauss-Newton trace and {noise:.2f} of tr(HC)" in " ".join(PAGE.split())
+
+
+def test_where_lines_break_and_what_sweeps_could_see() -> None:
+    told = [one["text"] for one in VERDICTS["H.trades-u [adversarial]"]["settings"].values()]
+    breaks = [float(number) for text in told for number in re.findall(r"break at ([\d.]+)", text)]
+    assert f"lowest at {min(breaks):.1f} to {max(breaks):.2g}" in PAGE
+    settings = VERDICTS["S4.5.same-range"]["settings"].values()
+    powers = [one["power"] for one in settings if one["power"] is not None]
+    assert f"{100 * min(powers):.0f} to {100 * max(powers):.0f}% for an effect" in " ".join(PAGE.split())
+
+
+@pytest.mark.parametrize(
+    ("claim", "setting", "evidence", "said"),
+    [
+        ("H.same-function", "smoke/control", "ratio of the norms 10.3 [9.13, 11.6]", "10.3 times the norm [9.1, 11.6]"),
+        ("H.same-function", "smoke/control", "robustness -0.56 [-4.33, +3.22]", "differs by -0.6 points [-4.3, +3.2]"),
+        ("H.robust-overfitting", "quick/overfitting", "-4.40 [-7.19, -1.61]", "loses 4.4 points [1.6, 7.2]"),
+        ("H.norm-rises-with-overfitting", "quick/overfitting", "+106% [+76%, +141%]", "(+106% [+76, +141])"),
+    ],
+)
+def test_numbers_of_verdicts(claim: str, setting: str, evidence: str, said: str) -> None:
+    assert evidence in VERDICTS[claim]["settings"][setting]["text"]
+    assert said in " ".join(PAGE.split())
+
+
+@pytest.mark.parametrize(
+    ("claim", "word", "settings"),
+    [
+        ("F4.wider-is-higher", "transfers", ["smoke/figure4"]),
+        ("A6.higher-order-costs", "transfers", ["smoke/table2"]),
+        ("A6.no-advantage-of-b2", "transfers", ["smoke/table1"]),
+        ("H.trades-u [adversarial]", "transfers", ["smoke/figure4", "smoke/figure5", "smoke/figure6"]),
+        ("S4.4.relu-below-rct", "does not transfer", ["smoke/table1"]),
+        ("S4.1.single-run", "does not transfer", ["smoke/figure3"]),
+        ("F7a.minimum-in-4-10 [adversarial]", "does not transfer", ["smoke/figure7"]),
+        ("F7a.minimum-in-4-10 [invariant]", "does not transfer", ["smoke/figure7"]),
+        ("H.learning-rates-alone", "transfers", ["smoke/control"]),
+    ],
+)
+def test_words_of_verdicts(claim: str, word: str, settings: list[str]) -> None:
+    assert claim.partition(" ")[0] in PAGE
+    assert {VERDICTS[claim]["settings"][setting]["word"] for setting in settings} == {word}
