@@ -78,6 +78,8 @@ def read(
     tangents = torch.stack([torch.ones(size, device=like.device), *digits, probe]).to(like.dtype)
     found = moved(tangents.reshape(-1, *own))
     factor, seen = found[0], found[-1]
+    if factor.is_complex():  # an entry of two numbers, or one that turns
+        return None
     safe = torch.where(factor == 0, 1.0, factor)
     index = torch.zeros(factor.shape, dtype=torch.long, device=like.device)
     for k, digit in enumerate(found[1:-1]):

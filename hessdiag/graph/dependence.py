@@ -87,9 +87,9 @@ class Live:
         bits = self._bits.get(id(node), 0)
         return [self._chosen[id(one.variable)] for number, one in enumerate(leaves) if bits >> number & 1]
 
-    def refuse(self, node: Any, what: str) -> NoReturn:
-        """Raise UncoveredModelError: what stands where, and what to do."""
-        raise UncoveredModelError(
-            f"{short_name(node)} {self.place(node)}: {what}; use method='hutchinson' (or 'auto'), "
-            "or choose other parameters"
-        )
+    def refuse(self, node: Any, what: str, *, twice: bool = True) -> NoReturn:
+        """Raise UncoveredModelError: what stands where, and what to do; `twice`: torch can differentiate it twice."""
+        advice = "use method='hutchinson' (or 'auto'), or choose other parameters"
+        if not twice:
+            advice = "no method here measures parameters below it; choose those above (parameters=...)"
+        raise UncoveredModelError(f"{short_name(node)} {self.place(node)}: {what}; {advice}")

@@ -174,8 +174,8 @@ def check_unseen(batch: Linearisation, gradients: Sequence[Tensor | None], some:
     for layer, size in zip([*batch.layers, *batch.shared], _sizes(batch, gradients)):
         if size is None or bool(size[some == 0].any()):
             raise UncoveredModelError(
-                f"above layer {layer.name!r} the samples of a batch meet (a mean or a turn over the "
-                "first axis); use method='hutchinson'"
+                f"above layer {layer.name!r} the samples of a batch meet, or have no axis of their own (a mean or a "
+                "turn over the first axis, a loop over samples); use method='hutchinson'"
             )
         found.append(size)
     return found

@@ -1,17 +1,21 @@
 """Sums of products of samples with something that has none, as linear layers.
 
-einsum would turn them into products of matrices batch by batch, bilinear into a kernel of its own, where a parameter is
-not known as one.
+einsum would turn them into products of matrices batch by batch, bilinear into a kernel of its own, a vector into a
+product without an axis for what comes out: a parameter is not known as one there. Distances between rows have no second
+derivative as torch's own kernel; they are lengths of differences.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from hessdiag.problem.spectra import by_parts
 
 LARGEST = 1 << 26
 """Entries of a product that is written out."""
@@ -21,17 +25,25 @@ def einsum(*args: Any) -> Tensor:
     """torch's; of two operands with samples in one of them, told by the first letter of the result, a linear layer, or
     where letters are shared by all three, a product and a sum.
     """
-    found = _as_layer(*args)
-    return torch.functional.einsum(*args) if found is None else found
+    equation, *operands = _flat(args)
+    if len(operands) != 2 or not isinstance(equation, str):
+        return torch.functional.einsum(*args)
+    return by_parts(lambda x, w: _contracted(equation, x, w))(*operands)
 
 
-def _as_layer(*args: Any) -> Tensor | None:
-    if len(args) == 2 and isinstance(args[1], (tuple, list)):
-        args = (args[0], *args[1])
-    if len(args) != 3 or not isinstance(args[0], str) or not all(isinstance(x, Tensor) for x in args[1:]):
+def _flat(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0], *args[1]) if len(args) == 2 and isinstance(args[1], (tuple, list)) else args
+
+
+def _contracted(equation: str, x: Any, w: Any) -> Tensor:
+    found = _as_layer(equation, x, w)
+    return torch.functional.einsum(equation, x, w) if found is None else found
+
+
+def _as_layer(equation: str, x: Any, w: Any) -> Tensor | None:
+    if not (isinstance(x, Tensor) and isinstance(w, Tensor)):
         return None
-    x, w = args[1:]
-    letters = _letters(args[0], x.ndim, w.ndim)
+    letters = _letters(equation, x.ndim, w.ndim)
     if letters is None:
         return None
     of_x, of_w, out = letters
@@ -97,3 +109,38 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     """sum_ij W_oij x_i y_j + b_o: a linear layer of all products x_i y_j."""
     products = (input1[..., :, None] * input2[..., None, :]).flatten(-2)
     return F.linear(products, weight.flatten(1), bias)
+
+
+def matmul(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch's; a vector stands as a matrix of one column."""
+
+    def run(a: Any, b: Any) -> Tensor:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if b.ndim == 1 and a.ndim > 1 and b.requires_grad:
+                return (a @ b[:, None]).squeeze(-1)
+            if a.ndim == 1 and b.ndim > 2 and a.requires_grad:
+                return (b.mT @ a[:, None]).squeeze(-1)
+        return plain(a, b)
+
+    return by_parts(run)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch's; a vector of weights stands as one unit, complex numbers by their parts."""
+    if weight.ndim == 1 and bias is None:
+        return matmul(torch.matmul)(input, weight)
+    if not (input.is_complex() and weight.is_complex()):
+        return F.linear(input, weight, bias)
+    out = by_parts(F.linear)(input, weight)
+    return out if bias is None else out + bias
+
+
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, *args: Any, **named: Any) -> Tensor:
+    """torch's, where it is not for being differentiated or the differences would be too many to hold."""
+    wanted = (x1.requires_grad or x2.requires_grad) and prod(x1.shape) * x2.shape[-2] <= LARGEST
+    if not wanted:
+        return torch.functional.cdist(x1, x2, p, *args, **named)
+    apart = x1[..., :, None, :] - x2[..., None, :, :]
+    same = (apart == 0).all(-1)  # torch takes the slope there for zero: a row and itself
+    lengths: Tensor = torch.linalg.vector_norm(apart.masked_fill(same[..., None], 1.0), p, -1)
+    return lengths.masked_fill(same, 0.0)

@@ -37,11 +37,28 @@ def forward(model: nn.Module, inputs: Any, call: Callable[[nn.Module, Any], Any]
             stack.enter_context(watch)
         stack.enter_context(twice_differentiable())
         stack.enter_context(as_written({p.device.type for p in model.parameters()}))
-        own = mapped(inputs, lambda x: x.detach().clone())
-        out = model(own) if call is None else call(model, own)
+
+        def run(derived: bool) -> Any:
+            own = mapped(inputs, lambda x: x.detach().clone().requires_grad_(derived and x.is_floating_point()))
+            return model(own) if call is None else call(model, own)
+
+        try:
+            out = run(False)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            out = _derived(run)
     if watch is not None and watch.seen:
         raise UncoveredModelError(AUTOCAST)
     return out
+
+
+def _derived(run: Callable[[bool], Any]) -> Any:
+    """Of a model whose outputs hold derivatives, in its inputs as a rule: equations of physics, forces."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        out = run(True)
+    return out if recorded else mapped(out, lambda x: x.detach())
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from hessdiag.errors import UncoveredModelError
 from hessdiag.problem import contraction, recurrent
 from hessdiag.problem.attention import multi_head
+from hessdiag.problem.spectra import by_parts, divided, entry_by_entry
 
 
 def _celu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -208,6 +209,13 @@ def _batch_norm(*args: Any, **named: Any) -> Tensor:
     return F.batch_norm(*args, **named)
 
 
+def _by_name(turned: Callable[[Any], Callable[..., Any]], *names: str) -> dict[Any, Callable[..., Any]]:
+    """torch's functions and methods of these names, each turned into another."""
+    owners = (torch, Tensor)
+    known = [getattr(owner, name) for owner in owners for name in names if hasattr(owner, name)]
+    return {function: turned(function) for function in known}
+
+
 def _pair(first: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """A moment and the mean, each by a function of its own."""
 
@@ -224,6 +232,11 @@ def _pair(first: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
 
 MENDED: dict[Any, Callable[..., Any]] = {
     **_spreading(),
+    **_by_name(entry_by_entry, "mul", "multiply", "__mul__"),
+    **_by_name(by_parts, "mm", "bmm"),
+    **_by_name(lambda function: divided(_spread(function)), "div", "divide", "true_divide", "__truediv__", "__div__"),
+    **_by_name(contraction.matmul, "matmul", "__matmul__", "mv"),
+    F.linear: contraction.linear,
     F.multi_head_attention_forward: multi_head,
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
@@ -250,6 +263,7 @@ MENDED: dict[Any, Callable[..., Any]] = {
     torch.index_select: recurrent.index_select,
     Tensor.index_select: recurrent.index_select,
     torch.einsum: contraction.einsum,
+    torch.cdist: contraction.cdist,
     F.bilinear: contraction.bilinear,
     torch.bilinear: contraction.bilinear,
     F.instance_norm: _instance_norm,

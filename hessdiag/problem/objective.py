@@ -184,6 +184,11 @@ class Objective:
         for name, parameter in self.parameters.items():
             if not isinstance(parameter, nn.parameter.UninitializedParameter) and parameter.numel() == 0:
                 raise NoParametersError(f"parameter {name!r} has no entries: leave it out (parameters=...)")
+            if parameter.is_complex():
+                raise DtypeError(
+                    f"parameter {name!r} is complex: curvature is that along real numbers; keep its torch.view_as_real "
+                    "as the parameter and take torch.view_as_complex of that in forward"
+                )
             if parameter.device != self.device:
                 raise DeviceError(f"parameter {name!r} is on {parameter.device}, others on {self.device}")
             if parameter.dtype not in (torch.float32, torch.float64):
@@ -195,6 +200,11 @@ class Objective:
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
                 raise ConfigurationError(f"{name!r} has no shape yet: run the model once on a batch")
+            if tensor.is_meta:
+                raise DeviceError(
+                    f"{name!r} is on the device 'meta', where tensors hold no numbers: load the weights first, e.g. by "
+                    "load_state_dict(..., assign=True)"
+                )
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
                 raise NonFiniteError(f"{name!r} holds NaN or Inf: the model cannot be measured; reload or retrain it")
 

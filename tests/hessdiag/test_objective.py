@@ -248,6 +248,7 @@ def refused(what: str) -> tuple[type[Exception], str, object]:
     with torch.no_grad():
         overflow[2].weight.fill_(1e308)  # type: ignore[union-attr]
     frozen = net().requires_grad_(False)
+    spectral = nn.ParameterDict({"w": torch.ones(3, dtype=torch.complex64)})
     m = hd.measure
     table: dict[str, tuple[type[Exception], str, object]] = {
         "no batches": (EmptyDataError, "no batches", lambda: m(hd.Objective(model), [])),
@@ -263,6 +264,8 @@ def refused(what: str) -> tuple[type[Exception], str, object]:
         "bce range": (TargetError, r"\[0, 1\]", lambda: m(hd.Objective(model, "bce"), [(X, torch.full((13, 4), 2.0))])),
         "float32 data": (DtypeError, "float32", lambda: m(hd.Objective(model), [(X.float(), Y)])),
         "half model": (DtypeError, "float16", lambda: hd.Objective(net().half())),
+        "complex model": (DtypeError, "view_as_real", lambda: hd.Objective(spectral)),
+        "empty model": (DeviceError, "'0.weight' is on the device 'meta'", lambda: hd.Objective(net().to("meta"))),
         "device": (DeviceError, "meta", lambda: m(hd.Objective(model), [(X.to("meta"), Y)])),
         "nan parameter": (NonFiniteError, "'0.weight'", lambda: hd.Objective(broken)),
         "nan input": (NonFiniteError, "batch 0: the inputs", lambda: m(hd.Objective(model), [(X * float("nan"), Y)])),
@@ -287,7 +290,7 @@ def refused(what: str) -> tuple[type[Exception], str, object]:
 
 NAMES = [
     "no batches", "empty batch", "used generator", "not iterable", "no pair", "target too large", "target negative",
-    "target shape", "lengths", "mse broadcast", "bce range", "float32 data", "half model", "device", "nan parameter",
+    "target shape", "lengths", "mse broadcast", "bce range", "float32 data", "half model", "complex model", "empty model", "device", "nan parameter",
     "nan input", "overflow", "no parameters", "frozen", "unknown parameter", "pattern", "loss name", "method name", "rtol",
     "one probe", "one replicate", "confidence", "l2", "class weights", "reduced callable", "population",
 ]  # fmt: skip

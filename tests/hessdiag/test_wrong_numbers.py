@@ -314,6 +314,33 @@ def test_a_model_that_changes_its_inputs_in_place(change: str, dtype: torch.dtyp
     assert torch.equal(x, kept)
 
 
+def _slope(s: Any, x: Tensor, how: str = "") -> Tensor:
+    if how == "there":
+        x = x.detach().requires_grad_()
+    if how == "everywhere":
+        with torch.enable_grad():
+            return _slope(s, x, "there")
+    u = s.b(torch.tanh(s.a(x)))
+    (slope,) = torch.autograd.grad(u[:, 0].sum(), x, create_graph=True)
+    return torch.cat([u[:, 1:] ** 2 + slope[:, :2], slope[:, 2:] * u[:, :1]], 1)  # type: ignore[no-any-return]
+
+
+@DTYPES
+@pytest.mark.parametrize("how", ["there", "given"])
+def test_a_model_that_takes_derivatives_in_its_inputs(how: str, dtype: torch.dtype) -> None:
+    """Passes that need no gradient of ours ran without any, and so did this model."""
+    parts = {"a": lambda: L(3, 4), "b": lambda: L(4, 3)}
+    model = net(lambda s, x: _slope(s, x, how), dtype=dtype, **parts)
+    plain = net(lambda s, x: _slope(s, x, "everywhere"), dtype=dtype, **parts)
+    x, y = data(3, dtype=dtype)
+    truth = by_products(plain, (x, y))
+    batches = [(x[:5].requires_grad_(how == "given"), y[:5]), (x[5:].requires_grad_(how == "given"), y[5:])]
+    for method in ("auto", "exact", "reference"):
+        agree(hd.diagonal(hd.Objective(model), batches, method=method).total, truth, TOLERANCE[dtype])
+    for method in ("propagation", "hutchinson"):
+        hd.measure(hd.Objective(model), batches, method=method, max_replicates=10)
+
+
 @DTYPES
 @pytest.mark.parametrize("make", [UserDict, OrderedDict, dict])
 def test_inputs_in_mappings(make: Any, dtype: torch.dtype) -> None:

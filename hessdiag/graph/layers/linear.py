@@ -84,7 +84,11 @@ class Linear(PositionWise):
         if graph.is_free(edges[left][0]):
             graph.refuse(node, f"parameter {graph.through(edges[left][0])!r} applied from the left")
         if graph.is_live(edges[right][0]) and not graph.is_free(edges[right][0]):
-            graph.refuse(node, "a matrix that depends on the inputs and on parameters, applied to all samples")
+            graph.refuse(
+                node,
+                "both matrices depend on the inputs and on parameters, and neither has an axis of samples (samples one "
+                "by one in a loop, or a batch times itself)",
+            )
         turned = _turned(edges[right][0], graph)
         weight = graph.apply(turned) if turned is not None else graph.direct(node, right)
         scaled = not is_plain(node) or saved.number(node, "beta", 1.0) != 1

@@ -30,6 +30,7 @@ OVERWRITTEN = (
     "what it saved for its derivative was overwritten in place: no gradient exists; "
     "use the out-of-place form of the operation after it"
 )
+ONCE = "torch has no second derivative of it"
 _KEPT = "hessdiag live inputs"
 
 
@@ -52,7 +53,8 @@ class Tested(SiteKind):
         try:
             bent = _bent(node, slots)
         except RuntimeError as error:
-            graph.refuse(node, _reason(error))
+            reason = _reason(error)
+            graph.refuse(node, reason, twice=reason != ONCE)
         if not bent:
             return False
         used = tuple(sorted(graph.outputs_in_use(node)))
@@ -153,5 +155,5 @@ def _reason(error: RuntimeError) -> str:
     if "inplace" in said:
         return OVERWRITTEN
     if "not implemented" in said or "not supported" in said or "differentiated twice" in said:
-        return "torch has no second derivative of it, and no method here measures it"
+        return ONCE
     return f"an operation that the site identity does not cover: its backward does not run by itself ({said})"

@@ -1,0 +1,65 @@
+"""Products of complex numbers by their real and imaginary parts, as of spectra in Fourier layers.
+
+    a b = (a' b' - a'' b'') + i (a' b'' + a'' b')
+
+Each of the four is a product of real tensors, in which parameters, samples and sites are what they are anywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Product = Callable[..., Tensor]
+
+
+def by_parts(product: Product) -> Product:
+    """The same product; of two complex tensors that take part in gradients, by products of their parts."""
+
+    def run(a: Any, b: Any, *args: Any, **named: Any) -> Tensor:
+        if args or named or not (_complex(a) and _complex(b)) or not (_counts(a) or _counts(b)):
+            return product(a, b, *args, **named)
+        (re, im), (other, beside) = (a.real, a.imag), (b.real, b.imag)
+        return torch.complex(product(re, other) - product(im, beside), product(re, beside) + product(im, other))
+
+    return run
+
+
+def entry_by_entry(product: Product) -> Product:
+    """The same of products of single entries, of which one side may be real, or a number."""
+    both = by_parts(product)
+
+    def run(a: Any, b: Any, *args: Any, **named: Any) -> Tensor:
+        if args or named or not (_complex(a) or _complex(b)) or not (_counts(a) or _counts(b)):
+            return product(a, b, *args, **named)
+        if _complex(a) and _complex(b):
+            return both(a, b)
+        z, x = (a, b) if _complex(a) else (b, a)
+        if isinstance(x, complex):
+            return torch.complex(z.real * x.real - z.imag * x.imag, z.real * x.imag + z.imag * x.real)
+        return torch.complex(product(z.real, x), product(z.imag, x))
+
+    return run
+
+
+def divided(quotient: Product) -> Product:
+    """The same quotient; of a complex tensor and a real one, part by part."""
+
+    def run(a: Any, b: Any, *args: Any, **named: Any) -> Tensor:
+        real = isinstance(b, Tensor) and not b.is_complex()
+        if args or named or not (_complex(a) and real) or not (_counts(a) or _counts(b)):
+            return quotient(a, b, *args, **named)
+        return torch.complex(quotient(a.real, b), quotient(a.imag, b))
+
+    return run
+
+
+def _complex(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_complex()
+
+
+def _counts(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
