@@ -32,8 +32,9 @@ def batches(
     """(inputs, targets), as often as asked for: `Objective` and `measure` take them.
 
     `source`: a pair of arrays; a Dataset; or batches. `targets` is the key of the targets where batches are
-    dictionaries, the other entries then being the inputs; by default "labels" and its like. Floating-point tensors
-    become `dtype`; integers stay what they are, so that class numbers and tokens keep their meaning.
+    dictionaries, the other entries then being the inputs, a single one as it is; by default "labels" and its like.
+    Floating-point tensors become `dtype`; integers stay what they are, so that class numbers and tokens keep their
+    meaning.
 
     >>> import numpy
     >>> fed = batches((numpy.zeros((5, 3)), numpy.arange(5)), batch_size=2)
@@ -84,7 +85,11 @@ class Fed:
             return (next(iter(rest.values())) if len(rest) == 1 else rest), batch[found]
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
             return batch[0], batch[1]
-        raise ConfigurationError(f"batch {index} is neither a pair nor a dictionary but a {type(batch).__name__}")
+        count = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise ConfigurationError(
+            f"batch {index} is neither a pair nor a dictionary but a {type(batch).__name__}{count}: give pairs, e.g. "
+            "[(x, y) for x, y, *_ in loader], or dictionaries, whose entries have names"
+        )
 
     def _tensors(self, inputs: Any) -> Any:
         return _pytree.tree_map(self._tensor, inputs)

@@ -125,7 +125,15 @@ class Objective:
             )
         inputs, targets = batch
         if not isinstance(targets, Tensor):
-            raise TargetError(f"targets of batch {index} are no tensor but {_describe(targets)}")
+            raise TargetError(
+                f"targets of batch {index} are no tensor but {_describe(targets)}; hessdiag.feed.batches(data) makes "
+                "batches of Datasets and arrays"
+            )
+        if targets.ndim == 0 or (isinstance(inputs, Tensor) and inputs.ndim == 0):
+            raise TargetError(
+                f"batch {index} is a single sample, not a batch of samples; DataLoader(dataset, batch_size=...) or "
+                "hessdiag.feed.batches(dataset) makes batches"
+            )
         if isinstance(inputs, Tensor):
             if len(inputs) == 0:
                 raise EmptyDataError(f"batch {index} holds no samples")
@@ -226,6 +234,8 @@ class Objective:
             if leaf.dtype != self.dtype and "dtype" in str(error):
                 return DtypeError(f"batch {index} is {leaf.dtype}, the model {self.dtype}; convert one with .to()")
         text = (str(error).splitlines() or [""])[0]
+        if self.call is not None and isinstance(inputs, Tensor) and isinstance(error, (TypeError, IndexError)):
+            text += " (forward was given one tensor: of a dictionary with a single input, that input by itself)"
         return ConfigurationError(f"batch {index}: the model raised {type(error).__name__}: {text}")
 
     def _first_non_finite(self, inputs: Any) -> str:
@@ -260,4 +270,5 @@ def _describe(value: Any) -> str:
         return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)} items"
-    return f"a {type(value).__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' or name == 'ndarray' else 'a'} {name}"

@@ -256,6 +256,10 @@ def refused(what: str) -> tuple[type[Exception], str, object]:
         "used generator": (ConfigurationError, "iterator", lambda: m(hd.Objective(model), iter(double))),
         "not iterable": (ConfigurationError, "iterable", lambda: m(hd.Objective(model), 3)),
         "no pair": (ConfigurationError, "batch 0", lambda: m(hd.Objective(model), [X])),
+        "single samples": (TargetError, r"single sample.*feed\.batches", lambda: m(hd.Objective(model), [(X[0], Y[0])])),
+        "numbers as targets": (TargetError, r"an int; .*feed\.batches", lambda: m(hd.Objective(model), [(X[0], 1)])),
+        "forward of one tensor": (ConfigurationError, "a single input, that input by itself", lambda: m(
+            hd.Objective(model, forward=lambda model, x: model(x["image"])), double)),
         "target too large": (TargetError, "target 4 is out of range", lambda: m(hd.Objective(model), [(X, Y * 0 + 4)])),
         "target negative": (TargetError, "target -1", lambda: m(hd.Objective(model), [(X, Y * 0 - 1)])),
         "target shape": (TargetError, "shape", lambda: m(hd.Objective(model), [(X, Y[:, None])])),
@@ -289,7 +293,8 @@ def refused(what: str) -> tuple[type[Exception], str, object]:
 
 
 NAMES = [
-    "no batches", "empty batch", "used generator", "not iterable", "no pair", "target too large", "target negative",
+    "no batches", "empty batch", "used generator", "not iterable", "no pair", "single samples",
+    "numbers as targets", "forward of one tensor", "target too large", "target negative",
     "target shape", "lengths", "mse broadcast", "bce range", "float32 data", "half model", "complex model", "empty model", "device", "nan parameter",
     "nan input", "overflow", "no parameters", "frozen", "unknown parameter", "pattern", "loss name", "method name", "rtol",
     "one probe", "one replicate", "confidence", "l2", "class weights", "reduced callable", "population",

@@ -148,7 +148,11 @@ def test_refusals_of_the_feed() -> None:
     for source, error, words in (
         (iter([(x, y)]), ConfigurationError, "several passes"),
         ([{"image": x, "what": y}], ConfigurationError, "image, what: say targets="),
-        ([(x, y, y)], ConfigurationError, "neither a pair"),
+        (
+            [(x, y, y)],
+            ConfigurationError,
+            r"neither a pair nor a dictionary but a tuple of 3: give pairs, e.g. \[\(x, y\) for",
+        ),
         ((x, y[:3]), TargetError, "20 inputs but 3"),
         ((x[:0], y[:0]), EmptyDataError, "no samples"),
     ):
