@@ -75,7 +75,7 @@ class Propagator:
         chosen = {
             place: (probes or {})[layer.name] for place, layer in self.probed(batch) if layer.name in (probes or {})
         }
-        self.probes = Probes(batch, {place: self._layer(place) for place in chosen}, chosen, start=start)
+        self.probes = Probes(batch, {place: self.layer(place) for place in chosen}, chosen, start=start)
 
     @staticmethod
     def probed(batch: Linearisation) -> list[tuple[int, Layer]]:
@@ -169,12 +169,13 @@ class Propagator:
         """The Gauss-Newton part's share of the layers that feed the outputs directly: exact, no pass at all."""
         out = zeros(self.batch.objective.parameters)
         for place, direct in self.batch.heads.items():
-            layer, slope = self._layer(place), direct.slope
+            layer, slope = self.layer(place), direct.slope
             bent = self.batch.curvature.columns.diagonal().to(slope.dtype).reshape(edge_shape((layer.layer.node, 0)))
             accumulate(out, layer.weighted(bent * slope * slope))
         return out
 
-    def _layer(self, place: int) -> LayerKind:
+    def layer(self, place: int) -> LayerKind:
+        """The layer at a place of `layers`, and beyond them of `shared`."""
         if place < len(self.squares):
             return self.squares[place]
         return self.batch.shared[place - len(self.squares)].on(self.batch.samples)
@@ -269,7 +270,7 @@ class Propagator:
             if place in self.probes.counts:
                 self._probed(place, delta.detach(), out, apart, sign)
             elif heads and place in self.batch.heads and place >= len(self.squares):
-                accumulate(out, self._layer(place).summed(delta.detach()), -sign)
+                accumulate(out, self.layer(place).summed(delta.detach()), -sign)
             elif heads and place in self.batch.heads:
                 return
             if place >= len(self.squares):
@@ -292,7 +293,7 @@ class Propagator:
         shared = place >= len(self.squares)
         if apart is None and not shared:
             return
-        found = self._layer(place).summed(delta)
+        found = self.layer(place).summed(delta)
         if apart is not None:
             accumulate_new(apart, found, sign)
         if apart is None or not shared:

@@ -190,6 +190,10 @@ class Checks:
         """Closed shares of the functional part."""
         return comparisons.closed(self.linear, self.forward, self.layers, self.signs, self.tolerance)
 
+    def heads(self) -> list[AuditEntry]:
+        """Closed shares of the Gauss-Newton part."""
+        return comparisons.heads(self.linear, self.forward, self.layers, self.signs, self.tolerance)
+
     def entries(self, diagonal: Callable[[Linearisation], tuple[Tensors, Tensors]]) -> list[AuditEntry]:
         """Entries of a diagonal that a linearisation gives, in its two parts."""
         return comparisons.entries(self.linear, self.products, self.layers, self.signs, self.tolerance, diagonal)

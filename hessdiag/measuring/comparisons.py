@@ -10,6 +10,9 @@ sums       for propagation, the squares of these gradients as signed passes add 
 entries    for the exact method, a few entries against Hessian-vector products, relative to the largest entry;
 closed     for propagation, two entries per parameter of a layer's closed share, and of its gradients without the sites
            that the closed share stands for, against forward products, relative to the sums of absolute contributions;
+heads      for propagation, weighted squares of a layer that feeds the outputs against its gradients from single
+           outputs, half of the relative difference, and two entries of its share of the Gauss-Newton part against
+           forward products;
 own        for a method from outside, a few entries of what it gives against Hessian-vector products, those of a
            stochastic method beyond eight standard errors of the mean of its replicates.
 Hutchinson needs no identity; there the double backward is checked by its symmetry v^T (H u) = u^T (H v). Whatever the
@@ -31,7 +34,7 @@ from hessdiag.graph import Layer, Linearisation
 from hessdiag.kernels.exact_batch import check_laid_out, check_unseen
 from hessdiag.kernels.products import Products, one_hot
 from hessdiag.kernels.propagator import Propagator
-from hessdiag.kernels.tensors import Tensors
+from hessdiag.kernels.tensors import Tensors, accumulate_new
 from hessdiag.measuring.autograd_check import Moved
 from hessdiag.measuring.rounding import ROUNDINGS, length, unit
 from hessdiag.methods.base import Method
@@ -270,6 +273,44 @@ def closed(
                     worst = max(worst, off / (size or 1.0) if off else 0.0)
             found.append(AuditEntry("closed", name, worst, tolerance))
     return found
+
+
+HEAD_ENTRIES = 2
+"""Entries of a layer's output that bear weights at once."""
+
+
+def heads(
+    linear: Linearisation, forward: Forward, layers: list[Layer], signs: Signs, tolerance: float
+) -> list[AuditEntry]:
+    """Shares of the Gauss-Newton part that layers have in the outputs themselves, known without a pass."""
+    propagator, generator, worst = Propagator(linear), cpu_generator(signs.seed), dict[str, float]()
+    own = {name for layer in layers for name in layer.own}
+    places = [p for p in linear.heads if own & set([*linear.layers, *linear.shared][p].own)]
+    for place in places:
+        layer = propagator.layer(place)
+        c = linear.outputs.new_zeros(layer.out)
+        chosen = torch.randperm(c.numel(), generator=generator, device="cpu")[:HEAD_ENTRIES].tolist()
+        truth: Tensors = {}
+        for number, entry in enumerate(chosen):
+            unit = torch.zeros_like(c)
+            unit.view(-1)[entry] = 1.0
+            c.view(-1)[entry] = 1.0 + number
+            accumulate_new(truth, {n: g.square().sum(0) for n, g in layer.each(unit).items()}, 1.0 + number)
+        mine = layer.weighted(c)
+        for name in layer.layer.own:
+            off = _apart(mine.get(name), truth[name], 0.0) / 2.0  # as an error of the gradient
+            worst[name] = max(worst.get(name, 0.0), off)
+    shares, curvature = propagator.heads() if places else {}, linear.curvature
+    for name in [n for place in places if place < len(linear.layers) for n in linear.layers[place].own]:
+        parameter = linear.objective.parameters[name]
+        for k in torch.randint(0, parameter.numel(), (2,), generator=generator, device="cpu").tolist():
+            u = one_hot(parameter, name, k)
+            _, output = forward.along([u.get(n) for n in linear.objective.parameters])
+            square = curvature.columns.against(output.double().reshape(linear.samples, -1)).square().sum(1)
+            size = float(square.sum())
+            off = abs(float(shares[name].reshape(-1)[k]) - float(square @ curvature.signs.to(square.dtype)))
+            worst[name] = max(worst[name], off / (size or 1.0))
+    return [AuditEntry("heads", name, off, tolerance) for name, off in worst.items()]
 
 
 OWN_REPLICATES = 256

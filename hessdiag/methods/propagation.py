@@ -257,8 +257,10 @@ class Propagation(Method):
         return Forecast(self.name, None, batches, passes, 2 if taken else 4, None, held, once * time_, each * time_)
 
     def audit(self, checks: Checks) -> list[AuditEntry]:
-        """The site identity, the layers' gradients, their squares as they are summed, and the closed shares."""
-        return [*checks.identity(), *checks.squares(), *checks.sums(), *checks.closed()]
+        """The site identity, the layers' gradients, their squares as they are summed, and the closed shares of both
+        parts.
+        """
+        return [*checks.identity(), *checks.squares(), *checks.sums(), *checks.closed(), *checks.heads()]
 
 
 def _kept_bytes(batch: Linearisation) -> int:

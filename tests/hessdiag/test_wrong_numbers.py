@@ -22,6 +22,7 @@ import hessdiag as hd
 from hessdiag.errors import AuditError, ConfigurationError, HessdiagError, UncoveredModelError
 from hessdiag.graph import Linearisation
 from hessdiag.graph.layers.conv import Conv
+from hessdiag.graph.layers.linear import Linear
 from hessdiag.kernels.exact_batch import check_separate
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import accumulate
@@ -746,6 +747,32 @@ def test_the_audit_of_propagation_sees_its_closed_shares(wrong: str, monkeypatch
     else:
         monkeypatch.setattr(Linearisation, "remote", lambda _self, _place, cotangent, _seeds: cotangent)
     with pytest.raises(AuditError, match="closed of layer"):
+        hd.measure(hd.Objective(model), [batch], method="propagation", max_replicates=10)
+
+
+@DTYPES
+@pytest.mark.parametrize("wrong", ["weighted", "one_output"])
+def test_the_audit_of_propagation_sees_what_layers_have_in_the_outputs(
+    wrong: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weighted squares that serve the outputs alone, and one unit of many outputs that bend together."""
+    model = net(
+        lambda s, x: s.b(torch.tanh(s.a(x))).flatten(1), dtype=dtype, a=lambda: L(3, 4), b=lambda: L(4, 2)
+    )  # fmt: skip
+    batch = data(20, 3, dtype=dtype)
+    found = hd.measure(hd.Objective(model), [batch], method="propagation", max_replicates=10)
+    assert found.plan.gauss_newton == "signs"
+    if wrong == "weighted":
+        model = net(lambda s, x: s.b(torch.tanh(s.a(x))), dtype=dtype, a=lambda: L(5, 4), b=lambda: L(4, 40))
+        batch, weighted = data(dtype=dtype), Linear.weighted
+        monkeypatch.setattr(
+            Linear,
+            "weighted",
+            lambda s, c: {n: (1.01 if n == "b.bias" else 1.0) * t for n, t in weighted(s, c).items()},
+        )
+    else:
+        monkeypatch.setattr(Linear, "one_output", classmethod(lambda *_: True))
+    with pytest.raises(AuditError, match="heads of layer 'b"):
         hd.measure(hd.Objective(model), [batch], method="propagation", max_replicates=10)
 
 
