@@ -54,6 +54,8 @@ class AttackSettings:
 class MeasureSettings:
     """The norm of the Hessian diagonal on `samples` images of each split, of each loss.
 
+    The images of "train" come from the data set's whole training split, also where a run trains on a part of it: all
+    runs of a sweep share them. `AlongSettings` takes those of the part.
     The adversarial loss is the cross-entropy at images crafted once by PGD at the attack's radius and held
     fixed. plugin_probes: Hutchinson probes behind the plug-in norm, as it is often reported; 0 leaves it
     out.
@@ -102,9 +104,10 @@ class MeasureSettings:
 class AlongSettings:
     """What is recorded at the end of each of `epochs`, on the live weights (see `along`); no epochs: nothing.
 
-    images: of the training set and of the test set, clean and under PGD of `pgd_steps`. samples: training images for
-    the curvature: the norms of both losses within `rtol`, and the Gauss-Newton trace by `replicates` of signs. batches:
-    of other training images, of training's batch size, for the covariance of a step's gradient.
+    Training images are of the part that `train_samples` chooses. images: of them and of the test set, clean and under
+    PGD of `pgd_steps`. samples: training images for the curvature: the norms of both losses within `rtol`, and the
+    Gauss-Newton trace by `replicates` of signs. batches: of other training images, of training's batch size, for the
+    covariance of a step's gradient.
     """
 
     epochs: tuple[int, ...] = ()

@@ -239,6 +239,24 @@ def test_a_measurement_cut_short_by_ctrl_c_is_no_result(tmp_path, monkeypatch):
     assert next(events) > 30  # it was Ctrl-C that ended it
 
 
+def test_norms_at_the_end_are_of_the_same_images_whatever_part_is_trained_on(tmp_path, monkeypatch):
+    config, seen = grid.load(write(tmp_path)).runs[0], []
+
+    def taken(model, batches, **options):
+        seen.append(torch.cat([inputs for inputs, _ in batches]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.sweep.run.crafted", taken)
+    for part in ({}, {"train_samples": 100}):
+        changed = config.replace(train=part)
+        settings = TrainConfig.from_dict(changed.train)
+        model = build_network(settings, (1, 8, 8), 10).eval()
+        with pytest.raises(KeyboardInterrupt):
+            measured(changed, model, torch.device("cpu"), Clock(), Sets(settings))
+    assert torch.equal(*seen)
+    assert not set(map(bytes, seen[1].numpy())) <= set(map(bytes, Sets(settings).pair[0].inputs.numpy()))
+
+
 def test_a_batch_larger_than_the_data_costs_what_the_data_do(tmp_path):
     config = grid.load(write(tmp_path)).runs[0].replace(train={"batch_size": 5000})
     settings = TrainConfig.from_dict(config.train)
