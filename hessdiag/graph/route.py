@@ -175,9 +175,7 @@ class Route:
         found: tuple[bool, Tensor | None] = self._cache[key]
         return found
 
-    def _sum(
-        self, node: Any, given: list[tuple[int, Edge, Tangent]], shape: torch.Size, free: set[int]
-    ) -> Tangent:
+    def _sum(self, node: Any, given: list[tuple[int, Edge, Tangent]], shape: torch.Size, free: set[int]) -> Tangent:
         signs = [sign_of(node, slot) for slot, _, _ in given]
         tangents = [tangent for _, _, tangent in given]
         if len({t.band for t in tangents}) > 1:
