@@ -51,6 +51,7 @@ class NodeKind:
         return None
 
 
+_TAKES: Any = NodeKind.takes.__func__  # type: ignore[attr-defined]
 K = TypeVar("K", bound=NodeKind)
 
 
@@ -60,13 +61,23 @@ class Table(Generic[K]):
     def __init__(self, what: str, base: Any, *kinds: type[K]) -> None:
         self.what, self._base = what, base
         self._kinds: dict[str, type[K]] = {kind.name: kind for kind in kinds}
+        self._asked: dict[tuple[str, tuple[type[K], ...]], list[type[K]]] = {}
 
     def __iter__(self) -> Iterator[type[K]]:
         return iter(self._kinds.values())
 
     def of(self, node: Any) -> list[type[K]]:
         """The kinds that may answer for a node."""
-        return [kind for kind in self._kinds.values() if kind.takes(node)]
+        return [kind for kind in self._by_name(node.name()) if kind.takes(node)]
+
+    def _by_name(self, name: str) -> list[type[K]]:
+        """Those that may take a node of this name: by it, or by what else they look at."""
+        asked = name, tuple(self._kinds.values())
+        if asked not in self._asked:
+            self._asked[asked] = [
+                kind for kind in asked[1] if name in kind.nodes or getattr(kind.takes, "__func__", None) is not _TAKES
+            ]
+        return self._asked[asked]
 
     def add(self, kind: type[K]) -> type[K]:
         """One more kind, asked after the others; a name or a node that another kind answers for is refused."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -30,6 +31,7 @@ from hessdiag.graph.saved import constant
 from hessdiag.graph.sites import Map, Pointwise, Site, SiteKind
 from hessdiag.graph.sites.elementwise import Elementwise, derivatives
 from hessdiag.graph.sites.site import pulled
+from hessdiag.problem.finite import all_finite
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import Curvature
 
@@ -86,8 +88,7 @@ class Linearisation:
         with torch.no_grad():
             self.curvature: Curvature = objective.loss.curvature(self.outputs, targets)
             self.columns = self.curvature.columns.count  # refused here where they would be too large a square
-            self.weight = float(objective.loss.weights(self.outputs, targets).sum())
-        if not bool(torch.isfinite(self.curvature.loss).all()):
+        if not all_finite(self.curvature.loss):
             raise NonFiniteError(f"batch {index}: the loss {objective.loss.name!r} is not finite; check the targets")
         self.sites: list[Site] = self._find_sites(index)
         self.balance(balance or {})
@@ -95,10 +96,6 @@ class Linearisation:
             number for number, s in enumerate(self.sites) if all(self.graph.is_free(edge[0]) for edge in s.edges)
         )
         """Sites of the free side, by number: they have no samples."""
-        owners = {edge_key(site.legs[0][0]): n for n, site in enumerate(self.sites) if site.plain}
-        self.direct: dict[int, Direct] = find_direct(self.graph, owners, self.layers)
-        self.heads: dict[int, Direct] = self._find_heads()
-        """What layers have in the outputs themselves, by their place in `layers` and beyond them in `shared`."""
         self.kept: dict[str, Any] = {}
         """What kernels found out about it, for their next call."""
         self.separate = False
@@ -111,6 +108,18 @@ class Linearisation:
         pairs = [number for number, site in enumerate(self.sites) if site.right]
         for number, place in enumerate(pairs):
             self.sites[place] = replace(self.sites[place], lam=lams.get(number, 1.0))
+
+    @cached_property
+    def weight(self) -> float:
+        """What the batch adds to the divisor of the mean."""
+        with torch.no_grad():
+            return float(self.objective.loss.weights(self.outputs, self._targets).sum())
+
+    @cached_property
+    def direct(self) -> dict[int, Direct]:
+        """What layers have in sites that they feed by nothing but elementwise maps, by their place in `layers`."""
+        owners = {edge_key(site.legs[0][0]): n for n, site in enumerate(self.sites) if site.plain}
+        return find_direct(self.graph, owners, self.layers)
 
     @property
     def loss(self) -> float:
@@ -269,12 +278,13 @@ class Linearisation:
                 for kind, node, outputs in bends
             ]
             for bend in raw:
-                if not all(bool(torch.isfinite(c).all()) for c in bend.form.values()):
+                if not all(map(all_finite, bend.form.values())):
                     self._not_finite(index, bend.name)
             sites = self._merge(raw)
             sites += self._crossings(len(sites))
+            seen = {id(c) for bend in raw for c in bend.form.values()}
             for site in sites:
-                if not bool(torch.isfinite(site.c).all()):
+                if id(site.c) not in seen and not all_finite(site.c):
                     self._not_finite(index, site.name)
             return sites
 
@@ -289,8 +299,11 @@ class Linearisation:
             found.append(Site(self._name(layer.node), c, legs, right))
         return found
 
-    def _find_heads(self) -> dict[int, Direct]:
-        """Layers that feed the outputs directly, where no two outputs that a parameter touches bend together."""
+    @cached_property
+    def heads(self) -> dict[int, Direct]:
+        """What layers have in the outputs themselves, by their place in `layers` and beyond them in `shared`, where no
+        two outputs that a parameter touches bend together.
+        """
         columns, end = self.curvature.columns, (self.outputs.grad_fn, self.outputs.output_nr)
         if not columns.apart:
             return {}

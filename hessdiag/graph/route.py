@@ -90,7 +90,7 @@ class Route:
             if given:
                 free = self._free(position, tangents) if len(outputs) == 1 else set()
                 for output in outputs:
-                    tangents[id(node), output] = self._step(node, output, given, free)
+                    tangents[id(node), output] = self._step(node, output, given, tangents, free)
             for key in ((id(node), output) for output in outputs):
                 for low, seed in begun.get(key, ()):
                     tangents[key] = _begun(tangents.get(key), low, seed, ends[-1], edge_shape((node, key[1])))
@@ -136,7 +136,21 @@ class Route:
         assert total is not None
         return Tangent(total.expand(-1, *shape))
 
-    def _step(self, node: Any, output: int, given: list[tuple[int, Edge, Tangent]], free: set[int]) -> Tangent:
+    def _settled(self, edge: Edge, tangent: Tangent, tangents: dict[Key, Tangent], free: set[int]) -> Tangent:
+        """Without its pending factor, for this node and whoever takes it after."""
+        found = tangent.settled(last=_storage(tangent) in free)
+        if found is not tangent:
+            tangents[edge_key(edge)] = found
+        return found
+
+    def _step(
+        self,
+        node: Any,
+        output: int,
+        given: list[tuple[int, Edge, Tangent]],
+        tangents: dict[Key, Tangent],
+        free: set[int],
+    ) -> Tangent:
         shape = edge_shape((node, output))
         if len(given) == 1:
             slot, edge, tangent = given[0]
@@ -144,10 +158,10 @@ class Route:
                 known, factor = self._factor(node, slot)
                 if known:
                     return tangent if factor is None else tangent.scaled(factor)
-        given = [(slot, edge, tangent.settled(last=_storage(tangent) in free)) for slot, edge, tangent in given]
         plain = all(tuple(edge_shape(edge)) == tuple(shape) for _, edge, _ in given)
         if plain and node.name() in ("AddBackward0", "SubBackward0"):
-            return self._sum(node, given, shape)
+            return self._sum(node, given, shape, free)
+        given = [(slot, edge, self._settled(edge, tangent, tangents, free)) for slot, edge, tangent in given]
         moved = move(node, output, shape, given)
         if moved is not None:
             return moved
@@ -161,17 +175,29 @@ class Route:
         found: tuple[bool, Tensor | None] = self._cache[key]
         return found
 
-    def _sum(self, node: Any, given: list[tuple[int, Edge, Tangent]], shape: torch.Size) -> Tangent:
+    def _sum(self, node: Any, given: list[tuple[int, Edge, Tangent]], shape: torch.Size, free: set[int]) -> Tangent:
         signs = [sign_of(node, slot) for slot, _, _ in given]
         tangents = [tangent for _, _, tangent in given]
-        if len({t.band for t in tangents}) == 1:
-            values, band = [t.settled().value for t in tangents], tangents[0].band
-        else:
-            values, band = [t.dense(shape) for t in tangents], None
-        total = values[0] if signs[0] == 1.0 else values[0] * signs[0]
-        for value, sign in zip(values[1:], signs[1:]):
-            total = torch.add(total, value, alpha=sign)
-        return Tangent(total, None, band, len(values) > 1 or signs[0] != 1.0)
+        if len({t.band for t in tangents}) > 1:
+            tangents = [Tangent(t.dense(shape)) for t in tangents]
+        first, *rest = tangents
+        value = first.settled(last=_storage(first) in free).value
+        own = value is not first.value or (first.owned and _storage(first) in free)
+        if signs[0] != 1.0:
+            value, own = value * signs[0], True
+        for tangent, sign in zip(rest, signs[1:]):
+            value, own = _added(value, tangent, sign, own), True
+        return Tangent(value, None, first.band, own)
+
+
+def _added(value: Tensor, tangent: Tangent, sign: float, own: bool) -> Tensor:
+    """value + sign * tangent, in one step where it has a pending factor; in place in what is `own`."""
+    other = tangent.value
+    own = own and value.shape == other.shape
+    if tangent.factor is None:
+        return value.add_(other, alpha=sign) if own else torch.add(value, other, alpha=sign)
+    factor = tangent.narrowed(tangent.factor)
+    return value.addcmul_(other, factor, value=sign) if own else torch.addcmul(value, other, factor, value=sign)
 
 
 def _begun(before: Tangent | None, low: int, seed: Tangent, count: int, shape: torch.Size) -> Tangent:

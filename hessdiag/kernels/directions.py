@@ -73,7 +73,10 @@ class Directions:
                 total += self._free(site, tangent, other)[:, None] / self.samples
                 continue
             value, c = self._at_site(site, tangent)
-            total += (value * c).mul_(value if other is None else self._at_site(site, other)[0]).sum(2)
+            if other is None:  # products with c sum as they go
+                total += (value.square().transpose(0, 1) @ c[:, :, None])[..., 0].T
+            else:
+                total += (value * c).mul_(self._at_site(site, other)[0]).sum(2)
         return total
 
     def block(self, seed: Tangent) -> Tensor:
@@ -83,8 +86,10 @@ class Directions:
         places = len(seed.value)
         block = self.batch.outputs.new_zeros(self.samples, places, places)
         for _, site, tangent, other in self.route.run([seed]):
-            t, c = self._at_site(site, tangent)
-            block += torch.einsum("knj,nj,lnj->nkl", t, c, t if other is None else self._at_site(site, other)[0])
+            value, c = self._at_site(site, tangent)
+            left = value.transpose(0, 1)
+            right = left if other is None else self._at_site(site, other)[0].transpose(0, 1)
+            block += (left * c[:, None]) @ right.transpose(1, 2)
         return block
 
     def _free(self, site: Site, tangent: Tangent, other: Tangent | None) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from hessdiag.kernels.collector import Collector
 from hessdiag.kernels.directions import Directions, Nowhere, Recorded, Shared, starts, ways_of
 from hessdiag.kernels.price import Price, prices
 from hessdiag.kernels.propagator import Propagator
-from hessdiag.kernels.tensors import Tensors
+from hessdiag.kernels.tensors import Tensors, accumulate, zeros
 from hessdiag.signs import cpu_generator
 
 Progress = Callable[[int, int], None]
@@ -319,9 +320,9 @@ def _gather(into: Collector, level: Level, q: Tensor, squares: Tensor | None) ->
 
 
 def _gauss_newton(batch: Linearisation, per_sample: bool) -> Tensors:
-    propagator = Propagator(batch)
     if not per_sample:
-        return propagator.gauss_newton()
+        return Propagator(batch).gauss_newton() if batch.shared else _all_columns(batch)
+    propagator = Propagator(batch)
     blank: list[Any] = [None] * len(batch.sites)
     device, curvature = batch.outputs.device, batch.curvature
     out = {
@@ -331,6 +332,22 @@ def _gauss_newton(batch: Linearisation, per_sample: bool) -> Tensors:
     for column, sign in curvature.each():
         for name, gradient in propagator.each(blank, column).items():
             out[name].add_(gradient.double().square().reshape(out[name].shape), alpha=sign)
+    return out
+
+
+def _all_columns(batch: Linearisation) -> Tensors:
+    """The same for layers alone, which take the cotangents of several columns together."""
+    out = zeros(batch.objective.parameters)
+    layers, blank = [layer.on(batch.samples) for layer in batch.layers], [None] * len(batch.sites)
+    edges = [layer.edge for layer in batch.layers]
+    size = sum(edge_shape((layer.node, 0)).numel() for layer in batch.layers) * batch.outputs.element_size()
+    count = max(CLOSE // max(size, 1), 1)
+    columns = batch.curvature.each()
+    while some := list(islice(columns, count)):
+        passes = [batch.backward(blank, column, edges) for column, _ in some]
+        for layer, deltas in zip(layers, zip(*passes)):
+            if deltas[0] is not None:
+                accumulate(out, layer.over(deltas, [sign for _, sign in some]))
     return out
 
 

@@ -52,7 +52,12 @@ class Products:
                     outputs, self._parameters, self._dummy, create_graph=True, allow_unused=True
                 )
         self.samples = len(targets)
-        self.weight = float(objective.loss.weights(outputs.detach(), targets).sum())
+
+    @cached_property
+    def weight(self) -> float:
+        """What the batch adds to the divisor of the mean."""
+        with torch.no_grad():
+            return float(self.objective.loss.weights(self.outputs, self.targets).sum())
 
     def hessian(self, vector: Tensors) -> Tensors:
         """H v; of the block of some parameters, where `vector` names only those."""
@@ -75,13 +80,17 @@ class Products:
 
     def entries(self, name: str, places: list[int]) -> list[float]:
         """Some entries of the diagonal, counted in the order of the parameter's axes."""
-        parameter, found = self.objective.parameters[name], []
-        zeros = self._zeros[: parameter.numel()]
-        unit = {name: zeros.view(parameter.shape)}
-        for k in places:
-            zeros[k] = 1
-            found.append(float(self.hessian(unit)[name].reshape(-1)[k]))
-            zeros[k] = 0
+        parameter, gradient = self.objective.parameters[name], self._gradient[self.names.index(name)]
+        if gradient is None or not gradient.requires_grad:
+            return [0.0] * len(places)
+        flat, found = self._zeros[: parameter.numel()], []
+        unit = flat.view(parameter.shape)
+        with once_more():
+            for k in places:
+                flat[k] = 1
+                (row,) = torch.autograd.grad(gradient, parameter, unit, retain_graph=True, allow_unused=True)
+                flat[k] = 0
+                found.append(0.0 if row is None else float(row.reshape(-1)[k]))
         return found
 
     @cached_property

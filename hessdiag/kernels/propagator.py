@@ -72,9 +72,9 @@ class Propagator:
         self._small = size <= KEEP_ROOTS
         self._roots: dict[int, list[Tensor | None]] = {}
         self._blank: list[Tensor | None] = [None] * len(batch.sites)
-        chosen = {
-            place: (probes or {})[layer.name] for place, layer in self.probed(batch) if layer.name in (probes or {})
-        }
+        _ = batch.direct, batch.heads  # read before any pass
+        found = self.probed(batch) if probes else []
+        chosen = {place: (probes or {})[layer.name] for place, layer in found if layer.name in (probes or {})}
         self.probes = Probes(batch, {place: self.layer(place) for place in chosen}, chosen, start=start)
 
     @staticmethod

@@ -158,15 +158,14 @@ def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[Audit
         truths.append(dict(zip(names, found[len(edges) :])))
         deltas = [b if a is None else a if b is None else a + b for a, b in zip(deltas, found)]
     linear.separate = True
-    floors = [
-        _floor(linear, max((length(g) for g in truth.values() if g is not None), default=0.0)) for truth in truths
-    ]
+    sizes = [{name: 0.0 if g is None else length(g) for name, g in truth.items()} for truth in truths]
+    floors = [_floor(linear, max(known.values(), default=0.0)) for known in sizes]
     worst = {}
     for name, each in Propagator(linear).each_of(deltas, seeds):
-        sides = zip(each, [truth.pop(name) for truth in truths], floors)
-        worst[name] = max(_apart(mine, truth, floor) for mine, truth, floor in sides)
+        sides = zip(each, [truth.pop(name) for truth in truths], [known[name] for known in sizes], floors)
+        worst[name] = max(_apart(*side) for side in sides)
     for name in truths[0]:  # what no layer gives
-        worst[name] = max(_apart(None, truth[name], floor) for truth, floor in zip(truths, floors))
+        worst[name] = max(1.0 if known[name] > floor else 0.0 for known, floor in zip(sizes, floors))
     return [AuditEntry("squares", name, worst[name], tolerance) for name in names]
 
 
@@ -177,14 +176,14 @@ def sums(linear: Linearisation, signs: Signs, tolerance: float) -> list[AuditEnt
         delta = signs.plain(linear.outputs.new_empty(layer.out), AUDIT, 7, number)
         mine = layer.summed(delta.clone())
         for name, each in layer.each(delta).items():
-            off = _apart(mine.get(name), each.square_().sum(0), 0.0) / 2.0  # as an error of the gradient
+            square = each.square_().sum(0)
+            off = _apart(mine.get(name), square, length(square), 0.0) / 2.0  # as an error of the gradient
             worst[name] = max(worst.get(name, 0.0), off)
     return [AuditEntry("sums", name, off, tolerance) for name, off in worst.items()]
 
 
-def _apart(mine: Tensor | None, truth: Tensor | None, floor: float) -> float:
-    """|mine - truth| relative to the truth, None standing for zero, and 0 up to `floor`; `mine` is used up."""
-    size = 0.0 if truth is None else length(truth)
+def _apart(mine: Tensor | None, truth: Tensor | None, size: float, floor: float) -> float:
+    """|mine - truth| relative to `size`, that of the truth, None being zero; 0 up to `floor`. `mine` is used up."""
     own = 0.0 if mine is None or size else length(mine)
     off = own if truth is None else size if mine is None else length(mine.sub_(truth))
     if off <= floor:
@@ -199,10 +198,9 @@ def _floor(linear: Linearisation, whole: float) -> float:
 
 def _one(seed: Tensor, sample: int, samples: int) -> Tensor:
     """The cotangent of one sample alone, whose rows of the first axis stand together."""
-    rows = seed.reshape(samples, -1)
-    out = torch.zeros_like(rows)
-    out[sample] = rows[sample]
-    return out.reshape(seed.shape)
+    out = torch.zeros_like(seed)
+    out.view(samples, -1)[sample] = seed.reshape(samples, -1)[sample]
+    return out
 
 
 def entries(
@@ -216,8 +214,7 @@ def entries(
     """Two random entries of every parameter of `layers`, as `diagonal` gives its two parts."""
     outer, inner = diagonal(linear)
     generator = cpu_generator(signs.seed)
-    floor = _floor(linear, max(float((outer[name] + inner[name].abs()).max()) for name in outer))
-    entries = []
+    entries, floor = [], None
     for layer in layers:
         for name in layer.own:
             first, second = outer[name].reshape(-1), inner[name].reshape(-1)
@@ -226,13 +223,17 @@ def entries(
             places = torch.randint(0, first.numel(), (2,), generator=generator, device="cpu").tolist()
             for k, truth in zip(places, products.entries(name, places)):
                 off = abs(truth - float(first[k] + second[k]))
-                if off <= floor:
-                    continue
                 if off > tolerance * scale:
-                    off = max(off - _entry_noise(linear, products, name, diagonal), 0.0)
+                    floor = _rounding(linear, outer, inner) if floor is None else floor
+                    off = 0.0 if off <= floor else max(off - _entry_noise(linear, products, name, diagonal), 0.0)
                 worst = max(worst, off / scale)
             entries.append(AuditEntry("entries", name, worst, tolerance))
     return entries
+
+
+def _rounding(linear: Linearisation, outer: Tensors, inner: Tensors) -> float:
+    """What is zero beside the largest entry."""
+    return _floor(linear, max(float((outer[name] + inner[name].abs()).max()) for name in outer))
 
 
 def closed(

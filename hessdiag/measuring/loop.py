@@ -14,10 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-
-import torch
 
 from hessdiag.errors import NonFiniteError, ResumeError
 from hessdiag.kernels.tensors import accumulate, zeros
@@ -28,6 +25,7 @@ from hessdiag.measuring.totals import Sums
 from hessdiag.methods import Case
 from hessdiag.methods.batches import Numbered, numbered, watch
 from hessdiag.norm import NormEstimate
+from hessdiag.problem.finite import all_finite
 
 SAVE_EVERY = 2.0
 """Seconds between two writes of the resume file, at least: a write that takes long is made more rarely."""
@@ -106,7 +104,7 @@ class Loop(Sums):
             self.divide_known()
             for part in self.method.known(self.plan):
                 for name, tensor in self.known[part].items():
-                    if not isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+                    if not all_finite(tensor):
                         raise NonFiniteError(
                             f"the diagonal of {name!r} holds NaN or Inf: overflow in {self.objective.dtype}"
                         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any, overload
 
 import torch
@@ -69,6 +70,11 @@ class Numbered:
     start: int
     inputs: Any
     targets: Tensor
+
+    @cached_property
+    def marks(self) -> Tensor:
+        """Fingerprints of its samples, as they were when first asked for."""
+        return fingerprint(self.inputs, self.targets)
 
     def part(self, chosen: Tensor) -> Numbered:
         """Some samples of the batch."""
@@ -237,7 +243,7 @@ def watch(facts: Survey, batches: Iterable[Numbered]) -> Iterator[Numbered]:
         yield batch
         samples += len(batch.targets)
         if facts.checked:
-            data += float(fingerprint(batch.inputs, batch.targets).sum())
+            data += float(batch.marks.sum())
     changed = facts.checked and abs(data - facts.data) > 1e-9 * (facts.data_size + 1e-300)
     if samples != facts.samples or changed:
         what = f"{samples} samples, not {facts.samples}" if samples != facts.samples else "other values"
@@ -253,10 +259,10 @@ class Stamp:
     """
 
     def __init__(self, batch: Numbered) -> None:
-        self._start, self._count = batch.start, len(batch.targets)
+        self._of, self._start, self._count = batch, batch.start, len(batch.targets)
         self._tensors = _tensors(batch)
         self._written = [x._version for x in self._tensors]
-        self._marks = fingerprint(batch.inputs, batch.targets)
+        self._marks = batch.marks
 
     def holds(self, batch: Numbered) -> bool:
         """Whether it is `batch` still."""
@@ -264,7 +270,8 @@ class Stamp:
             return False
         if [x._version for x in self._tensors] != self._written:
             return False
-        return torch.equal(self._marks, fingerprint(batch.inputs, batch.targets))
+        now = fingerprint(batch.inputs, batch.targets) if batch is self._of else batch.marks
+        return torch.equal(self._marks, now)
 
 
 def _tensors(batch: Numbered) -> list[Tensor]:
@@ -326,7 +333,7 @@ def _whole(
         refusal = None
         if outputs is None:
             outputs, refusal = _outputs(objective, batch, coverage and batch.index > 0)
-        yield batch, fingerprint(batch.inputs, batch.targets), outputs, refusal
+        yield batch, batch.marks, outputs, refusal
 
 
 def _outputs(objective: Objective, batch: Numbered, look: bool) -> tuple[Tensor, str | None]:
@@ -432,7 +439,7 @@ def _joined(a: Numbered, b: Numbered) -> Numbered | None:
 def _compared(objective: Objective, cut: _Cut, seen: Sequence[Seen], coverage: bool) -> _Passed:
     """The batch's outputs, held against those of the whole batch."""
     batch, outputs = cut.batch, cut.outputs()
-    marks = fingerprint(batch.inputs, batch.targets)
+    marks = batch.marks
     if len(cut.chosen) < 2:
         return batch, marks, outputs, cut.refusal
     before = seen[batch.index] if batch.index < len(seen) else None
@@ -509,6 +516,11 @@ def fingerprint(inputs: Any, labels: Tensor, *, targets: bool = True) -> Tensor:
     parts = [x for x in leaves(inputs) if _by_sample(x, count)]
     for number, leaf in enumerate([*parts, labels] if targets else parts):
         flat = leaf.detach().double().reshape(count, -1)
-        wave = torch.cos(torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device) * (1.7 + number) + 0.3)
-        marks += flat @ wave
+        marks += flat @ _wave(flat.shape[1], number, flat.device)
     return marks
+
+
+@lru_cache(maxsize=8)
+def _wave(count: int, number: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.cos(torch.arange(count, dtype=torch.float64, device=device) * (1.7 + number) + 0.3)

@@ -87,6 +87,9 @@ class CrossEntropy(Loss):
             raise TargetError(
                 f"shift={self.shift} needs targets [N, T] with T > {self.shift}, not {list(targets.shape)}"
             )
+        ends = [int(end) for end in targets.aminmax()] if targets.numel() else [0]
+        if ends[0] >= 0 and ends[-1] < classes:
+            return
         wrong = targets[((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)]
         if len(wrong):
             counted = int(wrong.max()) == classes and bool((wrong == classes).all()) and int(targets.min()) > 0
@@ -186,7 +189,7 @@ class CrossEntropy(Loss):
             numbers = torch.cat([numbers[:, self.shift :], ended], 1)
         numbers = numbers.reshape(len(numbers), -1)
         kept = numbers != self.ignore_index
-        return torch.where(kept, numbers, 0), kept.to(dtype)
+        return numbers * kept, kept.to(dtype)
 
     def _probabilities(self, like: Tensor, targets: Tensor) -> Tensor:
         """Targets [N, places, C], smoothed and weighted."""

@@ -26,6 +26,7 @@ from hessdiag.errors import (
     TargetError,
     ran_out,
 )
+from hessdiag.problem.finite import all_finite
 from hessdiag.problem.forward import forward, leaves, unwrapped
 from hessdiag.problem.losses import IGNORE, make_loss
 from hessdiag.problem.outputs import Output, advice, meant
@@ -173,7 +174,7 @@ class Objective:
                 "the first axis must be the samples"
             )
         self.loss.check(outputs, targets)
-        if not bool(torch.isfinite(outputs.detach()).all()):
+        if not all_finite(outputs):
             raise NonFiniteError(f"batch {index}: {self._first_non_finite(inputs)}")
         return outputs
 
@@ -184,7 +185,7 @@ class Objective:
     def summed_losses(self, outputs: Tensor, targets: Tensor, *, index: int = 0) -> tuple[Tensor, Tensor]:
         """The same from the `outputs` for `targets`, batch `index`."""
         losses = self.loss.values(outputs, targets)
-        if not bool(torch.isfinite(losses.detach()).all()):
+        if not all_finite(losses):
             raise NonFiniteError(f"batch {index}: the loss {self.loss.name!r} is not finite; check the targets")
         return losses.sum(), self.loss.weights(outputs, targets).sum()
 

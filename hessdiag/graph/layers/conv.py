@@ -25,6 +25,8 @@ from hessdiag.graph.tangents import Tangent
 if TYPE_CHECKING:
     from hessdiag.graph.reading import Graph
 
+WRITTEN = 128
+"""Entries of an image up to which many images are convolved by one product with the convolution as a matrix."""
 BANDED = 12
 """Fewer directions per channel than this are worth no pass of their own."""
 
@@ -52,6 +54,21 @@ def patches(x: Tensor, node: Any, kernel: torch.Size, groups: int, positions: Se
         ),
     )
     return view.reshape(len(x), groups, -1, prod(out))
+
+
+def _convolved(images: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Tensor:
+    """A convolution, by what costs least: the libraries' kernels need hundreds of multiplications for each number."""
+    groups, on_processor = options[-1], images.device.type == "cpu"
+    if on_processor and groups == 1 and weight[0, 0].numel() == 1 and not options[3] and not any(options[1]):
+        matrix, pixels = weight.flatten(1), images.flatten(2)
+        moved = pixels * matrix if images.shape[1] == 1 else matrix @ pixels
+        return moved.reshape(len(images), len(weight), *images.shape[2:])
+    entries = images[0].numel()
+    if on_processor and groups == 1 and entries <= WRITTEN and len(images) >= 8 * entries:
+        unit = torch.eye(entries, dtype=images.dtype).reshape(-1, *images.shape[1:])
+        matrix = torch.convolution(unit, weight, None, *options)
+        return (images.flatten(1) @ matrix.flatten(1)).reshape(-1, *matrix.shape[1:])
+    return torch.convolution(images, weight, None, *options)
 
 
 def _per_axis(values: tuple[int, ...], dims: int) -> tuple[int, ...]:
@@ -101,17 +118,8 @@ class Conv(PositionWise):
             # a strided convolution of one pixel picks pixels; the libraries' own kernels for it can be ten times slower
             images = images[(slice(None), slice(None), *(slice(None, None, step) for step in stride))].contiguous()
             stride = (1,) * len(stride)
-        moved = torch.convolution(
-            images,
-            weight,
-            None,
-            stride,
-            padding,
-            saved.integers(node, "dilation"),
-            transposed,
-            saved.integers(node, "output_padding"),
-            groups,
-        )
+        given_by = stride, padding, saved.integers(node, "dilation"), transposed
+        moved = _convolved(images, weight, (*given_by, saved.integers(node, "output_padding"), groups))
         return Tangent(moved.reshape(len(value), *shape), owned=True)
 
     @classmethod
@@ -134,6 +142,27 @@ class Conv(PositionWise):
             yield self.layer.weight, self._weights(delta, group)
         if self.layer.bias:
             yield self.layer.bias, iter([grouped(over_pixels(delta), group * self.fold)])
+
+    def over(self, deltas: Sequence[Tensor], signs: Sequence[float]) -> dict[str, Tensor]:
+        """The cotangents of all passes meet the patches of a sample in one product."""
+        if self.fold > 1 or not self.layer.weight:
+            return super().over(deltas, signs)
+        groups, wide = self._groups, len(deltas) * self._kernel[0] // self._groups
+        together = torch.stack([d.reshape(self.rows, groups, wide // len(deltas), -1) for d in deltas], 2)
+        together = together.flatten(2, 3)  # [rows, groups, passes * channels of a group, pixels]
+        scale = torch.tensor(signs, dtype=torch.float64, device=together.device)
+        total = torch.zeros(groups, len(deltas), wide // len(deltas), self._kernel[1:].numel()).to(scale)
+        each = groups * self._kernel[1:].numel() * (wide + together.shape[3]) * together.element_size()
+        step = chunk_samples(2 * each, 1)
+        for low in range(0, self.rows, step):
+            seen = patches(self._x[low : low + step], self.layer.node, self._kernel, groups)
+            square = (together[low : low + step] @ seen.transpose(-1, -2)).square_().sum(0)
+            total += square.reshape(total.shape)
+        found = {self.layer.weight: torch.einsum("k,gkab->gab", scale, total).reshape(self._kernel)}
+        if self.layer.bias:
+            bias = together.sum(3).square_().sum(0).double().reshape(groups, len(deltas), -1)
+            found[self.layer.bias] = torch.einsum("k,gka->ga", scale, bias).reshape(-1)
+        return found
 
     def weighted(self, c: Tensor) -> dict[str, Tensor]:
         """sum c x^2 and sum c, over samples and pixels."""

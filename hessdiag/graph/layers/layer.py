@@ -14,7 +14,7 @@ that it feeds directly is left to signs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -205,6 +205,14 @@ class LayerKind(NodeKind, ABC):
                 square = part.square_().sum(0)
                 result[name] = square if name not in result else result[name].add_(square)
         return result
+
+    def over(self, deltas: Sequence[Tensor], signs: Sequence[float]) -> dict[str, Tensor]:
+        """{parameter name: sum over passes, each with its sign, of `summed`}, in float64."""
+        total: dict[str, Tensor] = {}
+        for delta, sign in zip(deltas, signs):
+            for name, value in self.summed(delta).items():
+                total[name] = value.double().mul_(sign) if name not in total else total[name].add_(value, alpha=sign)
+        return total
 
     def weighted(self, c: Tensor) -> dict[str, Tensor]:
         """{parameter name: sum over samples and positions of c (da/dtheta)^2} for weights c on the layer's outputs."""

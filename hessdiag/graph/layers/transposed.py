@@ -7,7 +7,7 @@ k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,10 @@ class Transposed(Conv):
     def gram(self, delta: Tensor) -> Tensor:
         """By double backward of the gradients."""
         return LayerKind.gram(self, delta)
+
+    def over(self, deltas: Sequence[Tensor], signs: Sequence[float]) -> dict[str, Tensor]:
+        """One pass after the other."""
+        return LayerKind.over(self, deltas, signs)
 
     def some(self, delta: Tensor, low: int, high: int) -> dict[str, Tensor]:
         """Of some samples."""
