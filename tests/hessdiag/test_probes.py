@@ -69,12 +69,12 @@ def in_the_mean(propagator: Propagator, *, merged: bool) -> Tensors:
     """What is known and, for every random vector, the sum over all unit vectors in its place."""
     batch, probes = propagator.batch, propagator.probes
     out = beyond_in_the_mean(propagator)
-    for place in probes.counts:
-        entries = propagator.probes.squares[place].out.numel() // batch.samples
+    for group in probes.groups:
+        entries = sum(probes.entries(group))
         for entry in range(entries):
             v = torch.zeros(batch.samples, entries, dtype=batch.outputs.dtype)
             v[:, entry] = 1
-            accumulate(out, probes.beyond(place, v.reshape(probes.squares[place].out)))
+            accumulate(out, probes.beyond(group, v))
     for part in (propagator.direct(), probes.along()):
         accumulate(out, part)
     if not merged:
@@ -91,7 +91,7 @@ def in_the_mean(propagator: Propagator, *, merged: bool) -> Tensors:
     return out
 
 
-@pytest.mark.parametrize("probes", [{}, {"embed": 1, "position": 1, "up": 1}], ids=len)
+@pytest.mark.parametrize("probes", [{}, {"embed": 1, "position": 1, "up": 1}, {"embed": 1, "up": 2}], ids=len)
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_unit_vectors_in_the_place_of_all_that_is_random_are_p_products(
