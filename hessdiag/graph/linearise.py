@@ -13,7 +13,7 @@ product): x * sigmoid(x) written out costs no more than SiLU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hessdiag.errors import NonFiniteError
-from hessdiag.graph.direct import Direct, Own, Rowed, carried, find_direct, find_own, find_rowed
+from hessdiag.graph.direct import Direct, Own, Rowed, carried, find_direct, find_own, find_rowed, junction
 from hessdiag.graph.layers import Layer
 from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape, is_leaf, short_name
 from hessdiag.graph.reading import Graph, detach_guard
@@ -178,6 +178,15 @@ class Linearisation:
         if direct is None or seed is None:
             return cotangent
         return cotangent - seed.reshape(cotangent.shape) * direct.slope
+
+    def together(self, places: Collection[int]) -> list[tuple[int, ...]]:
+        """Layers told apart by where their outputs have become summands of one and the same tensor."""
+        layers = [*self.layers, *self.shared]
+        found: dict[Key, tuple[int, ...]] = {}
+        for place in sorted(places):
+            key = junction(self.graph, layers[place])
+            found[key] = (*found.get(key, ()), place)
+        return list(found.values())
 
     @property
     def rowed(self) -> dict[int, Rowed]:

@@ -9,9 +9,10 @@ For a layer a = J theta, J_n that of sample n, and H_n the Hessian of that sampl
     H_kk = sum_n E[ (J_n^T v)_k (J_n^T H_n v)_k ],   E[v v^T] = I on the range of J_n,
 
 v drawn for every sample by itself, though one product serves all samples, since these do not meet: that is what
-Hutchinson's own products, with one vector for the parameters of all samples, cannot do. Layers of the same count share
-their products, too: v is on the outputs of all of them, and H_n is their joint Hessian. Every such share holds the
-Gauss-Newton part. A table that is the head besides comes with all of its mixed terms (hessdiag.kernels.tied).
+Hutchinson's own products, with one vector for the parameters of all samples, cannot do. Layers whose outputs are
+summands of one tensor - characters and their positions - share their products: v is on the outputs of all of them, and
+H_n is their joint Hessian. Every such share holds the Gauss-Newton part. A table that is the head besides comes with
+all of its mixed terms (hessdiag.kernels.tied).
 
 With any Q_n and P = I - Q Q^T,
 
@@ -58,7 +59,9 @@ class Probes:
         self.batch, self.counts, self.start = batch, dict(counts), start
         self.squares, self.tied = squares, dict(tied or {})
         self.groups: list[Group] = [
-            tuple(place for place in counts if counts[place] == count) for count in sorted(set(counts.values()))
+            group
+            for count in sorted(set(counts.values()))
+            for group in batch.together([place for place in counts if counts[place] == count])
         ]
         self.basis: dict[Group, Tensor] = {}
         """By group [samples, directions, entries of its outputs]: what `find` found."""
