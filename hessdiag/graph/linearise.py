@@ -76,7 +76,7 @@ class Linearisation:
                 outputs = objective.outputs(inputs, targets, index=index)
         self.outputs: Tensor = outputs
         detach_guard(self.outputs)
-        self.objective, self._targets = objective, targets
+        self.objective, self.targets = objective, targets
         self.samples = len(targets)
         self.graph = Graph(self.outputs, objective.parameters)
         self.layers: list[Layer] = self.graph.layers
@@ -258,7 +258,7 @@ class Linearisation:
     def gradients(self, edges: Sequence[GradientEdge]) -> list[Tensor]:
         """dl/dt at `edges`, the loss summed over the batch, as functions that can be differentiated once more."""
         with torch.enable_grad():
-            _, losses = self.objective.loss.in_double(self.outputs, self._targets)
+            _, losses = self.objective.loss.in_double(self.outputs, self.targets)
             found = torch.autograd.grad([losses.sum()], list(edges), create_graph=True, allow_unused=True)
         return [
             torch.zeros(edge_shape((edge.node, edge.output_nr)), dtype=self.outputs.dtype, device=self.outputs.device)

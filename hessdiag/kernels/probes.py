@@ -19,14 +19,15 @@ With any Q_n and P = I - Q Q^T,
     H = Q Q^T H + H Q Q^T - Q (Q^T H Q) Q^T + P H P:
 
 all but the last is taken exactly, once, and a product becomes (J_n^T v)(J_n^T P H P v) (after Hutch++: R. A. Meyer,
-C. Musco, C. Musco and D. P. Woodruff, 2021). Q_n is an orthonormal basis of v, H v, H^2 v, ... of one random v (Lanczos,
-every vector held against all before it): the products that find a direction are those which its exact share needs, and
-one vector's Krylov space holds the largest eigenvalues of either sign early (R. A. Meyer, C. Musco and C. Musco, 2024).
+C. Musco, C. Musco and D. P. Woodruff, 2021). Q_n is an orthonormal basis of v, H v, H^2 v, ... for one random v, each
+held against all before it (Lanczos): the products that find a direction are those which its exact share needs, and one
+vector's Krylov space holds the largest eigenvalues of either sign early (R. A. Meyer, C. Musco and C. Musco, 2024).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ from hessdiag.kernels.tied import Tied
 from hessdiag.signs import Signs
 
 PROBES, FOUND = 3, 4  # streams of signs
+DIRECTIONS = "directions at outputs"
+"""Where a batch keeps what was found of them, by group, until their exact shares are taken: a pilot's serve again."""
 Group = tuple[int, ...]
 """Places of layers that share their products."""
 
@@ -90,18 +93,30 @@ class Probes:
 
     def find(self, signs: Signs, rank: int) -> None:
         """So many directions per sample for `replicate` to leave out; those found before are the first of them."""
+        kept = self.batch.kept.setdefault(DIRECTIONS, {})
         for group in self.groups:
-            known = self.basis.get(group)
-            first = 0 if known is None else known.shape[1]
-            v = self._drawn(group, self._signs(group, signs, FOUND, 0)) if known is None else self._turned[group][:, -1]
-            basis, turned = (v.new_zeros(len(v), rank, v.shape[1]) for _ in range(2))
-            if known is not None:
-                basis[:, :first], turned[:, :first] = known, self._turned[group]
-            for number in range(first, rank):
-                q = _fresh(basis[:, :number], v)
-                basis[:, number] = q
-                turned[:, number] = v = self._hessian(group, q)
-            self.basis[group], self._turned[group] = basis, turned
+            seed, known, answers = kept.get(group, (None, None, None))
+            if seed != (signs.seed, self.start):
+                known = answers = None
+            if known is None or known.shape[1] < rank:
+                known, answers = self._longer(group, signs, rank, known, answers)
+                kept[group] = (signs.seed, self.start), known, answers
+            self.basis[group], self._turned[group] = known[:, :rank], answers[:, :rank]
+
+    def _longer(
+        self, group: Group, signs: Signs, rank: int, known: Tensor | None, answers: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Directions beyond those known, and H times them."""
+        v = self._drawn(group, self._signs(group, signs, FOUND, 0))
+        basis, turned = (v.new_zeros(len(v), rank, v.shape[1]) for _ in range(2))
+        first = 0
+        if known is not None and answers is not None:
+            first = known.shape[1]
+            basis[:, :first], turned[:, :first], v = known, answers, answers[:, -1]
+        for number in range(first, rank):
+            basis[:, number] = _fresh(basis[:, :number], v)
+            turned[:, number] = v = self._hessian(group, basis[:, number])
+        return basis, turned
 
     def along(self) -> Tensors:
         """What the directions give: exact. Asked once."""
@@ -113,6 +128,7 @@ class Probes:
             for q, h in zip(basis.unbind(1), right.unbind(1)):
                 self._product(group, q, h, out)
         self._turned = {}
+        self.batch.kept.pop(DIRECTIONS, None)
         return out
 
     def replicate(self, signs: Signs, replicate: int) -> Tensors:
@@ -144,27 +160,25 @@ class Probes:
         """Signs on the layers' outputs."""
         dtype = self._gradients[self._edges[group[0]]].dtype
         shapes = [torch.Size((self.batch.samples, size)) for size in self.entries(group)]
-        drawn = [
-            signs.samples(shape, self.start, *parts, place, dtype=dtype) for place, shape in zip(group, shapes)
-        ]
+        drawn = [signs.samples(shape, self.start, *parts, place, dtype=dtype) for place, shape in zip(group, shapes)]
         return torch.cat(drawn, 1)
 
     def _hessian(self, group: Group, v: Tensor) -> Tensor:
         """H v at the layers' outputs, every sample's own, brought onto the same."""
         given = dict(zip(group, self._split(group, v, 1)))
-        roots: list[Tensor | GradientEdge] = [self._gradients[self._edges[place]] for place in given]
-        cotangents, wanted = list(given.values()), [self._edges[place] for place in given]
+        roots: list[Any] = [self._gradients[self._edges[place]] for place in given]
+        wanted: list[Any] = [self._edges[place] for place in given]
+        cotangents = list(given.values())
         heads = [(place, self.tied[place]) for place in given if place in self.tied]
         moved, inputs = list[Tensor](), list[Tensor]()
         for place, one in heads:
-            output, given_rows = one.edges
-            slope = self._gradients[output]
-            for root, cotangent in zip((slope, given_rows), one.forward(given[place], slope)):
-                roots.append(root)
-                cotangents.append(cotangent)
-            moved.append(cotangents[-2])
+            output, input_ = one.edges
+            outwards, inwards = one.forward(given[place], self._gradients[output])
+            roots += [self._gradients[output], input_]
+            cotangents += [outwards, inwards]
             wanted.append(output)
-            inputs.append(self._gradients[given_rows])
+            moved.append(outwards)
+            inputs.append(self._gradients[input_])
         live = [n for n, root in enumerate(roots) if isinstance(root, GradientEdge) or root.requires_grad]
         if not live:
             return torch.zeros_like(v)
@@ -201,7 +215,7 @@ class Probes:
 
     def _split(self, group: Group, v: Tensor, power: int) -> list[Tensor]:
         """A vector on each layer's output, in its shape, and stretched so often."""
-        parts = zip(group, v.split(self.entries(group), 1))
+        parts = zip(group, torch.split(v, self.entries(group), 1))
         return [self._stretched(place, part.reshape(self.squares[place].out), power) for place, part in parts]
 
     def _stretched(self, place: int, v: Tensor, power: int) -> Tensor:

@@ -144,6 +144,12 @@ class Propagator:
         With `outer` the Gauss-Newton part beyond its `heads` as well: merged into the same passes, it costs none. Of
         layers that products serve it is there in any case, beyond `probes.along`.
         """
+        out = self.signed(signs, replicate, outer=outer)
+        accumulate(out, self.probes.replicate(signs, replicate))
+        return out
+
+    def signed(self, signs: Signs, replicate: int, *, outer: bool = False) -> Tensors:
+        """What of it is left to signs."""
         samples = self.batch.samples
         drawn = []
         for number, site in enumerate(self.batch.sites):
@@ -151,9 +157,7 @@ class Propagator:
             shape = torch.Size((owners, site.c.numel() // owners))
             dtype = site.c.dtype if self._small or self.deflation is not None else torch.int8
             drawn.append(signs.samples(shape, self.start, replicate, FUNCTIONAL, number, dtype=dtype))
-        out = self.beyond(drawn, self._columns(signs, replicate) if outer else None)
-        accumulate(out, self.probes.replicate(signs, replicate))
-        return out
+        return self.beyond(drawn, self._columns(signs, replicate) if outer else None)
 
     def beyond(self, drawn: Sequence[Tensor], outer: Tensor | None = None) -> Tensors:
         """The same for given signs, shaped like the sites, and `outer`, those of the columns of the loss's factor.

@@ -60,9 +60,7 @@ class Uses:
         parts = list(self._chunks(deltas, right))
         return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
-    def _chunks(
-        self, deltas: Mapping[int, Tensor], right: Seeds, without: Collection[str] = ()
-    ) -> Iterator[Tensors]:
+    def _chunks(self, deltas: Mapping[int, Tensor], right: Seeds, without: Collection[str] = ()) -> Iterator[Tensors]:
         """Gradients of some samples at a time, as many as fit into memory; those of Linear uses in one product."""
         factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
         rest: list[tuple[LayerKind, Tensor]] = []

@@ -19,7 +19,8 @@ from hessdiag.graph import Linearisation
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors, accumulate
 from hessdiag.methods import Plan, reference
-from hessdiag.methods.pilot import PROBE_REPLICATES, _spread, choose_probes
+from hessdiag.methods.base import Aim
+from hessdiag.methods.noise import FEW, choose, spread
 from hessdiag.signs import Signs
 
 
@@ -140,14 +141,14 @@ def test_a_measurement_by_such_a_plan_has_the_parts_it_was_asked_for(gauss_newto
 
 
 def test_the_pilot_takes_products_where_a_small_table_meets_a_layernorm() -> None:
-    for spread, expected in ((0.02, True), (3.0, False)):
+    for size, expected in ((0.02, True), (3.0, False)):
         torch.manual_seed(0)
-        model = Language(16, 12, 24, spread=spread)
+        model = Language(16, 12, 24, spread=size)
         x = torch.randint(0, 12, (8, 25))
         batch = Linearisation(hd.Objective(model), x[:, :-1], x[:, 1:])
-        chosen = [choose_probes(batch, 0, samples=8, ordered=True, outer=False) for _ in range(2)]
+        chosen = [choose(batch, 0, samples=8, aim=Aim(), ordered=True, outer=False) for _ in range(2)]
         assert chosen[0] == chosen[1]
-        assert ("embed" in chosen[0][0]) == expected, (spread, chosen)
+        assert ("embed" in chosen[0].probes) == expected, (size, chosen)
 
 
 def test_a_measurement_takes_them_by_itself_and_is_right() -> None:
@@ -182,7 +183,7 @@ def test_a_loss_that_holds_numbers_of_the_models_dtype_has_products_too() -> Non
 def test_replicates_of_the_pilot_are_not_kept() -> None:
     """Each is as large as the model in float64."""
     torch.manual_seed(0)
-    rows, seen = torch.randn(PROBE_REPLICATES, 5).double(), list[Any]()
+    rows, seen = torch.randn(FEW, 5).double(), list[Any]()
 
     def draw(_: int) -> Tensors:
         row = rows[len(seen)].clone()
@@ -190,10 +191,10 @@ def test_replicates_of_the_pilot_are_not_kept() -> None:
         seen.append(weakref.ref(row))
         return {"a": row}
 
-    variance, mean = _spread(draw)
+    variance, mean = spread(draw)
     assert variance["a"] == pytest.approx(float(rows.var(0).sum()), rel=1e-13)
     assert torch.allclose(mean["a"], rows.mean(0), rtol=1e-13)
-    assert len(seen) == PROBE_REPLICATES
+    assert len(seen) == FEW
 
 
 def test_several_uses_of_a_parameter_are_left_to_signs() -> None:
