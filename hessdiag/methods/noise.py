@@ -44,8 +44,8 @@ from hessdiag.methods.pilot import (
 from hessdiag.methods.plan import PROBE_BLOCK
 from hessdiag.signs import Signs
 
-REPLICATES, FEW = 8, 4
-"""Of a pilot by signs where a tolerance is aimed at, and of all that is tried."""
+REPLICATES, FEW, MANY = 8, 4, 32
+"""Of a pilot by signs where a tolerance is aimed at, of all that is tried, and of both before a method is left."""
 QUIET = 1.0
 """A replicate by signs whose variance is less than this, relative to the squared norm, is left as it is."""
 SHARE, MOST = 0.03, 6
@@ -142,9 +142,9 @@ class Gain:
             found.append((self.price(variance, 1.0 + PRODUCT * sum(tried), once), tried))
         return min(found)
 
-    def hutchinson(self) -> float:
-        """The price of Hutchinson's replicates; where there are more samples than these, as if their noise were all
-        coherent, as far as a block goes.
+    def hutchinson(self, count: int) -> float:
+        """The price of Hutchinson's replicates, by so many; where there are more samples than these, as if their noise
+        were all coherent, as far as a block goes.
         """
         batch = self.batch
         products = Products(batch.objective, None, batch.targets, parts=False, outputs=batch.outputs)
@@ -154,7 +154,7 @@ class Gain:
             return {name: (v[name] * hv).double() for name, hv in products.hessian(v).items()}
 
         coherent = max(min(PROBE_BLOCK, self.samples) / batch.samples, 1.0)
-        return self.price(math.fsum(spread(draw)[0].values()) * coherent, HUTCHINSON, 0.0)
+        return self.price(math.fsum(spread(draw, count)[0].values()) * coherent, HUTCHINSON, 0.0)
 
     def _plainly(self, propagator: Propagator) -> Callable[[int], Tensors]:
         return lambda r: self.by_signs(propagator, r)
@@ -184,13 +184,15 @@ class _Rows:
 class _Served:
     """Layers that products serve, in groups that share them."""
 
-    def __init__(self, gain: Gain, names: Sequence[str]) -> None:
+    def __init__(self, gain: Gain, names: Sequence[str], beside: float = 0.0) -> None:
         self._gain = gain
         self.propagator = Propagator(gain.batch, groups=gain.groups, probes=dict.fromkeys(names, 1))
         self._probes = self.propagator.probes
         self._probes.check(gain.signs)
         entries = sum(sum(self._probes.entries(group)) for group in self._probes.groups)
-        self._held = 8 * entries * gain.samples  # of one direction and what it is turned to, four bytes each
+        self.held = 2.0 * gain.batch.outputs.element_size() * entries * gain.samples
+        """Bytes of a direction and of what it is turned to."""
+        self._beside = beside
 
     @property
     def count(self) -> int:
@@ -200,11 +202,16 @@ class _Served:
     def noises(self, rank: int) -> list[float] | None:
         """Of one product of each group, with so many directions taken out; None where memory does not hold them."""
         if rank:
-            if not self._gain.ordered or rank * self._held > DEFLATE_BYTES:
+            if not self._gain.ordered or rank * (self.held + self._beside) > DEFLATE_BYTES:
                 return None
             self._probes.find(self._gain.signs, rank)
         found, _ = spread(lambda r: self._probes.replicate(self._gain.signs, r))
         return [self._gain.noise_of(group, found) for group in self._probes.groups]
+
+    def forget(self) -> None:
+        """Let go of the directions."""
+        for group in self._probes.groups:
+            self._gain.batch.kept.get(DIRECTIONS, {}).pop(group, None)
 
     def products(self, counts: Sequence[int]) -> dict[str, int]:
         """As a plan has them: by layer."""
@@ -231,20 +238,26 @@ def choose(
     Directions need the samples in one order (`ordered`), a double backward, and memory. `outer`: the Gauss-Newton part
     is known exactly. What Hutchinson would take is asked where the `aim` is open and signs are noisy.
     """
-    if not batch.sites or batch.free:
+    if not batch.sites:
         return Choice()
     gain = Gain(batch, seed, samples=samples, aim=aim, ordered=ordered, groups=groups, outer=outer)
     if not gain.total:
         return Choice()
     found = _Found(Choice(price=(alone := gain.price(gain.total, 1.0, 0.0)), signs=alone), gain.total)
     noisy = gain.total > QUIET * gain.size
-    if noisy:
+    if noisy and not batch.free:
         found = _with_products(gain, found)
     chosen = _with_directions(gain, found)
     kept = found.propagator.probes.groups if found.propagator and chosen.probe_rank else ()
     batch.kept[DIRECTIONS] = {group: d for group, d in batch.kept.get(DIRECTIONS, {}).items() if group in kept}
     if noisy and aim.open:
-        chosen = replace(chosen, hutchinson=gain.hutchinson())
+        chosen = replace(chosen, hutchinson=gain.hutchinson(FEW))
+        if chosen.hutchinson * PAYS < chosen.price:  # a few replicates with heavy tails say little
+            chosen = replace(chosen, hutchinson=gain.hutchinson(MANY))
+            if chosen.price == chosen.signs:
+                plain = Propagator(batch, groups=groups)
+                drawn = spread(lambda r: gain.by_signs(plain, r), MANY)
+                chosen = replace(chosen, price=gain.price(math.fsum(drawn[0].values()), 1.0, 0.0))
     return chosen
 
 
@@ -264,7 +277,7 @@ def _with_products(gain: Gain, alone: _Found) -> _Found:
     """Products at the outputs of the noisiest groups of layers, as long as one more pays."""
     layers = [*gain.batch.layers, *gain.batch.shared]
     candidates = gain.batch.together([place for place, _ in Propagator.probed(gain.batch)])
-    names, rest, best = list[str](), gain.total, alone.choice.price
+    names, rest, best, held = list[str](), gain.total, alone.choice.price, 0.0
     known: dict[int, list[float]] = {rank: [] for rank in RANKS[:2]}
     for group in sorted(candidates, key=lambda g: -gain.noise_of(g, gain.noise))[:MOST]:
         own = gain.noise_of(group, gain.noise)
@@ -272,14 +285,16 @@ def _with_products(gain: Gain, alone: _Found) -> _Found:
             break
         mine = [name for name in dict.fromkeys(layers[place].name for place in group) if name not in names]
         try:
-            one = _Served(gain, mine)
+            one = _Served(gain, mine, held)
             tried = {rank: left for rank in known if (left := one.noises(rank)) is not None}
         except UncoveredModelError:  # no product there
             continue
         both = {rank: [*known[rank], *tried[rank]] for rank in known if rank in tried}
         price = min(gain.counts(rest - own, each, PRODUCT * r * len(each))[0] for r, each in both.items())
         if price < BETTER * best:
-            names, rest, best, known = [*names, *mine], rest - own, price, both
+            names, rest, best, known, held = [*names, *mine], rest - own, price, both, held + one.held
+        else:
+            one.forget()
     if not names:
         return alone
     served = _Served(gain, names)
@@ -312,7 +327,13 @@ def _with_directions(gain: Gain, found: _Found) -> Choice:
         each = 1.0 + PROJECTED + found.each
         return gain.price(rest + found.products, each, found.once + DIRECTION * directions)
 
-    if not gain.ordered or batch.crossing or rank < DEFLATE_LEAST or price(0.0, DEFLATE_LEAST) > choice.price / PAYS:
+    if (
+        not gain.ordered
+        or batch.crossing
+        or batch.free
+        or rank < DEFLATE_LEAST
+        or price(0.0, DEFLATE_LEAST) > choice.price / PAYS
+    ):
         return choice
     propagator = found.propagator or Propagator(batch, groups=gain.groups)
     try:

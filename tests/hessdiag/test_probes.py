@@ -120,10 +120,13 @@ def test_padding_is_no_parameter() -> None:
     close(in_the_mean(propagator, merged=True), truth, outer, 1e-12)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("parts", [True, False])
 @pytest.mark.parametrize("gauss_newton", ["exact", "signs"])
-def test_a_measurement_by_such_a_plan_has_the_parts_it_was_asked_for(gauss_newton: str, parts: bool) -> None:
-    model, x, y = language()
+def test_a_measurement_by_such_a_plan_has_the_parts_it_was_asked_for(
+    gauss_newton: str, parts: bool, tied: bool
+) -> None:
+    model, x, y = language(tied=tied)
     objective, count = hd.Objective(model), 100
     plan = Plan("propagation", gauss_newton, probes={"embed": 1, "position": 2}, probe_rank=1, parts=parts)
     found = hd.diagonal(objective, [(x, y)], plan=plan, replicates=count)
@@ -195,6 +198,47 @@ def test_replicates_of_the_pilot_are_not_kept() -> None:
     assert variance["a"] == pytest.approx(float(rows.var(0).sum()), rel=1e-13)
     assert torch.allclose(mean["a"], rows.mean(0), rtol=1e-13)
     assert len(seen) == FEW
+
+
+def test_a_table_that_is_the_head_too_leaves_nothing_to_signs() -> None:
+    """A replicate of signs is zero there, whatever the signs; the head's share is closed, and all else products'."""
+    model, x, y = language(tied=True)
+    batch = Linearisation(hd.Objective(model), x, y)
+    propagator = Propagator(batch, probes={"embed": 1})
+    assert propagator.probes.tied
+    for outer in (False, True):
+        drawn = propagator.signed(Signs(3), 0, outer=outer)
+        assert not drawn["embed.weight"].any()
+        assert all(drawn[name].any() for name in ("position", "up.weight"))
+
+
+def test_layers_whose_outputs_are_summands_of_one_tensor_share_their_products() -> None:
+    model, x, y = language()
+    batch = Linearisation(hd.Objective(model), x, y)
+
+    def groups(**counts: int) -> set[frozenset[str]]:
+        probes = Propagator(batch, probes=counts).probes
+        return {frozenset(probes.squares[place].layer.name for place in group) for group in probes.groups}
+
+    assert groups(embed=1, position=1, up=1) == {frozenset({"embed", "position"}), frozenset({"up"})}
+    assert groups(embed=1, position=2) == {frozenset({"embed"}), frozenset({"position"})}
+
+
+def test_directions_found_before_are_the_first_of_more_and_leave_no_noise_once_they_are_all() -> None:
+    model, x, y = language()
+    batch = Linearisation(hd.Objective(model), x, y)
+    propagator, other = (Propagator(batch, probes={"embed": 1, "position": 1}) for _ in range(2))
+    propagator.probes.find(Signs(1), 3)
+    few = dict(propagator.probes.basis)
+    other.probes.find(Signs(1), 24)  # of 2 or 3 letters and 3 positions of 4 numbers
+    for group, basis in other.probes.basis.items():
+        assert torch.equal(basis[:, :3], few[group])
+        products = basis @ basis.transpose(1, 2)
+        assert torch.allclose(products, torch.diag_embed(products.diagonal(dim1=1, dim2=2).round()), atol=1e-10)
+        assert bool((products[:, :12, :12].diagonal(dim1=1, dim2=2) > 0.5).all())
+    size = sum(float(t.norm()) for t in other.probes.along().values())
+    rest = other.probes.replicate(Signs(2), 0)
+    assert sum(float(t.norm()) for t in rest.values()) < 1e-9 * size
 
 
 def test_several_uses_of_a_parameter_are_left_to_signs() -> None:
