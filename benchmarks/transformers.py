@@ -50,8 +50,10 @@ from hessdiag.graph import Linearisation
 from hessdiag.kernels.products import Products
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors, accumulate
+from hessdiag.methods.base import Aim
 from hessdiag.methods.hutchinson import probe
-from hessdiag.methods.pilot import balance_products, choose_probes
+from hessdiag.methods.noise import Choice, choose
+from hessdiag.methods.pilot import balance_products
 from hessdiag.methods.propagation import EXACT_COLUMNS
 from hessdiag.signs import Signs
 from hessdiag.store.files import write_bytes
@@ -234,6 +236,7 @@ PLANS: dict[str, Row] = {
     "Gauss-Newton by passes of its own": {"merged": False},
     "no products at outputs": {"probes": False},
     "no directions of products": {"probe_rank": False},
+    "no directions of signs": {"directions": 0},
     "with directions of signs": {"directions": 8},
     "no closed shares of norms and pairs": {"closed": False},
 }
@@ -282,8 +285,7 @@ class Pilot:
     """What a pilot chose, once for all plans."""
 
     balance: Mapping[int, float]
-    probes: Mapping[str, int]
-    probe_rank: int
+    choice: Choice
     seconds: float
 
 
@@ -294,8 +296,9 @@ def pilot(net: Trained) -> Pilot:
     balance = balance_products(linear, 0)
     linear.balance(balance)
     outer = linear.columns <= EXACT_COLUMNS
-    probes, rank = choose_probes(linear, 0, samples=linear.samples, ordered=True, outer=outer)
-    return Pilot(balance, probes, rank, time.perf_counter() - begun)
+    aim = Aim(replicates=ONCE, open=True)
+    choice = choose(linear, 0, samples=linear.samples, aim=aim, ordered=True, outer=outer)
+    return Pilot(balance, choice, time.perf_counter() - begun)
 
 
 def propagation(
@@ -306,7 +309,7 @@ def propagation(
     merged: bool = True,
     probes: bool = True,
     probe_rank: bool = True,
-    directions: int = 0,
+    directions: int | None = None,
     closed: bool = True,
 ) -> Callable[[int], Tensors]:
     """Set up, and what draws one replicate."""
@@ -316,17 +319,18 @@ def propagation(
         linear.balance(balance_products(linear, 0))  # part of the set-up
     if not closed:
         linear._rowed, linear._halves = {}, {}
-    propagator = Propagator(linear, probes=found.probes if probes else {})
+    choice = found.choice
+    propagator = Propagator(linear, probes=choice.probes if probes else {})
     columns = linear.columns <= EXACT_COLUMNS
     known = propagator.direct()
-    if probes and probe_rank and found.probe_rank:
-        propagator.probes.find(signs, found.probe_rank)
+    if probes and probe_rank and choice.probe_rank:
+        propagator.probes.find(signs, choice.probe_rank)
         accumulate(known, propagator.probes.along())
     apart: Tensors = {}
     accumulate(known, propagator.gauss_newton(apart) if columns else propagator.heads())
     accumulate(known, apart, -1.0)
-    if directions:
-        propagator.deflate(signs, directions)
+    if count := choice.deflate if directions is None else directions:
+        propagator.deflate(signs, count)
         accumulate(known, propagator.deflated())
 
     def draw(r: int) -> Tensors:
@@ -345,8 +349,9 @@ def plans(found: Pilot, wanted: Collection[str], *, columns: bool) -> dict[str, 
     """The pilot's and, of those `wanted`, all that differ from it."""
     same = {
         "Gauss-Newton by passes of its own": columns,
-        "no products at outputs": not found.probes,
-        "no directions of products": not found.probe_rank,
+        "no products at outputs": not found.choice.probes,
+        "no directions of products": not found.choice.probe_rank,
+        "no directions of signs": not found.choice.deflate,
     }
     return {plan: options for plan, options in PLANS.items() if not plan or (plan in wanted and not same.get(plan))}
 
@@ -388,8 +393,10 @@ def measure(name: str, settings: Settings, kept: Path | None = None, wanted: Col
         "zero": zero,
         "load": os.getloadavg()[0],
         "pilot": {
-            "products a replicate": dict(found_by_pilot.probes),
-            "directions": found_by_pilot.probe_rank,
+            "products a replicate": dict(found_by_pilot.choice.probes),
+            "directions": found_by_pilot.choice.probe_rank,
+            "directions of signs": found_by_pilot.choice.deflate,
+            "gain over Hutchinson": found_by_pilot.choice.hutchinson / found_by_pilot.choice.price,
             "seconds": found_by_pilot.seconds,
         },
         "hutchinson": {"seconds": median(base.seconds).value, "setup": base.setup},

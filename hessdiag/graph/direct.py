@@ -200,6 +200,16 @@ def find_direct(graph: Graph, owners: Mapping[Key, int], layers: Sequence[Layer]
     return found
 
 
+def junction(graph: Graph, layer: Layer) -> Key:
+    """Where a layer's output has become one summand: the last edge above it that only sums and moves lead to."""
+    edge: Edge = (layer.node, 0)
+    while True:
+        users = graph.consumers(edge[0])
+        if len(users) != 1 or not (_carries(users[0][0]) or _passes(graph, *users[0], edge)):
+            return edge_key(edge)
+        edge = (users[0][0], 0)
+
+
 def _passes(graph: Graph, node: Any, slot: int, edge: Edge) -> bool:
     """Whether `node` maps the value of `edge` entry by entry, affinely."""
     name = node.name()

@@ -13,7 +13,7 @@ product): x * sigmoid(x) written out costs no more than SiLU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NoReturn
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hessdiag.errors import NonFiniteError
-from hessdiag.graph.direct import Direct, Own, Rowed, carried, find_direct, find_own, find_rowed
+from hessdiag.graph.direct import Direct, Own, Rowed, carried, find_direct, find_own, find_rowed, junction
 from hessdiag.graph.layers import Layer
 from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape, is_leaf, short_name
 from hessdiag.graph.reading import Graph, detach_guard
@@ -78,7 +78,7 @@ class Linearisation:
                 outputs = objective.outputs(inputs, targets, index=index)
         self.outputs: Tensor = outputs
         detach_guard(self.outputs)
-        self.objective, self._targets = objective, targets
+        self.objective, self.targets = objective, targets
         self.samples = len(targets)
         self.graph = Graph(self.outputs, objective.parameters)
         self.layers: list[Layer] = self.graph.layers
@@ -188,6 +188,15 @@ class Linearisation:
             return cotangent
         return cotangent - seed.reshape(cotangent.shape) * direct.slope
 
+    def together(self, places: Collection[int]) -> list[tuple[int, ...]]:
+        """Layers told apart by where their outputs have become summands of one and the same tensor."""
+        layers = [*self.layers, *self.shared]
+        found: dict[Key, tuple[int, ...]] = {}
+        for place in sorted(places):
+            key = junction(self.graph, layers[place])
+            found[key] = (*found.get(key, ()), place)
+        return list(found.values())
+
     @property
     def rowed(self) -> dict[int, Rowed]:
         """By layer, sites that mix rows of which its share is closed."""
@@ -258,7 +267,7 @@ class Linearisation:
     def gradients(self, edges: Sequence[GradientEdge]) -> list[Tensor]:
         """dl/dt at `edges`, the loss summed over the batch, as functions that can be differentiated once more."""
         with torch.enable_grad():
-            _, losses = self.objective.loss.in_double(self.outputs, self._targets)
+            _, losses = self.objective.loss.in_double(self.outputs, self.targets)
             found = torch.autograd.grad([losses.sum()], list(edges), create_graph=True, allow_unused=True)
         return [
             torch.zeros(edge_shape((edge.node, edge.output_nr)), dtype=self.outputs.dtype, device=self.outputs.device)

@@ -9,133 +9,234 @@ For a layer a = J theta, J_n that of sample n, and H_n the Hessian of that sampl
     H_kk = sum_n E[ (J_n^T v)_k (J_n^T H_n v)_k ],   E[v v^T] = I on the range of J_n,
 
 v drawn for every sample by itself, though one product serves all samples, since these do not meet: that is what
-Hutchinson's own products, with one vector for the parameters of all samples, cannot do. Every such share holds the
-Gauss-Newton part, too.
+Hutchinson's own products, with one vector for the parameters of all samples, cannot do. Layers whose outputs are
+summands of one tensor - characters and their positions - share their products: v is on the outputs of all of them, and
+H_n is their joint Hessian. Every such share holds the Gauss-Newton part. A table that is the head besides comes with
+all of its mixed terms (hessdiag.kernels.tied).
 
-With Q_n an orthonormal basis of few directions (those of H_n times random vectors) and P = I - Q Q^T,
+With any Q_n and P = I - Q Q^T,
 
     H = Q Q^T H + H Q Q^T - Q (Q^T H Q) Q^T + P H P:
 
-all but the last is taken exactly, once, in two products a direction, and v becomes P v (after Hutch++: R. A. Meyer,
-C. Musco, C. Musco and D. P. Woodruff, 2021).
+all but the last is taken exactly, once, and a product becomes (J_n^T v)(J_n^T P H P v) (after Hutch++: R. A. Meyer,
+C. Musco, C. Musco and D. P. Woodruff, 2021). Q_n is an orthonormal basis of v, H v, H^2 v, ... for one random v, each
+held against all before it (Lanczos): the products that find a direction are those which its exact share needs, and one
+vector's Krylov space holds the largest eigenvalues of either sign early (R. A. Meyer, C. Musco and C. Musco, 2024).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from hessdiag.errors import UncoveredModelError
 from hessdiag.graph import LayerKind, Linearisation
-from hessdiag.kernels.deflation import orthonormal
 from hessdiag.kernels.products import once_more
 from hessdiag.kernels.tensors import Tensors, accumulate_new
+from hessdiag.kernels.tied import Tied
 from hessdiag.signs import Signs
 
 PROBES, FOUND = 3, 4  # streams of signs
+DIRECTIONS = "directions at outputs"
+"""Where a batch keeps what was found of them, by group, until their exact shares are taken: a pilot's serve again."""
+Group = tuple[int, ...]
+"""Places of layers that share their products."""
 
 
 class Probes:
     """Some layers of one linearised batch, by their place: `counts[place]` products a replicate."""
 
     def __init__(
-        self, batch: Linearisation, squares: Mapping[int, LayerKind], counts: Mapping[int, int], *, start: int
+        self,
+        batch: Linearisation,
+        squares: Mapping[int, LayerKind],
+        counts: Mapping[int, int],
+        *,
+        start: int,
+        tied: Mapping[int, Tied] | None = None,
     ) -> None:
         self.batch, self.counts, self.start = batch, dict(counts), start
-        self.squares = squares
-        self.basis: dict[int, Tensor] = {}
-        """By layer [samples, directions, entries of its output], orthonormal: what `find` found."""
+        self.squares, self.tied = squares, dict(tied or {})
+        self.groups: list[Group] = [
+            group
+            for count in sorted(set(counts.values()))
+            for group in batch.together([place for place in counts if counts[place] == count])
+        ]
+        self.basis: dict[Group, Tensor] = {}
+        """By group [samples, directions, entries of its outputs]: what `find` found."""
+        self._turned: dict[Group, Tensor] = {}  # H times these, until `along` has been asked
+        self._stretch = {place: squares[place].stretch() for place in counts}
         self._edges = {place: squares[place].layer.edge for place in counts}
-        self._gradients: dict[int, Tensor] = {}
-        if counts:
+        self._gradients: dict[GradientEdge, Tensor] = {}
+        edges = [*self._edges.values(), *(edge for one in self.tied.values() for edge in one.edges)]
+        if edges:
             with once_more():
-                self._gradients = dict(zip(counts, batch.gradients(list(self._edges.values()))))
+                self._gradients = dict(zip(edges, batch.gradients(edges)))
 
     def check(self, signs: Signs) -> None:
         """Refuse a layer whose output does not hold the samples in order along its first axis, by two products."""
         half = torch.arange(self.batch.samples) < (self.batch.samples + 1) // 2
-        for place, gradient in self._gradients.items():
-            v = self._vector(place, signs, FOUND, 0)
+        for group in self.groups:
+            v = self._drawn(group, self._signs(group, signs, FOUND, 0))
             kept = half.to(v)[:, None]
-            whole, part = (self._flat(self._hessian(place, u)) for u in (v, self._shaped(place, self._flat(v) * kept)))
-            if float((part - whole * kept).norm()) > torch.finfo(gradient.dtype).eps ** 0.5 * float(whole.norm()):
+            whole, part = self._hessian(group, v), self._hessian(group, v * kept)
+            if float((part - whole * kept).norm()) > torch.finfo(v.dtype).eps ** 0.5 * float(whole.norm()):
+                names = " or ".join(repr(self.squares[place].layer.name) for place in group)
                 raise UncoveredModelError(
-                    f"{self.squares[place].layer.name!r}: between it and the loss the samples do not stay in order "
-                    "along the first axis, so no product belongs to one sample; give a plan without probes"
+                    f"{names}: between it and the loss the samples do not stay in order along the first axis, so no "
+                    "product belongs to one sample; give a plan without probes"
                 )
 
     def find(self, signs: Signs, rank: int) -> None:
-        """So many directions per sample and layer, for `replicate` to leave out."""
-        for place in self.counts:
-            rows = [self._hessian(place, self._vector(place, signs, FOUND, number)) for number in range(rank)]
-            basis = [torch.stack([self.squares[place].onto(row).reshape(self.batch.samples, -1) for row in rows], 1)]
-            for _ in range(2):  # twice, since squared condition numbers cost half the digits
-                basis = orthonormal(basis, None)
-            self.basis[place] = basis[0]
+        """So many directions per sample for `replicate` to leave out; those found before are the first of them."""
+        kept = self.batch.kept.setdefault(DIRECTIONS, {})
+        for group in self.groups:
+            seed, known, answers = kept.get(group, (None, None, None))
+            if seed != (signs.seed, self.start):
+                known = answers = None
+            if known is None or known.shape[1] < rank:
+                known, answers = self._longer(group, signs, rank, known, answers)
+                kept[group] = (signs.seed, self.start), known, answers
+            self.basis[group], self._turned[group] = known[:, :rank], answers[:, :rank]
+
+    def _longer(
+        self, group: Group, signs: Signs, rank: int, known: Tensor | None, answers: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Directions beyond those known, and H times them."""
+        v = self._drawn(group, self._signs(group, signs, FOUND, 0))
+        basis, turned = (v.new_zeros(len(v), rank, v.shape[1]) for _ in range(2))
+        first = 0
+        if known is not None and answers is not None:
+            first = known.shape[1]
+            basis[:, :first], turned[:, :first], v = known, answers, answers[:, -1]
+        for number in range(first, rank):
+            basis[:, number] = _fresh(basis[:, :number], v)
+            turned[:, number] = v = self._hessian(group, basis[:, number])
+        return basis, turned
 
     def along(self) -> Tensors:
-        """What the directions give: exact."""
+        """What the directions give: exact. Asked once."""
         out: Tensors = {}
-        for place, basis in self.basis.items():
-            turned = torch.stack([self._flat(self._hessian(place, self._shaped(place, q))) for q in basis.unbind(1)], 1)
-            inner = turned @ basis.transpose(1, 2)  # [samples, i, j]: q_i H q_j
-            right = 2.0 * turned - inner @ basis
+        for group, turned in self._turned.items():
+            basis = self.basis[group]
+            inner = turned @ basis.transpose(1, 2)  # [samples, i, j]: (H q_i) q_j
+            right = torch.baddbmm(turned, inner, basis, beta=2.0, alpha=-1.0)
             for q, h in zip(basis.unbind(1), right.unbind(1)):
-                self._product(place, self._shaped(place, q), self._shaped(place, h), out)
+                self._product(group, q, h, out)
+        self._turned = {}
+        self.batch.kept.pop(DIRECTIONS, None)
         return out
 
     def replicate(self, signs: Signs, replicate: int) -> Tensors:
         """One unbiased replicate of the layers' whole diagonals beyond `along`."""
         out: Tensors = {}
-        for place, count in self.counts.items():
+        for group in self.groups:
+            count = self.counts[group[0]]
             for number in range(count):
-                v = self._vector(place, signs, PROBES, replicate, number)
-                accumulate_new(out, self.beyond(place, v), 1.0 / count)
+                drawn = self._signs(group, signs, PROBES, replicate, number)
+                accumulate_new(out, self.beyond(group, drawn), 1.0 / count)
         return out
 
-    def beyond(self, place: int, v: Tensor) -> Tensors:
-        """The same of one layer for a given vector on its output; summed over all unit vectors it is exact."""
-        basis = self.basis.get(place)
-        v = self.squares[place].onto(v)
-        if basis is not None:
-            v = self._across(place, basis, v)
-        h = self._hessian(place, v)
+    def beyond(self, group: Group, v: Tensor) -> Tensors:
+        """The same of one group for given signs [samples, entries]; summed over all unit vectors in their place it is
+        exact.
+        """
+        basis = self.basis.get(group)
+        v = self._drawn(group, v)
+        h = self._hessian(group, v if basis is None else _across(basis, v))
         out: Tensors = {}
-        self._product(place, v, h if basis is None else self._across(place, basis, h), out)
+        self._product(group, v, h if basis is None else _across(basis, h), out)
         return out
 
-    def _vector(self, place: int, signs: Signs, *parts: int) -> Tensor:
-        """Signs on the layer's output."""
-        gradient, samples = self._gradients[place], self.batch.samples
-        shape = torch.Size((samples, gradient.numel() // samples))
-        return self._shaped(place, signs.samples(shape, self.start, *parts, place, dtype=gradient.dtype))
+    def entries(self, group: Group) -> list[int]:
+        """Per layer, how many its output has for one sample."""
+        return [self.squares[place].out.numel() // self.batch.samples for place in group]
 
-    def _hessian(self, place: int, v: Tensor) -> Tensor:
-        """H v at the layer's output, every sample's own."""
-        gradient = self._gradients[place]
-        if not gradient.requires_grad:
+    def _signs(self, group: Group, signs: Signs, *parts: int) -> Tensor:
+        """Signs on the layers' outputs."""
+        dtype = self._gradients[self._edges[group[0]]].dtype
+        shapes = [torch.Size((self.batch.samples, size)) for size in self.entries(group)]
+        drawn = [signs.samples(shape, self.start, *parts, place, dtype=dtype) for place, shape in zip(group, shapes)]
+        return torch.cat(drawn, 1)
+
+    def _hessian(self, group: Group, v: Tensor) -> Tensor:
+        """H v at the layers' outputs, every sample's own, brought onto the same."""
+        given = dict(zip(group, self._split(group, v, 1)))
+        roots: list[Any] = [self._gradients[self._edges[place]] for place in given]
+        wanted: list[Any] = [self._edges[place] for place in given]
+        cotangents = list(given.values())
+        heads = [(place, self.tied[place]) for place in given if place in self.tied]
+        moved, inputs = list[Tensor](), list[Tensor]()
+        for place, one in heads:
+            output, input_ = one.edges
+            outwards, inwards = one.forward(given[place], self._gradients[output])
+            roots += [self._gradients[output], input_]
+            cotangents += [outwards, inwards]
+            wanted.append(output)
+            moved.append(outwards)
+            inputs.append(self._gradients[input_])
+        live = [n for n, root in enumerate(roots) if isinstance(root, GradientEdge) or root.requires_grad]
+        if not live:
             return torch.zeros_like(v)
         with once_more():
-            found = torch.autograd.grad([gradient], [self._edges[place]], [v], retain_graph=True, allow_unused=True)[0]
-        return torch.zeros_like(v) if found is None else found.detach()
+            found = torch.autograd.grad(
+                [roots[n] for n in live],
+                [*wanted, *inputs],
+                [cotangents[n] for n in live],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        parts = {p: torch.zeros_like(part) if f is None else f.detach() for (p, part), f in zip(given.items(), found)}
+        for (place, one), along, outputs, pulled in zip(heads, moved, found[len(given) :], found[len(wanted) :]):
+            back = one.back(outputs, pulled, along, self._gradients[one.edges[0]])
+            parts[place] = parts[place] + back.reshape(parts[place].shape)
+        rows = [self._stretched(place, self.squares[place].onto(part), 1) for place, part in parts.items()]
+        return torch.cat([self._flat(row) for row in rows], 1)
 
-    def _across(self, place: int, basis: Tensor, v: Tensor) -> Tensor:
-        flat = self._flat(v)
-        return self._shaped(place, flat - ((basis @ flat[:, :, None]).transpose(1, 2) @ basis)[:, 0])
-
-    def _product(self, place: int, left: Tensor, right: Tensor, out: Tensors) -> None:
+    def _product(self, group: Group, left: Tensor, right: Tensor, out: Tensors) -> None:
         """Add sum_n (J_n^T left)(J_n^T right), as a difference of squares of halves of one size."""
-        sizes = [torch.linalg.vector_norm(self._flat(t), dim=1) for t in (left, right)]
-        lam = torch.where(sizes[0] * sizes[1] > 0, sizes[1] / sizes[0], 1.0).sqrt()
-        lam = lam.nan_to_num(1.0, 1.0, 1.0).reshape(-1, 1)
-        a, b = self._flat(left) * lam, self._flat(right) / lam
-        for sign in (1.0, -1.0):
-            accumulate_new(out, self.squares[place].summed(self._shaped(place, (a + sign * b) / 2.0)), sign)
+        for place, one, other in zip(group, self._split(group, left, -1), self._split(group, right, -1)):
+            sizes = [torch.linalg.vector_norm(self._flat(t), dim=1) for t in (one, other)]
+            lam = torch.where(sizes[0] * sizes[1] > 0, sizes[1] / sizes[0], 1.0).sqrt()
+            lam = lam.nan_to_num(1.0, 1.0, 1.0).reshape(-1, 1)
+            a, b = self._flat(one) * lam, self._flat(other) / lam
+            for sign in (1.0, -1.0):
+                half = ((a + sign * b) / 2.0).reshape(one.shape)
+                accumulate_new(out, self.squares[place].summed(half), sign)
+
+    def _drawn(self, group: Group, signs: Tensor) -> Tensor:
+        """Signs as vectors of the space in which products are taken."""
+        parts = zip(group, self._split(group, signs, 0))
+        return torch.cat([self._flat(self.squares[place].drawn(part)) for place, part in parts], 1)
+
+    def _split(self, group: Group, v: Tensor, power: int) -> list[Tensor]:
+        """A vector on each layer's output, in its shape, and stretched so often."""
+        parts = zip(group, torch.split(v, self.entries(group), 1))
+        return [self._stretched(place, part.reshape(self.squares[place].out), power) for place, part in parts]
+
+    def _stretched(self, place: int, v: Tensor, power: int) -> Tensor:
+        factor = self._stretch[place]
+        return v if factor is None or not power else (v * factor if power > 0 else v / factor)
 
     def _flat(self, t: Tensor) -> Tensor:
         return t.reshape(self.batch.samples, -1)
 
-    def _shaped(self, place: int, t: Tensor) -> Tensor:
-        return t.reshape(self.squares[place].out)
+
+def _across(basis: Tensor, v: Tensor) -> Tensor:
+    """v without what it has along the basis, sample by sample."""
+    return v - ((basis @ v[:, :, None]).transpose(1, 2) @ basis)[:, 0]
+
+
+def _fresh(basis: Tensor, v: Tensor) -> Tensor:
+    """The unit vector along what v adds to the basis; zero of a sample to which it adds nothing."""
+    size = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    q = v / torch.where(size > 0, size, 1.0)
+    for _ in range(2):
+        q = _across(basis, q)
+    size = torch.linalg.vector_norm(q, dim=1, keepdim=True)
+    floor = 1e2 * torch.finfo(v.dtype).eps
+    return torch.where(size > floor, q / torch.where(size > floor, size, 1.0), 0.0).nan_to_num(0.0, 0.0, 0.0)

@@ -26,7 +26,7 @@ the Hessian at their outputs are left to these: `probes` (hessdiag.kernels.probe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from hessdiag.graph import Layer, LayerKind, Linearisation, Site, edge_shape, vi
 from hessdiag.kernels.deflation import Deflation, deflation
 from hessdiag.kernels.probes import Probes
 from hessdiag.kernels.tensors import Tensors, accumulate, accumulate_new, zeros
+from hessdiag.kernels.tied import Tied
 from hessdiag.kernels.uses import Uses
 from hessdiag.signs import Signs
 
@@ -75,7 +76,11 @@ class Propagator:
         _ = batch.direct, batch.heads  # read before any pass
         found = self.probed(batch) if probes else []
         chosen = {place: (probes or {})[layer.name] for place, layer in found if layer.name in (probes or {})}
-        self.probes = Probes(batch, {place: self.layer(place) for place in chosen}, chosen, start=start)
+        heads = self._heads_of(chosen)
+        tied = {place: Tied(self.layer(place), self.layer(head)) for place, head in heads.items()}
+        self._tied = {head: str(self.layer(head).layer.weight) for head in heads.values()}
+        """By place of the head, tables of which nothing is left to signs: closed in the head, products for the rest."""
+        self.probes = Probes(batch, {place: self.layer(place) for place in chosen}, chosen, start=start, tied=tied)
 
     @staticmethod
     def probed(batch: Linearisation) -> list[tuple[int, Layer]]:
@@ -88,6 +93,16 @@ class Propagator:
         layers = [(n, one) for n, one in enumerate([*batch.layers, *batch.shared]) if n not in batch.heads]
         uses = Counter(key for _, layer in layers for key in layer.own)
         return [(n, one) for n, one in layers if not computed & set(one.own) and all(uses[k] == 1 for k in one.own)]
+
+    def _heads_of(self, chosen: Collection[int]) -> dict[int, int]:
+        """By place of a look-up that products serve: that of the one head which applies the same table."""
+        found = {}
+        for place in chosen:
+            layers = [*self.batch.layers, *self.batch.shared]
+            others = [n for n, one in enumerate(layers) if n != place and set(one.own) & set(layers[place].own)]
+            if len(others) == 1 and Tied.serves(self.layer(place), self.layer(others[0])):
+                found[place] = others[0]
+        return found
 
     def direct(self) -> Tensors:
         """The functional part's share of the sites that each layer feeds directly: exact, no pass at all."""
@@ -129,6 +144,12 @@ class Propagator:
         With `outer` the Gauss-Newton part beyond its `heads` as well: merged into the same passes, it costs none. Of
         layers that products serve it is there in any case, beyond `probes.along`.
         """
+        out = self.signed(signs, replicate, outer=outer)
+        accumulate(out, self.probes.replicate(signs, replicate))
+        return out
+
+    def signed(self, signs: Signs, replicate: int, *, outer: bool = False) -> Tensors:
+        """What of it is left to signs."""
         samples = self.batch.samples
         drawn = []
         for number, site in enumerate(self.batch.sites):
@@ -136,9 +157,7 @@ class Propagator:
             shape = torch.Size((owners, site.c.numel() // owners))
             dtype = site.c.dtype if self._small or self.deflation is not None else torch.int8
             drawn.append(signs.samples(shape, self.start, replicate, FUNCTIONAL, number, dtype=dtype))
-        out = self.beyond(drawn, self._columns(signs, replicate) if outer else None)
-        accumulate(out, self.probes.replicate(signs, replicate))
-        return out
+        return self.beyond(drawn, self._columns(signs, replicate) if outer else None)
 
     def beyond(self, drawn: Sequence[Tensor], outer: Tensor | None = None) -> Tensors:
         """The same for given signs, shaped like the sites, and `outer`, those of the columns of the loss's factor.
@@ -231,14 +250,19 @@ class Propagator:
                 self._roots[sign] = roots
         left: list[Tensor | None] = []
         right: list[Tensor | None] = []
-        for site, root, s in zip(self.batch.sites, roots, drawn):
+        for number, (site, root, s) in enumerate(zip(self.batch.sites, roots, drawn)):
             seed: Tensor | None = None
-            if root is not None:
+            if root is not None and self._crossed(number) not in self._tied:
                 seed = root * s.reshape(root.shape) if self._small else root.mul_(s.reshape(root.shape))
             pair = seed is not None and bool(site.right)
             left.append(seed * site.lam if seed is not None and pair else seed)
             right.append(seed * site.c.sign().mul_(sign / site.lam) if seed is not None and pair else None)
         return left, right
+
+    def _crossed(self, number: int) -> int | None:
+        """The place of the layer whose own bilinear term a site is."""
+        place = self.batch.crossing.get(number)
+        return None if place is None else place + len(self.squares)
 
     def _root(self, site: Site, sign: int) -> Tensor | None:
         """sqrt(max(+-c, 0)), of a pair sqrt|c| / 2."""
@@ -267,10 +291,10 @@ class Propagator:
         own = self.batch.own(pulls)
 
         def square(place: int, delta: Tensor) -> None:
-            if place in self.probes.counts:
+            if place in self.probes.counts and place not in self.probes.tied:
                 self._probed(place, delta.detach(), out, apart, sign)
-            elif heads and place in self.batch.heads and place >= len(self.squares):
-                accumulate(out, self.layer(place).summed(delta.detach()), -sign)
+            elif place >= len(self.squares) and (heads or apart is not None) and place in self.batch.heads:
+                self._head_alone(place, delta.detach(), out if heads else None, apart, sign)
             elif heads and place in self.batch.heads:
                 return
             if place >= len(self.squares):
@@ -283,7 +307,11 @@ class Propagator:
 
         visit(self.batch, pulls, output_seed, square)
         if self.batch.shared:
-            accumulate(out, self.uses.squared(shared, right), sign)
+            tables = set(self._tied.values())
+            found = self.uses.squared(shared, right, without=tables if apart is None else set())
+            accumulate(out, found, sign)
+            if apart is not None:
+                accumulate_new(apart, {name: square for name, square in found.items() if name in tables}, sign)
             accumulate(out, self._free_squares(seeds, right), sign)
 
     def _probed(self, place: int, delta: Tensor, out: Tensors, apart: Tensors | None, sign: float) -> None:
@@ -298,6 +326,17 @@ class Propagator:
             accumulate_new(apart, found, sign)
         if apart is None or not shared:
             accumulate(out, found, -sign if apart is None else sign)
+
+    def _head_alone(self, place: int, delta: Tensor, out: Tensors | None, apart: Tensors | None, sign: float) -> None:
+        """Take off the square that a pass holds of the head's use alone, whose share is closed. Of a table that
+        products serve there is none unless it is told apart.
+        """
+        table = self._tied.get(place)
+        for name, found in self.layer(place).summed(delta).items():
+            if name == table and apart is not None:
+                accumulate_new(apart, {name: found}, -sign)
+            if out is not None and (name != table or apart is not None):
+                accumulate(out, {name: found}, -sign)
 
     def _free_squares(self, seeds: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensors:
         """What the sites of the free side give: squares of one gradient, which no sample shares."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,13 +43,13 @@ class Uses:
         shared = {name for layer in batch.shared for key in layer.own for name in self.known[key].names}
         self.parameters = {name: p for name, p in batch.objective.parameters.items() if name in shared}
 
-    def squared(self, deltas: Mapping[int, Tensor], right: Seeds) -> Tensors:
+    def squared(self, deltas: Mapping[int, Tensor], right: Seeds, *, without: Collection[str] = ()) -> Tensors:
         """{parameter: sum over samples of its squared gradient} for cotangents of the shared layers, by their place.
 
-        `right` are the seeds of the second halves of pairs, site by site.
+        `right` are the seeds of the second halves of pairs, site by site. `without` names what is not asked for.
         """
         out: Tensors = {}
-        for gradients in self._chunks(deltas, right):
+        for gradients in self._chunks(deltas, right, without):
             for name, each in gradients.items():
                 square = each.square_().sum(0)
                 out[name] = square if name not in out else out[name].add_(square)
@@ -60,17 +60,17 @@ class Uses:
         parts = list(self._chunks(deltas, right))
         return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
-    def _chunks(self, deltas: Mapping[int, Tensor], right: Seeds) -> Iterator[Tensors]:
+    def _chunks(self, deltas: Mapping[int, Tensor], right: Seeds, without: Collection[str] = ()) -> Iterator[Tensors]:
         """Gradients of some samples at a time, as many as fit into memory; those of Linear uses in one product."""
         factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
         rest: list[tuple[LayerKind, Tensor]] = []
         halves: list[tuple[str, Half, Tensor]] = []
         for place, delta in deltas.items():
             layer = self._factored[place]
-            if layer is not None and layer.layer.weight:
+            if layer is not None and layer.layer.weight and layer.layer.weight not in without:
                 factors.setdefault(layer.layer.weight, []).append(layer.factors(delta))
             other = self._rest[place]
-            if other is not None:
+            if other is not None and not set(other.layer.own) <= set(without):
                 rest.append((other, delta))
         for number, place in self.batch.crossing.items():
             seed, half = right[number], self.batch.sites[number].right[0][1]
@@ -79,6 +79,8 @@ class Uses:
             key = self.batch.shared[place].weight
             assert isinstance(half, Half)
             assert key is not None
+            if key in without:
+                continue
             if self._factored[place] is not None:
                 factors.setdefault(key, []).append(half.factors(seed))
             else:

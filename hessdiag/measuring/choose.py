@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from hessdiag.errors import AuditError, BudgetError, ResumeError, UncoveredModelError
@@ -28,7 +29,10 @@ def decide(case: Case, method: str, aim: Aim, *, audit_model: bool) -> tuple[Pla
             _require_covered(case)
             wanted, reason = _cheapest(case)
             checked = _audited(case, wanted) if audit_model else None
-            return METHODS[wanted].plan(case, aim, reason), checked
+            plan = METHODS[wanted].plan(case, replace(aim, open=True), reason)
+            if plan.method != wanted and audit_model:
+                checked = _audited(case, plan.method)
+            return plan, checked
         except (UncoveredModelError, AuditError) as error:
             wanted, reason = FALLBACK, f"the site identity does not serve here: {error}"
     checked = _audited(case, wanted) if audit_model else None

@@ -33,10 +33,11 @@ HELD = 1 << 24
 
 @dataclass(frozen=True)
 class Aim:
-    """What a plan is made for: a norm within `rtol`, or the mean of so many `replicates`."""
+    """What a plan is made for: a norm within `rtol`, or the mean of so many `replicates`; `open` to another method."""
 
     rtol: float = 0.05
     replicates: int | None = None
+    open: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,10 @@ class Method:
         return Forecast(self.name, None, case.survey.batches)
 
     def plan(self, case: Case, aim: Aim, reason: str) -> Plan:
-        """The plan for `case` and `aim`, by a pilot where there is a choice; `reason` says why this method."""
+        """The plan for `case` and `aim`, by a pilot where there is a choice; `reason` says why this method.
+
+        Where the aim is open, that of another method may come instead, if the pilot predicts that it takes less time.
+        """
         from hessdiag.methods.plan import Plan, at_once, replicate_groups
 
         groups, together = replicate_groups(case.objective.size), at_once(case)

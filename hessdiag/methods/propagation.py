@@ -5,6 +5,7 @@ The passes are those of `hessdiag.kernels.propagator`. The Gauss-Newton part is 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from hessdiag.graph import Linearisation, edge_shape
 from hessdiag.graph.nodes import graph_bytes
 from hessdiag.kernels import exact_batch as exact
 from hessdiag.kernels.deflation import Deflation
+from hessdiag.kernels.probes import Group
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors, accumulate
 from hessdiag.methods.base import (
@@ -27,8 +29,10 @@ from hessdiag.methods.base import (
     Method,
     Tell,
     Work,
+    find,
 )
 from hessdiag.methods.batches import Numbered, fingerprint
+from hessdiag.methods.noise import PAYS, choose
 from hessdiag.methods.pilot import (
     DEFLATE_BYTES,
     DEFLATE_LEAST,
@@ -37,8 +41,6 @@ from hessdiag.methods.pilot import (
     affordable_rank,
     balance_products,
     choose_groups,
-    choose_probes,
-    choose_rank,
     direction_bytes,
     rounding,
 )
@@ -69,7 +71,7 @@ class _Batches(Work):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self._deflations: dict[int, tuple[Tensor, Deflation | None, dict[int, Tensor]]] = {}
+        self._deflations: dict[int, tuple[Tensor, Deflation | None, dict[Group, Tensor]]] = {}
         """Directions by the first sample, with the fingerprints of the batch."""
 
     def known(self, batch: Numbered, tell: Tell) -> dict[str, Tensors]:
@@ -171,20 +173,11 @@ class Propagation(Method):
         ordered = case.survey.checked and not case.survey.shuffled  # the samples are known to come in one order
         samples = case.survey.samples
         outer = gauss_newton == "exact"
-        probes, probe_rank = choose_probes(
-            batch, case.seed, samples=samples, ordered=ordered, groups=chosen, outer=outer
-        )
-        rank = 0
-        if ordered:
-            rank = choose_rank(
-                batch,
-                case.seed,
-                samples=samples,
-                aim=aim,
-                groups=chosen,
-                outer=outer,
-                probes=probes,
-            )
+        found = choose(batch, case.seed, samples=samples, aim=aim, ordered=ordered, groups=chosen, outer=outer)
+        if found.hutchinson * PAYS < found.price:
+            gain = found.price / found.hutchinson
+            reason = f"{reason}; but Hutchinson's replicates are quieter here, {gain:.1f} times at equal time (pilot)"
+            return find("hutchinson").plan(case, replace(aim, open=False), reason)
         return Plan(
             self.name,
             gauss_newton,
@@ -192,10 +185,10 @@ class Propagation(Method):
             together,
             chosen,
             balance,
-            rank,
+            found.deflate,
             reason=reason,
-            probes=probes,
-            probe_rank=probe_rank,
+            probes=found.probes,
+            probe_rank=found.probe_rank,
         )
 
     def check(self, case: Case, plan: Plan) -> None:

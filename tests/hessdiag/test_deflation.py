@@ -20,7 +20,8 @@ from hessdiag.graph import Linearisation
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import accumulate
 from hessdiag.methods.base import Aim
-from hessdiag.methods.pilot import DEFLATE, DEFLATE_LEAST, choose_rank, product_moments, replicates_needed
+from hessdiag.methods.noise import choose
+from hessdiag.methods.pilot import DEFLATE, DEFLATE_LEAST, product_moments, replicates_needed
 from hessdiag.methods.plan import Plan
 from hessdiag.signs import Signs
 
@@ -148,14 +149,18 @@ def test_a_measurement_deflates_and_any_cut_into_batches_gives_the_same(size: in
 
 def test_the_pilot_deflates_noisy_nets_and_leaves_quiet_ones_and_shuffled_data_alone() -> None:
     model, x, y, propagator = prepared("residual", n=12)
-    assert choose_rank(propagator.batch, 0, samples=12, aim=Aim(rtol=1e-3)) == DEFLATE
-    assert choose_rank(propagator.batch, 0, samples=12, aim=Aim(rtol=5.0)) == 0  # ten replicates do
-    assert choose_rank(propagator.batch, 0, samples=10**7, aim=Aim(rtol=1e-3)) == 0  # no memory for so many
-    few, many = (choose_rank(propagator.batch, 0, samples=12, aim=Aim(replicates=r)) for r in (16, 100))
-    assert DEFLATE_LEAST <= few < many == DEFLATE
+
+    def rank(batch: Linearisation, samples: int, aim: Aim) -> int:
+        return choose(batch, 0, samples=samples, aim=aim, ordered=True).deflate
+
+    assert rank(propagator.batch, 12, Aim(rtol=1e-3)) == DEFLATE
+    assert rank(propagator.batch, 12, Aim(rtol=5.0)) == 0  # ten replicates do
+    assert rank(propagator.batch, 10**7, Aim(rtol=1e-3)) == 0  # no memory for so many
+    few, many = (rank(propagator.batch, 12, Aim(replicates=r)) for r in (16, 100))
+    assert DEFLATE_LEAST <= few <= many == DEFLATE
     relu = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
     quiet = Linearisation(hd.Objective(relu), torch.randn(4, 5, dtype=torch.float64), y[:4])
-    assert choose_rank(quiet, 0, samples=4, aim=Aim()) == 0
+    assert rank(quiet, 4, Aim()) == 0
 
     class Shuffled:
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -23,7 +23,7 @@ from hessdiag.graph import Linearisation, chunks
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import accumulate
 from hessdiag.methods.base import Aim
-from hessdiag.methods.pilot import choose_rank
+from hessdiag.methods.noise import choose
 from hessdiag.methods.plan import Plan
 from hessdiag.signs import Signs
 
@@ -227,8 +227,8 @@ def test_what_cancels_in_rounding_is_refused_or_left_to_signs() -> None:
     with pytest.raises(ConfigurationError, match="deflate=0"):
         hd.measure(objective, [(x, y)], plan=Plan("propagation", balance={0: 1e4}, deflate=8), audit_model=False)
     far, near = (Linearisation(objective, x, y, balance={0: lam}) for lam in (1e4, 1.0))
-    assert choose_rank(far, 0, samples=12, aim=Aim(rtol=1e-4)) == 0
-    assert choose_rank(near, 0, samples=12, aim=Aim(rtol=1e-4)) > 0
+    assert choose(far, 0, samples=12, aim=Aim(rtol=1e-4), ordered=True).deflate == 0
+    assert choose(near, 0, samples=12, aim=Aim(rtol=1e-4), ordered=True).deflate > 0
     twin = hd.Objective(model.double())
     plan = Plan("propagation", balance={0: 1e4}, deflate=8)
     found = hd.measure(twin, [(x.double(), y)], plan=plan, max_replicates=12, audit_model=False)
@@ -279,7 +279,7 @@ def test_without_a_double_backward_directions_are_left_out_or_refused_in_one_lin
     model = nn.Sequential(model, nn.Linear(4, 3)).double()
     x, y = data(6, 5)
     linear = Linearisation(hd.Objective(model), x, y)
-    assert choose_rank(linear, 0, samples=6, aim=Aim(rtol=1e-4)) == 0
+    assert choose(linear, 0, samples=6, aim=Aim(rtol=1e-4), ordered=True).deflate == 0
     with pytest.raises(UncoveredModelError, match=r"hardsigmoid.*deflate=0"):
         Propagator(linear).deflate(Signs(0), 2)
 
@@ -289,7 +289,7 @@ def test_sites_that_do_not_follow_the_samples_are_never_deflated() -> None:
     model = seeded(SamplesSecond)
     x, y = data(3, 4, 5)
     linear = Linearisation(hd.Objective(model), x, y)
-    assert choose_rank(linear, 0, samples=3, aim=Aim(rtol=1e-4)) == 0
+    assert choose(linear, 0, samples=3, aim=Aim(rtol=1e-4), ordered=True).deflate == 0
     with pytest.raises(UncoveredModelError, match="in order"):
         Propagator(linear).deflate(Signs(0), 2)
     with pytest.raises(hd.errors.HessdiagError):

@@ -19,7 +19,8 @@ from hessdiag.graph import Linearisation
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors, accumulate
 from hessdiag.methods import Plan, reference
-from hessdiag.methods.pilot import PROBE_REPLICATES, _spread, choose_probes
+from hessdiag.methods.base import Aim
+from hessdiag.methods.noise import FEW, choose, spread
 from hessdiag.signs import Signs
 
 
@@ -69,12 +70,12 @@ def in_the_mean(propagator: Propagator, *, merged: bool) -> Tensors:
     """What is known and, for every random vector, the sum over all unit vectors in its place."""
     batch, probes = propagator.batch, propagator.probes
     out = beyond_in_the_mean(propagator)
-    for place in probes.counts:
-        entries = propagator.probes.squares[place].out.numel() // batch.samples
+    for group in probes.groups:
+        entries = sum(probes.entries(group))
         for entry in range(entries):
             v = torch.zeros(batch.samples, entries, dtype=batch.outputs.dtype)
             v[:, entry] = 1
-            accumulate(out, probes.beyond(place, v.reshape(probes.squares[place].out)))
+            accumulate(out, probes.beyond(group, v))
     for part in (propagator.direct(), probes.along()):
         accumulate(out, part)
     if not merged:
@@ -91,7 +92,7 @@ def in_the_mean(propagator: Propagator, *, merged: bool) -> Tensors:
     return out
 
 
-@pytest.mark.parametrize("probes", [{}, {"embed": 1, "position": 1, "up": 1}], ids=len)
+@pytest.mark.parametrize("probes", [{}, {"embed": 1, "position": 1, "up": 1}, {"embed": 1, "up": 2}], ids=len)
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_unit_vectors_in_the_place_of_all_that_is_random_are_p_products(
@@ -119,10 +120,13 @@ def test_padding_is_no_parameter() -> None:
     close(in_the_mean(propagator, merged=True), truth, outer, 1e-12)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("parts", [True, False])
 @pytest.mark.parametrize("gauss_newton", ["exact", "signs"])
-def test_a_measurement_by_such_a_plan_has_the_parts_it_was_asked_for(gauss_newton: str, parts: bool) -> None:
-    model, x, y = language()
+def test_a_measurement_by_such_a_plan_has_the_parts_it_was_asked_for(
+    gauss_newton: str, parts: bool, tied: bool
+) -> None:
+    model, x, y = language(tied=tied)
     objective, count = hd.Objective(model), 100
     plan = Plan("propagation", gauss_newton, probes={"embed": 1, "position": 2}, probe_rank=1, parts=parts)
     found = hd.diagonal(objective, [(x, y)], plan=plan, replicates=count)
@@ -140,14 +144,14 @@ def test_a_measurement_by_such_a_plan_has_the_parts_it_was_asked_for(gauss_newto
 
 
 def test_the_pilot_takes_products_where_a_small_table_meets_a_layernorm() -> None:
-    for spread, expected in ((0.02, True), (3.0, False)):
+    for size, expected in ((0.02, True), (3.0, False)):
         torch.manual_seed(0)
-        model = Language(16, 12, 24, spread=spread)
+        model = Language(16, 12, 24, spread=size)
         x = torch.randint(0, 12, (8, 25))
         batch = Linearisation(hd.Objective(model), x[:, :-1], x[:, 1:])
-        chosen = [choose_probes(batch, 0, samples=8, ordered=True, outer=False) for _ in range(2)]
+        chosen = [choose(batch, 0, samples=8, aim=Aim(), ordered=True, outer=False) for _ in range(2)]
         assert chosen[0] == chosen[1]
-        assert ("embed" in chosen[0][0]) == expected, (spread, chosen)
+        assert ("embed" in chosen[0].probes) == expected, (size, chosen)
 
 
 def test_a_measurement_takes_them_by_itself_and_is_right() -> None:
@@ -182,7 +186,7 @@ def test_a_loss_that_holds_numbers_of_the_models_dtype_has_products_too() -> Non
 def test_replicates_of_the_pilot_are_not_kept() -> None:
     """Each is as large as the model in float64."""
     torch.manual_seed(0)
-    rows, seen = torch.randn(PROBE_REPLICATES, 5).double(), list[Any]()
+    rows, seen = torch.randn(FEW, 5).double(), list[Any]()
 
     def draw(_: int) -> Tensors:
         row = rows[len(seen)].clone()
@@ -190,10 +194,51 @@ def test_replicates_of_the_pilot_are_not_kept() -> None:
         seen.append(weakref.ref(row))
         return {"a": row}
 
-    variance, mean = _spread(draw)
+    variance, mean = spread(draw)
     assert variance["a"] == pytest.approx(float(rows.var(0).sum()), rel=1e-13)
     assert torch.allclose(mean["a"], rows.mean(0), rtol=1e-13)
-    assert len(seen) == PROBE_REPLICATES
+    assert len(seen) == FEW
+
+
+def test_a_table_that_is_the_head_too_leaves_nothing_to_signs() -> None:
+    """A replicate of signs is zero there, whatever the signs; the head's share is closed, and all else products'."""
+    model, x, y = language(tied=True)
+    batch = Linearisation(hd.Objective(model), x, y)
+    propagator = Propagator(batch, probes={"embed": 1})
+    assert propagator.probes.tied
+    for outer in (False, True):
+        drawn = propagator.signed(Signs(3), 0, outer=outer)
+        assert not drawn["embed.weight"].any()
+        assert all(drawn[name].any() for name in ("position", "up.weight"))
+
+
+def test_layers_whose_outputs_are_summands_of_one_tensor_share_their_products() -> None:
+    model, x, y = language()
+    batch = Linearisation(hd.Objective(model), x, y)
+
+    def groups(**counts: int) -> set[frozenset[str]]:
+        probes = Propagator(batch, probes=counts).probes
+        return {frozenset(probes.squares[place].layer.name for place in group) for group in probes.groups}
+
+    assert groups(embed=1, position=1, up=1) == {frozenset({"embed", "position"}), frozenset({"up"})}
+    assert groups(embed=1, position=2) == {frozenset({"embed"}), frozenset({"position"})}
+
+
+def test_directions_found_before_are_the_first_of_more_and_leave_no_noise_once_they_are_all() -> None:
+    model, x, y = language()
+    batch = Linearisation(hd.Objective(model), x, y)
+    propagator, other = (Propagator(batch, probes={"embed": 1, "position": 1}) for _ in range(2))
+    propagator.probes.find(Signs(1), 3)
+    few = dict(propagator.probes.basis)
+    other.probes.find(Signs(1), 24)  # of 2 or 3 letters and 3 positions of 4 numbers
+    for group, basis in other.probes.basis.items():
+        assert torch.equal(basis[:, :3], few[group])
+        products = basis @ basis.transpose(1, 2)
+        assert torch.allclose(products, torch.diag_embed(products.diagonal(dim1=1, dim2=2).round()), atol=1e-10)
+        assert bool((products[:, :12, :12].diagonal(dim1=1, dim2=2) > 0.5).all())
+    size = sum(float(t.norm()) for t in other.probes.along().values())
+    rest = other.probes.replicate(Signs(2), 0)
+    assert sum(float(t.norm()) for t in rest.values()) < 1e-9 * size
 
 
 def test_several_uses_of_a_parameter_are_left_to_signs() -> None:

@@ -115,6 +115,25 @@ class Embedding(LayerKind):
         means[seen % (self._rows + 1) == self._rows] = 0
         return means[where].reshape(v.shape)
 
+    def stretch(self) -> Tensor:
+        """The root of how many places of its sample look up the same row: at each of them it moves by 1."""
+        seen, where = self._distinct(1)
+        times = torch.bincount(where, minlength=len(seen))[where]
+        return times.to(sizes(self.layer.node).dtype).sqrt().reshape(*self.out[:-1], 1)
+
+    def drawn(self, signs: Tensor) -> Tensor:
+        """Those of one place for all that look up the same row, over the root of their number."""
+        seen, where = self._distinct(1)
+        places = torch.arange(len(where), device=where.device)
+        first = places.new_full((len(seen),), len(where)).scatter_reduce_(0, where, places, "amin")
+        rows = signs.reshape(-1, self._width)[first]
+        rows[seen % (self._rows + 1) == self._rows] = 0
+        return rows[where].reshape(signs.shape) / self.stretch()
+
+    def looked_up(self) -> Tensor:
+        """The numbers of all places."""
+        return self._numbers
+
     def _tables(self, delta: Tensor, low: int, high: int) -> Tensor:
         numbers = self._or_last(self._numbers[low:high])
         first = torch.arange(high - low, device=numbers.device)[:, None] * (self._rows + 1)

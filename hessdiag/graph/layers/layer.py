@@ -230,6 +230,24 @@ class LayerKind(NodeKind, ABC):
         """
         return v
 
+    def stretch(self) -> Tensor | None:
+        """Factors s on the output, so that s v over all unit vectors v of that space is, up to their order and beyond
+        `drawn`, one unit step of each parameter; None where that is not so, and all are 1.
+        """
+        return None
+
+    def drawn(self, signs: Tensor) -> Tensor:
+        """Signs on the output as a vector of that space, E[v v^T] being the identity there: brought `onto` it."""
+        return self.onto(signs)
+
+    def looked_up(self) -> Tensor | None:
+        """Of a layer whose outputs are rows of its weight: their numbers [samples, places], -1 where it is none."""
+        return None
+
+    def given_rows(self) -> Tensor | None:
+        """Of a layer whose output v is row v of its weight times what it is given: that, [samples, places, width]."""
+        return None
+
     @classmethod
     def has_closed_share(cls) -> bool:
         """Whether the kind gives `weighted`."""

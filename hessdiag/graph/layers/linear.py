@@ -179,6 +179,12 @@ class Linear(PositionWise):
         """Output units."""
         return torch.arange(self.out[-1], device=sizes(self.layer.node).device)
 
+    def given_rows(self) -> Tensor | None:
+        """x, of a matrix stored [out, in]."""
+        if self.layer.transposed or not self.layer.weight:
+            return None
+        return self._x.reshape(self.samples, -1, self._x.shape[-1])
+
     def gram(self, delta: Tensor) -> Tensor:
         """X X^T delta, and the sum over positions for the bias."""
         out = torch.zeros_like(delta)
