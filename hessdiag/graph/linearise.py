@@ -113,7 +113,7 @@ class Linearisation:
     def weight(self) -> float:
         """What the batch adds to the divisor of the mean."""
         with torch.no_grad():
-            return float(self.objective.loss.weights(self.outputs, self._targets).sum())
+            return float(self.objective.loss.weights(self.outputs, self.targets).sum())
 
     @cached_property
     def direct(self) -> dict[int, Direct]:

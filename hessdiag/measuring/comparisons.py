@@ -299,7 +299,7 @@ def heads(
             accumulate_new(truth, {n: g.square().sum(0) for n, g in layer.each(unit).items()}, 1.0 + number)
         mine = layer.weighted(c)
         for name in layer.layer.own:
-            off = _apart(mine.get(name), truth[name], 0.0) / 2.0  # as an error of the gradient
+            off = _apart(mine.get(name), truth[name], length(truth[name]), 0.0) / 2.0  # as an error of the gradient
             worst[name] = max(worst.get(name, 0.0), off)
     shares, curvature = propagator.heads() if places else {}, linear.curvature
     for name in [n for place in places if place < len(linear.layers) for n in linear.layers[place].own]:
