@@ -35,6 +35,7 @@ from experiments.trainer.state import Standing
 from hessdiag import data
 from hessdiag.data.dataset import DataSet
 from hessdiag.errors import ConfigurationError
+from hessdiag.problem.denormals import denormals_are_zero
 
 FINISHED, OVERFITTED = "finished", "catastrophic_overfitting"
 Look = Callable[[int, float, nn.Module], None]
@@ -103,6 +104,7 @@ class TrainResult:
         }
 
 
+@denormals_are_zero()
 def train(
     config: TrainConfig,
     out: Path | str | None = None,
@@ -120,7 +122,7 @@ def train(
     training and test data themselves. save_seconds: at least so long between two saves, which come at the end of an
     epoch; a run that is killed repeats what came after the last. look: called after each epoch, before it is saved,
     with its number, its last learning rate and the network as it stands, which must be left as it is; an epoch that a
-    run repeats is looked at again.
+    run repeats is looked at again. Denormal numbers are zero meanwhile (`hessdiag.problem.denormals`).
 
     NonFiniteError where the loss, a weight or a running statistic becomes NaN or Inf; catastrophic overfitting ends
     training early, and a network whose answers on the test images are those of chance (`chance`) has not learned: both

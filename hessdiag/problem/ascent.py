@@ -22,6 +22,7 @@ from hessdiag.errors import (
     UnknownNameError,
     nearest,
 )
+from hessdiag.problem.denormals import denormals_are_zero
 
 Scalar = float | Tensor
 Forward = Callable[[Tensor], Tensor]
@@ -117,12 +118,13 @@ def handed_back(model: object, *, mode: str = "eval", keep_statistics: bool = Fa
 
     Restored: the mode of every submodule, every parameter's requires_grad (parameters are frozen meanwhile),
     and, where anything was in training mode, every buffer, unless `keep_statistics` lets the running
-    statistics stand. Anything but an nn.Module is used as it is.
+    statistics stand. Anything but an nn.Module is used as it is. Denormal numbers are zero meanwhile (`denormals`).
     """
     if mode not in MODES:
         raise UnknownNameError(f"unknown crafting mode {mode!r}; {nearest(mode, MODES)}")
     if not isinstance(model, nn.Module):
-        yield
+        with denormals_are_zero():
+            yield
         return
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -136,7 +138,8 @@ def handed_back(model: object, *, mode: str = "eval", keep_statistics: bool = Fa
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        yield
+        with denormals_are_zero():
+            yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -2,7 +2,8 @@
 are the random states of torch, numpy and python, which a loader that shuffles or augments draws from.
 
 Autocast is off meanwhile. What is measured is the function in the dtype of its parameters: under autocast it would be
-that of bfloat16, 2e-4 off for a small net, and its casts are no part of the sites' allow-list.
+that of bfloat16, 2e-4 off for a small net, and its casts are no part of the sites' allow-list. Denormal numbers are
+zero (`denormals`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.errors import HessdiagError, OutOfMemoryError, UncoveredModelError, ran_out
+from hessdiag.problem.denormals import denormals_are_zero
 
 AUTOCAST_OFF = "autocast was on and is switched off for the measurement: what is measured is not rounded to bfloat16"
 
@@ -45,6 +47,7 @@ def as_it_was(model: nn.Module) -> Iterator[list[str]]:
             found.clear()
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(denormals_are_zero())
             rounded = autocast_on(model)
             for kind in rounded:
                 stack.enter_context(torch.autocast(kind, enabled=False))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from experiments.trainer.rig import pick_device
 from hessdiag import data
 from hessdiag.data.dataset import DataSet, make
 from hessdiag.errors import CheckpointError, ConfigurationError, DataError, NonFiniteError, ResumeError
+from hessdiag.problem import ascent, denormals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +67,25 @@ def test_the_same_configuration_gives_the_same_bits_and_leaves_global_randomness
     assert bits(first) != bits(train(configuration(seed=1)))
     assert not first.model.training
     assert first.epochs == 3
+
+
+def test_denormal_numbers_taken_for_zero_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At max|σ''| = 50 many an activation's value is below 1e-38; a user's own setting stands afterwards."""
+    sharp = configuration(activation="rct:beta=1,curvature=50")
+    seen: list[bool] = []
+
+    def noted(epoch: int, lr: float, network: torch.nn.Module) -> None:
+        seen.append(denormals.are_zero())
+
+    with_zeros = train(sharp, look=noted)
+    assert not denormals.are_zero()
+    plain = inspect.unwrap(train)
+    monkeypatch.setattr(ascent, "denormals_are_zero", nullcontext)
+    as_they_are = plain(sharp, look=noted)
+    assert bits(with_zeros) == bits(as_they_are)
+    assert with_zeros.clean_loss == as_they_are.clean_loss
+    assert seen[:3] in ([True] * 3, [False] * 3)  # what the processor cannot do
+    assert seen[3:] == [False] * 3
 
 
 def test_what_a_run_writes(tmp_path: Path) -> None:
