@@ -11,7 +11,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
 
@@ -87,7 +87,7 @@ def row(curvature: float, settings: Settings) -> dict[str, Any]:
     for kind in ("step", "diagonal"):
         slow, fast = times[f"{kind}, as they are"], times[kind]
         found[f"{kind}, seconds"] = median(fast).value
-        found[f"{kind}, times as long with them"] = median([a / b for a, b in zip(slow, fast)])
+        found[f"{kind}, times as long with them"] = asdict(median([a / b for a, b in zip(slow, fast)]))
     return found
 
 
