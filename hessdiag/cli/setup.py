@@ -81,6 +81,8 @@ def prepare(request: Request, world: World) -> Prepared:
     )
     if request.normalize is not None and isinstance(whole, NamedDataSet):
         raise ConfigurationError("--normalize is for images, one array of floats in [0, 1]; these inputs have names")
+    if request.normalize is not None and isinstance(whole, DataSet):
+        check_channels(request.normalize, whole)
     data = whole.sample(request.samples, seed=request.data_seed)
     objective = Objective(
         model,
@@ -116,6 +118,17 @@ def prepare(request: Request, world: World) -> Prepared:
     facts["data"]["of"] = len(whole)
     facts["accuracy"] = None if accuracy is None else judged(accuracy, data, facts["checkpoint"]["metrics"])
     return Prepared(objective, batches, facts)
+
+
+def check_channels(text: str, data: DataSet) -> None:
+    """Refuse statistics of other channels than the data's, which would be broadcast."""
+    statistics, shape = normalize_of(text), data.inputs.shape
+    count, channels = len(statistics[0]) if statistics else 1, shape[1] if len(shape) > 1 else 1
+    if count not in (1, channels):
+        raise ConfigurationError(
+            f"--normalize {text} gives {count} means, one for each channel, and {data.name} has {channels}; give as "
+            "many, MEANS:DEVIATIONS, or one for all"
+        )
 
 
 def normalised(model: nn.Module, text: str) -> None:

@@ -370,14 +370,18 @@ class Graph(Live):
             self.refuse(node, "a function of complex numbers that is not affine")
 
     def _check_all_uses(self, reached: set[str]) -> None:
-        for node in self.nodes:
-            if self.is_live(node) and is_leaf(node):
-                name = self.parameter_of(node)
-                if name not in reached:
-                    self.refuse(
-                        self._uses[id(node)][0][0],
-                        f"parameter {name!r} is not the weight or bias of a known layer",
-                    )
+        order = {id(node): place for place, node in enumerate(self.nodes)}
+        left = [
+            (order[id(self._uses[id(node)][0][0])], str(self.parameter_of(node)))
+            for node in self.nodes
+            if self.is_live(node) and is_leaf(node) and self.parameter_of(node) not in reached
+        ]
+        if left:
+            place, name = min(left)
+            why = "is not the weight or bias of a known layer"
+            if self.is_free(self.outputs.grad_fn):
+                why = "meets samples that do not lie on the first axis"
+            self.refuse(self.nodes[place], f"parameter {name!r} {why}")
 
 
 def _is_number(node: Any, slot: int) -> bool:

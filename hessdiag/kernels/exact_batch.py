@@ -130,6 +130,12 @@ def cost(batch: Linearisation, *, memory: int = MEMORY) -> Cost:
         return _price(batch, _plan(batch, memory), memory)
 
 
+def check_served(batch: Linearisation) -> None:
+    """What `batch_diagonal` would refuse of this batch, before any work."""
+    if not find_chain(batch):
+        check_separate(batch)
+
+
 def check_separate(batch: Linearisation) -> None:
     """Refuse a model in which samples of a batch reach one another or change places.
 

@@ -28,6 +28,7 @@ def decide(case: Case, method: str, aim: Aim, *, audit_model: bool) -> tuple[Pla
         try:
             _require_covered(case)
             wanted, reason = _cheapest(case)
+            exact.check_served(case.linear)
             checked = _audited(case, wanted) if audit_model else None
             plan = METHODS[wanted].plan(case, replace(aim, open=True), reason)
             if plan.method != wanted and audit_model:

@@ -11,8 +11,8 @@ entries    for the exact method, a few entries against Hessian-vector products, 
 closed     for propagation, two entries per parameter of a layer's closed share, and of its gradients without the sites
            that the closed share stands for, against forward products, relative to the sums of absolute contributions;
 heads      for propagation, weighted squares of a layer that feeds the outputs against its gradients from single
-           outputs, half of the relative difference, and two entries of its share of the Gauss-Newton part against
-           forward products;
+           outputs, half of the relative difference; two entries of its share of the Gauss-Newton part against forward
+           products, which must reach one output of each place alone;
 own        for a method from outside, a few entries of what it gives against Hessian-vector products, those of a
            stochastic method beyond eight standard errors of the mean of its replicates.
 Hutchinson needs no identity; there the double backward is checked by its symmetry v^T (H u) = u^T (H v). Whatever the
@@ -22,6 +22,7 @@ digits than autograd has (see `rounding`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -301,16 +302,16 @@ def heads(
         for name in layer.layer.own:
             off = _apart(mine.get(name), truth[name], length(truth[name]), 0.0) / 2.0  # as an error of the gradient
             worst[name] = max(worst.get(name, 0.0), off)
-    shares, curvature = propagator.heads() if places else {}, linear.curvature
+    shares, columns = propagator.heads() if places else {}, linear.curvature.columns
     for name in [n for place in places if place < len(linear.layers) for n in linear.layers[place].own]:
         parameter = linear.objective.parameters[name]
         for k in torch.randint(0, parameter.numel(), (2,), generator=generator, device="cpu").tolist():
             u = one_hot(parameter, name, k)
             _, output = forward.along([u.get(n) for n in linear.objective.parameters])
-            square = curvature.columns.against(output.double().reshape(linear.samples, -1)).square().sum(1)
-            size = float(square.sum())
-            off = abs(float(shares[name].reshape(-1)[k]) - float(square @ curvature.signs.to(square.dtype)))
-            worst[name] = max(worst[name], off / (size or 1.0))
+            terms = columns.diagonal() * output.double().reshape(linear.samples, -1).square()
+            off, size = abs(float(shares[name].reshape(-1)[k]) - float(terms.sum())), float(terms.abs().sum())
+            touched = (output != 0).reshape(-1, *columns.places).sum(1)
+            worst[name] = max(worst[name], off / size if size else off, math.inf if bool((touched > 1).any()) else 0.0)
     return [AuditEntry("heads", name, off, tolerance) for name, off in worst.items()]
 
 

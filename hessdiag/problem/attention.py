@@ -42,12 +42,17 @@ def multi_head(
 ) -> tuple[Tensor, Tensor | None]:
     """`torch.nn.functional.multi_head_attention_forward`."""
     given: dict[str, Any] = dict(locals())
-    extras = any(extra is not None for extra in (bias_k, bias_v, static_k, static_v)) or add_zero_attn
+    extras = any(extra is not None for extra in (static_k, static_v)) or (bias_k is None) != (bias_v is None)
     random, hinted = training and dropout_p > 0, is_causal and attn_mask is None
     if extras or random or hinted or query.ndim != 3 or query.shape[2] != embed_dim_to_check:
         return F.multi_head_attention_forward(**given)
     q, k, v = _projected(given)
-    width, bias = q.shape[-1], _bias(given)
+    width, bias, tokens = q.shape[-1], _bias(given), k.shape[1]
+    if bias_k is not None and bias_v is not None:
+        k, v = (torch.cat([part, own.expand(len(part), -1, -1)], 1) for part, own in ((k, bias_k), (v, bias_v)))
+    if add_zero_attn:
+        k, v = (F.pad(part, (0, 0, 0, 1)) for part in (k, v))
+    bias = None if bias is None else F.pad(bias, (0, k.shape[1] - tokens))
     q, k, v = (part.reshape(*part.shape[:2], num_heads, -1).transpose(1, 2) for part in (q, k, v))
     weights: Tensor | None = None
     if need_weights:

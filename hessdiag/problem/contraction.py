@@ -26,9 +26,27 @@ def einsum(*args: Any) -> Tensor:
     where letters are shared by all three, a product and a sum.
     """
     equation, *operands = _flat(args)
-    if len(operands) != 2 or not isinstance(equation, str):
+    if not isinstance(equation, str) or not all(isinstance(x, Tensor) for x in operands):
+        return torch.functional.einsum(*args)
+    if len(operands) > 2 and any(x.requires_grad for x in operands):
+        first = _first_of(equation)
+        if first is not None:
+            pair, rest = first
+            return einsum(rest, einsum(pair, *operands[:2]), *operands[2:])
+    if len(operands) != 2:
         return torch.functional.einsum(*args)
     return by_parts(lambda x, w: _contracted(equation, x, w))(*operands)
+
+
+def _first_of(equation: str) -> tuple[str, str] | None:
+    """Of several operands: the contraction of the first two, and that of its result with the rest."""
+    given, arrow, out = equation.replace(" ", "").partition("->")
+    a, b, *others = given.split(",")
+    if not arrow or "." in given:
+        return None
+    wanted = [*out, *"".join(others)]
+    kept = "".join(dict.fromkeys(letter for letter in wanted if letter in a or letter in b))
+    return f"{a},{b}->{kept}", f"{','.join([kept, *others])}->{out}"
 
 
 def _flat(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -54,6 +54,33 @@ def test_sums_of_products(equation: str, first: tuple[int, ...], second: tuple[i
     compare(lambda a, b: torch.einsum(equation, [a, b]), inputs(*first), inputs(*second, seed=1))
 
 
+SEVERAL = ["nab,air,rbj->nij", "air,rbj,nab->nij", "nab,air,rbj,j->n", "nab, air, rbj -> jn", "nab,air,rbj"]
+
+
+@pytest.mark.parametrize("equation", SEVERAL)
+def test_sums_of_products_of_several(equation: str) -> None:
+    size = dict(zip("nabirj", (2, 3, 4, 2, 5, 3)))
+    sides = equation.replace(" ", "").partition("->")[0].split(",")
+    compare(
+        lambda *given: torch.einsum(equation, *given),
+        *(inputs(*(size[k] for k in side), seed=n) for n, side in enumerate(sides)),
+    )
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize(("bias", "zero"), [(True, False), (False, True), (True, True)])
+def test_attention_to_keys_of_its_own(bias: bool, zero: bool, weights: bool, mask: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.MultiheadAttention(4, 2, add_bias_kv=bias, add_zero_attn=zero, batch_first=True).double()
+    out = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0]], dtype=torch.float64) if mask else None
+    causal = nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64) if mask else None
+    compare(
+        lambda x, *_: net(x, x, x, need_weights=weights, key_padding_mask=out, attn_mask=causal)[0],
+        inputs(2, 3, 4), *net.parameters(),
+    )  # fmt: skip
+
+
 def test_shapes_that_do_not_fit_are_torchs_to_refuse() -> None:
     for shape in ((2, 3), (4, 3, 1)):
         with pytest.raises(RuntimeError) as told:
@@ -199,6 +226,14 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
         Net(lambda s, x: s.c(torch.einsum("nthk,hkd->ntd", torch.tanh(torch.einsum("ntf,hkf->nthk", x, s.q)), s.o)[:, 0]),
             q=nn.Parameter(inputs(2, 2, 3)), o=nn.Parameter(inputs(2, 2, 4)), c=nn.Linear(4, 3)),
         X),
+    "a train of tensors": lambda: (
+        Net(lambda s, x: s.c(torch.tanh(torch.einsum("nab,air,rbj->nij", x, s.g, s.h)).flatten(1)),
+            g=nn.Parameter(inputs(4, 3, 2)), h=nn.Parameter(inputs(2, 3, 2, seed=1)), c=nn.Linear(6, 3)),
+        X),
+    "attention to keys of its own": lambda: (
+        Net(lambda s, x: s.c(s.a(x, x, x)[0].sum(1)), a=nn.MultiheadAttention(4, 2, add_bias_kv=True, batch_first=True),
+            c=nn.Linear(4, 3)),
+        inputs(3, 2, 4)),
     "a matrix for every place, by einsum": lambda: (
         Net(lambda s, x: s.c(torch.einsum("ntf,tfg->ntg", torch.tanh(torch.einsum("ntf,tgf->ntg", x, s.w)), s.w).sum(1)),
             w=nn.Parameter(inputs(4, 3, 3)), c=nn.Linear(3, 3)),

@@ -183,6 +183,12 @@ MISTAKES: list[tuple[str, int, str, str | None]] = [
     (f"{W} --dtype fp64", 2, "did you mean 'float64'", f"{W} --dtype float64"),
     (f"{W} --split val", 2, "'train' or 'test'", f"{W} --split test"),
     (f"{W} --normalize cifr10", 2, "did you mean 'cifar10'", None),
+    (
+        f"{W} --normalize cifar10",
+        2,
+        "gives 3 means, one for each channel, and npz:d.npz has 4",
+        f"{W} --normalize 0.5:0.5",
+    ),
     (f"{W} --weights ema", 3, "--weights model", f"{W} --weights model"),
     (f"{W} --sample 5", 2, "--samples", f"{W} --samples 5"),
     (f"{W} --rtol 5%", 2, "'--rtol'", f"{W} --rtol 0.05"),

@@ -890,6 +890,35 @@ def test_samples_that_change_places_are_refused(samples: int) -> None:
         check_separate(linear)
 
 
+def test_where_samples_change_places_auto_takes_hutchinson() -> None:
+    """Two samples need not: the audit, which looks at two, saw nothing, and the work refused what was to fall back."""
+
+    def sorted_by_size(s: Any, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        return s.b(torch.tanh(s.a(x[order]))[order.argsort()])  # type: ignore[no-any-return]
+
+    model = net(sorted_by_size, a=lambda: L(5, 4), b=lambda: L(4, 3))
+    x, y = data()
+    x = x[torch.cat([x[:2, 0].argsort(), torch.arange(2, N)])]
+    found = hd.measure(hd.Objective(model), [(x, y)], max_replicates=10)
+    assert found.plan.method == "hutchinson"
+    assert any("the samples of a batch" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "words"),
+    [
+        (lambda s, x: s.b(torch.tanh(s.w @ x.T).T[:, :4]), (5, N), "Mm at .* 'w' meets samples that do not lie on the first axis"),
+        (lambda s, x: s.b(torch.tanh(x[:, :4] * s.w[torch.arange(len(x)) % 2])), (2, 4), "'w' comes .* follow their places"),
+    ],
+)  # fmt: skip
+def test_samples_beside_the_first_axis_are_told(body: Any, shape: tuple[int, ...], words: str) -> None:
+    model = net(body, w=lambda: torch.randn(shape), b=lambda: L(4, 3))
+    x, y = data(N)
+    with pytest.raises(UncoveredModelError, match=words):
+        Propagator(Linearisation(hd.Objective(model), x[:2], y[:2]))
+
+
 @DTYPES
 def test_a_diagonal_that_is_zero_up_to_rounding_passes_the_audit(dtype: torch.dtype) -> None:
     """One bias for all scores under a softmax."""

@@ -55,7 +55,8 @@ class Broadcast(LayerKind):
         self.own_rows = whole and self.way.index is not None
         if len(self.shape) == len(self.out) and self.shape[0] != 1 and not self.own_rows:
             raise UncoveredModelError(
-                f"parameter {self._name!r} of shape {list(self.shape)} does not broadcast over the samples"
+                f"parameter {self._name!r} comes to the samples in the shape {list(self.shape)}, with rows that follow "
+                "their places in the batch; use method='hutchinson' (or 'auto')"
             )
 
     def per_group(self, delta: Tensor, group: int, *, squares: bool) -> Parts:
