@@ -388,6 +388,7 @@ def measure(name: str, settings: Settings, kept: Path | None = None, wanted: Col
     best = methods["propagation"].mean()
     size = {n: float(t.square().sum()) for n, t in best.items()}
     zero = [n for n, s in size.items() if s <= 1e-12 * sum(size.values())]
+    norm = max(sum(size.values()) - sum(methods["propagation"].variance().values()) / settings.replicates, 0.0)
     row: Row = net.facts | {
         "parameters": sum(p.numel() for p in net.model.parameters()),
         "zero": zero,
@@ -396,7 +397,7 @@ def measure(name: str, settings: Settings, kept: Path | None = None, wanted: Col
             "products a replicate": dict(found_by_pilot.choice.probes),
             "directions": found_by_pilot.choice.probe_rank,
             "directions of signs": found_by_pilot.choice.deflate,
-            "gain over Hutchinson": found_by_pilot.choice.hutchinson / found_by_pilot.choice.price,
+            "predicted gain": _finite(found_by_pilot.choice.hutchinson / found_by_pilot.choice.price),
             "seconds": found_by_pilot.seconds,
         },
         "hutchinson": {"seconds": median(base.seconds).value, "setup": base.setup},
@@ -414,12 +415,17 @@ def measure(name: str, settings: Settings, kept: Path | None = None, wanted: Col
             "lowest": {lowest: gains[lowest]},
             "without noise": exact,
             "most of the noise": dict(sorted(found.items(), key=lambda item: -item[1])[:4]),
-            "relative error": math.sqrt(sum(found.values()) / sum(size.values())),
+            "relative error": math.sqrt(sum(found.values()) / norm) if norm else None,
             "seconds": median(drawn.seconds).value,
             "setup": drawn.setup,
             "products": median(drawn.seconds).value / median(base.seconds).value,
         }
     return row
+
+
+def _finite(value: float) -> float | None:
+    """None where the pilot did not ask."""
+    return value if math.isfinite(value) else None
 
 
 def sized(device: str, *, full: bool) -> Settings:

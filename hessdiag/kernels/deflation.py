@@ -28,6 +28,8 @@ from hessdiag.graph import LayerKind, Linearisation
 from hessdiag.signs import Signs
 
 BASIS = 2  # stream of signs
+DEFLATION = "directions of signs"
+"""Where a batch keeps those found last: a pilot's serve again."""
 
 
 class Deflation:

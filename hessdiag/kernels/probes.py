@@ -19,9 +19,10 @@ With any Q_n and P = I - Q Q^T,
     H = Q Q^T H + H Q Q^T - Q (Q^T H Q) Q^T + P H P:
 
 all but the last is taken exactly, once, and a product becomes (J_n^T v)(J_n^T P H P v) (after Hutch++: R. A. Meyer,
-C. Musco, C. Musco and D. P. Woodruff, 2021). Q_n is an orthonormal basis of v, H v, H^2 v, ... for one random v, each
-held against all before it (Lanczos): the products that find a direction are those which its exact share needs, and one
-vector's Krylov space holds the largest eigenvalues of either sign early (R. A. Meyer, C. Musco and C. Musco, 2024).
+C. Musco, C. Musco and D. P. Woodruff, 2021). Q_n is an orthonormal basis of H v, H^2 v, ... for one random v, each held
+against all before it (Lanczos): the products that find a direction are those which its exact share needs, and one
+vector's Krylov space holds the largest eigenvalues of either sign early (R. A. Meyer, C. Musco and C. Musco, 2024). On
+what H does not know - a key's bias - a direction says nothing then, and adds no noise.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Probes:
         self, group: Group, signs: Signs, rank: int, known: Tensor | None, answers: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Directions beyond those known, and H times them."""
-        v = self._drawn(group, self._signs(group, signs, FOUND, 0))
+        v = self._hessian(group, self._drawn(group, self._signs(group, signs, FOUND, 0)))
         basis, turned = (v.new_zeros(len(v), rank, v.shape[1]) for _ in range(2))
         first = 0
         if known is not None and answers is not None:

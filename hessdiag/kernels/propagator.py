@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.graph import Layer, LayerKind, Linearisation, Site, edge_shape, visit
-from hessdiag.kernels.deflation import Deflation, deflation
+from hessdiag.kernels.deflation import DEFLATION, Deflation, deflation
 from hessdiag.kernels.probes import Probes
 from hessdiag.kernels.tensors import Tensors, accumulate, accumulate_new, zeros
 from hessdiag.kernels.tied import Tied
@@ -121,7 +121,11 @@ class Propagator:
     def deflate(self, signs: Signs, rank: int) -> Deflation | None:
         """Find `rank` directions per sample for the signed passes to leave out, if there is anything to leave out."""
         if rank and self.batch.sites and self.batch.layers and not self.batch.free and not self.batch.crossing:
-            self.deflation = deflation(self.batch, self.squares, signs, start=self.start, rank=rank)
+            mark = (signs.seed, self.start, rank, [site.lam for site in self.batch.sites])
+            known, self.deflation = self.batch.kept.get(DEFLATION, (None, None))
+            if known != mark:
+                self.deflation = deflation(self.batch, self.squares, signs, start=self.start, rank=rank)
+                self.batch.kept[DEFLATION] = mark, self.deflation
         return self.deflation
 
     def deflated(self, *, absolute: bool = False) -> Tensors:

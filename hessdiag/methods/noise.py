@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hessdiag.errors import UncoveredModelError
 from hessdiag.graph import Linearisation
+from hessdiag.kernels.deflation import DEFLATION
 from hessdiag.kernels.probes import DIRECTIONS
 from hessdiag.kernels.products import Products
 from hessdiag.kernels.propagator import Propagator
@@ -48,22 +49,28 @@ REPLICATES, FEW, MANY = 8, 4, 32
 """Of a pilot by signs where a tolerance is aimed at, of all that is tried, and of both before a method is left."""
 QUIET = 1.0
 """A replicate by signs whose variance is less than this, relative to the squared norm, is left as it is."""
-SHARE, MOST = 0.03, 6
+SHARE, MOST = 0.03, 4
 """Groups of layers with less of what noise is left than this are left to signs, and all beyond so many."""
 COUNTS, RANKS = (1, 2, 4, 8, 16, 32), (0, 16, 32, 64, 96)
 """Products a replicate, and directions per sample."""
-PRODUCT = 0.35
-"""Replicates by signs that a product at outputs takes, or a direction with its exact share (measured: 0.27 to 0.4)."""
+PRODUCT = 0.4
+"""Replicates by signs that a product at outputs takes, or a direction with its exact share (measured: 0.3 to 0.45)."""
 DIRECTION, PROJECTED = 2.0, 0.25
 """Those that a direction of signs takes, once (1.4 to 2.3), and what it adds to each replicate (0.15 to 0.4)."""
 DIRECTION_SHARE = 0.75
 """Of the time of all replicates by signs, the most that directions of signs may take."""
-HUTCHINSON = 0.75
-"""Those that one of Hutchinson's products takes (0.5 to 0.9)."""
+HUTCHINSON = 0.7
+"""Those that one of Hutchinson's products takes (0.55 to 0.9)."""
 PAYS = 1.5
 """What is taken must be better by this much than signs alone, so that chance does not decide."""
-BETTER = 0.95
-"""What is added to something must bring the price down to this, at least."""
+BETTER, FURTHER = 0.8, 0.95
+"""What is added to something must bring the price down to this, at least, and more of the same to that."""
+WORTH = 60.0
+"""Replicates by signs over the pilot's samples below which products are not tried, as trying takes about as long."""
+LEFT = 0.8
+"""Of the noise of signs, the most that a few directions may leave for more of them to be tried."""
+NEARLY = 1.2
+"""Of prices no further apart than this that with fewer products is taken: all other tensors pay for them."""
 HELD = 1 << 28
 """Bytes of the pilot's replicates; of a larger model every so many entries are looked at."""
 
@@ -131,8 +138,8 @@ class Gain:
             return (once + each * self.need) * variance / self.total
         return once + each * max(LEAST_REPLICATES, self.need * variance / self.total)
 
-    def counts(self, rest: float, noises: Sequence[float], once: float) -> tuple[float, list[int]]:
-        """(the least price, products a replicate of each group) beside signs that leave `rest`."""
+    def counts(self, rest: float, noises: Sequence[float], once: float) -> list[tuple[float, list[int]]]:
+        """(price, products a replicate of each group) beside signs that leave `rest`, the least price first."""
         first = 1.0 + (once / self.need if self.aim.replicates else 0.0)
         ideal = [math.sqrt(n * first / (PRODUCT * max(rest, 1e-6 * self.total))) for n in noises]
         found = []
@@ -140,7 +147,7 @@ class Gain:
             tried = [min(COUNTS, key=lambda k, i=i: abs(math.log(k / max(i * scale, 1.0)))) for i in ideal]  # type: ignore[misc]
             variance = rest + sum(n / k for n, k in zip(noises, tried))
             found.append((self.price(variance, 1.0 + PRODUCT * sum(tried), once), tried))
-        return min(found)
+        return sorted(found)
 
     def hutchinson(self, count: int) -> float:
         """The price of Hutchinson's replicates, by so many; where there are more samples than these, as if their noise
@@ -243,12 +250,19 @@ def choose(
     gain = Gain(batch, seed, samples=samples, aim=aim, ordered=ordered, groups=groups, outer=outer)
     if not gain.total:
         return Choice()
-    found = _Found(Choice(price=(alone := gain.price(gain.total, 1.0, 0.0)), signs=alone), gain.total)
+    price = gain.price(gain.total, 1.0, 0.0)
+    alone = found = _Found(Choice(price=price, signs=price), gain.total)
     noisy = gain.total > QUIET * gain.size
-    if noisy and not batch.free:
-        found = _with_products(gain, found)
-    chosen = _with_directions(gain, found)
+    chosen = _with_directions(gain, alone)
+    tried = aim.replicates or chosen.price > WORTH * batch.samples / samples
+    if noisy and tried and not batch.free:
+        found = _with_products(gain, alone)
+        if found is not alone:
+            other = _with_directions(gain, found)
+            chosen = other if other.price * NEARLY < chosen.price else chosen
     kept = found.propagator.probes.groups if found.propagator and chosen.probe_rank else ()
+    if not chosen.deflate:
+        batch.kept.pop(DEFLATION, None)
     batch.kept[DIRECTIONS] = {group: d for group, d in batch.kept.get(DIRECTIONS, {}).items() if group in kept}
     if noisy and aim.open:
         chosen = replace(chosen, hutchinson=gain.hutchinson(FEW))
@@ -290,7 +304,7 @@ def _with_products(gain: Gain, alone: _Found) -> _Found:
         except UncoveredModelError:  # no product there
             continue
         both = {rank: [*known[rank], *tried[rank]] for rank in known if rank in tried}
-        price = min(gain.counts(rest - own, each, PRODUCT * r * len(each))[0] for r, each in both.items())
+        price = min(gain.counts(rest - own, each, PRODUCT * r * len(each))[0][0] for r, each in both.items())
         if price < BETTER * best:
             names, rest, best, known, held = [*names, *mine], rest - own, price, both, held + one.held
         else:
@@ -305,15 +319,16 @@ def _with_products(gain: Gain, alone: _Found) -> _Found:
         if noises is None:
             break
         once = PRODUCT * rank * served.count
-        price, counts = gain.counts(rest, noises, once)
-        if price < best:
-            if rank > RANKS[1] and price > BETTER * best:
-                break
-            best, beyond = price, math.fsum(n / k for n, k in zip(noises, counts))
-            choice = replace(alone.choice, probes=served.products(counts), probe_rank=rank, price=price)
-            found = _Found(choice, rest, beyond, PRODUCT * sum(counts), once, served.propagator)
-        elif rank > RANKS[1]:
+        tried = gain.counts(rest, noises, once)
+        if tried[0][0] > best * (FURTHER if found is not alone and rank > RANKS[1] else 1.0):
+            if rank < RANKS[1]:
+                continue
             break
+        best = tried[0][0]
+        price, counts = min((one for one in tried if one[0] <= NEARLY * best), key=lambda one: sum(one[1]))
+        choice = replace(alone.choice, probes=served.products(counts), probe_rank=rank, price=price)
+        beyond = math.fsum(n / k for n, k in zip(noises, counts))
+        found = _Found(choice, rest, beyond, PRODUCT * sum(counts), once, served.propagator)
     return found
 
 
@@ -345,7 +360,7 @@ def _with_directions(gain: Gain, found: _Found) -> Choice:
             left = math.fsum(spread(lambda r: gain.by_signs(propagator, r))[0].values())
             if price(left, directions) < BETTER * best.price:
                 best = replace(choice, deflate=directions, price=price(left, directions))
-            if left > BETTER * found.rest:
+            if left > LEFT * found.rest:
                 break
         return best
     except UncoveredModelError:  # no double backward

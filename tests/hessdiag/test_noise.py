@@ -67,7 +67,7 @@ def test_counts_are_the_best_there_are() -> None:
     gain = Gain(batch, 0, samples=2, aim=Aim(replicates=30), ordered=True, groups=None, outer=False)
     gain.total = 100.0
     for rest, noises in ((1.0, [50.0, 9.0, 0.1]), (1e-3, [1.0, 1.0, 1.0]), (90.0, [1.0, 2.0, 3.0])):
-        price, counts = gain.counts(rest, noises, 10.0)
+        price, counts = gain.counts(rest, noises, 10.0)[0]
         every = [
             gain.price(rest + sum(n / k for n, k in zip(noises, (i, j, k))), 1.0 + PRODUCT * (i + j + k), 10.0)
             for i in COUNTS
