@@ -44,6 +44,10 @@ from hessdiag.signs import Signs
 PROBES, FOUND = 3, 4  # streams of signs
 DIRECTIONS = "directions at outputs"
 """Where a batch keeps what was found of them, by group, until their exact shares are taken: a pilot's serve again."""
+CHUNK = 1 << 26
+"""Bytes of vectors that are drawn at one time."""
+AGAIN = 0.1
+"""What is left of a unit vector beside the directions known, below which rounding asks for a second look."""
 Group = tuple[int, ...]
 """Places of layers that share their products."""
 
@@ -137,20 +141,26 @@ class Probes:
         out: Tensors = {}
         for group in self.groups:
             count = self.counts[group[0]]
-            for number in range(count):
-                drawn = self._signs(group, signs, PROBES, replicate, number)
+            held = self.batch.samples * sum(self.entries(group)) * self.batch.outputs.element_size()
+            step = max(CHUNK // held, 1)
+            for low in range(0, count, step):
+                numbers = range(low, min(low + step, count))
+                drawn = torch.stack([self._signs(group, signs, PROBES, replicate, number) for number in numbers])
                 accumulate_new(out, self.beyond(group, drawn), 1.0 / count)
         return out
 
-    def beyond(self, group: Group, v: Tensor) -> Tensors:
-        """The same of one group for given signs [samples, entries]; summed over all unit vectors in their place it is
-        exact.
+    def beyond(self, group: Group, signs: Tensor) -> Tensors:
+        """The sum of the same of one group over given signs [k, samples, entries]; over all unit vectors in their place
+        it is exact.
         """
         basis = self.basis.get(group)
-        v = self._drawn(group, v)
-        h = self._hessian(group, v if basis is None else _across(basis, v))
+        left = torch.stack([self._drawn(group, one) for one in signs], 1)  # the directions are read once for all
+        right = left if basis is None else _across(basis, left)
+        right = torch.stack([self._hessian(group, one) for one in right.unbind(1)], 1)
+        right = right if basis is None else _across(basis, right)
         out: Tensors = {}
-        self._product(group, v, h if basis is None else _across(basis, h), out)
+        for one, other in zip(left.unbind(1), right.unbind(1)):
+            self._product(group, one, other, out)
         return out
 
     def entries(self, group: Group) -> list[int]:
@@ -228,16 +238,23 @@ class Probes:
 
 
 def _across(basis: Tensor, v: Tensor) -> Tensor:
-    """v without what it has along the basis, sample by sample."""
-    return v - ((basis @ v[:, :, None]).transpose(1, 2) @ basis)[:, 0]
+    """Vectors [samples, k, entries] without what they have along the basis, sample by sample."""
+    return torch.baddbmm(v, v @ basis.transpose(1, 2), basis, alpha=-1.0)
 
 
 def _fresh(basis: Tensor, v: Tensor) -> Tensor:
     """The unit vector along what v adds to the basis; zero of a sample to which it adds nothing."""
-    size = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-    q = v / torch.where(size > 0, size, 1.0)
+    q = v / _size(v)
     for _ in range(2):
-        q = _across(basis, q)
+        q = _across(basis, q[:, None])[:, 0]
+        if float(torch.linalg.vector_norm(q, dim=1).min()) > AGAIN:
+            break
     size = torch.linalg.vector_norm(q, dim=1, keepdim=True)
     floor = 1e2 * torch.finfo(v.dtype).eps
-    return torch.where(size > floor, q / torch.where(size > floor, size, 1.0), 0.0).nan_to_num(0.0, 0.0, 0.0)
+    return torch.where(size > floor, q / _size(q), 0.0).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _size(v: Tensor) -> Tensor:
+    """The norm of each sample's, 1 where that is 0."""
+    size = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    return torch.where(size > 0, size, 1.0)

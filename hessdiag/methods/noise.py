@@ -69,7 +69,7 @@ WORTH = 60.0
 """Replicates by signs over the pilot's samples below which products are not tried, as trying takes about as long."""
 LEFT = 0.8
 """Of the noise of signs, the most that a few directions may leave for more of them to be tried."""
-NEARLY = 1.2
+NEARLY = 1.1
 """Of prices no further apart than this that with fewer products is taken: all other tensors pay for them."""
 HELD = 1 << 28
 """Bytes of the pilot's replicates; of a larger model every so many entries are looked at."""

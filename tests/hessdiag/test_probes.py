@@ -75,7 +75,7 @@ def in_the_mean(propagator: Propagator, *, merged: bool) -> Tensors:
         for entry in range(entries):
             v = torch.zeros(batch.samples, entries, dtype=batch.outputs.dtype)
             v[:, entry] = 1
-            accumulate(out, probes.beyond(group, v))
+            accumulate(out, probes.beyond(group, v[None]))
     for part in (propagator.direct(), probes.along()):
         accumulate(out, part)
     if not merged:
