@@ -324,8 +324,11 @@ def callbacks(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row
 
 def _chosen(row: Mapping[str, Any]) -> str:
     """The pilot's plan with what it chose."""
-    chosen = ", ".join(f"{count} of {layer}" for layer, count in row["pilot"]["products a replicate"].items())
-    return f"propagation, products: {chosen}, {row['pilot']['directions']} directions"
+    pilot = row["pilot"]
+    chosen = ", ".join(f"{count} of {layer}" for layer, count in pilot["products a replicate"].items())
+    parts = [f"products: {chosen}, {pilot['directions']} directions"] if chosen else []
+    parts += [f"{pilot['directions of signs']} directions of signs"] if pilot["directions of signs"] else []
+    return ", ".join(["propagation", *parts])
 
 
 def transformers(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
@@ -338,11 +341,13 @@ def transformers(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
                 {
                     "net": net,
                     "parameters": f"{row['parameters']:,}",
-                    "plan": plan if plan != "propagation" or not row["pilot"]["products a replicate"] else _chosen(row),
+                    "plan": plan if plan != "propagation" else _chosen(row),
                     "gain, all entries": f"{gains['norm']:.3g}",
                     "gain, mean over tensors": f"{gains['tensors']:.3g}",
                     "lowest": f"{lowest} {gain:.3g}",
-                    "error of one replicate": f"{gains['relative error']:.3g}",
+                    "error of one replicate": ""
+                    if gains["relative error"] is None
+                    else f"{gains['relative error']:.3g}",
                     "products a replicate": f"{gains['products']:.2f}",
                     "load": f"{row['load']:.0f}",
                 }

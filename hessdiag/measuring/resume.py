@@ -75,6 +75,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+PRODUCTS = 2
+"""How products at outputs are drawn; a file of another way of drawing them cannot be taken up."""
+
+
 def identity_of(case: Case) -> dict[str, Any]:
     """What must agree for a resume file to be taken up."""
     objective, facts, plan = case.objective, case.survey, case.plan
@@ -96,4 +100,4 @@ def identity_of(case: Case) -> dict[str, Any]:
         "order": facts.order if plan.ordered else None,
         "largest batch": facts.largest,
         "balance": {str(n): lam for n, lam in plan.balance.items()} if plan.deflate else None,
-    } | ({"probes": dict(plan.probes), "probe rank": plan.probe_rank} if plan.probes else {})
+    } | ({"probes": dict(plan.probes), "probe rank": plan.probe_rank, "products": PRODUCTS} if plan.probes else {})

@@ -319,13 +319,13 @@ def _with_products(gain: Gain, alone: _Found) -> _Found:
         if noises is None:
             break
         once = PRODUCT * rank * served.count
-        tried = gain.counts(rest, noises, once)
-        if tried[0][0] > best * (FURTHER if found is not alone and rank > RANKS[1] else 1.0):
+        ways = gain.counts(rest, noises, once)
+        if ways[0][0] > best * (FURTHER if found is not alone and rank > RANKS[1] else 1.0):
             if rank < RANKS[1]:
                 continue
             break
-        best = tried[0][0]
-        price, counts = min((one for one in tried if one[0] <= NEARLY * best), key=lambda one: sum(one[1]))
+        best = ways[0][0]
+        price, counts = min((one for one in ways if one[0] <= NEARLY * best), key=lambda one: sum(one[1]))
         choice = replace(alone.choice, probes=served.products(counts), probe_rank=rank, price=price)
         beyond = math.fsum(n / k for n, k in zip(noises, counts))
         found = _Found(choice, rest, beyond, PRODUCT * sum(counts), once, served.propagator)
