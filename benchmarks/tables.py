@@ -217,7 +217,7 @@ def exact(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
                 "peer's": milliseconds(turns["second"]["value"]),
                 "kernel": milliseconds(row["kernel"]["value"]) if "kernel" in row else "-",
                 "checks off, times the kernel": spread(row["unchecked"]["processor"]) if "kernel" in row else "-",
-                "checks": ", ".join(f"{n} {milliseconds(t)}" for n, t in row.get("checks", {}).items()) or "-",
+                "where it goes": _parts(row.get("parts", {})),
                 "times faster by the wall": spread(turns["wall"]),
                 "by the processor's clock": spread(turns["processor"]),
                 "peak memory": "-" if memory is None else f"{memory[0]:.3g} against {memory[1]:.3g} MB",
@@ -226,6 +226,12 @@ def exact(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
             }
         )
     return rows
+
+
+def _parts(spent: Mapping[str, float]) -> str:
+    """Times, and a number of passes."""
+    told = [f"{n} {milliseconds(t)}" if "passes" not in n else f"{t:.0f} {n}" for n, t in spent.items()]
+    return ", ".join(told) or "-"
 
 
 def activations(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:

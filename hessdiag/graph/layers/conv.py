@@ -56,7 +56,7 @@ def patches(x: Tensor, node: Any, kernel: torch.Size, groups: int, positions: Se
     return view.reshape(len(x), groups, -1, prod(out))
 
 
-def _convolved(images: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Tensor:
+def convolved(images: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Tensor:
     """A convolution, by what costs least: the libraries' kernels need hundreds of multiplications for each number."""
     groups, on_processor = options[-1], images.device.type == "cpu"
     if on_processor and groups == 1 and weight[0, 0].numel() == 1 and not options[3] and not any(options[1]):
@@ -119,7 +119,7 @@ class Conv(PositionWise):
             images = images[(slice(None), slice(None), *(slice(None, None, step) for step in stride))].contiguous()
             stride = (1,) * len(stride)
         given_by = stride, padding, saved.integers(node, "dilation"), transposed
-        moved = _convolved(images, weight, (*given_by, saved.integers(node, "output_padding"), groups))
+        moved = convolved(images, weight, (*given_by, saved.integers(node, "output_padding"), groups))
         return Tangent(moved.reshape(len(value), *shape), owned=True)
 
     @classmethod
