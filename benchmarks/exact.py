@@ -17,21 +17,28 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import exact_sides
 from benchmarks.common import Median, digits, median, small_resnet, store, tell
 from benchmarks.exact_sides import CURVES, WIDTHS, backpack, deviation, mlp, ours, problem, products, public
 from hessdiag import Objective
-from hessdiag.graph import Linearisation
+from hessdiag.graph import Linearisation, route, tangents
+from hessdiag.graph.layers import conv
+from hessdiag.kernels import directions
 from hessdiag.kernels import exact_batch as exact
+from hessdiag.measuring import audit, comparisons, entry
+from hessdiag.methods import batches
+from hessdiag.methods import exact as methods_exact
+
+PASSES = "backward passes"
 
 
 @dataclass(frozen=True)
@@ -92,33 +99,26 @@ def _status(entry: str) -> float:
     return float(next(line.split()[1] for line in lines if line.startswith(entry + ":")))
 
 
-class Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the arguments of every convolution that runs under it."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation; note it if it is a convolution."""
-        if func is torch.ops.aten.convolution.default:
-            self.calls.append((args[0].shape, args[1].shape, *args[3:]))
-        return func(*args, **(kwargs or {}))
-
-
 def floor_seconds(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Time of the same convolutions alone, on random tensors: no method that makes these passes is faster."""
     batch = Linearisation(Objective(model), x, y)
-    with Convolutions() as record:
+    calls: list[tuple[Any, ...]] = []
+    honest = conv.convolved
+
+    def recorded(images: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Tensor:
+        calls.append((images.shape, weight.shape, options))
+        return honest(images, weight, options)
+
+    with patched({conv: {"convolved": recorded}}):
         exact.batch_diagonal(batch)
     total = 0.0
     tensors: dict[tuple[int, ...], Tensor] = {}
     with torch.no_grad():
-        for image, weight, *rest in record.calls:
+        for image, weight, options in calls:
             a = tensors.setdefault(tuple(image), torch.randn(image))
             w = tensors.setdefault(tuple(weight), torch.randn(weight))
             start = time.perf_counter()
-            torch.convolution(a, w, None, *rest)
+            honest(a, w, options)
             total += time.perf_counter() - start
     return total
 
@@ -134,43 +134,75 @@ def forward_seconds(model: nn.Module, x: Tensor, count: int = 20) -> float:
     return median(times).value
 
 
-CHECKS = {
-    "second pass": ("hessdiag.methods.batches", "_in_two"),
-    "twin": ("hessdiag.measuring.audit", "_twin"),
-    "identity": ("hessdiag.measuring.comparisons", "identity"),
-    "squares": ("hessdiag.measuring.comparisons", "squares"),
-    "entries": ("hessdiag.measuring.comparisons", "entries"),
-    "derivatives": ("hessdiag.measuring.comparisons", "quotients"),
+@contextmanager
+def patched(changes: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
+    """Attributes of modules and classes replaced, and put back."""
+    before = [(home, name, home.__dict__[name]) for home, names in changes.items() for name in names]
+    try:
+        for home, names in changes.items():
+            for name, value in names.items():
+                setattr(home, name, value)
+        yield
+    finally:
+        for home, name, value in before:
+            setattr(home, name, value)
+
+
+PARTS = {
+    "the batch linearised": (entry, "Linearisation"),
+    "second pass": (batches, "_in_two"),
+    "twin": (audit, "_twin"),
+    "twin linearised": (audit, "Linearisation"),
+    "its gradient": (audit, "Products"),
+    "its products J u": (comparisons, "Forward"),
+    "identity": (comparisons, "identity"),
+    "squares": (comparisons, "squares"),
+    "entries": (comparisons, "entries"),
+    "derivatives": (comparisons, "quotients"),
+    "the diagonal": (methods_exact.exact, "batch_diagonal"),
 }
-"""What the checks of a public call do, by the functions that do it."""
+"""What a public call does, by the functions that do it: all but the first and the last are checks. "entries" takes the
+diagonal of the twin besides."""
+CONV_PARTS = {
+    "linearised": (exact_sides, "Linearisation"),
+    "samples told apart": (exact, "check_separate"),
+    "Gauss-Newton part": (exact, "_gauss_newton"),
+    "directions moved": (exact, "_move"),
+    "of these convolutions": (conv, "convolved"),
+    "squares at sites": (directions.Directions, "weighted_squares"),
+    "slopes": (tangents.Tangent, "settled"),
+    "sums": (route, "added"),
+}
+"""The same of the kernel on a conv net; what a moved direction takes beyond the last four is bookkeeping."""
 
 
-def check_seconds(run: Callable[[], Any], rounds: int) -> dict[str, float]:
-    """Processor time that each check takes of a call: medians over rounds."""
-    spent: dict[str, list[float]] = {name: [] for name in CHECKS}
-    homes = {name: (import_module(module), function) for name, (module, function) in CHECKS.items()}
-    honest = {name: getattr(*home) for name, home in homes.items()}
+def part_seconds(run: Callable[[], Any], parts: Mapping[str, tuple[Any, str]], rounds: int) -> dict[str, float]:
+    """Processor time that each part takes of a call, and how many backward passes it makes: medians over rounds."""
+    spent: dict[str, list[float]] = {name: [] for name in (*parts, PASSES)}
 
-    def timed(name: str) -> Callable[..., Any]:
+    def timed(name: str, honest: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any, **options: Any) -> Any:
             start = time.process_time()
-            found = honest[name](*given, **options)
+            found = honest(*given, **options)
             found = list(found) if isinstance(found, Iterator) else found
             spent[name][-1] += time.process_time() - start
             return found
 
         return call
 
-    try:
-        for name, (module, function) in homes.items():
-            setattr(module, function, timed(name))
+    def counted(*given: Any, **options: Any) -> Any:
+        spent[PASSES][-1] += 1
+        return honest_grad(*given, **options)
+
+    honest_grad = torch.autograd.grad
+    changes: dict[Any, dict[str, Any]] = {torch.autograd: {"grad": counted}}
+    for name, (home, function) in parts.items():
+        changes.setdefault(home, {})[function] = timed(name, getattr(home, function))
+    with patched(changes):
         for _ in range(rounds):
             for row in spent.values():
                 row.append(0.0)
             run()
-    finally:
-        for name, (module, function) in homes.items():
-            setattr(module, function, honest[name])
     return {name: median(row).value for name, row in spent.items()}
 
 
@@ -187,13 +219,13 @@ def run_mlps(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
             error = deviation({name: value * len(y) for name, value in mine().items()}, theirs())
             turns = take_turns(mine, theirs, settings.rounds)
             bare = take_turns(ours(model, x, y), public(model, x, y, checked=False), settings.rounds)
-            checks = check_seconds(mine, settings.rounds)
+            parts = part_seconds(mine, PARTS, settings.rounds)
             memory = [peak_megabytes(method, net, curve, settings) for method in ("public", "backpack")]
             found = {
                 "turns": turns,
                 "kernel": bare.first,
                 "unchecked": bare,
-                "checks": checks,
+                "parts": parts,
                 "megabytes": memory,
                 "deviation": error,
             }
@@ -212,7 +244,10 @@ def run_conv(settings: Settings) -> dict[str, Any]:
     error = deviation(diagonal, theirs())
     floor = median([floor_seconds(model, x, y) for _ in range(5)]).value
     forward = forward_seconds(model, x)
-    found = {"parameters": size, "turns": turns, "deviation": error, "floor": floor, "forward": forward}
+    parts = part_seconds(mine, CONV_PARTS, 2 * settings.conv_rounds)
+    found = {
+        "parameters": size, "turns": turns, "deviation": error, "floor": floor, "forward": forward, "parts": parts
+    }  # fmt: skip
     tell("residual conv net", found)
     return found
 

@@ -15,6 +15,8 @@ Row = Mapping[str, str]
 BACKPACK_TARGETS = {"784-128-128-10": 3.0, "784-512-512-10": 20.0, "784-256x4-10": 5.0}
 PRODUCTS_TARGET = 25.0
 """How many times faster exact diagonals are to be than their peers."""
+KERNEL_TARGET = 1.2
+"""How many times as long as its kernel a call without checks may take."""
 README = RESULTS.parent / "README.md"
 HEAD = """# Benchmarks
 
@@ -200,13 +202,10 @@ def attacks(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
 def exact(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
     """A row per net: the MLPs beside BackPACK, the conv net beside p products in batches."""
     rows: list[Row] = []
-    nets = [(name, "BackPACK", BACKPACK_TARGETS[name.split()[0]], row) for name, row in found.get("mlp", {}).items()]
-    if (conv := found.get("conv")) is not None:
-        nets.append((f"residual conv net, p = {conv['parameters']}", "p products", PRODUCTS_TARGET, conv))
-    for name, peer, target, row in nets:
+    for name, peer, target, row in _exact_nets(found):
         turns, memory = row["turns"], row.get("megabytes")
         reached = turns["wall"]["value"] >= target and (memory is None or memory[0] < memory[1])
-        timed = conv is row or "kernel" in row  # the targets beside BackPACK are of the whole call
+        timed = peer != "BackPACK" or "kernel" in row  # the targets beside BackPACK are of the whole call
         rows.append(
             {
                 "net": name,
@@ -216,8 +215,7 @@ def exact(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
                 + (f" (its convolutions alone {milliseconds(row['floor'])})" if "floor" in row else ""),
                 "peer's": milliseconds(turns["second"]["value"]),
                 "kernel": milliseconds(row["kernel"]["value"]) if "kernel" in row else "-",
-                "checks off, times the kernel": spread(row["unchecked"]["processor"]) if "kernel" in row else "-",
-                "checks": ", ".join(f"{n} {milliseconds(t)}" for n, t in row.get("checks", {}).items()) or "-",
+                "checks off, times the kernel": _beside_kernel(row) if "kernel" in row else "-",
                 "times faster by the wall": spread(turns["wall"]),
                 "by the processor's clock": spread(turns["processor"]),
                 "peak memory": "-" if memory is None else f"{memory[0]:.3g} against {memory[1]:.3g} MB",
@@ -226,6 +224,64 @@ def exact(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
             }
         )
     return rows
+
+
+def _exact_nets(found: Mapping[str, Any]) -> list[tuple[str, str, float, Mapping[str, Any]]]:
+    """(net, peer, target, what was found) of each."""
+    nets = [(name, "BackPACK", BACKPACK_TARGETS[name.split()[0]], row) for name, row in found.get("mlp", {}).items()]
+    if (conv := found.get("conv")) is not None:
+        nets.append((f"residual conv net, p = {conv['parameters']}", "p products", PRODUCTS_TARGET, conv))
+    return nets
+
+
+def _beside_kernel(row: Mapping[str, Any]) -> str:
+    found = row["unchecked"]["processor"]
+    return f"{spread(found)}; {verdict(f'at most {KERNEL_TARGET:g}', found['value'] <= KERNEL_TARGET)}"
+
+
+def exact_parts(found: Mapping[str, Any]) -> str:
+    """Where the time goes, part by part, and what of it the targets that are missed would leave."""
+    nets = _exact_nets(found)
+    tables = []
+    for wanted in ("BackPACK", "p products"):
+        some = {name: row["parts"] for name, peer, _, row in nets if peer == wanted and "parts" in row}
+        names = dict.fromkeys(name for parts in some.values() for name in parts)
+        tables.append(
+            [
+                {"part": part}
+                | {
+                    net: f"{t:.0f}" if "passes" in part else milliseconds(t)
+                    for net, p in some.items()
+                    for t in [p[part]]
+                }
+                for part in names
+            ]
+        )
+    lines = [_missed(*net) for net in nets if "parts" in net[3] and net[3]["turns"]["wall"]["value"] < net[2]]
+    head = "Processor time of the parts, by the functions that do them (the diagonal: of the batch and of the twin)"
+    told = [head + ":", *(markdown(t) for t in tables if t)]
+    return "\n\n".join([*told, *([] if not lines else ["Where a target is missed:\n\n" + "\n".join(lines)])])
+
+
+def _missed(name: str, peer: str, target: float, row: Mapping[str, Any]) -> str:
+    spent = {part: t for part, t in row["parts"].items() if "passes" not in part}
+    ours, room = row["turns"]["first"]["value"], row["turns"]["second"]["value"] / target
+    begun = f"- {name}: {target:g} times would be {milliseconds(room)}, and it takes {milliseconds(ours)}."
+    if peer == "BackPACK":
+        first, last = "the batch linearised", "the diagonal"
+        checks = sum(t for part, t in spent.items() if part not in (first, last))
+        rest = ours - checks - row["kernel"]["value"]
+        return (
+            f"{begun} The kernel takes {milliseconds(row['kernel']['value'])} of it, checks {milliseconds(checks)} in "
+            f"all but one of {row['parts']['backward passes']:.0f} backward passes, one of which would have to serve "
+            f"for several; the rest, {milliseconds(rest)}, is what the call keeps, counts and divides."
+        )
+    inner = sum(spent[part] for part in ("of these convolutions", "squares at sites", "slopes", "sums"))
+    outer = sum(spent[part] for part in ("linearised", "samples told apart", "Gauss-Newton part"))
+    return (
+        f"{begun} Moved directions take {milliseconds(inner)} in convolutions, squares, slopes and sums alone, all "
+        f"else but their seeds and bookkeeping {milliseconds(outer)}: together {milliseconds(inner + outer)}."
+    )
 
 
 def activations(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
@@ -421,6 +477,8 @@ def table(name: str, content: Mapping[str, Any]) -> str:
     """The table of one benchmark, from what is stored of it."""
     name, found, settings = name.partition("-")[0], content["results"], content["settings"]
     shown = markdown(TABLES[name](found, settings)) if name in TABLES else generic(found)
+    if name == "exact":
+        return shown + "\n\n" + exact_parts(found)
     return shown + ("\n\n" + markdown(pruning(found, settings)) if name == "deletion" else "")
 
 

@@ -8,6 +8,7 @@ respect to v is J u.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -20,6 +21,20 @@ from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape
 from hessdiag.graph.reading import Graph
 from hessdiag.graph.sites import Map, Site
 from hessdiag.graph.tangents import Tangent
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A node on the way, and what happens there: what is `given` and comes out, the sites that are due, the tangents
+    that have served, and of these the ones that no site looks at.
+    """
+
+    node: Any
+    given: tuple[tuple[int, Edge, Key, torch.Size], ...]
+    outputs: tuple[tuple[int, Key, torch.Size], ...]
+    due: tuple[tuple[int, Site], ...]
+    ends: tuple[Key, ...]
+    spare: tuple[Key, ...]
 
 
 class Route:
@@ -60,18 +75,33 @@ class Route:
                 wanted.setdefault(id(source), set()).add(number)
                 last[id(source), number] = position
         place = {id(node): position for position, (node, _) in enumerate(self.nodes)}
-        self._due: dict[int, list[tuple[int, Site]]] = {}
+        due_at: dict[int, list[tuple[int, Site]]] = {}
         for number, site in self.sites:
             legs = [edge for edge in site.edges if id(edge[0]) in place]
             when = max(place[id(edge[0])] for edge in legs)
-            self._due.setdefault(when, []).append((number, site))
+            due_at.setdefault(when, []).append((number, site))
             for node, output in legs:
                 wanted.setdefault(id(node), set()).add(output)
                 last[id(node), output] = max(last.get((id(node), output), -1), when)
-        self._wanted = {key: sorted(outputs) for key, outputs in wanted.items()}
-        self._ends: dict[int, list[Key]] = {}
+        ends: dict[int, list[Key]] = {}
         for key, position in last.items():
-            self._ends.setdefault(position, []).append(key)
+            ends.setdefault(position, []).append(key)
+        self.stops: list[Stop] = []
+        for position, (node, slots) in enumerate(self.nodes):
+            given = [(slot, node.next_functions[slot]) for slot in slots]
+            edges = [(node, number) for number in sorted(wanted.get(id(node), ()))]
+            due, over = due_at.get(position, []), ends.get(position, [])
+            looked = {edge_key(edge) for _, site in due for edge in site.edges}
+            self.stops.append(
+                Stop(
+                    node,
+                    tuple((slot, edge, edge_key(edge), edge_shape(edge)) for slot, edge in given),
+                    tuple((edge[1], edge_key(edge), edge_shape(edge)) for edge in edges),
+                    tuple(due),
+                    tuple(over),
+                    tuple(key for key in over if key not in looked),
+                )
+            )
 
     def run(self, seeds: Sequence[Tangent]) -> Iterator[tuple[int, Site, Tangent, Tangent | None]]:
         """Move tangents of the starts up; yield every site's dz as it becomes known: (index, site, dz, dw of a pair).
@@ -84,32 +114,33 @@ class Route:
         begun: dict[Key, list[tuple[int, Tangent]]] = {}
         for edge, low, seed in zip(self.starts, ends, seeds):
             begun.setdefault(edge_key(edge), []).append((low, seed))
-        for position, (node, slots) in enumerate(self.nodes):
-            given = _known([(node.next_functions[slot], slot) for slot in slots], tangents)
-            outputs = self._wanted.get(id(node), ())
+        for stop in self.stops:
+            given = [(slot, edge, shape, tangents[key]) for slot, edge, key, shape in stop.given if key in tangents]
             if given:
-                free = self._free(position, tangents) if len(outputs) == 1 else set()
-                for output in outputs:
-                    tangents[id(node), output] = self._step(node, output, given, tangents, free)
-            for key in ((id(node), output) for output in outputs):
+                free = self._free(stop, tangents) if len(stop.outputs) == 1 else set()
+                for output, key, shape in stop.outputs:
+                    tangents[key] = self._step(stop.node, output, shape, given, tangents, free)
+            for _, key, shape in stop.outputs:
                 for low, seed in begun.get(key, ()):
-                    tangents[key] = _begun(tangents.get(key), low, seed, ends[-1], edge_shape((node, key[1])))
-            yield from self._sites_at(position, tangents)
-            for key in self._ends.get(position, ()):
+                    tangents[key] = _begun(tangents.get(key), low, seed, ends[-1], shape)
+            if stop.due:
+                yield from self._sites_at(stop, tangents)
+            for key in stop.ends:
                 tangents.pop(key, None)
 
-    def _free(self, position: int, tangents: dict[Key, Tangent]) -> set[int]:
-        """Storages that nothing needs once the node at `position` has been passed."""
-        due = {edge_key(edge) for _, site in self._due.get(position, ()) for edge in site.edges}
-        ending = [key for key in self._ends.get(position, ()) if key in tangents and key not in due]
-        kept = {_storage(tangent) for key, tangent in tangents.items() if key not in ending}
+    def _free(self, stop: Stop, tangents: dict[Key, Tangent]) -> set[int]:
+        """Storages that nothing needs once the node has been passed."""
+        ending = [key for key in stop.spare if key in tangents]
+        if not ending:
+            return set()
         freed = [_storage(tangents[key]) for key in ending]
+        kept = {_storage(tangent) for key, tangent in tangents.items() if key not in ending}
         return {storage for storage in freed if storage not in kept and freed.count(storage) == 1}
 
     def _sites_at(
-        self, position: int, tangents: dict[Key, Tangent]
+        self, stop: Stop, tangents: dict[Key, Tangent]
     ) -> Iterator[tuple[int, Site, Tangent, Tangent | None]]:
-        for number, site in self._due.get(position, ()):
+        for number, site in stop.due:
             left, right = (_known(legs, tangents) for legs in (site.legs, site.right))
             if not site.right:
                 yield number, site, self._along(site, left), None
@@ -147,25 +178,24 @@ class Route:
         self,
         node: Any,
         output: int,
-        given: list[tuple[int, Edge, Tangent]],
+        shape: torch.Size,
+        given: list[tuple[int, Edge, torch.Size, Tangent]],
         tangents: dict[Key, Tangent],
         free: set[int],
     ) -> Tangent:
-        shape = edge_shape((node, output))
         if len(given) == 1:
-            slot, edge, tangent = given[0]
-            if tuple(edge_shape(edge)) == tuple(shape):
+            slot, _, own, tangent = given[0]
+            if own == shape:
                 known, factor = self._factor(node, slot)
                 if known:
                     return tangent if factor is None else tangent.scaled(factor)
-        plain = all(tuple(edge_shape(edge)) == tuple(shape) for _, edge, _ in given)
-        if plain and node.name() in ("AddBackward0", "SubBackward0"):
-            return self._sum(node, given, shape, free)
-        given = [(slot, edge, self._settled(edge, tangent, tangents, free)) for slot, edge, tangent in given]
-        moved = move(node, output, shape, given)
+        if node.name() in ("AddBackward0", "SubBackward0") and all(own == shape for _, _, own, _ in given):
+            return self._sum(node, [(slot, tangent) for slot, _, _, tangent in given], shape, free)
+        settled = [(slot, edge, self._settled(edge, tangent, tangents, free)) for slot, edge, _, tangent in given]
+        moved = move(node, output, shape, settled)
         if moved is not None:
             return moved
-        parts = [(slot, tangent.dense(edge_shape(edge))) for slot, edge, tangent in given]
+        parts = [(slot, tangent.dense(edge_shape(edge))) for slot, edge, tangent in settled]
         return Tangent(double_backward(node, output, shape, parts, self._cache))
 
     def _factor(self, node: Any, slot: int) -> tuple[bool, Tensor | None]:
@@ -175,9 +205,9 @@ class Route:
         found: tuple[bool, Tensor | None] = self._cache[key]
         return found
 
-    def _sum(self, node: Any, given: list[tuple[int, Edge, Tangent]], shape: torch.Size, free: set[int]) -> Tangent:
-        signs = [sign_of(node, slot) for slot, _, _ in given]
-        tangents = [tangent for _, _, tangent in given]
+    def _sum(self, node: Any, given: list[tuple[int, Tangent]], shape: torch.Size, free: set[int]) -> Tangent:
+        signs = [sign_of(node, slot) for slot, _ in given]
+        tangents = [tangent for _, tangent in given]
         if len({t.band for t in tangents}) > 1:
             tangents = [Tangent(t.dense(shape)) for t in tangents]
         first, *rest = tangents
@@ -186,11 +216,11 @@ class Route:
         if signs[0] != 1.0:
             value, own = value * signs[0], True
         for tangent, sign in zip(rest, signs[1:]):
-            value, own = _added(value, tangent, sign, own), True
+            value, own = added(value, tangent, sign, own), True
         return Tangent(value, None, first.band, own)
 
 
-def _added(value: Tensor, tangent: Tangent, sign: float, own: bool) -> Tensor:
+def added(value: Tensor, tangent: Tangent, sign: float, own: bool) -> Tensor:
     """value + sign * tangent, in one step where it has a pending factor; in place in what is `own`."""
     other = tangent.value
     own = own and value.shape == other.shape

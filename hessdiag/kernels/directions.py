@@ -73,11 +73,15 @@ class Directions:
                 total += self._free(site, tangent, other)[:, None] / self.samples
                 continue
             value, c = self._at_site(site, tangent)
-            if other is None:  # products with c sum as they go
-                total += (value.square().transpose(0, 1) @ c[:, :, None])[..., 0].T
+            if other is None:
+                total += self.weighted_squares(value, c)
             else:
                 total += (value * c).mul_(self._at_site(site, other)[0]).sum(2)
         return total
+
+    def weighted_squares(self, value: Tensor, c: Tensor) -> Tensor:
+        """[K, N]: sum over j of c value^2, by products that sum as they go."""
+        return (value.square().transpose(0, 1) @ c[:, :, None])[..., 0].T
 
     def block(self, seed: Tangent) -> Tensor:
         """[N, K, K]: sum over the sites of each sample of c dz_k dz_l (of pairs c dz_k dw_l, whose mean with its

@@ -347,7 +347,9 @@ def _all_columns(batch: Linearisation) -> Tensors:
     layers, blank = [layer.on(batch.samples) for layer in batch.layers], [None] * len(batch.sites)
     edges = [layer.edge for layer in batch.layers]
     size = sum(edge_shape((layer.node, 0)).numel() for layer in batch.layers) * batch.outputs.element_size()
-    count = max(CLOSE // max(size, 1), 1)
+    count = CLOSE // max(size, 1)
+    if count < 2:  # each layer's as soon as it is there, none kept
+        return Propagator(batch).gauss_newton()
     columns = batch.curvature.each()
     while some := list(islice(columns, count)):
         passes = [batch.backward(blank, column, edges) for column, _ in some]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessdiag as hd
-from hessdiag.graph import Linearisation, edge_shape
+from hessdiag.graph import Linearisation
 from hessdiag.graph.moves import fan_of
 from hessdiag.graph.route import Route
 from hessdiag.kernels import chain, price
@@ -292,12 +292,12 @@ def test_the_price_of_all_layers_is_that_of_their_routes(name: str) -> None:
 def walked(route: Route) -> Price:
     """What one direction of every sample takes on its way."""
     work, peak, alive = 0.0, 0, dict[tuple[int, int], int]()
-    for position, (node, _) in enumerate(route.nodes):
-        for output in route._wanted.get(id(node), ()):
-            alive[id(node), output] = edge_shape((node, output)).numel()
-            work += alive[id(node), output] * fan_of(node) if node is not route.starts[0][0] else 0.0
+    for stop in route.stops:
+        for _, key, shape in stop.outputs:
+            alive[key] = shape.numel()
+            work += alive[key] * fan_of(stop.node) if stop.node is not route.starts[0][0] else 0.0
         peak = max(peak, sum(alive.values()))
-        for key in route._ends.get(position, ()):
+        for key in stop.ends:
             alive.pop(key, None)
     sites = sum(site.c.numel() for _, site in route.sites)
     return Price(work + 4.0 * sites, peak, sites, len(route.nodes) - 1)

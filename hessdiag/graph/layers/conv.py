@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 WRITTEN = 128
 """Entries of an image up to which many images are convolved by one product with the convolution as a matrix."""
+PIXELS = 16
+"""Pixels from which a convolution of single pixels is a product for each image."""
 BANDED = 12
 """Fewer directions per channel than this are worth no pass of their own."""
 
@@ -56,15 +58,22 @@ def patches(x: Tensor, node: Any, kernel: torch.Size, groups: int, positions: Se
     return view.reshape(len(x), groups, -1, prod(out))
 
 
-def _convolved(images: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Tensor:
-    """A convolution, by what costs least: the libraries' kernels need hundreds of multiplications for each number."""
-    groups, on_processor = options[-1], images.device.type == "cpu"
-    if on_processor and groups == 1 and weight[0, 0].numel() == 1 and not options[3] and not any(options[1]):
-        matrix, pixels = weight.flatten(1), images.flatten(2)
-        moved = pixels * matrix if images.shape[1] == 1 else matrix @ pixels
+def convolved(images: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Tensor:
+    """A convolution, by what costs least on a processor: the libraries' kernels need hundreds of multiplications for
+    each number. `options` are those of `torch.convolution` after the bias.
+    """
+    (stride, padding, _, transposed, _, groups), entries = options, images[0].numel()
+    if images.device.type != "cpu" or groups > 1:
+        return torch.convolution(images, weight, None, *options)
+    one = weight[0, 0].numel() == 1 and not transposed and not any(padding) and all(step == 1 for step in stride)
+    pixels = images[0, 0].numel()
+    if one and pixels == 1:
+        return (images.flatten(1) @ weight.flatten(1).T).reshape(-1, len(weight), *images.shape[2:])
+    if one and (images.shape[1] == 1 or pixels >= PIXELS):
+        matrix, flat = weight.flatten(1), images.flatten(2)
+        moved = flat * matrix if images.shape[1] == 1 else matrix @ flat
         return moved.reshape(len(images), len(weight), *images.shape[2:])
-    entries = images[0].numel()
-    if on_processor and groups == 1 and entries <= WRITTEN and len(images) >= 8 * entries:
+    if entries <= WRITTEN and len(images) >= 8 * entries:
         unit = torch.eye(entries, dtype=images.dtype).reshape(-1, *images.shape[1:])
         matrix = torch.convolution(unit, weight, None, *options)
         return (images.flatten(1) @ matrix.flatten(1)).reshape(-1, *matrix.shape[1:])
@@ -119,7 +128,7 @@ class Conv(PositionWise):
             images = images[(slice(None), slice(None), *(slice(None, None, step) for step in stride))].contiguous()
             stride = (1,) * len(stride)
         given_by = stride, padding, saved.integers(node, "dilation"), transposed
-        moved = _convolved(images, weight, (*given_by, saved.integers(node, "output_padding"), groups))
+        moved = convolved(images, weight, (*given_by, saved.integers(node, "output_padding"), groups))
         return Tangent(moved.reshape(len(value), *shape), owned=True)
 
     @classmethod
