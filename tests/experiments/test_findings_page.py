@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +42,16 @@ def close(said: str, stored: float) -> bool:
 
 def test_the_main_sweeps_table_is_what_is_stored() -> None:
     runs = json.loads((ROOT / "results/campaign/main.json").read_text())["runs"]
-    records = sorted((run["record"] for run in runs), key=lambda record: float(record["max_curvature"]))
+    runs.sort(key=lambda run: (run["config"]["train"]["seed"], float(run["record"]["max_curvature"])))
     told = table(r"max\|σ''\|")
-    assert len(told) == len(records)
-    for cells, record in zip(told, records):
+    assert len(told) == len(runs)
+    for cells, run in zip(told, runs):
+        record = run["record"]
         norms, aa2 = record["norms"], record["aa2"]
         clean, hard = norms["train/clean"], norms["train/adversarial"]
         stored = [
             record["max_curvature"],
+            run["config"]["train"]["seed"],
             100 * record["clean_accuracy"]["value"],
             *(100 * aa2[end] for end in ("value", "low", "high")),
             *(clean["rms"], hard["rms"], hard["invariant"]["rms"]),
@@ -56,6 +60,29 @@ def test_the_main_sweeps_table_is_what_is_stored() -> None:
         numbers = [number for cell in cells for number in re.findall(r"[-+]?\d+(?:\.\d+)?", cell)]
         assert len(numbers) == len(stored)
         assert all(map(close, numbers, stored)), (numbers, stored)
+
+
+def test_what_the_main_sweep_shows_so_far() -> None:
+    told = " ".join(PAGE.split())
+    for claim in ("S4.2.peak-in-4-10", "S4.5.same-range", "S4.5.same-range [adversarial]"):
+        evidence = VERDICTS[claim]["settings"]["campaign/main"]
+        contrasts = re.findall(r"band less (?:low|high) [-+.\d]+%? \[[^\]]*\]", evidence["text"])[:2]
+        assert " and ".join(contrasts) in told, claim
+        assert evidence["word"] == "inconclusive"
+    by_level: dict[float, list[Any]] = {}
+    for run in json.loads((ROOT / "results/campaign/main.json").read_text())["runs"]:
+        by_level.setdefault(float(run["record"]["max_curvature"]), []).append(run["record"])
+
+    def means(of: Callable[[Any], float]) -> dict[float, float]:
+        return {level: statistics.mean(map(of, records)) for level, records in by_level.items()}
+
+    robust = means(lambda record: 100 * record["aa2"]["value"])
+    clean, hard = (means(lambda record, k=k: record["norms"][k]["rms"]) for k in ("train/clean", "train/adversarial"))
+    best, low, lowest = max(robust, key=robust.__getitem__), *(min(m, key=m.__getitem__) for m in (clean, hard))
+    assert f"highest at {best:g}, the norm of the clean loss lowest at {low:g}, that of the adversarial" in told
+    assert f"adversarial loss at {lowest:g};" in told
+    assert f"by at most {max(robust.values()) - min(robust.values()):.1f} points" in told
+    assert f"by up to {max(hard.values()) / min(hard.values()):.1f} times" in told
 
 
 @pytest.mark.parametrize("page", ["docs/findings.md", "README.md"])
