@@ -17,7 +17,11 @@ from hessdiag.store.files import BadFileError, write_bytes
 FORMAT = "hessdiag-diagonal/1"
 
 
-@dataclass(frozen=True)
+SHOWN = 8
+"""Tensors that a repr tells of."""
+
+
+@dataclass(frozen=True, repr=False)
 class Diagonal:
     """H_kk of the mean loss: `total` = `gauss_newton` + `functional`, tensors shaped like the parameters.
 
@@ -36,6 +40,18 @@ class Diagonal:
     per_sample: bool = False
     status: str = "exact"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        count = sum(tensor.numel() for tensor in self.total.values())
+        drawn = f", {self.replicates} replicates" if self.replicates else ""
+        each = ", sample by sample" if self.per_sample else ""
+        found = [f"Diagonal of {count:,} entries{each}: {self.method}, {self.samples} samples{drawn}, {self.status}"]
+        for name, tensor in list(self.total.items())[:SHOWN]:
+            noise = f", of which noise {_rms(self.standard_errors[name]):.4g}" if self.replicates else ""
+            found.append(f"  {name} {list(tensor.shape)}: rms {_rms(tensor):.4g}{noise}")
+        if len(self.total) > SHOWN:
+            found.append(f"  and {len(self.total) - SHOWN} more")
+        return "\n".join([*found, "  more in   .total .gauss_newton .functional .standard_errors .save(path)"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file to `path`: keys `PART|name`, total, gauss_newton, functional, standard_error."""
@@ -59,3 +75,7 @@ class Diagonal:
             write_bytes(path, save(tensors, metadata={"format": FORMAT, "facts": json.dumps(facts)}))
         except BadFileError as error:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from None
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())

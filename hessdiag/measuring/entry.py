@@ -238,7 +238,7 @@ def _check_arguments(rtol: float, confidence: float, low: int, high: int, second
     check_confidence(confidence)
     whole = isinstance(low, int) and isinstance(high, int)
     if not whole or low < 2 or high < 2 or high < low:
-        raise ConfigurationError(f"min_replicates={low}, max_replicates={high}: at least 2 probes, and min <= max")
+        raise ConfigurationError(f"min_replicates={low}, max_replicates={high}: whole numbers from 2 on, min <= max")
     if seconds is not None and not seconds > 0:
         raise ConfigurationError(f"max_seconds={seconds!r} must be positive")
     if target not in ("data", POPULATION):

@@ -248,6 +248,10 @@ def refused(what: str) -> tuple[type[Exception], str, object]:
     with torch.no_grad():
         overflow[2].weight.fill_(1e308)  # type: ignore[union-attr]
     frozen = net().requires_grad_(False)
+    shared = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3, bias=False)})
+    shared["b"].weight = shared["a"].weight
+    quantised = nn.Module()
+    quantised.add_module("0", type("Linear", (nn.Module,), {"__module__": "torch.ao.nn.quantized.dynamic"})())
     spectral = nn.ParameterDict({"w": torch.ones(3, dtype=torch.complex64)})
     m = hd.measure
     table: dict[str, tuple[type[Exception], str, object]] = {
@@ -277,11 +281,18 @@ def refused(what: str) -> tuple[type[Exception], str, object]:
         "no parameters": (NoParametersError, "no parameters", lambda: hd.Objective(nn.Tanh())),
         "frozen": (NoParametersError, "requires_grad", lambda: hd.Objective(frozen)),
         "unknown parameter": (NoParametersError, "'3.weight'", lambda: hd.Objective(model, parameters=["3.weight"])),
+        "tensors as names": (NoParametersError, r"names, not a Parameter: there are 0\.weight", lambda: hd.Objective(
+            model, parameters=list(model.parameters()))),
+        "another name": (NoParametersError, "'b.weight' is 'a.weight' under another name", lambda: hd.Objective(
+            shared, parameters=["b.weight"])),
+        "pattern of another name": (NoParametersError, "'b.weight' is 'a.weight'", lambda: hd.Objective(
+            shared, parameters=r"b\..*")),
+        "quantised": (NoParametersError, "measure the model that was quantised", lambda: hd.Objective(quantised)),
         "pattern": (NoParametersError, "matches", lambda: hd.Objective(model, parameters=r"layer.*")),
         "loss name": (UnknownNameError, "cross_entropy", lambda: hd.Objective(model, "cross_entrpy")),
         "method name": (UnknownNameError, "propagation", lambda: m(hd.Objective(model), double, method="propagtion")),
         "rtol": (ConfigurationError, "rtol", lambda: m(hd.Objective(model), double, rtol=0.0)),
-        "one probe": (ConfigurationError, "at least 2", lambda: m(hd.Objective(model), double, max_replicates=1)),
+        "one probe": (ConfigurationError, "whole numbers from 2 on", lambda: m(hd.Objective(model), double, max_replicates=1)),
         "one replicate": (ConfigurationError, "at least 2", lambda: hd.diagonal(hd.Objective(model), double, replicates=1)),
         "confidence": (ConfigurationError, "confidence", lambda: m(hd.Objective(model), double, confidence=1.0)),
         "l2": (ConfigurationError, "l2", lambda: hd.Objective(model, l2=-1.0)),
@@ -296,7 +307,8 @@ NAMES = [
     "no batches", "empty batch", "used generator", "not iterable", "no pair", "single samples",
     "numbers as targets", "forward of one tensor", "target too large", "target negative",
     "target shape", "lengths", "mse broadcast", "bce range", "float32 data", "half model", "complex model", "empty model", "device", "nan parameter",
-    "nan input", "overflow", "no parameters", "frozen", "unknown parameter", "pattern", "loss name", "method name", "rtol",
+    "nan input", "overflow", "no parameters", "frozen", "unknown parameter", "tensors as names",
+    "another name", "pattern of another name", "quantised", "pattern", "loss name", "method name", "rtol",
     "one probe", "one replicate", "confidence", "l2", "class weights", "reduced callable", "population",
 ]  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import hessdiag as hd
 from hessdiag.data import load
@@ -149,3 +150,13 @@ def test_progress_of_ones_own_and_none_into_a_pipe(capfd: pytest.CaptureFixture[
     _measured(progress=True)
     out, err = capfd.readouterr()
     assert out == err == ""
+
+
+def test_repr_of_a_diagonal_tells_its_noise() -> None:
+    model, data = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5))), [(torch.ones(4, 3), torch.arange(4) % 3)]
+    known, drawn = (hd.diagonal(hd.Objective(model), data, method=method) for method in ("exact", "hutchinson"))
+    rms = float(known.total["0.weight"].square().mean().sqrt())
+    assert f"  0.weight [3, 3]: rms {rms:.4g}\n" in repr(known)
+    assert "Diagonal of 60 entries: hutchinson, 4 samples, 16 replicates, estimate\n" in repr(drawn)
+    assert repr(drawn).count("of which noise") == 8
+    assert "  and 2 more\n" in repr(drawn)
