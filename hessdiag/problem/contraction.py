@@ -132,13 +132,14 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
 def matmul(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch's; a vector stands as a matrix of one column."""
 
-    def run(a: Any, b: Any) -> Tensor:
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
+    def run(*args: Any, **named: Any) -> Tensor:
+        if len(args) == 2 and not named and all(isinstance(x, Tensor) for x in args):
+            a, b = args
             if b.ndim == 1 and a.ndim > 1 and b.requires_grad:
                 return (a @ b[:, None]).squeeze(-1)
             if a.ndim == 1 and b.ndim > 2 and a.requires_grad:
                 return (b.mT @ a[:, None]).squeeze(-1)
-        return plain(a, b)
+        return plain(*args, **named)
 
     return by_parts(run)
 

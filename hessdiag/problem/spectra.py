@@ -19,9 +19,10 @@ Product = Callable[..., Tensor]
 def by_parts(product: Product) -> Product:
     """The same product; of two complex tensors that take part in gradients, by products of their parts."""
 
-    def run(a: Any, b: Any, *args: Any, **named: Any) -> Tensor:
-        if args or named or not (_complex(a) and _complex(b)) or not (_counts(a) or _counts(b)):
-            return product(a, b, *args, **named)
+    def run(*args: Any, **named: Any) -> Tensor:
+        if len(args) != 2 or named or not all(map(_complex, args)) or not any(map(_counts, args)):
+            return product(*args, **named)
+        a, b = args
         (re, im), (other, beside) = (a.real, a.imag), (b.real, b.imag)
         return torch.complex(product(re, other) - product(im, beside), product(re, beside) + product(im, other))
 
@@ -32,9 +33,10 @@ def entry_by_entry(product: Product) -> Product:
     """The same of products of single entries, of which one side may be real, or a number."""
     both = by_parts(product)
 
-    def run(a: Any, b: Any, *args: Any, **named: Any) -> Tensor:
-        if args or named or not (_complex(a) or _complex(b)) or not (_counts(a) or _counts(b)):
-            return product(a, b, *args, **named)
+    def run(*args: Any, **named: Any) -> Tensor:
+        if len(args) != 2 or named or not any(map(_complex, args)) or not any(map(_counts, args)):
+            return product(*args, **named)
+        a, b = args
         if _complex(a) and _complex(b):
             return both(a, b)
         z, x = (a, b) if _complex(a) else (b, a)
@@ -48,10 +50,12 @@ def entry_by_entry(product: Product) -> Product:
 def divided(quotient: Product) -> Product:
     """The same quotient; of a complex tensor and a real one, part by part."""
 
-    def run(a: Any, b: Any, *args: Any, **named: Any) -> Tensor:
-        real = isinstance(b, Tensor) and not b.is_complex()
-        if args or named or not (_complex(a) and real) or not (_counts(a) or _counts(b)):
-            return quotient(a, b, *args, **named)
+    def run(*args: Any, **named: Any) -> Tensor:
+        if len(args) != 2 or named or not _complex(args[0]) or not any(map(_counts, args)):
+            return quotient(*args, **named)
+        a, b = args
+        if not isinstance(b, Tensor) or b.is_complex():
+            return quotient(a, b)
         return torch.complex(quotient(a.real, b), quotient(a.imag, b))
 
     return run

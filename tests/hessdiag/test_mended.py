@@ -186,6 +186,9 @@ def test_products_of_complex_numbers(name: str) -> None:
 
 
 def test_vectors_as_matrices() -> None:
+    compare(lambda x, v: torch.matmul(input=x, other=v), inputs(2, 5, 3), inputs(3))
+    compare(lambda x, v: torch.mul(input=x, other=v), inputs(2, 5, 3), inputs(3))
+    compare(lambda x, v: torch.div(input=x, other=v, rounding_mode=None), inputs(2, 5, 3), inputs(3).abs() + 1)
     compare(lambda x, v: x @ v, inputs(2, 5, 3), inputs(3))
     compare(torch.mv, inputs(2, 3), inputs(3))
     compare(lambda x, v: v @ x, inputs(2, 5, 3), inputs(5))
