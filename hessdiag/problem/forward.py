@@ -137,7 +137,12 @@ class _Mending(TorchFunctionMode):
         """The mended function in the place of torch's; none under autocast."""
         if any(map(torch.is_autocast_enabled, self._kinds)):
             raise UncoveredModelError(AUTOCAST)
-        return MENDED.get(func, func)(*args, **(kwargs or {}))
+        mended, named = MENDED.get(func), dict(kwargs or {})
+        if mended is None:
+            return func(*args, **named)
+        if not args and "input" in named:  # torch's name for what comes first
+            args = (named.pop("input"),)
+        return mended(*args, **named)
 
 
 class _Rounding(TorchDispatchMode):

@@ -186,15 +186,32 @@ def test_products_of_complex_numbers(name: str) -> None:
 
 
 def test_vectors_as_matrices() -> None:
-    compare(lambda x, v: torch.matmul(input=x, other=v), inputs(2, 5, 3), inputs(3))
-    compare(lambda x, v: torch.mul(input=x, other=v), inputs(2, 5, 3), inputs(3))
-    compare(lambda x, v: torch.div(input=x, other=v, rounding_mode=None), inputs(2, 5, 3), inputs(3).abs() + 1)
     compare(lambda x, v: x @ v, inputs(2, 5, 3), inputs(3))
     compare(torch.mv, inputs(2, 3), inputs(3))
     compare(lambda x, v: v @ x, inputs(2, 5, 3), inputs(5))
     compare(lambda x, v: v @ x, inputs(5, 3), inputs(5))
     compare(lambda v, w: v @ w, inputs(3), inputs(3))
     compare(F.linear, inputs(2, 5, 3), inputs(3))
+
+
+KEYWORDS: list[Callable[[Tensor, Tensor], Any]] = [
+    lambda x, v: torch.matmul(input=x, other=v),
+    lambda x, v: torch.mv(input=x[0], vec=v),
+    lambda x, v: torch.mul(input=x, other=v),
+    lambda x, v: torch.div(input=x, other=v, rounding_mode=None),
+    lambda x, v: torch.abs(input=x) * v,
+    lambda x, v: torch.celu(input=x, alpha=0.5) * v,
+    lambda x, v: torch.var_mean(input=x * v, dim=1),
+    lambda x, v: torch.index_select(input=x * v, dim=0, index=torch.tensor([1, 0, 1])),
+    lambda x, v: F.linear(input=x, weight=v[None]),
+    lambda x, v: torch.addcmul(input=x, tensor1=x, tensor2=v, value=0.3),
+    lambda x, v: torch.lerp(input=x, end=v, weight=x),
+]
+
+
+@pytest.mark.parametrize("number", range(len(KEYWORDS)))
+def test_operands_by_keyword(number: int) -> None:
+    compare(KEYWORDS[number], inputs(2, 5, 3), inputs(3).abs() + 1)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, float("inf")])
