@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -257,7 +258,7 @@ class Graph(Live):
         if not (constant or node.name() in INDEXED) or not shape or shape[0] % samples:
             return True
         if any(kind.enters(node, self) for kind in layers.KINDS.of(node)):
-            return False
+            return id(node) in self._for_all
         return self._meets_all(node) if samples > 1 else self._ends_in_weights(node)
 
     def _ends_in_weights(self, node: Any) -> bool:
@@ -269,20 +270,47 @@ class Graph(Live):
                 return False
         return bool(users)
 
-    def _meets_all(self, node: Any) -> bool:
+    @cached_property
+    def _for_all(self) -> set[int]:
+        """Nodes that are given a constant and whose output all samples use: places, coordinates, a fixed matrix.
+
+        Where all of them are given one tensor, that holds the samples: they must enter somewhere.
+        """
+        samples, nodes, given = len(self.outputs), [], set()
+        for node in self.nodes:
+            if is_leaf(node) or not self.is_live(node):
+                continue
+            kind = next((kind for kind in layers.KINDS.of(node) if kind.enters(node, self)), None)
+            shape = edge_shape((node, 0))
+            if kind is not None and shape and shape[0] % samples == 0:
+                constant = kind.constant(node)
+                nodes.append(node)
+                given.add(id(node) if constant is None else constant.untyped_storage().data_ptr())
+        if samples == 1 or len(given) < 2:
+            return set()
+        halves = [self._reached(nodes, part) for part in self._halves()]
+        return {
+            id(node)
+            for node, *found in zip(nodes, *halves)
+            if all(g is not None for g in found) and bool(((found[0] != 0) & (found[1] != 0)).any())
+        }
+
+    def _halves(self) -> list[Tensor]:
+        """Cotangents of the outputs from one half of the samples and from the other."""
         wave = torch.cos(torch.arange(self.outputs.numel(), device=self.outputs.device) * 1.7 + 0.3)
         seed = wave.to(self.outputs.dtype).reshape(len(self.outputs), -1)
         half = (torch.arange(len(seed), device=seed.device) < len(seed) // 2)[:, None]
-        found = [
-            torch.autograd.grad(
-                self.outputs,
-                GradientEdge(node, 0),
-                (seed * part).reshape(self.outputs.shape),
-                retain_graph=True,
-                allow_unused=True,
-            )[0]
-            for part in (half, ~half)
-        ]
+        return [(seed * part).reshape(self.outputs.shape) for part in (half, ~half)]
+
+    def _reached(self, nodes: list[Any], seed: Tensor) -> tuple[Tensor | None, ...]:
+        edges = [GradientEdge(node, 0) for node in nodes]
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            self.outputs, edges, seed, retain_graph=True, allow_unused=True
+        )
+        return found
+
+    def _meets_all(self, node: Any) -> bool:
+        found = [self._reached([node], part)[0] for part in self._halves()]
         if not all(g is not None and bool(g.any()) for g in found):  # a branch that starts at zero, say
             return self._ends_in_weights(node)
         return bool(((found[0] != 0) & (found[1] != 0)).any())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -216,15 +217,44 @@ def _by_name(turned: Callable[[Any], Callable[..., Any]], *names: str) -> dict[A
     return {function: turned(function) for function in known}
 
 
+WIDE = 256
+"""Entries beyond which a variance is that of its parts: as one node they would bend together, in one large block."""
+
+
+def _given(x: Tensor, dim: Any, args: tuple[Any, ...], keepdim: bool, named: dict[str, Any]) -> tuple[Any, ...]:
+    """Axes, keepdim and what else there is, of a moment in the newer or the older form."""
+    if isinstance(dim, bool):  # the older form: unbiased
+        named, dim = {"unbiased": dim} | named, None
+    if args:
+        named, keepdim = {"unbiased": args[0]} | named, args[1] if len(args) > 1 else keepdim
+    axes = tuple(range(x.ndim)) if dim is None else tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
+    return axes, keepdim, named
+
+
+def _moment(plain: Callable[..., Tensor], *, root: bool) -> Callable[..., Tensor]:
+    """A variance, or the root of one."""
+
+    def run(x: Tensor, dim: Any = None, *args: Any, keepdim: bool = False, **named: Any) -> Tensor:
+        axes, keepdim, named = _given(x, dim, args, keepdim, named)
+        count = prod(x.shape[axis] for axis in axes)
+        if not x.requires_grad or x.is_complex() or count <= WIDE or "out" in named:
+            return plain(x, axes, keepdim=keepdim, **named)
+        correction = named.get("correction", 1 if named.get("unbiased", True) else 0)
+        square = (x - x.mean(axes, keepdim=True)).square().sum(axes, keepdim=keepdim)
+        variance = square / (count - (1 if correction is None else correction))
+        if not root:
+            return variance
+        alike = variance == 0  # torch takes the slope there for zero
+        return variance.masked_fill(alike, 1.0).sqrt().masked_fill(alike, 0.0)
+
+    return run
+
+
 def _pair(first: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """A moment and the mean, each by a function of its own."""
 
     def run(x: Tensor, dim: Any = None, *args: Any, keepdim: bool = False, **named: Any) -> tuple[Tensor, Tensor]:
-        if isinstance(dim, bool):  # the older form: unbiased
-            named, dim = {"unbiased": dim} | named, None
-        if args:
-            named, keepdim = {"unbiased": args[0]} | named, args[1] if len(args) > 1 else keepdim
-        axes = tuple(range(x.ndim)) if dim is None else dim
+        axes, keepdim, named = _given(x, dim, args, keepdim, named)
         return first(x, axes, keepdim=keepdim, **named), x.mean(axes, keepdim=keepdim)
 
     return run
@@ -272,6 +302,8 @@ MENDED: dict[Any, Callable[..., Any]] = {
     **{name: _real(name, lambda re, im: torch.atan2(im, re)) for name in (torch.angle, Tensor.angle)},
     Tensor.__abs__: _real(Tensor.__abs__, torch.hypot),
     torch.polar: _polar,
-    torch.var_mean: _pair(torch.var),
-    torch.std_mean: _pair(torch.std),
+    **_by_name(lambda function: _moment(function, root=False), "var"),
+    **_by_name(lambda function: _moment(function, root=True), "std"),
+    torch.var_mean: _pair(_moment(torch.var, root=False)),
+    torch.std_mean: _pair(_moment(torch.std, root=True)),
 }

@@ -120,12 +120,29 @@ MOMENTS: list[Callable[[Tensor], Any]] = [
     lambda x: torch.std_mean(x, 1, True, True),
     lambda x: torch.var_mean(x, True),
     torch.var_mean,
+    lambda x: x.var(-1),
+    lambda x: x.std((1, 2), unbiased=False, keepdim=True),
+    lambda x: torch.std(x, dim=1, correction=0),
+    lambda x: x.var(),
+    lambda x: torch.std(torch.cat([x, x[:, :1].expand(2, 5, 3)], 1)[:, 5:], 1),
 ]
 
 
+@pytest.mark.parametrize("wide", [1, 256])
 @pytest.mark.parametrize("number", range(len(MOMENTS)))
-def test_moments_in_pairs(number: int) -> None:
+def test_moments(number: int, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hessdiag.problem.mended.WIDE", wide)
     compare(MOMENTS[number], inputs(2, 5, 3))
+
+
+def test_moments_of_many_entries_bend_in_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hessdiag.problem.mended.WIDE", 2)
+    torch.manual_seed(0)
+    model = Net(
+        lambda s, x: s.c((lambda h: (h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + 0.1))(s.a(x))),
+        a=nn.Linear(4, 5), c=nn.Linear(5, 3),
+    )  # fmt: skip
+    gate(model, inputs(3, 4), Y)
 
 
 def packed_and_written(where: str, x: Tensor) -> Any:
@@ -284,6 +301,26 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
         Net(lambda s, x: s.c(torch.exp(-(lambda h: torch.cdist(h, h))(s.a(x)) ** 2).sum(1)),
             a=nn.Linear(4, 3, bias=False), c=nn.Linear(2, 3)),
         inputs(3, 2, 4)),
+    "weights divided by their length": lambda: (
+        Net(lambda s, x: s.c(torch.tanh(x @ F.normalize(s.w, dim=0) / s.v.norm())), w=nn.Parameter(inputs(4, 3)),
+            v=nn.Parameter(inputs(2, 3)), c=nn.Linear(3, 3)),
+        inputs(3, 4)),
+    "weights under a softmax": lambda: (
+        Net(lambda s, x: s.c((torch.softmax(s.m, 0) * torch.stack([torch.tanh(s.a(x)), torch.sin(s.b(x))], -1)).sum(-1)
+                * torch.logsumexp(s.w, 0)), m=nn.Parameter(inputs(2)), w=nn.Parameter(inputs(4, 3)), a=nn.Linear(4, 3),
+            b=nn.Linear(4, 3), c=nn.Linear(3, 3)),
+        inputs(3, 4)),
+    "a parametrisation on a constant, with as many rows as two samples have": lambda: (
+        Net(lambda s, x: s.c(torch.tanh(s.a(x))), a=nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), c=nn.Linear(3, 3)),
+        inputs(3, 3)),
+    "places, as many as samples, through a layer": lambda: (
+        Net(lambda s, x: s.c(torch.tanh(s.a(x) + s.b(inputs(3, 2, seed=9).to(x.dtype))).sum(1)), a=nn.Linear(4, 3),
+            b=nn.Linear(2, 3), c=nn.Linear(3, 3)),
+        inputs(3, 3, 4)),
+    "scores of places": lambda: (
+        Net(lambda s, x: s.c((torch.softmax(x @ x.mT + (lambda t: t @ t.T)(torch.tanh(s.b(inputs(3, 2, seed=9).to(x.dtype)))), -1)
+                @ torch.tanh(s.a(x))).sum(1)), a=nn.Linear(4, 3), b=nn.Linear(2, 3), c=nn.Linear(3, 3)),
+        inputs(3, 3, 4)),
     "divided by a parameter": lambda: (
         Net(lambda s, x: s.c(torch.tanh(s.a(x) / s.w)), a=nn.Linear(4, 4), w=nn.Parameter(inputs(4).abs() + 0.5),
             c=nn.Linear(4, 3)),

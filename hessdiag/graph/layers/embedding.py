@@ -55,6 +55,11 @@ class Embedding(LayerKind):
         return saved.tensor(node, "indices").ndim > 1
 
     @classmethod
+    def constant(cls, node: Any) -> Tensor:
+        """The numbers."""
+        return saved.tensor(node, "indices")
+
+    @classmethod
     def move(cls, node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent | None:
         """The rows of the table's tangent; not the one that padding keeps."""
         numbers, padding = saved.tensor(node, "indices"), saved.integer(node, "padding_idx", -1)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hessdiag.errors import ConfigurationError, UncoveredModelError
+from hessdiag.graph import saved
 from hessdiag.graph.carried import Carried
 from hessdiag.graph.chunks import grouped
 from hessdiag.graph.kinds import NodeKind
@@ -153,6 +154,11 @@ class LayerKind(NodeKind, ABC):
     def enters(cls, node: Any, graph: Graph) -> bool:
         """Whether what a node is given is a constant that holds samples, as a rule, and no table for all of them."""
         return False
+
+    @classmethod
+    def constant(cls, node: Any) -> Tensor | None:
+        """What a node that samples enter is given; None where it is not told."""
+        return saved.first_tensor(node, "mat1", "self", "input")
 
     @classmethod
     def given(cls, node: Any) -> int | None:

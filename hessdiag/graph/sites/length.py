@@ -44,9 +44,9 @@ class Length(SiteKind):
 
     @classmethod
     def match(cls, node: Any, graph: Graph) -> bool:
-        """Of order 2, and not over the axis of the samples."""
+        """Of order 2, and not over the axis of the samples, where there are any."""
         axes, dims = len(edge_shape(node.next_functions[0])), saved.integers(node, "dim")
-        return cls._euclidean(node) and bool(dims) and all(dim % axes for dim in dims)
+        return cls._euclidean(node) and (graph.is_free(node) or (bool(dims) and all(dim % axes for dim in dims)))
 
     @classmethod
     def sites(cls, node: Any, adjoint: Tensor, name: str) -> list[Site]:
@@ -58,7 +58,7 @@ class Length(SiteKind):
     @classmethod
     def move(cls, node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent | None:
         """y.dx."""
-        if not cls._euclidean(node) or not saved.integers(node, "dim"):
+        if not cls._euclidean(node):
             return None
         _, edge, tangent = given[0]
         y, _, dims = cls._read(node)
@@ -73,7 +73,7 @@ class Length(SiteKind):
     def _read(cls, node: Any) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """(x / r, 1 / r with the axes kept, the axes); zero where r is."""
         x = saved.tensor(node, "self")
-        dims = tuple(dim % x.ndim - x.ndim for dim in saved.integers(node, "dim"))
+        dims = tuple(dim % x.ndim - x.ndim for dim in saved.integers(node, "dim") or range(x.ndim))
         kept = [1 if axis - x.ndim in dims else size for axis, size in enumerate(x.shape)]
         r = saved.tensor(node, "result").reshape(kept)
         rate = torch.where(r > 0, r, math.inf).reciprocal()

@@ -44,8 +44,10 @@ class Rowwise(SiteKind):
 
     @classmethod
     def match(cls, node: Any, graph: Graph) -> bool:
-        """A row must not lie along the samples."""
+        """A row must not lie along the samples, where there are any."""
         axes = len(edge_shape(node.next_functions[0]))
+        if graph.is_free(node):
+            return axes > 0
         if axes < 2 or any(dim % axes == 0 for dim in saved.integers(node, "dim")):
             graph.refuse(node, f"a {cls.name} over the axis of the samples")
         return True
