@@ -289,11 +289,7 @@ class Graph(Live):
         if samples == 1 or len(given) < 2:
             return set()
         halves = [self._reached(nodes, part) for part in self._halves()]
-        return {
-            id(node)
-            for node, *found in zip(nodes, *halves)
-            if all(g is not None for g in found) and bool(((found[0] != 0) & (found[1] != 0)).any())
-        }
+        return {id(node) for node, one, other in zip(nodes, *halves) if _meet(one, other)}
 
     def _halves(self) -> list[Tensor]:
         """Cotangents of the outputs from one half of the samples and from the other."""
@@ -313,7 +309,7 @@ class Graph(Live):
         found = [self._reached([node], part)[0] for part in self._halves()]
         if not all(g is not None and bool(g.any()) for g in found):  # a branch that starts at zero, say
             return self._ends_in_weights(node)
-        return bool(((found[0] != 0) & (found[1] != 0)).any())
+        return _meet(*found)
 
     # -- parameters on their way
 
@@ -410,6 +406,11 @@ class Graph(Live):
             if self.is_free(self.outputs.grad_fn):
                 why = "meets samples that do not lie on the first axis"
             self.refuse(self.nodes[place], f"parameter {name!r} {why}")
+
+
+def _meet(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether some entry is reached from both halves of the samples."""
+    return one is not None and other is not None and bool(((one != 0) & (other != 0)).any())
 
 
 def _is_number(node: Any, slot: int) -> bool:

@@ -134,7 +134,8 @@ def matmul(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def run(*args: Any, **named: Any) -> Tensor:
         if len(args) == 2 and not named and all(isinstance(x, Tensor) for x in args):
-            a, b = args
+            a: Tensor = args[0]
+            b: Tensor = args[1]
             if b.ndim == 1 and a.ndim > 1 and b.requires_grad:
                 return (a @ b[:, None]).squeeze(-1)
             if a.ndim == 1 and b.ndim > 2 and a.requires_grad:

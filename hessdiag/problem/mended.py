@@ -241,7 +241,7 @@ def _moment(plain: Callable[..., Tensor], *, root: bool) -> Callable[..., Tensor
             return plain(x, axes, keepdim=keepdim, **named)
         correction = named.get("correction", 1 if named.get("unbiased", True) else 0)
         square = (x - x.mean(axes, keepdim=True)).square().sum(axes, keepdim=keepdim)
-        variance = square / (count - (1 if correction is None else correction))
+        variance: Tensor = square / (count - (1 if correction is None else correction))
         if not root:
             return variance
         alike = variance == 0  # torch takes the slope there for zero
