@@ -2,11 +2,11 @@
 
 MLPs on 64 samples in float32 against BackPACK's DiagHessian (`pip install backpack-for-pytorch unfoldNd`): the call
 that a user makes, `hessdiag.diagonal(objective, batches, method="exact")`, with all its checks; beside it the call with
-its checks off, the kernel alone (a forward pass, linearisation and both parts), and what each check costs. And the
-residual conv net on 64 digits, which BackPACK refuses, against batched Hessian-vector products with unit vectors (the
-gradient's graph built once, 16 vectors at a time by one vectorised double backward). The two sides take turns in one
-run; ratios are medians over the turns with an interval of order statistics, of wall time and of processor time (which
-other work on the machine disturbs less). Peak memory is how far one evaluation raises the peak resident set of a
+its checks off, the kernel alone (a forward pass, linearisation and both parts), and what each part of the call takes,
+backward passes counted. And the kernel on the residual conv net with 64 digits, which BackPACK refuses, against batched
+Hessian-vector products with unit vectors (the gradient's graph built once, 16 vectors at a time by one vectorised
+double backward). The two sides take turns in one run; ratios are medians over the turns with an interval of order
+statistics, of wall time and of processor time (which other work on the machine disturbs less). Peak memory is how far one evaluation raises the peak resident set of a
 process of its own (Linux: VmHWM, set back just before) that has evaluated a tiny net. Ours returns two parts,
 Gauss-Newton and functional; its peers the total alone.
 """
