@@ -6,9 +6,9 @@ its checks off, the kernel alone (a forward pass, linearisation and both parts),
 backward passes counted. And the kernel on the residual conv net with 64 digits, which BackPACK refuses, against batched
 Hessian-vector products with unit vectors (the gradient's graph built once, 16 vectors at a time by one vectorised
 double backward). The two sides take turns in one run; ratios are medians over the turns with an interval of order
-statistics, of wall time and of processor time (which other work on the machine disturbs less). Peak memory is how far one evaluation raises the peak resident set of a
-process of its own (Linux: VmHWM, set back just before) that has evaluated a tiny net. Ours returns two parts,
-Gauss-Newton and functional; its peers the total alone.
+statistics, of wall time and of processor time (which other work on the machine disturbs less). Peak memory is how far
+one evaluation raises the peak resident set of a process of its own (Linux: VmHWM, set back just before) that has
+evaluated a tiny net. Ours returns two parts, Gauss-Newton and functional; its peers the total alone.
 """
 
 from __future__ import annotations
