@@ -422,7 +422,7 @@ def test_a_site_still_sees_what_its_node_consumes() -> None:
     check(shuffle(LastProduct()), images(3, 1, 4, 4))
 
 
-CONVOLUTIONS = {  # images, weight, stride, padding, dilation, transposed, groups
+BY_COST = {  # images, weight, stride, padding, dilation, transposed, groups
     "one pixel of many channels": ((6, 5, 1, 1), (4, 5, 1, 1), 1, 0, 1, False, 1),
     "single pixels, one channel": ((6, 1, 3, 3), (4, 1, 1, 1), 1, 0, 1, False, 1),
     "single pixels, few": ((6, 5, 2, 2), (4, 5, 1, 1), 1, 0, 1, False, 1),
@@ -435,10 +435,10 @@ CONVOLUTIONS = {  # images, weight, stride, padding, dilation, transposed, group
 }
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("name", BY_COST)
 def test_convolutions_by_what_costs_least_are_convolutions(name: str) -> None:
     """Every way to them against torch's own kernel."""
-    shape, kernel, stride, padding, dilation, transposed, groups = CONVOLUTIONS[name]
+    shape, kernel, stride, padding, dilation, transposed, groups = BY_COST[name]
     generator = torch.Generator().manual_seed(0)
     a, w = (torch.randn(s, dtype=torch.float64, generator=generator) for s in (shape, kernel))
     options = (stride,) * 2, (padding,) * 2, (dilation,) * 2, transposed, (0, 0), groups
