@@ -7,6 +7,7 @@ Random: one `Replicates` for each stream. The rest is where the loop stands.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import frexp
 from typing import Any
 
 import torch
@@ -59,14 +60,16 @@ class Sums:
         self._own = own or self._position > 0
 
     def divide_known(self) -> None:
-        """From sums to means over the data."""
+        """From sums to means over the data; by a power of two a product gives the same bits in less time."""
+        weight = self.survey.weight
+        exact = frexp(weight)[0] == 0.5
         for part in self.method.known(self.plan):
             sums = self.known[part]
-            if self._own:
-                for tensor in sums.values():
-                    tensor /= self.survey.weight
-            else:
-                self.known[part] = {name: t / self.survey.weight for name, t in sums.items()}
+            if not self._own:
+                self.known[part] = {name: t / weight for name, t in sums.items()}
+                continue
+            for tensor in sums.values():
+                tensor.mul_(1.0 / weight) if exact else tensor.div_(weight)
 
     def offset(self, stream: str) -> Tensors | None:
         """What is known exactly besides the replicates of a stream ("total", "gauss_newton" or "functional").

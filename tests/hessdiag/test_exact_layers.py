@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hessdiag.errors import BudgetError, UncoveredModelError
-from hessdiag.graph import Linearisation, route
+from hessdiag.graph import LayerKind, Linearisation, route
+from hessdiag.graph.layers import conv
 from hessdiag.kernels import exact_batch as exact
 from hessdiag.methods import reference
 from hessdiag.problem.objective import Objective
@@ -419,3 +420,48 @@ class LastProduct(nn.Module):
 def test_a_site_still_sees_what_its_node_consumes() -> None:
     torch.manual_seed(0)
     check(shuffle(LastProduct()), images(3, 1, 4, 4))
+
+
+BY_COST = {  # images, weight, stride, padding, dilation, transposed, groups
+    "one pixel of many channels": ((6, 5, 1, 1), (4, 5, 1, 1), 1, 0, 1, False, 1),
+    "single pixels, one channel": ((6, 1, 3, 3), (4, 1, 1, 1), 1, 0, 1, False, 1),
+    "single pixels, few": ((6, 5, 2, 2), (4, 5, 1, 1), 1, 0, 1, False, 1),
+    "single pixels, many": ((6, 5, 4, 4), (4, 5, 1, 1), 1, 0, 1, False, 1),
+    "single pixels, strided": ((6, 5, 5, 5), (4, 5, 1, 1), 2, 0, 1, False, 1),
+    "many small images": ((300, 2, 4, 4), (3, 2, 3, 3), 2, 1, 1, False, 1),
+    "many small images, dilated": ((300, 2, 4, 4), (3, 2, 2, 2), 1, 1, 2, False, 1),
+    "many small images, transposed": ((300, 2, 4, 4), (2, 3, 3, 3), 2, 1, 1, True, 1),
+    "groups": ((300, 2, 4, 4), (4, 1, 3, 3), 1, 1, 1, False, 2),
+}
+
+
+@pytest.mark.parametrize("name", BY_COST)
+def test_convolutions_by_what_costs_least_are_convolutions(name: str) -> None:
+    """Every way to them against torch's own kernel."""
+    shape, kernel, stride, padding, dilation, transposed, groups = BY_COST[name]
+    generator = torch.Generator().manual_seed(0)
+    a, w = (torch.randn(s, dtype=torch.float64, generator=generator) for s in (shape, kernel))
+    options = (stride,) * 2, (padding,) * 2, (dilation,) * 2, transposed, (0, 0), groups
+    wanted = torch.convolution(a, w, None, *options)
+    found = conv.convolved(a, w, options)
+    assert found.shape == wanted.shape
+    assert float((found - wanted).norm()) <= 1e-13 * float(wanted.norm())
+
+
+def test_several_columns_at_once_are_one_after_the_other() -> None:
+    """`over` of a layer against the sum of `summed`, pass by pass, with signs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.BatchNorm2d(4), nn.Tanh(), nn.ConvTranspose2d(4, 3, 2), nn.Flatten(),
+        nn.Linear(75, 3),
+    )  # fmt: skip
+    model = shuffle(model).double().eval()
+    batch = Linearisation(Objective(model), images(5, 2, 4, 4), torch.tensor([0, 1, 2, 0, 1]))
+    signs = [1.0, -1.0, 1.0]
+    for layer in (one.on(batch.samples) for one in batch.layers):
+        deltas = [torch.randn(layer.out, dtype=torch.float64) for _ in signs]
+        wanted = LayerKind.over(layer, deltas, signs)
+        found = layer.over(deltas, signs)
+        assert found.keys() == wanted.keys() == set(layer.layer.own)
+        for name, value in wanted.items():
+            assert float((found[name].reshape(value.shape) - value).norm()) <= 1e-12 * float(value.norm())

@@ -5,7 +5,7 @@ G_n = sum_s delta_ns xhat_ns for the gain, sum_s delta_ns for the bias. In its i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +80,22 @@ class Norm(LayerKind):
             yield self.layer.weight, iter([grouped(over_pixels(delta * self._normalised()), group * self.fold)])
         if self.layer.bias:
             yield self.layer.bias, iter([grouped(over_pixels(delta), group * self.fold)])
+
+    def over(self, deltas: Sequence[Tensor], signs: Sequence[float]) -> dict[str, Tensor]:
+        """The cotangents of all passes meet xhat together."""
+        if self.fold > 1:
+            return super().over(deltas, signs)
+        together = torch.stack(list(deltas))
+        scale = torch.tensor(signs, dtype=torch.float64, device=together.device)
+
+        def squared(each: Tensor) -> Tensor:
+            sums = each.flatten(3).sum(3) if each.ndim > 3 else each  # [passes, samples, channels]
+            return scale @ sums.square().sum(1).double()
+
+        found = {self.layer.bias: squared(together)} if self.layer.bias else {}
+        if self.layer.weight:
+            found[self.layer.weight] = squared(together * self._normalised())
+        return found
 
     def weighted(self, c: Tensor) -> dict[str, Tensor]:
         """sum c xhat^2 and sum c, over samples and pixels."""
