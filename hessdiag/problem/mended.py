@@ -234,12 +234,17 @@ def _given(x: Tensor, dim: Any, args: tuple[Any, ...], keepdim: bool, named: dic
 def _moment(plain: Callable[..., Tensor], *, root: bool) -> Callable[..., Tensor]:
     """A variance, or the root of one."""
 
-    def run(x: Tensor, dim: Any = None, *args: Any, keepdim: bool = False, **named: Any) -> Tensor:
-        axes, keepdim, named = _given(x, dim, args, keepdim, named)
+    def run(x: Tensor, *args: Any, **named: Any) -> Tensor:
+        known = named.keys() <= {"dim", "unbiased", "correction", "keepdim"}  # not numpy's names, or out=
+        if not known or not x.requires_grad or x.is_complex():
+            return plain(x, *args, **named)
+        dim, rest = (args[0], args[1:]) if args else (named.get("dim"), ())
+        others = {name: value for name, value in named.items() if name in ("unbiased", "correction")}
+        axes, keepdim, how = _given(x, dim, rest, named.get("keepdim", False), others)
         count = prod(x.shape[axis] for axis in axes)
-        if not x.requires_grad or x.is_complex() or count <= WIDE or "out" in named:
-            return plain(x, axes, keepdim=keepdim, **named)
-        correction = named.get("correction", 1 if named.get("unbiased", True) else 0)
+        if count <= WIDE:
+            return plain(x, *args, **named)
+        correction = how.get("correction", 1 if how.get("unbiased", True) else 0)
         square = (x - x.mean(axes, keepdim=True)).square().sum(axes, keepdim=keepdim)
         variance: Tensor = square / (count - (1 if correction is None else correction))
         if not root:

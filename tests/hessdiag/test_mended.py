@@ -124,6 +124,8 @@ MOMENTS: list[Callable[[Tensor], Any]] = [
     lambda x: x.std((1, 2), unbiased=False, keepdim=True),
     lambda x: torch.std(x, dim=1, correction=0),
     lambda x: x.var(),
+    lambda x: x.std(axis=1, keepdims=True),
+    lambda x: x.var(1, False, True),
     lambda x: torch.std(torch.cat([x, x[:, :1].expand(2, 5, 3)], 1)[:, 5:], 1),
 ]
 
