@@ -109,6 +109,63 @@ def test_unit_vectors_in_the_place_of_all_that_is_random_are_p_products(
         close(in_the_mean(propagator, merged=merged), truth, outer, tolerance)
 
 
+class Padded(Language):
+    """A row that is no parameter where it is looked up, and one in the head; the head has a bias."""
+
+    def __init__(self) -> None:
+        super().__init__(tied=True)
+        self.embed.padding_idx = 1
+        self.bias = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As before, and the bias."""
+        return super().forward(x) + self.bias
+
+
+class Biased(Language):
+    """The bias of the head in the head's own node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 5)
+        self.head.weight = self.embed.weight
+
+
+class Twofold(Language):
+    """Two heads on the table: what they have together is left to signs."""
+
+    def __init__(self) -> None:
+        super().__init__(tied=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The second head sees less."""
+        h = self.norm(self.embed(x) + self.position)
+        return self.head(self.last(h)) + self.head(torch.tanh(self.down(F.gelu(self.up(h)))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", [Padded, Biased, Twofold])
+def test_tables_that_are_heads_in_other_ways(kind: type[Language], merged: bool) -> None:
+    torch.manual_seed(3)
+    model = kind().double()
+    x, y = torch.tensor([[1, 2, 1], [0, 4, 4]]), torch.tensor([[2, 1, 0], [3, 4, 1]])
+    truth, outer, _, _ = reference.batch_diagonal(hd.Objective(model), x, y)
+    propagator = Propagator(Linearisation(hd.Objective(model), x, y), probes={"embed": 1, "position": 1})
+    assert bool(propagator.probes.tied) == (kind is not Twofold)
+    propagator.probes.find(Signs(1), 3)
+    close(in_the_mean(propagator, merged=merged), truth, outer, 1e-12)
+
+
+def test_a_loss_of_differences_serves_a_tied_table_too() -> None:
+    """Of half the squared error the second derivative at the outputs is no function of these."""
+    model, x, _ = language(tied=True)
+    y = torch.randn(2, 3, 5, dtype=torch.float64)
+    objective = hd.Objective(model, lambda f, t: (f - t).square().sum((1, 2)))
+    truth, outer, _, _ = reference.batch_diagonal(objective, x, y)
+    propagator = Propagator(Linearisation(objective, x, y), probes={"embed": 1})
+    close(in_the_mean(propagator, merged=False), truth, outer, 1e-12)
+
+
 def test_padding_is_no_parameter() -> None:
     torch.manual_seed(0)
     embed = nn.Embedding(5, 4, padding_idx=0)
