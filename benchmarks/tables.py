@@ -405,6 +405,7 @@ def transformers(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
                     if gains["relative error"] is None
                     else f"{gains['relative error']:.3g}",
                     "products a replicate": f"{gains['products']:.2f}",
+                    "pilot": f"{row['pilot']['seconds']:.0f} s" if plan == "propagation" else "",
                     "load": f"{row['load']:.0f}",
                 }
             )

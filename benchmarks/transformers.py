@@ -19,8 +19,9 @@ replicates, unbiased), t the median time of one and s that of the set-up,
 
 for all entries together (`norm`) and tensor by tensor: their geometric mean, and the lowest by name. Tensors whose
 diagonal is zero within rounding (a key's bias) are left out, and named. The plan without a name is the pilot's; the
-others are that with one thing switched on or off at a time. A row is stored as soon as it is measured; rows that are
-stored already are left out, and trained weights are kept in a folder for the next time.
+others are that with one thing switched on or off at a time. The pilot's own time is told beside the gain and no part of
+it: it is spent once, and the directions that it found need not be found again. A row is stored as soon as it is
+measured; rows that are stored already are left out, and trained weights are kept in a folder for the next time.
 Without a GPU everything is tiny, a rehearsal whose numbers say nothing, unless `--full` is given.
 """
 

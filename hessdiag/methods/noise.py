@@ -6,12 +6,11 @@ directions taken out of them (`hessdiag.kernels.probes`), and directions taken o
 signs no measurement uses. Time is counted in replicates by signs and no clock is read: the same net gets the same plan.
 With V the variance of a replicate, t its time and s that of what is done once, the least of
 
-    V (t + s / R)                        for the mean of R replicates,
-    s + t max(10, R_0 V / V_0)           for a norm within rtol,
+    V (t + s / R)        for the mean of R replicates,
+    s + t R(V)           for a norm within rtol, which takes R(V) of them,
 
-is taken, R_0 being the replicates that signs alone would take, of variance V_0. Groups of layers with noise n_g a
-product leave V = V_rest + sum n_g / k_g in t = t_0 + c sum k_g, whose product is least at
-k_g = sqrt(n_g t_0 / (c V_rest)) (Cauchy and Schwarz).
+is taken. Groups of layers with noise n_g a product leave V = V_rest + sum n_g / k_g in t = t_0 + c sum k_g; V t is
+least at k_g = sqrt(n_g t_0 / (c V_rest)) (Cauchy and Schwarz).
 """
 
 from __future__ import annotations
@@ -116,10 +115,8 @@ class Gain:
         self.noise, mean = spread(by_signs, count)
         self.total = math.fsum(self.noise.values())
         self.size = sum(float((mean[n] + self.known[n]).square().sum()) for n in mean) - self.total / count
-        self.need = float(aim.replicates or 0)
-        if not aim.replicates:
-            share = batch.samples / samples
-            self.need = replicates_needed(rows.products(), aim.rtol, share=share, cautious=True, most=100_000)
+        self._products = None if aim.replicates else rows.products()
+        self.need = self.needed(self.total) if self.total else 0.0
 
     def by_signs(self, propagator: Propagator, r: int) -> Tensors:
         """What a replicate leaves to signs."""
@@ -130,13 +127,22 @@ class Gain:
         layers = [*self.batch.layers, *self.batch.shared]
         return math.fsum(found.get(name, 0.0) for name in {key for place in group for key in layers[place].own})
 
+    def needed(self, variance: float) -> float:
+        """How many replicates of this variance the aim takes."""
+        if self._products is None:
+            return float(self.aim.replicates or 0)
+        share, quieter = self.batch.samples / self.samples, variance / self.total
+        return replicates_needed(
+            self._products, self.aim.rtol, share=share, cautious=True, most=100_000, quieter=quieter
+        )
+
     def price(self, variance: float, each: float, once: float) -> float:
         """The time that such replicates take, in replicates by signs; where their number is asked for, times their
         variance beside that of signs.
         """
         if self.aim.replicates:
             return (once + each * self.need) * variance / self.total
-        return once + each * max(LEAST_REPLICATES, self.need * variance / self.total)
+        return once + each * self.needed(variance)
 
     def counts(self, rest: float, noises: Sequence[float], once: float) -> list[tuple[float, list[int]]]:
         """(price, products a replicate of each group) beside signs that leave `rest`, the least price first."""

@@ -7,6 +7,7 @@ chosen by `hessdiag.methods.noise`.
 
 from __future__ import annotations
 
+import bisect
 import time
 
 import torch
@@ -103,26 +104,34 @@ def product_moments(products: Tensor) -> tuple[float, float, float]:
 
 
 def replicates_needed(
-    products: Tensor, rtol: float, *, share: float = 1.0, cautious: bool = False, most: int = 1000
+    products: Tensor,
+    rtol: float,
+    *,
+    share: float = 1.0,
+    cautious: bool = False,
+    most: int = 1000,
+    quieter: float = 1.0,
 ) -> int:
     """How many replicates would bring the norm within `rtol` at 95%, if `share` of the samples gave these products.
 
     The mean of R (R - 1) / 2 products has the variance (2 / (R (R - 1))) (2 (R - 2) z + v). Relative to the square, z
     falls with the number of samples and the rest of v with its square, if no samples dominate; as some always do, with
     the root of that number and with the number are assumed. `cautious` takes z at its largest, v / 2: where the spread
-    has heavy tails, a few replicates tell v roughly and z not at all (it may come out negative).
+    has heavy tails, a few replicates tell v roughly and z not at all (it may come out negative). Replicates whose
+    variance is that of these times `quieter` have z times as much, and the rest of v times its square.
     """
     square, v, z = product_moments(products)
     if square <= 0.0:
-        return most
+        return max(int(most * quieter), LEAST_REPLICATES)
     z = max((v / 2.0 if cautious else z) / square**2, 0.0)
-    pure = max(v / square**2 - 2.0 * z, 0.0) * share
-    z *= share**0.5
-    for count in range(LEAST_REPLICATES, most):
+    pure = max(v / square**2 - 2.0 * z, 0.0) * share * quieter**2
+    z *= share**0.5 * (quieter**2 if cautious else quieter)
+
+    def within(count: int) -> bool:
         variance = 2.0 / (count * (count - 1)) * (2.0 * (count - 1) * z + pure)
-        if 0.5 * 1.96 * variance**0.5 <= rtol:
-            return count
-    return most
+        return bool(0.5 * 1.96 * variance**0.5 <= rtol)
+
+    return LEAST_REPLICATES + bisect.bisect_left(range(LEAST_REPLICATES, most), True, key=within)
 
 
 def rounding(propagator: Propagator, signs: Signs, known: Tensors, rank: int) -> float:

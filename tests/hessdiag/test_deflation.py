@@ -203,6 +203,10 @@ def test_products_of_replicates_tell_their_moments_and_how_many_are_needed() -> 
     error = float((pairs / (need * (need - 1))).std()) / float(d.square().sum()) / 2.0
     assert 0.9 < 1.96 * error / rtol < 1.1
     assert replicates_needed(draw(1, 2000)[0], rtol, share=0.1) < need
+    noise = spread * torch.randn(2000, 20, generator=g, dtype=torch.float64)
+    whole, half = ((d + noise * size) @ (d + noise * size).T for size in (1.0, 0.5**0.5))
+    quiet = replicates_needed(half, rtol), replicates_needed(whole, rtol, quieter=0.5)
+    assert abs(quiet[0] / quiet[1] - 1) < 0.1
 
 
 def test_a_few_replicates_with_heavy_tails_do_not_call_signs_cheap() -> None:
