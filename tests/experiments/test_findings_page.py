@@ -64,11 +64,13 @@ def test_the_main_sweeps_table_is_what_is_stored() -> None:
 
 def test_what_the_main_sweep_shows_so_far() -> None:
     told = " ".join(PAGE.split())
+    said = []
     for claim in ("S4.2.peak-in-4-10", "S4.5.same-range", "S4.5.same-range [adversarial]"):
         evidence = VERDICTS[claim]["settings"]["campaign/main"]
-        contrasts = re.findall(r"band less (?:low|high) [-+.\d]+%? \[[^\]]*\]", evidence["text"])[:2]
-        assert " and ".join(contrasts) in told, claim
+        said.append(" and ".join(re.findall(r"band less (?:low|high) [-+.\d]+%? \[[^\]]*\]", evidence["text"])[:2]))
         assert evidence["word"] == "inconclusive"
+    assert all(contrasts in told for contrasts in said), said
+    robustness = said[0]
     by_level: dict[float, list[Any]] = {}
     for run in json.loads((ROOT / "results/campaign/main.json").read_text())["runs"]:
         by_level.setdefault(float(run["record"]["max_curvature"]), []).append(run["record"])
@@ -82,7 +84,13 @@ def test_what_the_main_sweep_shows_so_far() -> None:
     assert f"highest at {best:g}, the norm of the clean loss lowest at {low:g}, that of the adversarial" in told
     assert f"adversarial loss at {lowest:g};" in told
     assert f"by at most {max(robust.values()) - min(robust.values()):.1f} points" in told
-    assert f"by up to {max(hard.values()) / min(hard.values()):.1f} times" in told
+    factor = f"{max(hard.values()) / min(hard.values()):.1f} times"
+    assert f"by up to {factor}" in told
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rising = [norm for level, norm in sorted(hard.items()) if level >= lowest]
+    assert rising == sorted(rising)
+    assert f"rises all the way from {lowest:g} on, by {factor}" in readme
+    assert f"of AA-2, {robustness} points" in readme
 
 
 @pytest.mark.parametrize("page", ["docs/findings.md", "README.md"])
