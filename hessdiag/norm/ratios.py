@@ -101,7 +101,8 @@ def _paired_variance(*terms: tuple[NormEstimate, float]) -> tuple[float, float]:
     for other in known[1:]:
         if other != sizes:
             raise ConfigurationError(f"paired ratio of unlike replicates: groups of {sizes} and of {other}")
-    both = sum(weight * _pseudo(e, sizes) for e, weight in terms)
+    with np.errstate(invalid="ignore"):  # squares that underflow leave infinite weights, and are told below
+        both = sum(weight * _pseudo(e, sizes) for e, weight in terms)
     n = np.array(sizes, dtype=np.float64)
     m = n.sum()
     if len(sizes) < 2 or not np.all(np.isfinite(both)):
