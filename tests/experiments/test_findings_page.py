@@ -82,7 +82,9 @@ def test_what_the_main_sweep_shows_so_far() -> None:
     clean, hard = (means(lambda record, k=k: record["norms"][k]["rms"]) for k in ("train/clean", "train/adversarial"))
     best, low, lowest = max(robust, key=robust.__getitem__), *(min(m, key=m.__getitem__) for m in (clean, hard))
     assert f"highest at {best:g}, the norm of the clean loss lowest at {low:g}, that of the adversarial" in told
-    assert f"adversarial loss at {lowest:g};" in told
+    companion = means(lambda record: record["norms"]["train/adversarial"]["invariant"]["rms"])
+    flattest = min(companion, key=companion.__getitem__)
+    assert f"adversarial loss at {lowest:g}, the invariant companion of the latter at {flattest:g};" in told
     assert f"by at most {max(robust.values()) - min(robust.values()):.1f} points" in told
     factor = f"{max(hard.values()) / min(hard.values()):.1f} times"
     assert f"by up to {factor}" in told
