@@ -92,6 +92,7 @@ def test_what_the_main_sweep_shows_so_far() -> None:
     rising = [norm for level, norm in sorted(hard.items()) if level >= lowest]
     assert rising == sorted(rising)
     assert f"rises all the way from {lowest:g} on, by {factor}" in readme
+    assert f"AA-2 is highest at {best:g} and lowest at {min(robust, key=robust.__getitem__):g}, and" in readme
     assert f"of AA-2, {robustness} points" in readme
 
 
