@@ -1,13 +1,13 @@
 """What denormal numbers cost on a CPU, over max|σ''|: `python -m benchmarks denormals`.
 
-The step of `nfgsm`, and a diagonal by propagation of the same net, each with denormal numbers taken for zero as the
+The step of `nfgsm`, and `hd.diagonal` by propagation of the same net (two replicates, without the audit, which is in
+float64), each with denormal numbers taken for zero as the
 project does (`hessdiag/problem/denormals.py`), and without; in turns, by processor time of one thread. Beside them: how
 many of an activation's values are denormal, where its arguments are standard normal.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +21,6 @@ from torch import nn
 import hessdiag as hd
 from benchmarks import nfgsm
 from benchmarks.common import median, store
-from experiments.trainer.memory import keep_freed_memory
 from hessdiag import activations
 from hessdiag.problem import handing_back
 from hessdiag.problem.denormals import denormals_are_zero
@@ -102,11 +101,7 @@ def calibrated(network: nn.Module, x: torch.Tensor) -> nn.Module:
 
 def main(arguments: list[str] | None = None) -> None:
     """Time everything and store results/denormals.json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.denormals", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=Settings.rounds)
-    settings = Settings(rounds=parser.parse_args(arguments).rounds)
-    torch.set_num_threads(1)
-    keep_freed_memory()  # as the commands that train do
+    settings = nfgsm.begun(Settings(), "denormals", __doc__, arguments)
     store("denormals", settings, {"max|σ''|": {f"{c:g}": row(c, settings) for c in settings.curvatures}})
 
 

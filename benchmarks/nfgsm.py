@@ -21,8 +21,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ LAYOUTS = {
 }
 BEFORE = "before: float, contiguous, 16x16"
 DEVICE = torch.device("cpu")
+S = TypeVar("S", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -181,13 +182,19 @@ def ratio(above: list[float], below: list[float]) -> Median:
     return median([a / b for a, b in zip(above, below)])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Time everything and store results/nfgsm.json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.nfgsm", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=Settings.rounds)
-    settings = Settings(rounds=parser.parse_args(arguments).rounds)
+def begun(settings: S, name: str, about: str | None, arguments: list[str] | None) -> S:
+    """The settings of a benchmark of training steps with its rounds as asked for; one thread, and memory held."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    parser.add_argument("--rounds", type=int, default=settings.rounds)
     torch.set_num_threads(1)
     keep_freed_memory()  # as the commands that train do
+    found: S = replace(settings, rounds=parser.parse_args(arguments).rounds)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Time everything and store results/nfgsm.json."""
+    settings = begun(Settings(), "nfgsm", __doc__, arguments)
     rows: dict[str, Callable[[int], None]] = {}
     for layout, options in LAYOUTS.items():
         for activation in (RCT, "silu"):

@@ -166,7 +166,7 @@ def squares(linear: Linearisation, signs: Signs, tolerance: float) -> list[Audit
         sides = zip(each, [truth.pop(name) for truth in truths], [known[name] for known in sizes], floors)
         worst[name] = max(_apart(*side) for side in sides)
     for name in truths[0]:  # what no layer gives
-        worst[name] = max(1.0 if known[name] > floor else 0.0 for known, floor in zip(sizes, floors))
+        worst[name] = max(0.0 if known[name] <= floor else 1.0 for known, floor in zip(sizes, floors))
     return [AuditEntry("squares", name, worst[name], tolerance) for name in names]
 
 

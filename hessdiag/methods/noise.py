@@ -111,8 +111,14 @@ class Gain:
             accumulate(self.known, plain.heads())
         count = FEW if aim.replicates else REPLICATES
         rows = _Rows(self.known)
-        by_signs = (lambda r: rows.seen(self.by_signs(plain, r))) if not aim.replicates else self._plainly(plain)
-        self.noise, mean = spread(by_signs, count)
+
+        def drawn(r: int) -> Tensors:
+            found = self.by_signs(plain, r)
+            if not aim.replicates:
+                rows.see(found)
+            return found
+
+        self.noise, mean = spread(drawn, count)
         self.total = math.fsum(self.noise.values())
         self.size = sum(float((mean[n] + self.known[n]).square().sum()) for n in mean) - self.total / count
         self._products = None if aim.replicates else rows.products()
@@ -169,9 +175,6 @@ class Gain:
         coherent = max(min(PROBE_BLOCK, self.samples) / batch.samples, 1.0)
         return self.price(math.fsum(spread(draw, count)[0].values()) * coherent, HUTCHINSON, 0.0)
 
-    def _plainly(self, propagator: Propagator) -> Callable[[int], Tensors]:
-        return lambda r: self.by_signs(propagator, r)
-
 
 class _Rows:
     """The pilot's replicates in float32, of a large model every so many entries, for their products."""
@@ -182,11 +185,10 @@ class _Rows:
         self._step = 1 + 4 * REPLICATES * size // HELD
         self._rows: list[Tensor] = []
 
-    def seen(self, drawn: Tensors) -> Tensors:
-        """The same, looked at."""
+    def see(self, drawn: Tensors) -> None:
+        """One more."""
         parts = [(t + self._known[name]).flatten()[:: self._step].float() for name, t in drawn.items()]
         self._rows.append(torch.cat(parts))
-        return drawn
 
     def products(self) -> Tensor:
         """<d_i, d_j>, in the unit of the largest."""

@@ -25,6 +25,7 @@ from experiments.trainer import choosing, compiling, watch
 from experiments.trainer.precision import Precision
 from experiments.trainer.rig import pick_device
 from hessdiag import data
+from hessdiag.activations import RCTAF
 from hessdiag.data.dataset import DataSet, make
 from hessdiag.errors import CheckpointError, ConfigurationError, DataError, NonFiniteError, ResumeError
 from hessdiag.problem import ascent, denormals
@@ -73,9 +74,13 @@ def test_denormal_numbers_taken_for_zero_change_no_bit(monkeypatch: pytest.Monke
     """At max|σ''| = 50 many an activation's value is below 1e-38; a user's own setting stands afterwards."""
     sharp = configuration(activation="rct:beta=1,curvature=50")
     seen: list[bool] = []
+    small: list[bool] = []
 
     def noted(epoch: int, lr: float, network: torch.nn.Module) -> None:
         seen.append(denormals.are_zero())
+
+    def values(module: torch.nn.Module, given: Any, out: torch.Tensor) -> None:
+        small.append(bool(((out != 0.0) & (out.abs() < torch.finfo(torch.float32).tiny)).any()))
 
     with_zeros = train(sharp, look=noted)
     assert not denormals.are_zero()
@@ -86,6 +91,11 @@ def test_denormal_numbers_taken_for_zero_change_no_bit(monkeypatch: pytest.Monke
     assert with_zeros.clean_loss == as_they_are.clean_loss
     assert seen[:3] in ([True] * 3, [False] * 3)  # what the processor cannot do
     assert seen[3:] == [False] * 3
+    for module in as_they_are.model.modules():
+        if isinstance(module, RCTAF):
+            module.register_forward_hook(values)
+    as_they_are.model(data.load("digits", split="test", samples=200).inputs)
+    assert any(small)  # or nothing is shown
 
 
 def test_what_a_run_writes(tmp_path: Path) -> None:

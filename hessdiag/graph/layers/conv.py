@@ -74,7 +74,7 @@ def convolved(images: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Tenso
         moved = flat * matrix if images.shape[1] == 1 else matrix @ flat
         return moved.reshape(len(images), len(weight), *images.shape[2:])
     if entries <= WRITTEN and len(images) >= 8 * entries:
-        unit = torch.eye(entries, dtype=images.dtype).reshape(-1, *images.shape[1:])
+        unit = torch.eye(entries, dtype=images.dtype, device=images.device).reshape(-1, *images.shape[1:])
         matrix = torch.convolution(unit, weight, None, *options)
         return (images.flatten(1) @ matrix.flatten(1)).reshape(-1, *matrix.shape[1:])
     return torch.convolution(images, weight, None, *options)
