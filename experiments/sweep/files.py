@@ -34,6 +34,8 @@ except ImportError:  # Windows: stores are read there, and no run is done
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_ADVICE = "the disk is full; free space and start the same command again: nothing that was finished is lost"
 RESULT, LOCK, ATTEMPTS = "result.json", "lock", "attempts.json"
+LOOKERS = 10_000
+"""How often one who only looks is waited for."""
 
 Attempt = dict[str, Any]  # worker, started, outcome (None: not ended by itself), error
 
@@ -73,19 +75,32 @@ def explained(root: Path) -> Iterator[None]:
 
 
 def lock(path: Path) -> int | None:
-    """A handle that holds `path` until it is closed or this process ends; None where another process holds it."""
+    """A handle that holds `path` until it is closed or this process ends; None where another process holds it.
+
+    Who only looks shares it for a moment, and is waited for; who holds it shares with nobody.
+    """
     handle = _opened(path)
-    for pause in (0.01, 0.01, 0.0):  # a reader that looks who holds it is gone at once
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
-            time.sleep(pause)
-        except BaseException:
-            os.close(handle)
-            raise
+    try:
+        for _ in range(LOOKERS):
+            if _taken(handle, fcntl.LOCK_EX):
+                return handle
+            if not _taken(handle, fcntl.LOCK_SH):
+                break
+            fcntl.flock(handle, fcntl.LOCK_UN)
+            time.sleep(0.001)
+    except BaseException:
+        os.close(handle)
+        raise
     os.close(handle)
     return None
+
+
+def _taken(handle: int, how: int) -> bool:
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -112,13 +127,9 @@ def held(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return fcntl is not None and not _taken(handle, fcntl.LOCK_SH)
     finally:
         os.close(handle)
-    return False
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

@@ -119,12 +119,14 @@ def test_who_only_looks_takes_no_run(tmp_path):
     (folder / "lock").touch()
     thread = threading.Thread(target=look)
     thread.start()
-    for _ in range(50):
-        claim = store.claim()
-        assert claim is not None
-        claim.release("test")
-    looking.clear()
-    thread.join()
+    try:
+        for _ in range(50):
+            claim = store.claim()
+            assert claim is not None
+            claim.release("test")
+    finally:
+        looking.clear()
+        thread.join()
 
 
 def test_failures_keep_their_error_and_are_retried_as_often_as_asked(tmp_path):
