@@ -33,6 +33,7 @@ from hessdiag.measuring.population import shards_of
 from hessdiag.measuring.ranks import World
 from hessdiag.measuring.stopping import run as run_until
 from hessdiag.methods import Case, Plan
+from hessdiag.methods.base import Aim, find
 from hessdiag.methods.batches import numbered, survey
 from hessdiag.norm import NormEstimate, Replicates, estimate
 
@@ -52,6 +53,8 @@ class Setting:
     replicates: int = 16
     parameters: str | None = None
     deflate: int = 0
+    pilot: bool = False
+    """Whether the plan is the pilot's, as of a measurement that is given none, chosen once by a seed of its own."""
     required: bool = True
     measurements: int | None = None
     """Where they are not as many as of the others."""
@@ -76,7 +79,12 @@ class Settings:
             Setting("MLP, fixed", "mlp", {"widths": (64, 64), "in_features": 64}, 50, 32, deflate=4),
             Setting("MLP, sequential", "mlp", {"widths": (64, 64), "in_features": 64}, 50, 32, rtol=0.001, deflate=4),
             Setting("ViT, fixed", "vit", {"width": 8}, 200, 32, deflate=4, measurements=500),
-            Setting("GRU, fixed", "gru", {"width": 8}, 200, 32, replicates=64, measurements=500),
+            Setting("GRU, fixed", "gru", {"width": 8}, 200, 32, replicates=128, pilot=True, measurements=500),
+            Setting("GRU, sequential", "gru", {"width": 8}, 200, 32, rtol=0.1, pilot=True, measurements=500),
+            Setting(
+                "noise dominates: GRU, signs alone", "gru", {"width": 8}, 200, 32, replicates=64, measurements=500,
+                required=False,
+            ),
             Setting("noise dominates: Hutchinson", "small_resnet", {}, 50, 32, method="hutchinson", required=False),
             Setting(
                 "heavy tails: population, well trained", "mlp", {"widths": (16,), "in_features": 64}, 2000, 64,
@@ -148,6 +156,10 @@ def over_signs(setting: Setting, settings: Settings) -> Iterator[tuple[float, No
     truth = true_rms(objective, x, y)
     plan = Plan(setting.method, parts=False, deflate=setting.deflate)
     case = case_of(objective, [(x, y)], plan)
+    if setting.pilot:
+        aim = Aim(replicates=setting.replicates) if setting.rtol is None else Aim(setting.rtol)
+        plan = find(setting.method).plan(case, aim, "the pilot's")
+        case = replace(case, chosen=replace(plan, parts=False))
     loop = Loop(case, invariant=False)
     loop.run_known()
     for number in range(setting.measurements or settings.measurements):
@@ -186,7 +198,8 @@ def over_data(setting: Setting, settings: Settings) -> Iterator[tuple[float, Nor
 def case_of(objective: hd.Objective, batches: list[tuple[Tensor, Tensor]], plan: Plan) -> Case:
     """The question of one measurement, unaudited."""
     first = next(iter(numbered(objective, batches)))
-    return Case(objective, batches, survey(objective, batches), first, 0, World(), chosen=plan)
+    found = replace(survey(objective, batches), checked=True)  # a list comes in one order
+    return Case(objective, batches, found, first, 0, World(), chosen=plan)
 
 
 def run(setting: Setting, settings: Settings) -> dict[str, Any]:

@@ -6,6 +6,8 @@ samples of the whole data. A batch that holds part of a block draws the whole bl
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -59,5 +61,20 @@ class Signs:
         return drawn[offset : offset + count]
 
     def _draw(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        bits = torch.randint(0, 2, shape, generator=self._generator, device=self.device, dtype=torch.int8)
-        return bits.mul_(2).sub_(1).to(dtype)
+        if self.device.type != "cpu":
+            bits = torch.randint(0, 2, shape, generator=self._generator, device=self.device, dtype=torch.int8)
+            return bits.mul_(2).sub_(1).to(dtype)
+        size = shape.numel()
+        words = torch.empty(-(-size // 64), dtype=torch.int64, device="cpu")
+        words.random_(-(1 << 63), None, generator=self._generator)  # all 64 bits
+        eights = _signs_of_bytes(dtype).index_select(0, words.view(torch.uint8).int())
+        return eights.view(-1)[:size].view(shape)
+
+
+@cache
+def _signs_of_bytes(dtype: torch.dtype) -> Tensor:
+    """[256, 8]: by each byte the signs that its bits say. On the CPU, which draws numbers one after the other, a bit a
+    sign takes a ninth of the time of a number a sign.
+    """
+    bits = torch.arange(256, device="cpu").unsqueeze(1) >> torch.arange(8, device="cpu")
+    return ((bits & 1) * 2 - 1).to(dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hessdiag.errors import ResumeError
 from hessdiag.methods import Case
+from hessdiag.methods.base import find
 from hessdiag.store.files import BadFileError
 from hessdiag.store.states import digest, read_state, write_state
 
@@ -75,15 +76,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-PRODUCTS = 2
-"""How products at outputs are drawn; a file of another way of drawing them cannot be taken up."""
+DRAWN = 2
+"""How signs are drawn, and products at outputs; what was drawn in another way cannot be taken up."""
 
 
 def identity_of(case: Case) -> dict[str, Any]:
     """What must agree for a resume file to be taken up."""
     objective, facts, plan = case.objective, case.survey, case.plan
     state = objective.model.state_dict()
-    return {
+    identity: dict[str, Any] = {
         "seed": case.seed,
         "samples": facts.samples,
         "batches": facts.batches,
@@ -100,4 +101,9 @@ def identity_of(case: Case) -> dict[str, Any]:
         "order": facts.order if plan.ordered else None,
         "largest batch": facts.largest,
         "balance": {str(n): lam for n, lam in plan.balance.items()} if plan.deflate else None,
-    } | ({"probes": dict(plan.probes), "probe rank": plan.probe_rank, "products": PRODUCTS} if plan.probes else {})
+    }
+    if plan.probes:
+        identity |= {"probes": dict(plan.probes), "probe rank": plan.probe_rank}
+    if find(plan.method).streams(plan):
+        identity["way of drawing"] = DRAWN
+    return identity

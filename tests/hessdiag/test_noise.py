@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -38,26 +39,30 @@ def language(kind: type[Language] = Language, *, tied: bool = True) -> tuple[nn.
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_variance_that_is_predicted_is_that_of_the_replicates(tied: bool) -> None:
-    """The price at 30 replicates is time times variance: with the plan's own, on fresh signs, within a third."""
+    """The price at 30 replicates is time times variance: with the plan's own, on fresh signs, within a third by the
+    mean of six pilots. One alone is off by up to two either way: so few samples leave a noise of heavy tails.
+    """
     model, x, y = language(tied=tied)
     batch = Linearisation(hd.Objective(model), x, y)
     aim = Aim(replicates=30)
-    found = choose(batch, 0, samples=2, aim=aim, ordered=True, outer=False)
-    assert found.probes
-    assert found.probe_rank
-    assert found.price * PAYS < found.signs
-    signs = Signs(5)
-    plain, chosen = Propagator(batch), Propagator(batch, probes=found.probes)
-    chosen.probes.find(signs, found.probe_rank)
-    variances = [
-        math.fsum(spread(lambda r, p=p: p.functional(signs, r, outer=True), 24)[0].values())  # type: ignore[misc]
-        for p in (plain, chosen)
-    ]
-    groups = len(chosen.probes.groups)
-    each = 1.0 + PRODUCT * sum(chosen.probes.counts[group[0]] for group in chosen.probes.groups)
-    time = 30 * each + PRODUCT * found.probe_rank * groups
-    wanted = time * variances[1] / variances[0]
-    assert 2 / 3 < found.price / wanted < 3 / 2
+    logarithms = []
+    for seed in range(6):
+        found = choose(batch, seed, samples=2, aim=aim, ordered=True, outer=False)
+        assert found.probes
+        assert found.probe_rank
+        assert found.price * PAYS < found.signs
+        signs = Signs(100 + seed)
+        plain, chosen = Propagator(batch), Propagator(batch, probes=found.probes)
+        chosen.probes.find(signs, found.probe_rank)
+        variances = [
+            math.fsum(spread(partial(propagator.functional, signs, outer=True), 24)[0].values())
+            for propagator in (plain, chosen)
+        ]
+        groups = len(chosen.probes.groups)
+        each = 1.0 + PRODUCT * sum(chosen.probes.counts[group[0]] for group in chosen.probes.groups)
+        time = 30 * each + PRODUCT * found.probe_rank * groups
+        logarithms.append(math.log(found.price * variances[0] / (time * variances[1])))
+    assert 2 / 3 < math.exp(math.fsum(logarithms) / len(logarithms)) < 3 / 2
 
 
 def test_counts_are_the_best_there_are() -> None:

@@ -76,7 +76,7 @@ class _Across(Map):
 
     def _left(self, w: Tensor) -> Tensor:
         for unit in self.along:
-            w = w - unit * (unit * w).sum(-1, keepdim=True)
+            w = torch.addcmul(w, unit, (unit * w).sum(-1, keepdim=True), value=-1.0)
         return w
 
 
@@ -84,21 +84,23 @@ class _Along(Map):
     """w along the eigenvectors in the plane of y and g, [R, 2]."""
 
     def __init__(self, rows: Rows, along: tuple[Tensor, Tensor], vectors: Tensor) -> None:
-        self.of, self.rows, self.vectors = rows, len(rows.y), vectors  # [R, 2, 2], a vector per column
-        self.along = torch.stack(along, -1)  # [R, D, 2]
+        """`vectors` [R, 2, 2], a vector per column. What is kept is d(w along it)/dx: slope's transpose of each."""
+        self.shape, self.rows = rows.shape, len(rows.y)
+        self._first, self._second = (
+            rows.back(along[0] * vectors[:, 0, j : j + 1] + along[1] * vectors[:, 1, j : j + 1]).reshape(rows.y.shape)
+            for j in (0, 1)
+        )
 
     def push(self, tangents: Tensor) -> Tensor:
-        parts = torch.einsum("krd,rdi->kri", self.of.slope(tangents), self.along)
-        return torch.einsum("kri,rij->krj", parts, self.vectors)
+        w = tangents.reshape(*tangents.shape[: tangents.ndim - len(self.shape)], *self._first.shape)
+        return torch.stack([(w * row).sum(-1) for row in (self._first, self._second)], -1)
 
     def pull(self, seed: Tensor) -> Tensor:
-        parts = torch.einsum("rij,rj->ri", self.vectors, seed)
-        return self.of.back(torch.einsum("rdi,ri->rd", self.along, parts))
+        return torch.addcmul(self._first * seed[:, :1], self._second, seed[:, 1:]).reshape(self.shape)
 
     def squared(self, c: Tensor) -> Tensor:
         """Along each vector its entries, squared."""
-        entries = (self.along @ self.vectors).square() @ c.unsqueeze(-1)
-        return (entries.squeeze(-1) * self.of.rate.square()).reshape(self.of.shape)
+        return torch.addcmul(self._first.square() * c[:, :1], self._second.square(), c[:, 1:]).reshape(self.shape)
 
 
 class Normalised(SiteKind):
