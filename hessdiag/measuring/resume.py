@@ -83,6 +83,7 @@ DRAWN = 2
 def identity_of(case: Case) -> dict[str, Any]:
     """What must agree for a resume file to be taken up."""
     objective, facts, plan = case.objective, case.survey, case.plan
+    method = find(plan.method)
     state = objective.model.state_dict()
     identity: dict[str, Any] = {
         "seed": case.seed,
@@ -95,6 +96,8 @@ def identity_of(case: Case) -> dict[str, Any]:
         "parameters": list(objective.parameters),
         "weights": digest(*state.values(), text=" ".join(state)),
         "method": plan.method,
+        "gauss_newton": plan.gauss_newton,
+        "parts": [*method.known(plan), "drawn", *method.streams(plan)],
         "groups": plan.groups,
         "block": plan.block,
         "deflate": plan.deflate,
@@ -104,6 +107,6 @@ def identity_of(case: Case) -> dict[str, Any]:
     }
     if plan.probes:
         identity |= {"probes": dict(plan.probes), "probe rank": plan.probe_rank}
-    if find(plan.method).streams(plan):
+    if method.streams(plan):
         identity["way of drawing"] = DRAWN
     return identity

@@ -516,8 +516,16 @@ def fingerprint(inputs: Any, labels: Tensor, *, targets: bool = True) -> Tensor:
     parts = [x for x in leaves(inputs) if _by_sample(x, count)]
     for number, leaf in enumerate([*parts, labels] if targets else parts):
         flat = leaf.detach().double().reshape(count, -1)
-        marks += flat @ _wave(flat.shape[1], number, flat.device)
+        wave = _wave(flat.shape[1], number, flat.device)
+        mark = flat @ wave
+        if not bool(mark.isfinite().all()):  # as of masks that are added
+            mark = flat.nan_to_num(*_NOT_FINITE) @ wave
+        marks += mark
     return marks
+
+
+_NOT_FINITE = (1234.5, 4321.25, -5678.75)
+"""What NaN and the two infinities count as."""
 
 
 @lru_cache(maxsize=8)

@@ -3,8 +3,8 @@
 Beside signs alone there are products at the outputs of the layers in which signs are noisiest, k a replicate, with
 directions taken out of them (`hessdiag.kernels.probes`), and directions taken out of the signs themselves
 (`hessdiag.kernels.deflation`). The variance that each leaves is measured on the pilot's samples, by replicates whose
-signs no measurement uses. Time is counted in replicates by signs and no clock is read: the same net gets the same plan.
-With V the variance of a replicate, t its time and s that of what is done once, the least of
+signs no measurement uses. Time is counted in replicates by signs and no clock is read here: the same net gets the same
+plan. With V the variance of a replicate, t its time and s that of what is done once, the least of
 
     V (t + s / R)        for the mean of R replicates,
     s + t R(V)           for a norm within rtol, which takes R(V) of them,

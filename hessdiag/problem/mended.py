@@ -1,11 +1,12 @@
 """The same functions by operations that have a first and a second derivative, right in float64, sample by sample.
 
 hardsigmoid has no second derivative and keeps 1/6 in float32; CELU keeps 1/alpha in float32 (both of torch 2.13, 3e-8
-off in float64); bags of embeddings have no second derivative; that of weight_norm is not symmetric on CPUs. Recurrent
-nets run as loops over time with the samples first: torch has time first, and its kernels on cards, one for all steps,
-have no second derivative. Attention of several heads keeps the samples first, too (`attention`). addcmul is a product
-and a sum, in which parameters are gains and biases. What changes gradients alone is no part of the loss: hooks, an
-embedding's `scale_grad_by_freq` and `sparse`.
+off in float64); bags of embeddings have no second derivative; that of weight_norm is not symmetric on CPUs, and that of
+group_norm ends the process for a gain or bias alone where the channels are last in memory. Recurrent nets run as loops
+over time with the samples first: torch has time first, and its kernels on cards, one for all steps, have no second
+derivative. Attention of several heads keeps the samples first, too (`attention`). addcmul is a product and a sum, in
+which parameters are gains and biases. What changes gradients alone is no part of the loss: hooks, an embedding's
+`scale_grad_by_freq` and `sparse`.
 """
 
 from __future__ import annotations
@@ -200,6 +201,13 @@ def _instance_norm(*args: Any, **named: Any) -> Tensor:
     return plain if bias is None else plain + bias.reshape(shape)
 
 
+def _group_norm(input: Tensor, *args: Any, **named: Any) -> Tensor:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.ndim)
+    if last is None or not input.is_contiguous(memory_format=last):  # one pixel alone is both
+        return F.group_norm(input, *args, **named)
+    return F.group_norm(input.flatten(2), *args, **named).reshape(input.shape)
+
+
 def _batch_norm(*args: Any, **named: Any) -> Tensor:
     """Of one sample without running statistics (as weights are standardised) as an instance normalisation."""
     bound = _BATCH.bind(*args, **named)
@@ -301,6 +309,8 @@ MENDED: dict[Any, Callable[..., Any]] = {
     torch.cdist: contraction.cdist,
     F.bilinear: contraction.bilinear,
     torch.bilinear: contraction.bilinear,
+    F.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
     F.instance_norm: _instance_norm,
     F.batch_norm: _batch_norm,
     **{name: _real(name, torch.hypot) for name in (torch.abs, torch.absolute, Tensor.abs, Tensor.absolute)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,20 @@ def compare(function: Callable[..., Any], *given: Any) -> None:
             assert (one is None) == (other is None)
             if one is not None:
                 torch.testing.assert_close(one, other)
+
+
+def test_groups_of_channels_that_are_last_in_memory() -> None:
+    """torch's second derivative for a gain or bias alone ends the process there: also of one pixel, which is both."""
+    for pixels in (1, 3):
+        x = inputs(3, 4, pixels, pixels).to(memory_format=torch.channels_last)
+        compare(lambda x, w, b: F.group_norm(x, 2, w, b), x, inputs(4, seed=1), inputs(4, seed=2))
+        layers = nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(4 * pixels**2, 3)
+        model = nn.Sequential(*layers).double()
+        images, y = inputs(3, 2, pixels + 1, pixels + 1), torch.tensor([0, 1, 2])
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+        found = [hd.diagonal(hd.Objective(net), [(x, y)], method="reference") for net, x in ((model, images), last)]
+        for name, entries in found[0].total.items():
+            torch.testing.assert_close(found[1].total[name], entries)
 
 
 EINSUMS = [

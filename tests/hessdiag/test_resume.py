@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import hessdiag as hd
@@ -22,6 +24,7 @@ from hessdiag.data import load
 from hessdiag.errors import ResumeError
 from hessdiag.measuring.loop import Event
 from hessdiag.methods import METHODS, Plan, Work
+from hessdiag.methods.batches import fingerprint
 
 COUNT = 40
 
@@ -156,6 +159,42 @@ def test_another_measurement_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ResumeError):
         measured(method="hutchinson", resume=path)
+
+
+def test_a_plan_whose_parts_are_other_is_refused(tmp_path: Path) -> None:
+    """A file by signs holds the head's share of the Gauss-Newton part alone, under the name of the whole."""
+    objective, batches = setting()
+    plan = Plan("propagation", gauss_newton="signs")
+    hd.measure(objective, batches, plan=plan, max_replicates=4, min_replicates=4, resume=tmp_path / "r.st")
+    for changed in ({"gauss_newton": "exact"}, {"parts": False}):
+        with pytest.raises(ResumeError, match=next(iter(changed))):
+            hd.measure(objective, batches, plan=replace(plan, **changed), resume=tmp_path / "r.st")
+
+
+def test_masks_of_infinities_tell_samples_apart(tmp_path: Path) -> None:
+    masks = torch.zeros(4, 3, 3)
+    for sample, column in enumerate((1, 2, 2, 1)):
+        masks[sample, :, column:] = -torch.inf
+    y = torch.zeros(4, dtype=torch.long)
+    marks = fingerprint(masks, y)
+    assert marks.isfinite().all()
+    assert marks[0] == marks[3] != marks[1]
+
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: dict[str, Tensor]) -> Tensor:
+            rows = torch.softmax(self.score(x["x"]) + x["mask"], -1) @ x["x"]
+            return self.head(rows).mean(1)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    objective, batches = hd.Objective(Attend().double()), [({"x": torch.randn(4, 3, 3).double(), "mask": masks}, y)]
+    plan = Plan("propagation", deflate=2)
+    for most in (10, 12):
+        found = hd.measure(objective, batches, plan=plan, max_replicates=most, resume=tmp_path / "r.st", rtol=1e-9)
+        assert found.replicates == most
 
 
 def command(checkpoint: Path, *more: str) -> list[str]:
