@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +37,42 @@ def from_factory(factory: Factory) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise ConfigurationError(f"factory {shown(str(factory))} returned {type(made).__name__}, not a torch.nn.Module")
     return made
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """A hook before a model's forward: its first input, normalised by channel. The names of its parameters stay."""
+
+    statistics: Normalize
+
+    def __call__(self, _model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The inputs, the first of them normalised in its own type."""
+        first = inputs[0] if inputs else None
+        if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim < 2:
+            raise ConfigurationError(
+                "normalize is of images, a floating-point tensor [N, C, ...] that the model is given first and by "
+                "place: leave it out, and normalise the data"
+            )
+        shape = (1, -1, *[1] * (first.ndim - 2))
+        mean, std = (
+            torch.tensor(values, dtype=first.dtype, device=first.device).view(shape) for values in self.statistics
+        )
+        return ((first - mean) / std, *inputs[1:])
+
+
+def normalised(model: nn.Module, statistics: Normalize | None) -> None:
+    """A model of somebody's own takes its inputs normalised by these alone, whatever was said of it before."""
+    from hessdiag.networks import normalize
+
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # what torch.compile wraps
+        model = inner
+    hooks = model._forward_pre_hooks
+    for number in [number for number, hook in hooks.items() if isinstance(hook, Normalised)]:
+        del hooks[number]
+    if statistics is not None:
+        normalize.layer(statistics)  # refuses unequal counts and what is not positive
+        mean, std = statistics
+        model.register_forward_pre_hook(Normalised((tuple(mean), tuple(std))))
 
 
 def from_config(config: Mapping[str, Any], weights: Mapping[str, TensorFacts], *, trusted: bool) -> nn.Module:

@@ -19,6 +19,7 @@ from hessdiag.checkpoint.build import (
     fill,
     from_config,
     from_factory,
+    normalised,
 )
 from hessdiag.checkpoint.document import FILE_BUDGET, Document, open_document
 from hessdiag.checkpoint.guess import public_config
@@ -62,14 +63,17 @@ def load_checkpoint(
     network's ("student."). `num_classes` and `normalize` say what such a file does not; files of more than `max_bytes`
     are refused. `weights` chooses "model" or averaged ("ema") weights; None takes the averaged ones where the file has
     them, since they are what such methods report, and the notes say so. `options` are further options of the network.
-    `factory` builds a model of your own instead, "hf:DIR" that of a folder of transformers. Nothing in the file is
+    `factory` builds a model of your own instead, "hf:DIR" that of a folder of transformers; `normalize` then goes
+    before it, and no other option does. Nothing in the file is
     executed: the pickle of a torch file is described by another process (`hessdiag.store.pickled`), and what is neither
     tensor nor plain value is left out and named in the notes.
     """
     if weights not in (None, "model", "ema"):
         raise ConfigurationError(f"weights {weights!r}: it is 'model', 'ema' or None")
-    if factory is not None and (network is not None or activation is not None):
-        raise ConfigurationError("factory builds the whole model: leave out network and activation")
+    if factory is not None:
+        told = {"network": network, "activation": activation, "num_classes": num_classes, "options": options or None}
+        if idle := [name for name, value in told.items() if value is not None]:
+            raise ConfigurationError(f"factory builds the whole model: leave out {' and '.join(idle)}")
     try:
         document = open_document(path, budget=max_bytes, key=key, prefix=prefix)
         which, notes = _choose(document, weights)
@@ -121,9 +125,11 @@ def _assemble(
         notes = (*notes, f"not used: {', '.join(document.others[:8])}")
     if isinstance(factory, str) and factory.startswith(pretrained.SCHEME):
         model, config, more = pretrained.network(factory, tensors)
+        normalised(model, given["normalize"])
         return _finished(document, which, (*notes, *more), model, config)
     if factory is not None:
         model = from_factory(factory)
+        normalised(model, given["normalize"])
         own = getattr(model, "config", None)
         config = own if isinstance(own, Mapping) else document.config
         if document.config and dict(config) != document.config:

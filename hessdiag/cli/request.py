@@ -83,8 +83,10 @@ class Request:
                 check_writable(path, option)
         if self.resume is not None and self.target == "population":
             raise ConfigurationError("--resume serves --target data only: the population target is one pass")
-        if self.model is not None and (self.network is not None or self.activation is not None):
-            raise ConfigurationError("--model builds the whole network: leave out --network and --activation")
+        if self.model is not None:
+            told = {"network": self.network, "activation": self.activation, "num-classes": self.num_classes}
+            if idle := [f"--{name}" for name, value in told.items() if value is not None]:
+                raise ConfigurationError(f"--model builds the whole network: leave out {' and '.join(idle)}")
         if self.save_diagonal is not None and self.target == "population":
             raise ConfigurationError("--save-diagonal needs --target data")
         if not self.timeout > 0:

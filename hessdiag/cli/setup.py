@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hessdiag.checkpoint import Checkpoint, load_checkpoint
 from hessdiag.checkpoint.pretrained import SCHEME, folder_of
@@ -42,7 +42,6 @@ from hessdiag.errors import (
 from hessdiag.examples import EXAMPLES, example_path
 from hessdiag.measuring.forecast import MOST, fitting
 from hessdiag.measuring.ranks import World
-from hessdiag.networks import Normalize
 from hessdiag.problem.ascent import handed_back
 from hessdiag.problem.forward import forward, mapped
 from hessdiag.problem.handing_back import memory_errors
@@ -69,8 +68,6 @@ def prepare(request: Request, world: World) -> Prepared:
     checkpoint = open_checkpoint(request)
     dtype = dtype_of(request.dtype, checkpoint)
     model = checkpoint.model.to(device=device, dtype=dtype).eval()
-    if request.model is not None and request.normalize is not None:
-        normalised(model, request.normalize)
     whole = load_named(
         request.data or data_named_by(checkpoint),
         split=request.split,
@@ -131,15 +128,6 @@ def check_channels(text: str, data: DataSet) -> None:
         )
 
 
-def normalised(model: nn.Module, text: str) -> None:
-    """The user's own model, its inputs normalised first; its parameters keep their names."""
-    statistics = normalize_of(text)
-    assert statistics is not None
-    first = next(model.parameters())
-    layer = Normalize(*statistics).to(device=first.device, dtype=first.dtype)
-    model.register_forward_pre_hook(lambda _module, inputs: (layer(inputs[0]), *inputs[1:]))
-
-
 def open_checkpoint(request: Request) -> Checkpoint:
     """The file, or the shipped example of that name (a file of the same name in the working directory wins)."""
     source = request.source
@@ -149,7 +137,7 @@ def open_checkpoint(request: Request) -> Checkpoint:
         network=request.network,
         activation=request.activation,
         num_classes=request.num_classes,
-        normalize=None if request.model else normalize_of(request.normalize),
+        normalize=normalize_of(request.normalize),
         weights=request.weights,
         key=request.key,
         prefix=request.prefix,

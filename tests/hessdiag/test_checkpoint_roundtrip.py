@@ -175,6 +175,30 @@ def test_a_users_own_model(suffix: str, tmp_path: Path) -> None:
         load_checkpoint(path, factory=make, network="mlp")
 
 
+def test_normalisation_goes_before_a_users_own_model(tmp_path: Path) -> None:
+    """And is that of the last load alone; what a factory cannot heed is refused."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    x = torch.rand(5, 3, 2, 2, dtype=torch.float64)
+    mean, std = (0.3, 0.1, 0.7), (0.35, 0.2, 0.1)
+    wanted = model((x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None])
+    own = copy.deepcopy(model)
+    for _ in range(2):
+        loaded = load_checkpoint(tmp_path / "bare.pt", factory=own, normalize=(mean, std)).model
+        torch.testing.assert_close(loaded(x), wanted, rtol=1e-14, atol=1e-14)
+    assert list(loaded.state_dict()) == ["1.weight", "1.bias"]
+    torch.testing.assert_close(copy.deepcopy(loaded)(x), wanted, rtol=1e-14, atol=1e-14)
+    for wrong in (x.long(), x[:, 0, 0, 0]):
+        with pytest.raises(ConfigurationError, match="leave it out, and normalise the data"):
+            loaded(wrong)
+    assert torch.equal(load_checkpoint(tmp_path / "bare.pt", factory=own).model(x), model(x))
+    with pytest.raises(ConfigurationError, match="one of each per channel"):
+        load_checkpoint(tmp_path / "bare.pt", factory=own, normalize=((0.1,), (0.1, 0.2)))
+    with pytest.raises(ConfigurationError, match="leave out num_classes and options"):
+        load_checkpoint(tmp_path / "bare.pt", factory=own, num_classes=2, options={"width": 3})
+
+
 def test_factory_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "their_code_a.py").write_text("from torch import nn\ndef make():\n    return nn.Linear(2, 1)\n")
     monkeypatch.chdir(tmp_path)

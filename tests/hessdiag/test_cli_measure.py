@@ -175,6 +175,7 @@ def test_seconds_stop_it(small: str) -> None:
         (["FILE", "--plan", "nothing.json"], 3, "no such file"),
         (["FILE", "--model", "usernets:none"], 2, "no attribute"),
         (["FILE", "--model", "os.path:join", "--network", "mlp"], 2, "leave out"),
+        (["FILE", "--model", "os.path:join", "--num-classes", "7"], 2, "leave out --num-classes"),
         (["FILE", "--timeout", "0"], 2, "timeout"),
         (["wide.pt", "--model", "usernets:wide", "--data", "digits"], 3, "does not take digits"),
         (["mixed.pt", "--model", "usernets:mixed"], 2, "names no data set"),
