@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,8 @@ class Watch:
         """The whole of the last measurement."""
         self._kept: list[Pair] | None = None
         self._plan: Plan | None = None
+        self.notes: tuple[str, ...] = ()
+        """What every measurement is to say besides its own notes."""
         self._told: set[str] = set()
 
     def due(self, epoch: int) -> bool:
@@ -79,7 +81,7 @@ class Watch:
         try:
             with as_it_was(model), unmoved(self.data):
                 model.eval()
-                found = self._measured(self.objective(model))
+                found = self._measured(self.objective(model), model)
         except Exception as error:  # whatever it is, hours of training are worth more
             self._tell(f"not measured: {error if isinstance(error, HessdiagError) else repr(error)}")
             return {}
@@ -87,11 +89,15 @@ class Watch:
             raise KeyboardInterrupt
         if found.status not in ("ok", "exact"):
             self._tell(f"measured, but {found.status}")
-        self.last, self._plan = found, found.plan
+        self.last, self._plan = replace(found, notes=(*found.notes, *self.notes)), found.plan
         values = {"rms": found.rms, "rms_low": found.interval[0], "rms_high": found.interval[1]}
         return {f"{self.name}_{key}": value for key, value in (values | {"seconds": found.seconds}).items()}
 
-    def _measured(self, objective: Objective) -> Measurement:
+    def settled(self, objective: Objective, model: nn.Module, fed: Fed) -> Objective:
+        """The objective to measure, once the data are there: for who knows what the model is trained on."""
+        return objective
+
+    def _measured(self, objective: Objective, model: nn.Module) -> Measurement:
         for name, parameter in objective.parameters.items():
             if type(parameter).__name__ in SHARDS:
                 raise UncoveredModelError(f"parameter {name!r} is spread over processes; measure a whole checkpoint")
@@ -99,6 +105,7 @@ class Watch:
             self._kept = list(first(batches(self.data, targets=self.targets, dtype=objective.dtype), self.samples))
         source = self.data if self._kept is None else self._kept
         fed = batches(source, targets=self.targets, device=objective.device, dtype=objective.dtype)
+        objective = self.settled(objective, model, fed)
         if self._plan is not None:
             try:
                 return self._run(objective, fed, self._plan)
@@ -110,10 +117,10 @@ class Watch:
         rtol, seed, seconds = self.rtol, self.seed, self.max_seconds
         return measure(objective, fed, method=self.method, rtol=rtol, seed=seed, max_seconds=seconds, plan=plan)
 
-    def _tell(self, words: str) -> None:
+    def _tell(self, words: str, *, depth: int = 3) -> None:
         if words not in self._told:
             self._told.add(words)
-            warnings.warn(f"the Hessian's diagonal was {words}; training goes on", stacklevel=3)
+            warnings.warn(f"the Hessian's diagonal was {words}; training goes on", stacklevel=depth)
 
 
 class Callback(Watch):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from hessdiag.data import DataSet, NamedDataSet
 
@@ -20,17 +21,34 @@ SLACK = 0.02
 """A difference below this is not told, however many samples show it."""
 
 
-def judged(accuracy: float, data: DataSet | NamedDataSet, metrics: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Counted:
+    """Targets that are classes, by class, and how many of them the outputs name: samples, or tokens, or pixels."""
+
+    right: int
+    classes: Tensor
+
+    @property
+    def total(self) -> int:
+        """All of them that count."""
+        return int(self.classes.sum())
+
+    @property
+    def share(self) -> float:
+        """The accuracy."""
+        return self.right / self.total
+
+
+def judged(found: Counted, data: DataSet | NamedDataSet, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The accuracy, chance, the checkpoint's own, and whether one or the other is out of line."""
-    count = len(data)
-    classes = int(data.num_classes or int(data.targets.max()) + 1)
-    shares = torch.bincount(data.targets.reshape(-1)).double() / count
-    chance = max(1.0 / classes, float(shares.max()))  # always answering with the commonest class
+    count, accuracy = found.total, found.share
+    chance = int(found.classes.max()) / count  # always answering with the commonest class
     name, own = _own(metrics, data.split)
     return {
         "value": accuracy,
         "samples": count,
-        "classes": classes,
+        "unit": "sample" if data.targets.ndim == 1 else "target",
+        "classes": data.num_classes or len(found.classes),
         "chance": chance,
         "no_better_than_chance": accuracy <= chance + 2.0 * _error(chance, count),
         "own": own,

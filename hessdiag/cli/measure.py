@@ -169,13 +169,14 @@ def command(
         int, typer.Option(help="Targets of this number do not count, in cross_entropy.", rich_help_panel=WHAT)
     ] = -100,
     shift: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Compare the output at a place with the target so many places later: 1 for language models.",
+            help="Compare the output at a place with the target so many places later: 1 for language models. By "
+            "default as a model does that computes its own loss; else 0.",
             min=0,
             rich_help_panel=WHAT,
         ),
-    ] = 0,
+    ] = None,
     l2: Annotated[
         float, typer.Option(help="Add (l2/2)|theta|^2 to the loss; off by default.", rich_help_panel=WHAT)
     ] = 0.0,

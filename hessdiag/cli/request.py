@@ -35,7 +35,7 @@ class Request:
     loss: str
     label_smoothing: float
     ignore_index: int
-    shift: int
+    shift: int | None
     l2: float
     layers: str | None
     attack: str | None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from hessdiag.checkpoint import Checkpoint, load_checkpoint
 from hessdiag.checkpoint.pretrained import SCHEME, folder_of
 from hessdiag.checkpoint.shards import SUFFIXES
-from hessdiag.cli.accuracy import judged
+from hessdiag.cli.accuracy import Counted, judged
 from hessdiag.cli.options import (
     data_named_by,
     device_of,
@@ -47,6 +48,7 @@ from hessdiag.problem.forward import forward, mapped
 from hessdiag.problem.handing_back import memory_errors
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.outputs import meant
+from hessdiag.problem.own_loss import alike, batch_mean, own_loss
 from hessdiag.problem.perturbation import PGDSpec, keyed_pgd
 from hessdiag.store.files import nearest_file
 
@@ -81,23 +83,26 @@ def prepare(request: Request, world: World) -> Prepared:
     if request.normalize is not None and isinstance(whole, DataSet):
         check_channels(request.normalize, whole)
     data = whole.sample(request.samples, seed=request.data_seed)
-    objective = Objective(
+    made = partial(
+        Objective,
         model,
         loss_of(request.loss),
         parameters=pattern_of(request.layers),
         l2=request.l2,
-        label_smoothing=request.label_smoothing,
         ignore_index=request.ignore_index,
-        shift=request.shift,
         output=output_of(request.output, request.model),
         forward=forward_of(request.forward, data),
     )
+    objective = made(shift=request.shift or 0, label_smoothing=request.label_smoothing)
     size = request.batch_size or MOST
     batches: Iterable[tuple[Any, Tensor]] = data.batches(size, device=device, dtype=dtype)
     few = try_out(objective, batches, data)
     if request.batch_size is None:
         size = fitting(objective, *few)
         batches = data.batches(size, device=device, dtype=dtype)
+    own = None if request.dry_run else as_trained(made, request, batches)
+    if own is not None and own["shift"] != (request.shift or 0):
+        objective = made(shift=own["shift"], label_smoothing=request.label_smoothing)
     loss, accuracy = (math.nan, None) if request.dry_run else mean_loss(objective, batches)
     perturbation = None
     spec = None if request.attack is None else spec_of(request.attack, request.seed)
@@ -108,11 +113,12 @@ def prepare(request: Request, world: World) -> Prepared:
         perturbation = {
             "spec": str(spec),
             "clean_loss": loss,
-            "clean_accuracy": accuracy,
-            "accuracy": mean_loss(objective, batches)[1],
+            "clean_accuracy": None if accuracy is None else accuracy.share,
+            "accuracy": None if (after := mean_loss(objective, batches)[1]) is None else after.share,
         }
     facts = facts_of(request, checkpoint, data, perturbation, size)
     facts["data"]["of"] = len(whole)
+    facts["own_loss"] = own
     facts["accuracy"] = None if accuracy is None else judged(accuracy, data, facts["checkpoint"]["metrics"])
     return Prepared(objective, batches, facts)
 
@@ -229,19 +235,48 @@ def perturb(
 
 
 @memory_errors(LOWER)
-def mean_loss(objective: Objective, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float | None]:
-    """Mean loss, and the share classified right where targets are classes."""
-    loss = weight = right = 0.0
-    count, classes = 0, True
+def as_trained(
+    made: Callable[..., Objective], request: Request, batches: Iterable[tuple[Any, Tensor]]
+) -> dict[str, Any] | None:
+    """How the loss stands to the model's own on the first batch, and the `shift` to measure at; None without such.
+
+    Where nobody says, it is the model's own: 1 where places are compared with the next token. `fits` is the shift at
+    which the two are the same. No model smooths its labels, so that this is left out of both.
+    """
+    inputs, targets = next(iter(batches))
+    told = request.shift or 0
+    plain = made(shift=told)
+    own = own_loss(plain, inputs, targets)
+    if own is None:
+        return None
+    means = {told: batch_mean(plain, inputs, targets)}
+    if request.loss == "cross_entropy" and targets.ndim == 2 and not targets.is_floating_point():
+        means |= {shift: batch_mean(made(shift=shift), inputs, targets) for shift in (0, 1) if shift != told}
+    fits = alike(own, means)
+    shift = told if request.shift is not None or fits is None else fits
+    return {"value": own, "measured": means[shift], "samples": len(targets), "shift": shift, "fits": fits}
+
+
+@memory_errors(LOWER)
+def mean_loss(objective: Objective, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, Counted | None]:
+    """Mean loss, and what is classified right of the targets that count, where these are classes."""
+    loss = weight = 0.0
+    right, classes, counted = 0, torch.zeros(0, dtype=torch.int64), True
     with torch.no_grad():
         for index, (inputs, targets) in enumerate(batches):
             outputs = objective.outputs(inputs, targets, index=index)
             loss += float(objective.loss.values(outputs, targets).double().sum())
             weight += float(objective.loss.weights(outputs, targets).sum())
-            classes = classes and not targets.is_floating_point() and outputs.ndim == 2
-            right += float((outputs.argmax(1) == targets).sum()) if classes else 0.0
-            count += len(targets)
-    return loss / weight, right / count if classes else None
+            found = objective.loss.classified(outputs, targets) if counted else None
+            if found is None:
+                counted = False
+                continue
+            wanted, given = (numbers.cpu() for numbers in found)
+            right += int((wanted == given).sum())
+            seen = torch.bincount(wanted, minlength=len(classes))
+            seen[: len(classes)] += classes
+            classes = seen
+    return loss / weight, Counted(right, classes) if counted and int(classes.sum()) else None
 
 
 def shape_of(data: DataSet | NamedDataSet) -> Any:

@@ -170,6 +170,8 @@ class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """The operation, its dtype lifted."""
         wanted = dict(kwargs or {})
+        if func is torch.ops.aten.detach.default and not isinstance(args[0], Tensor):
+            return torch.tensor(args[0], dtype=torch.float64)  # what a node saved of a Python number is unwrapped here
         if wanted.get("dtype") in (torch.float32, torch.float16, torch.bfloat16):
             wanted["dtype"] = torch.float64
         return func(*args, **wanted)

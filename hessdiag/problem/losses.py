@@ -122,6 +122,14 @@ class CrossEntropy(Loss):
         weight = self._class_weights(kept)
         return (kept if weight is None else kept * weight[numbers]).sum(1).to(outputs.device)
 
+    def classified(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Shifted, and without what is ignored."""
+        if targets.is_floating_point():
+            return None
+        numbers, kept = self._numbers(targets, torch.float64)
+        counts = kept > 0
+        return numbers[counts], self._places(outputs, targets).argmax(-1)[counts]
+
     def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
         """Closed form; C - 1 columns a place, all of positive sign."""
         f = self._places(outputs.detach().double(), targets)

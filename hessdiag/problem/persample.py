@@ -182,6 +182,12 @@ class Loss:
         """What each sample adds to the divisor of the mean: 1 unless places or classes are counted."""
         return torch.ones(len(targets), dtype=torch.float64, device=outputs.device)
 
+    def classified(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(classes that targets name, those that outputs name) of all places that count; None where these are none."""
+        if targets.is_floating_point() or targets.ndim != 1 or outputs.ndim != 2:
+            return None
+        return targets, outputs.argmax(1)
+
     def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
         """Loss, gradient and Hessian factor at `outputs`, in float64 and shaped [N, C]."""
         raise NotImplementedError

@@ -84,29 +84,38 @@ def data_rows(content: dict[str, Any]) -> list[Row]:
 
 
 def accuracy_rows(content: dict[str, Any]) -> list[Row]:
-    """The accuracy on these data, and the checkpoint's own beside it."""
+    """The accuracy on these data, the checkpoint's own beside it, and every warning."""
     found = content.get("cli", {}).get("accuracy")
+    rows = [("warning", plain(line)) for line in warnings(content)]
     if not found:
-        return []
-    told = f"{value(100 * found['value'])}% of {counted(found['samples'], 'sample')}"
+        return rows
+    told = f"{value(100 * found['value'])}% of {counted(found['samples'], found.get('unit', 'sample'))}"
     told += f" (chance: {value(100 * found['chance'], 3)}%)"
     if found["own"] is not None:
         told += f"; the checkpoint's own {found['own_name']}: {value(100 * found['own'])}%"
-    rows = [("accuracy", plain(told))]
-    return rows + [("warning", line) for line in warnings(content)]
+    return [("accuracy", plain(told)), *rows]
 
 
 def warnings(content: dict[str, Any]) -> list[str]:
     """What makes a number misleading however exact it is."""
-    found = content.get("cli", {}).get("accuracy")
-    if not found:
-        return []
+    cli = content.get("cli", {})
+    found, own = cli.get("accuracy"), cli.get("own_loss")
     check = "check the order of the classes, the data, and how inputs are normalised (--normalize)"
-    if found["no_better_than_chance"]:
-        return [f"the accuracy is no better than chance: a network that has learned nothing? Else {check}"]
-    if found["below_own"]:
-        return [f"the accuracy is far below the checkpoint's own: {check}"]
-    return []
+    told = []
+    if own and own["fits"] != own["shift"]:
+        here = "is refused" if own["measured"] is None else f"is {value(own['measured'])}"
+        hint = "say --loss, --ignore-index or --output as it was trained"
+        if own["fits"] is not None:
+            hint = f"with --shift {own['fits']} it is the model's"
+        told.append(
+            f"the model's own loss of the first {counted(own['samples'], 'sample')} is {value(own['value'])}, the one "
+            f"measured {here}: {hint}"
+        )
+    if found and found["no_better_than_chance"]:
+        told.append(f"the accuracy is no better than chance: a network that has learned nothing? Else {check}")
+    elif found and found["below_own"]:
+        told.append(f"the accuracy is far below the checkpoint's own: {check}")
+    return told
 
 
 def spread_lines(content: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -214,6 +223,9 @@ def notes(content: dict[str, Any]) -> list[str]:
     flags = [f for f in content["norm"]["total"]["flags"] if f not in ("exact",)]
     found = [f"{flag}: {STATUS[flag]}" for flag in flags[1:] if flag in STATUS]
     found += content["notes"]
+    own = cli.get("own_loss")
+    if own and own["shift"] == own["fits"] == 1:
+        found.append("the loss compares each place with the next token (shift=1), as the model's own does")
     found += cli.get("checkpoint", {}).get("notes", [])
     found += cli.get("data", {}).get("notes", [])
     return [plain(note) for note in found]

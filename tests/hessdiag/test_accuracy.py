@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import hessdiag as hd
-from hessdiag.cli.accuracy import judged
+from hessdiag.cli.accuracy import Counted, judged
 from hessdiag.cli.options import STATISTICS, normalize_of
 from hessdiag.cli.program import app
 from hessdiag.data import load
-from hessdiag.data.dataset import make
 from hessdiag.errors import ConfigurationError
 
 
@@ -61,15 +60,16 @@ def test_labels_shifted_by_one_are_seen(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_out_of_line(accuracy: float, metrics: dict[str, Any], chance: bool, below: bool) -> None:
-    found = judged(accuracy, load("digits"), metrics)
+    data = load("digits")
+    found = judged(Counted(round(accuracy * len(data)), torch.bincount(data.targets)), data, metrics)
     assert found["no_better_than_chance"] is chance
     assert found["below_own"] is below
 
 
 def test_chance_is_the_commonest_class() -> None:
-    data = make(torch.rand(100, 3), torch.tensor([0] * 90 + [1] * 10), name="odd", split="test", num_classes=2)
-    assert judged(0.9, data, {})["chance"] == pytest.approx(0.9)
-    assert judged(0.9, data, {})["no_better_than_chance"]
+    found = judged(Counted(90, torch.tensor([90, 10])), load("digits"), {})
+    assert found["chance"] == pytest.approx(0.9)
+    assert found["no_better_than_chance"]
 
 
 def test_normalize_names_and_numbers() -> None:
@@ -134,3 +134,74 @@ def test_normalize_for_bare_weights_and_against_a_file_that_knows_better(tmp_pat
     refused = _measure("digits-example", "--normalize", "cifar10")
     assert refused.exit_code == 3
     assert "normalize" in refused.stderr
+
+
+CAUSAL = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Causal(nn.Module):
+    scale = 1.0
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.last = nn.Embedding(7, 5), nn.Linear(5, 7)
+    def forward(self, input_ids=None, labels=None):
+        logits = self.last(torch.tanh(self.embed(input_ids)))
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": self.scale * F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+
+class Other(Causal):
+    scale = 2.0
+"""
+
+
+@pytest.fixture
+def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A model that computes its own loss, of the next token, and sequences whose last places do not count."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "causalnets.py").write_text(CAUSAL)
+    from hessdiag.store.factories import import_object
+
+    model = import_object("causalnets:Causal")()
+    torch.save(model.state_dict(), tmp_path / "causal.pt")
+    ids = torch.randint(7, (6, 5), generator=torch.Generator().manual_seed(2))
+    labels = torch.where(torch.arange(5) < torch.tensor([5, 4, 3, 5, 5, 2])[:, None], ids, -100)
+    np.savez(tmp_path / "tokens.npz", input_ids=ids.numpy(), labels=labels.numpy())
+    return ["causal.pt", "--data", "npz:tokens.npz", "--output", "logits"]
+
+
+def test_a_models_own_loss_is_measured_where_nobody_says_otherwise(tokens: list[str]) -> None:
+    """A language model's is of the next token; an explicit --shift wins, with a warning; accuracy is of tokens."""
+    own = json.loads((found := _measure(*tokens, "--model", "causalnets:Causal", "--json", "-")).stdout)
+    assert "own loss" not in found.stderr
+    same = json.loads(_measure(*tokens, "--model", "causalnets:Causal", "--json", "-", "--shift", "1").stdout)
+    assert own["rms"] == same["rms"]
+    assert own["loss"] == pytest.approx(own["cli"]["own_loss"]["value"], rel=1e-5)
+    text = " ".join(_measure(*tokens, "--model", "causalnets:Causal").stdout.split())
+    assert "note: the loss compares each place with the next token (shift=1), as the model's own does" in text
+    batch = np.load("tokens.npz")
+    ids, labels = torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["labels"])[:, 1:]
+    from hessdiag.store.factories import import_object
+
+    model = import_object("causalnets:Causal")()
+    model.load_state_dict(torch.load("causal.pt"))
+    right = (model(ids)["logits"].argmax(-1)[:, :-1] == labels)[labels != -100]
+    told = own["cli"]["accuracy"]
+    assert (told["value"], told["samples"]) == (pytest.approx(right.double().mean().item()), 18)
+    assert told["chance"] == pytest.approx(int(torch.bincount(labels[labels != -100]).max()) / 18)
+    assert "of 18 targets (chance" in text
+    asked = _measure(*tokens, "--model", "causalnets:Causal", "-q", "--shift", "0")
+    assert float(asked.stdout.split()[0]) != pytest.approx(own["rms"], rel=1e-2)
+    assert "own loss of the first 6 samples is 1.977, the one measured is 2.314: with --shift 1 it is" in asked.stderr
+
+
+def test_a_loss_that_agrees_with_no_shift_is_warned_of_with_both_numbers(tokens: list[str]) -> None:
+    found = _measure(*tokens, "--model", "causalnets:Other", "-q")
+    assert found.exit_code == 0
+    assert "the model's own loss of the first 6 samples is" in found.stderr
+    assert "say --loss, --ignore-index or --output as it was trained" in found.stderr
+    smoothed = _measure(*tokens, "--model", "causalnets:Causal", "-q", "--label-smoothing", "0.1")
+    assert "own loss" not in smoothed.stderr

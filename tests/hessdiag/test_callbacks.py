@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+import types
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessdiag as hd
 from hessdiag.callbacks import LightningWatch, TrainerWatch, Watch
+from hessdiag.callbacks.transformers import with_logits
 from hessdiag.data import load
 from hessdiag.errors import ConfigurationError
 from hessdiag.networks import build
@@ -320,3 +323,98 @@ def test_the_trainers_inputs_of_one_name_come_as_they_are():
         warnings.simplefilter("error")
         trainer.train(TrainerWatch(trainer, batches), Names(), epochs=1)
     assert trainer.logged[0]["hessian_rms"] > 0
+
+
+class Answer(dict):
+    """What models of transformers return: a dictionary whose entries are attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Head(nn.Module):
+    """A head of transformers on tokens: it takes labels and answers with the loss that its Trainer trains."""
+
+    def __init__(self, kind: str, outputs: int = 7) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.embed, self.last = kind, nn.Embedding(7, 5), nn.Linear(5, outputs)
+
+    def forward(self, input_ids=None, labels=None):
+        hidden = torch.tanh(self.embed(input_ids))
+        logits = self.last(hidden if self.kind in ("causal", "tagging") else hidden.mean(1))
+        answer = Answer(logits=logits)
+        if labels is None:
+            return answer
+        if self.kind == "causal":
+            answer["loss"] = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        elif self.kind == "several":
+            answer["loss"] = F.binary_cross_entropy_with_logits(logits, labels)
+        elif self.kind == "regression":
+            answer["loss"] = F.mse_loss(logits[:, 0], labels)
+        else:
+            answer["loss"] = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        return answer
+
+
+TOKENS = torch.randint(7, (6, 5), generator=torch.Generator().manual_seed(2))
+MASKED = torch.where(torch.arange(5) < torch.tensor([5, 4, 3, 5, 5, 2])[:, None], TOKENS, -100)
+HEADS = {
+    "causal": (MASKED, 7, {"shift": 1}),
+    "tagging": (MASKED, 7, {}),
+    "classes": (TOKENS[:, 0], 7, {}),
+    "several": ((TOKENS[:, :3] > 2).float(), 3, {"loss": "bce"}),
+    "regression": (TOKENS[:, 0].float(), 1, {"loss": "mse", "output": lambda answer: answer.logits[:, 0]}),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("asked", ["model", "trainer"])
+def test_the_loss_that_is_trained_is_the_one_measured(kind, asked):
+    """As the model tells it where it is given labels, or the trainer, in several ways of calling the model."""
+    labels, outputs, options = HEADS[kind]
+    model, trainer = Head(kind, outputs), Trainer()
+    if asked == "trainer":
+        trainer.compute_loss = lambda model, inputs: model(**inputs).loss
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch = TrainerWatch(trainer, [{"input_ids": TOKENS, "labels": labels}], rtol=0.05)
+        trainer.train(watch, model, epochs=2)
+    call = {"output": "logits", **options, "forward": lambda model, x: model(input_ids=x)}
+    plain = hd.measure(hd.Objective(model.eval(), **call), [(TOKENS, labels)], rtol=0.05)
+    assert watch.last.loss == pytest.approx(model(TOKENS, labels).loss.item(), rel=1e-5)
+    assert [row["hessian_rms"] for row in trainer.logged] == pytest.approx([plain.rms] * 2, rel=1e-6)
+    assert any("as the trainer's is" in note for note in watch.last.notes) == bool(options)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_labels_that_the_trainer_smooths_are_smoothed():
+    trainer = Trainer()
+    trainer.args = types.SimpleNamespace(label_smoothing_factor=0.1)
+    trainer.compute_loss = lambda model, inputs: F.cross_entropy(
+        model(inputs["input_ids"]).logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), label_smoothing=0.1
+    )
+    watch = TrainerWatch(trainer, [{"input_ids": TOKENS, "labels": MASKED}])
+    trainer.train(watch, model := Head("causal"), epochs=1)
+    assert watch.last.loss == pytest.approx(
+        trainer.compute_loss(model, {"input_ids": TOKENS, "labels": MASKED}).item(), rel=1e-5
+    )
+    assert "shift=1), labels smoothed by 0.1, as" in watch.last.notes[-1]
+
+
+def test_a_loss_that_is_not_the_trainers_is_measured_with_a_warning():
+    """Once, with both numbers: of an objective of one's own, and where nothing that is known agrees."""
+    trainer, data = Trainer(), [{"input_ids": TOKENS, "labels": MASKED}]
+    model = Head("causal")
+    own = TrainerWatch(trainer, data, lambda model: with_logits(model, shift=0))
+    with pytest.warns(UserWarning, match=r"another loss than the one trained: 2\.314 .* trainer has 1\.977;") as told:
+        trainer.train(own, model, epochs=2)
+    assert len(told) == 1
+    trainer.compute_loss = lambda model, inputs: 3 * model(**inputs).loss
+    with pytest.warns(UserWarning, match="another loss than the one trained"):
+        trainer.train(TrainerWatch(trainer, data), model, epochs=1)
+    assert len(trainer.logged) == 3
+    trainer.compute_loss = lambda model, inputs: inputs["weights"]  # what only its own batches hold
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train(TrainerWatch(trainer, data), model, epochs=1)

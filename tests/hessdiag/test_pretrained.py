@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import hessdiag as hd
+from hessdiag.callbacks import TrainerWatch
 from hessdiag.checkpoint import load_checkpoint, pretrained
 from hessdiag.cli.program import app
 from hessdiag.data import load_named
@@ -78,6 +80,26 @@ def test_the_network_is_that_of_the_library(make: Any, shards: bool, written: Ca
     assert not found.model.training
     assert found.config == {"architecture": type(reference).__name__}
     assert found.model.config._attn_implementation == "eager"
+
+
+def test_a_language_model_is_measured_at_the_loss_of_the_library(written: Callable[..., Path], tmp_path: Path) -> None:
+    """Of the next token, without being told; and the Trainer's callback does the same."""
+    folder = written(llama)
+    ids = torch.randint(30, (4, 6), generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "tokens.npz", input_ids=ids.numpy(), labels=ids.numpy())
+    args = ["measure", "--model", f"hf:{folder}", "--data", f"npz:{tmp_path / 'tokens.npz'}", "--no-spread"]
+    result = CliRunner().invoke(app, [*args, "--json", "-"])
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, local_files_only=True, attn_implementation="eager")
+    own = model.eval()(input_ids=ids, labels=ids).loss.item()
+    assert content["loss"] == pytest.approx(own, rel=1e-5)
+    assert content["cli"]["own_loss"]["fits"] == content["cli"]["own_loss"]["shift"] == 1
+    logged: list[dict[str, float]] = []
+    trainer = SimpleNamespace(log=logged.append)
+    watch = TrainerWatch(trainer, [{"input_ids": ids, "labels": ids}])
+    watch.on_epoch_end(None, SimpleNamespace(epoch=1.0), SimpleNamespace(should_log=False), model=model)
+    assert logged[0]["hessian_rms"] == pytest.approx(content["rms"], rel=1e-5)
 
 
 def test_weights_in_bfloat16_are_measured_in_float32(written: Callable[..., Path]) -> None:

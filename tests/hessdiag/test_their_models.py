@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import hessdiag as hd
 from hessdiag import feed
 from hessdiag.errors import ConfigurationError, EmptyDataError, TargetError
+from hessdiag.graph.saved import constant
 from hessdiag.measuring.spread import spread
+from hessdiag.problem.forward import InDouble
 
 
 @dataclass
@@ -179,3 +181,11 @@ def test_a_compiled_model_is_taken_out_of_its_wrapper(truth: float) -> None:
     m = hd.measure(objective, [_data()])
     assert m.status == "exact"
     assert m.rms == pytest.approx(truth, rel=1e-12)
+
+
+def test_a_number_that_scales_is_read_where_short_parts_are_audited_in_double() -> None:
+    """As the queries of language models with norms in float32 have it."""
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    with InDouble():
+        found = constant((x * 0.25).grad_fn, 0)
+    assert (found.dtype, found.item()) == (torch.float64, 0.25)
