@@ -87,8 +87,6 @@ class Request:
             told = {"network": self.network, "activation": self.activation, "num-classes": self.num_classes}
             if idle := [f"--{name}" for name, value in told.items() if value is not None]:
                 raise ConfigurationError(f"--model builds the whole network: leave out {' and '.join(idle)}")
-        if self.save_diagonal is not None and self.target == "population":
-            raise ConfigurationError("--save-diagonal needs --target data")
         if not self.timeout > 0:
             raise ConfigurationError(f"--timeout {self.timeout}: a positive number of seconds is needed")
 

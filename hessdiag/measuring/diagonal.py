@@ -26,8 +26,8 @@ class Diagonal:
     """H_kk of the mean loss: `total` = `gauss_newton` + `functional`, tensors shaped like the parameters.
 
     `standard_errors` are those of `total`, entry by entry, zero for exact methods. With `per_sample` every tensor has
-    the samples as first axis: the diagonals of the single losses. Where a method was asked for the total only, the
-    parts are empty.
+    the samples as first axis: the diagonals of the single losses, not divided by weights, l2 on each. Where a method
+    was asked for the total only, the parts are empty.
     """
 
     total: Mapping[str, Tensor]

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from hessdiag.kernels.tensors import Tensors, hold_freed_memory
 from hessdiag.measuring.choose import EXACT_BUDGET, check_budget, check_given, decide, stored_plan
 from hessdiag.measuring.diagonal import Diagonal
 from hessdiag.measuring.loop import Callback, Loop
-from hessdiag.measuring.population import shards_of
+from hessdiag.measuring.population import estimated, shards_of
 from hessdiag.measuring.progress import reporting
 from hessdiag.measuring.provenance import provenance
 from hessdiag.measuring.ranks import World
@@ -92,14 +93,16 @@ def measure(
     `budget` refuses an exact method that takes more multiplications (None: none is refused). `deterministic_check`
     looks at the data twice and refuses what differs, `audit_model` holds method, model and derivatives against each
     other on two samples; either looks for samples that meet, in all batches or in the first. Switch them off only where
-    model and data are known to be right. `keep_diagonal` keeps the diagonal in
-    the result. `progress` is True for a bar on a terminal or a line in a notebook, or a function of an `Event`.
-    `resume` names a file that the state is written to as it goes; started again with the same file, the measurement
-    goes on from there to the same bits.
+    model and data are known to be right. `keep_diagonal` keeps the diagonal in the result (of a population, its
+    estimate and standard errors). `progress` is True for a bar on a terminal or a line in a notebook, or a function of
+    an `Event`. `resume` names a file that the state is written to as it goes; started again with the same file, the
+    measurement goes on from there to the same bits.
     """
     begun = time.monotonic()
     _check_basics(objective, method, seed)
     _check_arguments(rtol, confidence, min_replicates, max_replicates, max_seconds, target)
+    if target == POPULATION and resume is not None:
+        raise ConfigurationError("resume serves target='data' only: the population target is one pass")
     with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
         case = _case(objective, batches, plan.method if plan else method, seed, deterministic_check, audit_model)
         path, checked = None if resume is None else Path(resume), None
@@ -123,7 +126,8 @@ def measure(
             stream = shards_of(case, min_replicates)
             notes.insert(0, f"population target: {stream.count} shards of the data, {case.plan.method}")
             norms = reports_of_shards(objective, stream, confidence)
-            return summarise(case, norms, replace(course, status=norms.total.total.status))
+            kept = partial(estimated, case, stream) if keep_diagonal else None
+            return summarise(case, norms, replace(course, status=norms.total.total.status, diagonal=kept))
         loop = Loop(case, progress=callback, resume=path)
         if path is not None and not path.exists():
             loop.save()  # the plan first: a pilot repeated might choose otherwise
@@ -131,8 +135,8 @@ def measure(
         loop.work.forget()
         if loop.unsaved is not None:
             notes.append(loop.unsaved)
-        kept = loop.diagonal if keep_diagonal else None
-        course = replace(course, status=status, history=tuple(loop.history), diagonal=kept)
+        taken = loop.diagonal if keep_diagonal else None
+        course = replace(course, status=status, history=tuple(loop.history), diagonal=taken)
         return summarise(case, reports(loop, confidence), course)
 
 
@@ -154,8 +158,9 @@ def diagonal(
 
     `method` is one of those of `measure`, or "auto"; `plan` gives it with all its choices. Stochastic methods average
     `replicates` drawn by `seed` and come with per-entry standard errors. `per_sample` gives the diagonals of the single
-    samples' losses (method "exact"). `budget`, `deterministic_check`, `audit_model` and `progress` are those of
-    `measure`.
+    samples' losses (method "exact"), undivided: sums over a sample's places, times class weights, and l2 on each. Their
+    mean is the diagonal only where every weight is 1. `budget`, `deterministic_check`, `audit_model` and `progress` are
+    those of `measure`.
     """
     _check_basics(objective, method, seed)
     if not isinstance(replicates, int) or replicates < 2:

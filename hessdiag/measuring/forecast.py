@@ -29,7 +29,7 @@ def forecast(objective: Objective, batches: Batches) -> tuple[Forecast, ...]:
     count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
     first = next(iter(numbered(objective, batches)))
     size = len(first.targets)
-    counted = Survey(size * count, count, size, 1.0, 0.0, 0.0, 0.0, 0.0)
+    counted = Survey(size * count, count, size, 1.0, 0.0, 0.0, 0.0, 0.0, size * count)
     case = Case(objective, batches, counted, first, 0, World())
     base = _look(objective, first)
     return tuple(method.cost(case, base) for method in METHODS.values())

@@ -35,6 +35,7 @@ def provenance(case: Case, *, target: str) -> dict[str, Any]:
         "loss": objective.loss.name,
         "l2": objective.l2,
         "samples": survey.samples,
+        "counted": survey.counted,
         "batches": survey.batches,
         "largest_batch": survey.largest,
         "data_fingerprint": survey.data,

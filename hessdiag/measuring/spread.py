@@ -7,9 +7,10 @@ from, S the covariance of one sample's diagonal, and n samples,
     E |D|^2 = |d|^2 + tr(S)/n   for the diagonal D of all n:   the norm of few samples is too large,
     T = mean over g != h of D_g . D_h,   E T = |d|^2,
 
-and the jackknife over groups (`hessdiag.norm.jackknife`) gives Var T. Where the method draws signs, every group is
-measured twice with independent ones, a and b: cov(T_a, T_b) by the jackknife is then the variance by samples alone, and
-D_g^a . D_g^b keeps no noise. Nothing of it depends on how many replicates the norm itself took.
+where weights of samples differ with the pseudo-values of the ratio (sum of second derivatives) / (sum of weights) for
+the D_g, and the jackknife over groups gives Var T (`hessdiag.norm.jackknife`, for both). Where the method draws signs,
+every group is measured twice with independent ones, a and b: cov(T_a, T_b) by the jackknife is then the variance by
+samples alone, and D_g^a . D_g^b keeps no noise. Nothing of it depends on how many replicates the norm itself took.
 
 For N > n samples of the same kind, these n among them, the square is expected to be T + tr(S)/N, with the variance of T
 times (1 - n/N): what is left when N = n is that of no sampling at all.
@@ -30,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from hessdiag.errors import ConfigurationError, EmptyDataError, UncoveredModelError
 from hessdiag.graph import Linearisation
@@ -39,9 +39,15 @@ from hessdiag.measuring.choose import AUTO_EXACT_FLOPS
 from hessdiag.measuring.entry import diagonal
 from hessdiag.measuring.result import Measurement
 from hessdiag.methods import Plan, find
-from hessdiag.methods.batches import Batches, numbered
+from hessdiag.methods.batches import Batches, Numbered, joined, numbered
 from hessdiag.norm.estimates import check_confidence
-from hessdiag.norm.jackknife import interval, jackknife_covariance, student_quantile, u_statistic
+from hessdiag.norm.jackknife import (
+    interval,
+    jackknife_covariance,
+    ratio_pseudo_values,
+    student_quantile,
+    u_statistic,
+)
 from hessdiag.problem.forward import mapped
 from hessdiag.problem.objective import Objective
 from hessdiag.signs import cpu_generator, key
@@ -54,6 +60,7 @@ WIDTH = 1 << 18
 """Entries of a diagonal that are kept as they are; more are sketched."""
 PER_SAMPLE_BYTES = 64e6
 """Up to so many bytes, exact diagonals are taken for single samples in one pass and summed by group."""
+Rows = np.ndarray[Any, Any]
 _CHUNK = 1 << 22
 _DEAL = 20
 """Seed of the deal: fixed, so that two measurements on the same samples have the same groups."""
@@ -71,7 +78,7 @@ class Spread:
     square_error: float
     """Standard error of `square` by the choice of samples alone, for all `samples`."""
     bias: float
-    """tr(S)/n: what the squared norm of n samples is too large by."""
+    """tr(S)/n (and the bias of a ratio, where weights differ): what the squared norm of n samples is too large by."""
     groups: int
     group_size: int
     samples: int
@@ -128,15 +135,19 @@ def spread(
         raise ConfigurationError(
             f"the measurement has {measured.parameters} parameters, the objective {objective.size}: give its own"
         )
-    count = measured.samples
+    count = int(measured.provenance.get("counted", measured.samples))
     if count < LEAST:
-        raise EmptyDataError(f"{count} samples: at least {LEAST} are needed to tell how far others would be")
+        what = "samples" if count == measured.samples else "samples with targets that count"
+        raise EmptyDataError(f"{count} {what}: at least {LEAST} are needed to tell how far others would be")
     used = count if samples is None else min(count, max(samples, LEAST))
     groups = min(groups, used)
     size = used // groups
     shards = _shards(objective, batches, count, groups, size, int(measured.provenance["largest_batch"]))
-    first, second, passes = _sketches(measured, objective, shards, progress)
-    found = of_groups(first, second)
+    weights = np.array([shard.weight for shard in shards]) / size
+    if not weights.all():
+        raise EmptyDataError(f"a group of {size} samples is all of classes of weight zero: more samples are needed")
+    first, second, passes = _sketches(measured, objective, shards, weights, progress)
+    found = of_groups(first, second, weights)
     used = groups * size
     scale = used / count
     square, bias = measured.norm.total.square, found.bias * scale
@@ -151,7 +162,7 @@ def spread(
         bias=bias,
         groups=groups,
         group_size=size,
-        samples=count,
+        samples=measured.samples,
         entries=objective.size,
         confidence=confidence,
         seconds=time.monotonic() - begun,
@@ -169,21 +180,24 @@ class _Moments:
     bias: float
 
 
-def of_groups(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> _Moments:
-    """From the diagonals of the groups, one row each; `second` with independent signs, or the same array if exact."""
+def of_groups(first: Rows, second: Rows, weights: Rows) -> _Moments:
+    """From the sums of the groups' second derivatives, one row each, and of their weights, both divided by the size.
+
+    `second` has independent signs, or is the same array if exact.
+    """
     groups = len(first)
     sizes = (1,) * groups
-    if second is first:
-        gram = first @ first.T
-        u = u_statistic(gram, np.diagonal(gram), sizes)
-        square, variance, own = float(u.square), float(u.variance), float(np.trace(gram)) / groups
-        return _Moments(square, variance, (own - square) / groups)
-    halves = [u_statistic(x @ x.T, np.square(x).sum(1), sizes) for x in (first, second)]
-    a, b = halves
-    variance = float(jackknife_covariance(a.square, a.deleted, b.square, b.deleted, sizes))
+    exact = second is first
+    own, other = (x[:, None] for x in ratio_pseudo_values(weights))
+    means = [x.sum(0) / weights.sum() for x in (first, second)]
+    first, second = (own * x + other * mean for x, mean in zip((first, second), means))
+    halves = [u_statistic(x @ x.T, np.square(x).sum(1), sizes) for x in ((first,) if exact else (first, second))]
+    a, b = halves[0], halves[-1]
     square = 0.5 * float(a.square + b.square)
-    own = float((first * second).sum()) / groups
-    return _Moments(square, variance, (own - square) / groups)
+    variance = float(a.variance if exact else jackknife_covariance(a.square, a.deleted, b.square, b.deleted, sizes))
+    scatter = (float((first * second).sum()) / groups - square) / groups
+    # The ratio itself is what was measured, the mean of its pseudo-values has less bias.
+    return _Moments(square, variance, scatter + float(means[0] @ means[1] - first.mean(0) @ second.mean(0)))
 
 
 def _ends(square: float, error: float, groups: int, entries: int, confidence: float) -> tuple[float, float, float]:
@@ -195,62 +209,60 @@ def _ends(square: float, error: float, groups: int, entries: int, confidence: fl
 
 
 class _Group:
-    """The samples of one group, as batches no larger than the caller's."""
+    """The samples of one group, as batches no larger than the caller's, of those that are alike."""
 
-    def __init__(self, parts: list[tuple[Any, Tensor]], largest: int) -> None:
-        self.batches: list[tuple[Any, Tensor]] = []
-        pile: list[tuple[Any, Tensor]] = []
+    def __init__(self, parts: list[Numbered], weight: float, largest: int) -> None:
+        self.weight = weight
+        self._parts: list[Numbered] = []
         for part in parts:
-            if pile and sum(len(t) for _, t in pile) + len(part[1]) > largest:
-                self.batches.append(_joined(pile))
-                pile = []
-            pile.append(part)
-        self.batches.append(_joined(pile))
+            for place, pile in enumerate(self._parts):
+                both = joined(pile, part) if len(pile.targets) + len(part.targets) <= largest else None
+                if both is not None:
+                    self._parts[place] = both
+                    break
+            else:
+                self._parts.append(part)
+
+    @property
+    def batches(self) -> list[tuple[Any, Tensor]]:
+        """Pairs of inputs and targets."""
+        return [(part.inputs, part.targets) for part in self._parts]
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         return iter(self.batches)
 
 
-def _joined(parts: list[tuple[Any, Tensor]]) -> tuple[Any, Tensor]:
-    """Batches of few samples as one: tensors with a sample axis one after the other, others as the first has them."""
-    if len(parts) == 1:
-        return parts[0]
-    counts = [len(targets) for _, targets in parts]
-
-    def join(*leaves: Any) -> Any:
-        by_sample = all(isinstance(x, Tensor) and x.ndim and len(x) == n for x, n in zip(leaves, counts))
-        return torch.cat(leaves) if by_sample else leaves[0]
-
-    return _pytree.tree_map(join, *(inputs for inputs, _ in parts)), torch.cat([targets for _, targets in parts])
-
-
 def _shards(objective: Objective, batches: Batches, count: int, groups: int, size: int, largest: int) -> list[_Group]:
-    """The groups' samples: a random deal, its seed fixed, of `groups * size` of `count` samples."""
+    """The groups' samples: a random deal, its seed fixed, of `groups * size` of the `count` samples with a loss."""
     order = torch.randperm(count, generator=cpu_generator(_DEAL))
     group = torch.full((count,), -1, dtype=torch.long)
     group[order[: groups * size]] = torch.arange(groups * size) % groups
-    parts: list[list[tuple[Any, Tensor]]] = [[] for _ in range(groups)]
+    parts: list[list[Numbered]] = [[] for _ in range(groups)]
+    weights = [0.0] * groups
     seen = 0
     for batch in numbered(objective, batches):
-        here = group[batch.start : batch.start + len(batch.targets)]
-        seen += len(batch.targets)
-        for g in range(groups):
-            chosen = (here == g).nonzero()[:, 0].to(batch.targets.device)
-            if len(chosen):
-                part = batch.part(chosen)
-                parts[g].append((mapped(part.inputs, lambda x: x.detach().clone()), part.targets))
+        with_loss = objective.loss.counted(batch.targets).nonzero()[:, 0]
+        here = group[seen : seen + len(with_loss)].to(with_loss.device)
+        seen += len(with_loss)
+        for g in sorted(set(here.tolist()) - {-1}):
+            part = batch.part(with_loss[: len(here)][here == g])
+            parts[g].append(replace(part, inputs=mapped(part.inputs, lambda x: x.detach().clone())))
+            weights[g] += float(objective.loss.weights(part.targets, part.targets).sum())
     if seen != count:
         raise ConfigurationError(f"the measurement had {count} samples, these batches have {seen}: give the same")
-    return [_Group(part, largest) for part in parts]
+    return [_Group(part, weight, largest) for part, weight in zip(parts, weights)]
 
 
 def _sketches(
     measured: Measurement,
     objective: Objective,
     shards: list[_Group],
+    weights: Rows,
     progress: Callable[[int, int], None] | None,
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
-    """One row for each group: exact diagonals, or two sets of estimates with independent signs."""
+) -> tuple[Rows, Rows, int]:
+    """One row for each group, its second derivatives summed and divided by its size, l2 times its weight among them:
+    exact ones, or two sets of estimates with independent signs.
+    """
     size = sum(len(targets) for _, targets in shards[0])
     total = len(shards) * size
     plan = _plan(measured, objective, shards, total)
@@ -258,13 +270,14 @@ def _sketches(
     if exact and 16.0 * total * objective.size <= PER_SAMPLE_BYTES:
         whole = [batch for shard in shards for batch in shard]
         single = diagonal(objective, whole, plan=plan, per_sample=True, **_OPTIONS).total
-        rows = [
-            _sketch({name: t[g * size : (g + 1) * size].double().mean(0) for name, t in single.items()})
-            for g in range(len(shards))
-        ]
+        rows = []
+        for g, weight in enumerate(weights):
+            surplus = objective.l2 * (1.0 - weight)  # it is on every sample once, whatever its weight
+            of = {name: t[g * size : (g + 1) * size].double().mean(0) - surplus for name, t in single.items()}
+            rows.append(_sketch(of))
         first = np.stack(rows)
         return first, first, len(shards)
-    halves: list[list[np.ndarray[Any, Any]]] = [[], []]
+    halves: list[list[Rows]] = [[], []]
     times = 1 if exact else 2
     # No more passes than the measurement took.
     taken = measured.replicates * int(measured.provenance["batches"])
@@ -273,7 +286,7 @@ def _sketches(
         for half in range(times):
             seed = key(int(measured.provenance["seed"]), g, half)
             found = diagonal(objective, shard, plan=plan, seed=seed, replicates=replicates, **_OPTIONS)
-            halves[half].append(_sketch(found.total))
+            halves[half].append(_sketch(found.total) * weights[g])
         if progress is not None:
             progress(g + 1, len(shards))
     first = np.stack(halves[0])
@@ -300,7 +313,7 @@ def _plan(measured: Measurement, objective: Objective, shards: list[_Group], tot
 _OPTIONS: dict[str, Any] = {"budget": None, "deterministic_check": False, "audit_model": False}
 
 
-def _sketch(tensors: Mapping[str, Tensor]) -> np.ndarray[Any, Any]:
+def _sketch(tensors: Mapping[str, Tensor]) -> Rows:
     """The entries, or their signed sums in `WIDTH` places; the same places for every group."""
     entries = sum(t.numel() for t in tensors.values())
     if entries <= WIDTH:

@@ -51,6 +51,8 @@ class Survey:
     data: float
     data_size: float
     order: float
+    counted: int
+    """Samples that have a loss: those whose targets are all ignored have none."""
     shuffled: bool = False
     checked: bool = False
     uncovered: str | None = None
@@ -88,7 +90,7 @@ class Numbered:
 
 
 def numbered(objective: Objective, batches: Batches, *, align: int = 1) -> Iterator[Numbered]:
-    """Batches one after the other; with `align` > 1 re-cut so that all but the last hold a multiple of it."""
+    """Batches one after the other; with `align` > 1 re-cut into multiples of it, but for the last of a shape."""
     start = 0
     rest: tuple[Any, Tensor] | None = None
     index = 0
@@ -96,7 +98,12 @@ def numbered(objective: Objective, batches: Batches, *, align: int = 1) -> Itera
         inputs, targets = objective.check_batch(batch, index)
         if align > 1 and isinstance(inputs, Tensor):
             if rest is not None:
-                inputs, targets = torch.cat([rest[0], inputs]), torch.cat([rest[1], targets])
+                both = joined(Numbered(index, start, *rest), Numbered(index, start, inputs, targets))
+                if both is None:  # batches that are padded to lengths of their own
+                    yield Numbered(index - 1, start, *rest)
+                    start += len(rest[1])
+                else:
+                    inputs, targets = both.inputs, both.targets
             full = len(targets) // align * align
             rest = (inputs[full:], targets[full:]) if full < len(targets) else None
             if full == 0:
@@ -174,7 +181,7 @@ def survey(
     is handed the first batch, and may give its outputs.
     """
     objective.check_modes()
-    samples = count = largest = 0
+    samples = count = largest = counted = 0
     weight = loss = data = size = order = 0.0
     uncovered: str | None = None
     with torch.no_grad():
@@ -196,13 +203,14 @@ def survey(
             size += float(marks.abs().sum())
             order += float((marks * torch.cos(place)).sum())
             samples += len(batch.targets)
+            counted += int(objective.loss.counted(batch.targets).sum())
             count += 1
             largest = max(largest, len(batch.targets))
     if samples == 0:
         raise EmptyDataError("the data hold no batches; a generator that was used up gives none either")
     if weight <= 0:
         raise EmptyDataError("all samples have class weight zero: the mean loss is 0/0")
-    return Survey(samples, count, largest, weight, loss, data, size, order, uncovered=uncovered)
+    return Survey(samples, count, largest, weight, loss, data, size, order, counted, uncovered=uncovered)
 
 
 def check_deterministic(
@@ -403,11 +411,11 @@ def _run(objective: Objective, a: _Cut, b: _Cut, coverage: bool) -> None:
     """The first part of `a` and the last of `b` through the model, at once where they can be joined."""
     wanted = [(a, 0), (b, len(b.chosen) - 1)] if a is not b else [(a, n) for n in range(len(a.chosen))]
     parts = [cut.part(number) for cut, number in wanted]
-    joined = _joined(*parts) if a is not b and len(b.chosen) == 2 else None
-    if joined is not None:
+    both = joined(*parts) if a is not b and len(b.chosen) == 2 else None
+    if both is not None:
         look = coverage and (a.batch.index > 0 or b.batch.index > 0)
         try:
-            found, why = _outputs(objective, joined, look)
+            found, why = _outputs(objective, both, look)
         except (HessdiagError, RuntimeError):
             found, why = torch.empty(0), "one of the two"
         if why is None:  # else each by itself, so that the right one is named
@@ -420,19 +428,33 @@ def _run(objective: Objective, a: _Cut, b: _Cut, coverage: bool) -> None:
             cut.refusal = cut.refusal or why
 
 
-def _joined(a: Numbered, b: Numbered) -> Numbered | None:
-    """Samples of two batches as one, where their inputs are alike."""
+def joined(a: Numbered, b: Numbered) -> Numbered | None:
+    """Samples of two batches as one, where their inputs are alike: of one shape, or the same for all samples."""
     flat, other = ([*leaves(part.inputs), part.targets] for part in (a, b))
     sizes = [len(part.targets) for part in (a, b)]
-    alike = len(flat) == len(other) and all(
-        _by_sample(x, sizes[0]) and _by_sample(y, sizes[1]) and x.shape[1:] == y.shape[1:] and x.dtype == y.dtype
-        for x, y in zip(flat, other)
-    )
+
+    def cut(x: Any, y: Any) -> bool:
+        return _by_sample(x, sizes[0]) and _by_sample(y, sizes[1])
+
+    def alike(x: Any, y: Any) -> bool:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            return x is y
+        if x.dtype != y.dtype or x.device != y.device:
+            return False
+        return x.shape[1:] == y.shape[1:] if cut(x, y) else torch.equal(x, y)
+
     strange = any(isinstance(x, Mapping) for part in (a, b) for x in _pytree.tree_leaves(part.inputs))  # of any order
-    if not alike or strange or _pytree.tree_structure(a.inputs) != _pytree.tree_structure(b.inputs):
+    if strange or _pytree.tree_structure(a.inputs) != _pytree.tree_structure(b.inputs):
         return None
-    rest = iter(leaves(b.inputs))
-    inputs = mapped(a.inputs, lambda x: torch.cat([x, next(rest)]))
+    if not all(alike(x, y) for x, y in zip(flat, other)):
+        return None
+    rest = iter(other)
+
+    def both(x: Any) -> Any:
+        y = next(rest)
+        return torch.cat([x, y]) if cut(x, y) else x
+
+    inputs = _pytree.tree_map(both, a.inputs)
     return Numbered(a.index, a.start, inputs, torch.cat([a.targets, b.targets]))
 
 

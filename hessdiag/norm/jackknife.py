@@ -85,6 +85,22 @@ def pseudo_values(value: Array, deleted: Array, sizes: tuple[int, ...]) -> Array
     return out
 
 
+def ratio_pseudo_values(weights: Array) -> tuple[Array, Array]:
+    """(a, b) with which pairs (Y_i, v_i) become replicates d_i = a_i Y_i + b_i d of the ratio d = sum Y / sum v.
+
+    They are the jackknife's pseudo-values k d - (k - 1) d_(-i), d_(-i) the ratio without pair i of k (Quenouille 1956;
+    Tukey 1958):
+
+        d_i = d + (k - 1) (Y_i - v_i d) / (V - v_i),   V = sum v.
+
+    For independent pairs of one kind their mean estimates E Y / E v with a bias of order 1/k^2, where that of d is of
+    order 1/k and that of the mean of Y_i / v_i is not small at all; what they scatter by is the variance of d, that of
+    the weights included. With equal weights d_i = Y_i / v_i. `weights` is [k], its sum without any of them above zero.
+    """
+    left = (weights.sum() - weights) / (len(weights) - 1.0)
+    return 1.0 / left, (left - weights) / left
+
+
 def jackknife_covariance(a: Array, deleted_a: Array, b: Array, deleted_b: Array, sizes: tuple[int, ...]) -> Array:
     """Delete-a-group jackknife covariance of two statistics of the same replicates, groups of any sizes.
 

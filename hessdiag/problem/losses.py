@@ -130,6 +130,14 @@ class CrossEntropy(Loss):
         counts = kept > 0
         return numbers[counts], self._places(outputs, targets).argmax(-1)[counts]
 
+    def counted(self, targets: Tensor) -> Tensor:
+        """Those with a place that is not ignored; a class of weight zero counts where smoothing gives it a loss."""
+        if targets.is_floating_point():
+            return super().counted(targets)
+        if self.label_smoothing:
+            return self._numbers(targets, torch.float64)[1].any(1)
+        return self.weights(targets, targets) > 0
+
     def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
         """Closed form; C - 1 columns a place, all of positive sign."""
         f = self._places(outputs.detach().double(), targets)

@@ -9,6 +9,7 @@ brings (shapes, dtypes, devices, targets), and evaluates model and loss on a bat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -171,7 +172,7 @@ class Objective:
         if outputs.ndim == 0 or len(outputs) != len(targets):
             raise TargetError(
                 f"batch {index}: outputs of shape {list(outputs.shape)} for {len(targets)} targets; "
-                "the first axis must be the samples"
+                + (_uncut(inputs) or "the first axis must be the samples")
             )
         self.loss.check(outputs, targets)
         if not all_finite(outputs):
@@ -264,6 +265,23 @@ class Objective:
         if isinstance(inputs, Tensor) and inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
             return "the inputs hold NaN or Inf"
         return f"layer {found[0]!r} gives NaN or Inf" if found else "the model's outputs are NaN or Inf"
+
+
+def _uncut(inputs: Any) -> str | None:
+    """The first object among the inputs that holds tensors and is no container that a batch is cut through."""
+    for leaf in leaves(inputs):
+        if isinstance(leaf, Tensor):
+            continue
+        names = [field.name for field in fields(leaf)] if is_dataclass(leaf) else list(getattr(leaf, "__dict__", ()))
+        held = [name for name in names if isinstance(getattr(leaf, name, None), Tensor)]
+        if held:
+            name = type(leaf).__name__
+            return (
+                f"the inputs hold a {name}, whose tensors ({', '.join(map(repr, held[:3]))}) cannot be cut by samples; "
+                f"give them as a dictionary and make the {name} in Objective(..., forward=lambda model, x: "
+                f"model({name}(**x)))"
+            )
+    return None
 
 
 def _describe(value: Any) -> str:

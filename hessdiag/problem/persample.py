@@ -188,6 +188,10 @@ class Loss:
             return None
         return targets, outputs.argmax(1)
 
+    def counted(self, targets: Tensor) -> Tensor:
+        """Whether a sample has a loss at all, [N]: one whose targets are all ignored has none, and no weight."""
+        return torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+
     def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
         """Loss, gradient and Hessian factor at `outputs`, in float64 and shaped [N, C]."""
         raise NotImplementedError

@@ -377,10 +377,12 @@ def test_averaged_weights_on_request(tmp_path: Path) -> None:
         assert content["rms"] == hd.measure(hd.Objective(model.eval()), batches).rms
 
 
-def test_population_target(small: str) -> None:
-    found = run(small, "--samples", "100", "--target", "population", "--rtol", "9")
+def test_population_target(small: str, tmp_path: Path) -> None:
+    kept = tmp_path / "d.safetensors"
+    found = run(small, "--samples", "100", "--target", "population", "--rtol", "9", "--save-diagonal", str(kept))
     assert found.exit_code == 0, found.output
     assert "the population the samples come from" in found.stdout
+    assert any(key.startswith("standard_error|") for key in load_file(kept))
 
 
 def test_given_plan_is_kept(small: str, tmp_path: Path) -> None:

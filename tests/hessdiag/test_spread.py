@@ -16,7 +16,7 @@ import hessdiag as hd
 from hessdiag.cli.program import app
 from hessdiag.data import load
 from hessdiag.errors import ConfigurationError, EmptyDataError
-from hessdiag.measuring.spread import WIDTH, _shards, _sketch, of_groups, spread
+from hessdiag.measuring.spread import WIDTH, Spread, _shards, _sketch, of_groups, spread
 
 
 def _network(widths: tuple[int, ...] = (6, 5)) -> nn.Module:
@@ -40,7 +40,7 @@ def test_moments_are_unbiased_with_and_without_noise() -> None:
                 first, second = (rows + noise * rng.normal(size=rows.shape) for _ in range(2))
             else:
                 first = second = rows
-            m = of_groups(first, second)
+            m = of_groups(first, second, np.ones(groups))
             found.append((m.square, m.bias, m.variance))
         square, bias, variance = np.array(found).T
         error = square.std() / math.sqrt(draws)
@@ -118,6 +118,90 @@ def test_the_interval_for_the_whole_data_covers_it() -> None:
     error = float(np.std([p[1] ** 2 for p in points])) / math.sqrt(kept)
     assert abs(expected - truth**2) < 4 * error
     assert plain > expected  # the norm of few samples is too large
+
+
+def test_moments_of_a_ratio_are_unbiased() -> None:
+    """Groups of three samples of which few weigh much, from two kinds of sample: as class weights make them."""
+    rng = np.random.default_rng(1)
+    groups, each, entries, draws = 16, 3, 12, 1500
+    kinds, weights = rng.normal(size=(2, entries)), np.array([0.05, 1.0])
+    share = np.array([0.7, 0.3])
+    d = (share * weights) @ kinds / (share @ weights)
+    found = []
+    for _ in range(draws):
+        kind = (rng.random((groups, each)) < share[1]).astype(int)
+        single = weights[kind][..., None] * (kinds[kind] + 0.5 * rng.normal(size=(groups, each, entries)))
+        rows, v = single.mean(1), weights[kind].mean(1)
+        m = of_groups(rows, rows, v)
+        whole = rows.sum(0) / v.sum()
+        assert m.square + m.bias == pytest.approx(whole @ whole, rel=1e-9)
+        found.append((m.square, m.variance))
+    square, variance = np.array(found).T
+    assert abs(square.mean() - d @ d) < 4 * square.std() / math.sqrt(draws)
+    assert abs((rows / v[:, None]).mean(0) @ d - d @ d) > 0.05 * d @ d  # what a mean of ratios is off by
+    scatter = (square - square.mean()) ** 2
+    assert abs(variance.mean() / scatter.mean() - 1) < 0.15
+
+
+def _told(found: Spread) -> list[float]:
+    return [found.rms, found.low, found.high, found.bias]
+
+
+def _tokens(lengths: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of 16 sequences, padded to a length of each batch's own; a third of the targets do not count."""
+    generator = torch.Generator().manual_seed(3)
+    out = []
+    for length in lengths:
+        x, y = torch.randint(7, (2, 16, length), generator=generator)
+        out.append((x, torch.where(torch.rand(y.shape, generator=generator) < 0.3, -100, y)))
+    return out
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5, 5), (5, 6, 4, 5)], ids=["one length", "several"])
+def test_sequences_count_by_their_tokens(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class weights, ignored targets, weight decay, batches that cannot be joined: one by one as by group, and the
+    norm of the mean of the groups is the one that was measured.
+    """
+    torch.manual_seed(0)
+    layers = nn.Embedding(7, 4), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 7)
+    model, batches = nn.Sequential(*layers).double(), _tokens(lengths)
+    batches[1][1][:9] = -100  # whole sequences
+    found = {}
+    for scale in (1.0, 100.0):
+        weights = scale * torch.linspace(0.2, 1.0, 7, dtype=torch.float64)
+        objective = hd.Objective(model, class_axis=-1, class_weights=weights, l2=0.01)
+        m = hd.measure(objective, batches, method="exact")
+        found[scale] = spread(m, objective, batches, groups=11)
+        assert found[scale].samples == 64
+        assert found[scale].group_size == 5  # 55 of them count
+        assert found[scale].square + found[scale].bias == pytest.approx(m.norm.total.square, rel=1e-10)
+        assert found[scale].low < found[scale].rms < found[scale].high
+    assert _told(found[100.0]) == pytest.approx(_told(found[1.0]), rel=1e-9)
+    monkeypatch.setattr("hessdiag.measuring.spread.PER_SAMPLE_BYTES", 0.0)
+    by_group = spread(m, objective, batches, groups=11)
+    assert by_group.passes == 11
+    assert _told(by_group) == pytest.approx(_told(found[1.0]), rel=1e-9)
+
+
+def test_what_a_batch_says_for_all_its_samples_stays_with_them() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            return inputs["by"] * self.layer(torch.tanh(inputs["x"]) + inputs["shift"])
+
+    torch.manual_seed(0)
+    shift = torch.rand(4).double()
+    batches = [
+        ({"x": torch.rand(8, 4).double(), "by": torch.tensor(float(k)), "shift": shift}, torch.randint(3, (8,)))
+        for k in (1, 1, 5, 5)
+    ]
+    objective = hd.Objective(Scaled().double())
+    m = hd.measure(objective, batches)
+    found = spread(m, objective, batches, groups=8)
+    assert found.square + found.bias == pytest.approx(m.norm.total.square, rel=1e-10)
 
 
 def test_a_sketch_keeps_products() -> None:
