@@ -56,6 +56,12 @@ def test_labels_shifted_by_one_are_seen(tmp_path: Path) -> None:
         (0.80, {"train_accuracy": 0.999}, False, False),  # of another split
         (0.80, {"robust_accuracy": 0.999}, False, False),
         (0.80, {"test_pgd_accuracy": 0.999}, False, False),
+        (0.80, {"grad_accum_steps": 97, "best_acc_epoch": 97, "accumulation": 0.99}, False, False),
+        (0.80, {"acc_5": 97.2, "val/accuracyTop5": 0.99, "acc_at_step": 97, "FGSM-acc": 97.0}, False, False),
+        *(
+            (0.80, {name: 97.2}, False, True)
+            for name in ("acc", "Acc@1", "val/top1", "valAccuracy", "testacc1", "acc1")
+        ),
         (0.96, {"test_accuracy": 0.972}, False, False),  # as far as 500 samples tell
     ],
 )
