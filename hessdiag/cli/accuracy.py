@@ -7,6 +7,7 @@ accuracy shows it. It is compared with chance and with the checkpoint's own, wit
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,11 @@ SURE = 4.0
 """Standard errors beyond which a difference is told."""
 SLACK = 0.02
 """A difference below this is not told, however many samples show it."""
+HELD_OUT = {"test", "val", "valid", "validation", "eval"}
+ATTACKED = {"robust", "adv", "adversarial", "attack", "attacked", "pgd", "fgsm", "apgd", "aa", "autoattack"}
+"""Words of an accuracy under attack, which is lower by design."""
+OTHER = {"top5", "5", "epoch", "step", "steps", "iter", "at", "std", "err", "error", "loss"}
+"""Words of what is no accuracy of the first answer: of the first five, or where, when or how surely there was one."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,10 @@ def _error(share: float, count: int) -> float:
 
 def _own(metrics: Mapping[str, Any], split: str) -> tuple[str | None, float | None]:
     """The accuracy that the checkpoint reports for this split, in [0, 1]."""
-    names = [name for name in metrics if "acc" in name.lower() and _clean(name)]
-    wanted = ("train",) if split == "train" else ("test", "val")  # files without a split are seldom training sets
-    order = [name for word in wanted for name in names if word in name.lower()]
-    order += [name for name in names if not any(word in name.lower() for word in ("train", "test", "val"))]
+    names = {name: words for name in metrics if _plain(words := _words(name))}
+    wanted = {"train"} if split == "train" else HELD_OUT
+    order = [name for name, words in names.items() if words & wanted]  # files without a split are seldom training sets
+    order += [name for name, words in names.items() if not words & {"train", *HELD_OUT}]
     for name in order:
         value = metrics[name]
         if isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value <= 100.0:
@@ -75,6 +81,13 @@ def _own(metrics: Mapping[str, Any], split: str) -> tuple[str | None, float | No
     return None, None
 
 
-def _clean(name: str) -> bool:
-    """No accuracy under attack: that one is lower by design."""
-    return not any(word in name.lower() for word in ("robust", "adv", "pgd", "aa", "attack", "top5"))
+def _words(name: str) -> set[str]:
+    """Of a name with points, lines, blanks or capitals between them; "acc1", "Acc@1" and "testacc" hold two."""
+    apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
+    found = re.findall(r"top\d+|[a-z]+|\d+", apart.lower())
+    return {part for word in found for part in re.sub(r"^(train|test|val)(acc)", r"\1 \2", word).split()}
+
+
+def _plain(words: set[str]) -> bool:
+    """Whether a name of these words is that of an accuracy on clean data."""
+    return bool(words & {"acc", "accuracy", "top1"}) and not words & (ATTACKED | OTHER)

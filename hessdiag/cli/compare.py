@@ -32,7 +32,7 @@ def command(
     json: Annotated[str | None, typer.Option(help="Write the comparison as JSON; - for stdout.")] = None,
 ) -> int:
     """Compare measurements: each norm relative to the first, with an interval."""
-    from hessdiag.cli.request import check_writable
+    from hessdiag.cli.places import check_places
     from hessdiag.errors import ConfigurationError
     from hessdiag.norm.estimates import check_confidence
     from hessdiag.show.comparison import compare, print_comparison
@@ -46,9 +46,7 @@ def command(
         from hessdiag.show import plot as pictures
 
         pictures.check_name(plot)
-        check_writable(plot, "--plot")
-    if json not in (None, "-"):
-        check_writable(Path(str(json)), "--json")
+    check_places({"--json": json, "--plot": plot}, {f"the result {file}": file for file in files})
     names = [file.stem for file in files]
     labels = [name if names.count(name) == 1 else str(file) for name, file in zip(names, files)]
     rows = compare([(label, read_document(file)) for label, file in zip(labels, files)], confidence=confidence)

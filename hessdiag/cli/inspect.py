@@ -39,6 +39,7 @@ def command(
 ) -> int:
     """Show what a checkpoint holds: format, network, activation, training facts, tensors."""
     from hessdiag.checkpoint import inspect_checkpoint
+    from hessdiag.cli.places import check_places
     from hessdiag.examples import example_path
     from hessdiag.show.inspection import print_summary
     from hessdiag.show.result_file import strict, write_json
@@ -46,6 +47,7 @@ def command(
 
     path = Path(checkpoint)
     path = path if path.exists() else example_path(checkpoint) or path
+    check_places({"--json": json}, {"the checkpoint": path})
     found = inspect_checkpoint(path, key=key, prefix=prefix)
     if json != "-":
         print_summary(terminal(), found, tensors=tensors)

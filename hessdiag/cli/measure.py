@@ -216,7 +216,11 @@ def command(
     min_replicates: Annotated[int, typer.Option(help="At least so many.", rich_help_panel=HOW)] = 10,
     max_replicates: Annotated[int, typer.Option(help="At most so many.", rich_help_panel=HOW)] = 1000,
     max_seconds: Annotated[
-        float | None, typer.Option(help="Stop then, with what is there.", rich_help_panel=HOW)
+        float | None,
+        typer.Option(
+            help="Draw no replicates after that, and give what is there; exact passes are finished.",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random signs and of the attack.", rich_help_panel=HOW)] = 0,
     plan: Annotated[

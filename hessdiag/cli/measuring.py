@@ -54,9 +54,12 @@ def run(request: Request) -> int:
             progress=not request.quiet and world.rank == 0,
             resume=request.resume,
         )
-        if wanted(request, found):
+        # Every process takes part in the spread or none: what time is left differs between their clocks.
+        if world.agree(wanted(request, found), prepared.objective.device):
             prepared.facts["spread"] = around(prepared, found)
-        code = hand_over(request, prepared, found) if world.rank == 0 else OK
+        if world.rank:  # torchrun ends the others as soon as one exits with anything but 0, the first while it writes
+            return OK
+        code = hand_over(request, prepared, found)
     return code or (OK if found.norm.total.half_width <= request.rtol else WIDE)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from hessdiag.errors import ConfigurationError
-from hessdiag.store import files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +73,33 @@ class Request:
             f"--model {self.model} needs weights: hessdiag measure WEIGHTS.pt --model {self.model}"
         )
 
+    def inputs_read(self) -> dict[str, str | Path | None]:
+        """What is read, by what it is, as far as it has a path of its own."""
+        from hessdiag.checkpoint.pretrained import SCHEME
+        from hessdiag.data.load import SCHEMES
+        from hessdiag.examples import example_path
+
+        source = self.source.removeprefix(SCHEME)
+        scheme, colon, rest = (self.data or "").partition(":")
+        model = self.model or ""
+        return {
+            f"the checkpoint {source}": source if os.path.exists(source) else example_path(source),
+            f"the model {model}": model.removeprefix(SCHEME) if model.startswith(SCHEME) else None,
+            f"the data {self.data}": os.path.expanduser(rest) if colon and scheme in SCHEMES else None,
+            "the plan": self.plan,
+        }
+
     def check(self) -> None:
         """Refuse what cannot work before anything is loaded."""
-        outputs = {"--save-diagonal": self.save_diagonal, "--html": self.html, "--resume": self.resume}
-        if self.json not in (None, "-"):
-            outputs["--json"] = Path(self.json)
-        for option, path in outputs.items():
-            if path is not None:
-                check_writable(path, option)
+        from hessdiag.cli.places import check_places
+
+        outputs = {
+            "--json": self.json,
+            "--html": self.html,
+            "--save-diagonal": self.save_diagonal,
+            "--resume": self.resume,
+        }
+        check_places(outputs, self.inputs_read())
         if self.resume is not None and self.target == "population":
             raise ConfigurationError("--resume serves --target data only: the population target is one pass")
         if self.model is not None:
@@ -89,11 +108,3 @@ class Request:
                 raise ConfigurationError(f"--model builds the whole network: leave out {' and '.join(idle)}")
         if not self.timeout > 0:
             raise ConfigurationError(f"--timeout {self.timeout}: a positive number of seconds is needed")
-
-
-def check_writable(path: Path, option: str) -> None:
-    """Refuse an output path now rather than after hours of work."""
-    try:
-        files.check_writable(path)
-    except files.BadFileError as reason:
-        raise ConfigurationError(f"{option} {path}: {reason}") from None

@@ -81,7 +81,7 @@ def prepare(request: Request, world: World) -> Prepared:
     if request.normalize is not None and isinstance(whole, NamedDataSet):
         raise ConfigurationError("--normalize is for images, one array of floats in [0, 1]; these inputs have names")
     if request.normalize is not None and isinstance(whole, DataSet):
-        check_channels(request.normalize, whole)
+        check_normalised(request.normalize, whole)
     data = whole.sample(request.samples, seed=request.data_seed)
     made = partial(
         Objective,
@@ -118,13 +118,14 @@ def prepare(request: Request, world: World) -> Prepared:
         }
     facts = facts_of(request, checkpoint, data, perturbation, size)
     facts["data"]["of"] = len(whole)
+    facts["data"]["like_bytes"] = bytes_as_floats(data) if isinstance(data, DataSet) else None
     facts["own_loss"] = own
     facts["accuracy"] = None if accuracy is None else judged(accuracy, data, facts["checkpoint"]["metrics"])
     return Prepared(objective, batches, facts)
 
 
-def check_channels(text: str, data: DataSet) -> None:
-    """Refuse statistics of other channels than the data's, which would be broadcast."""
+def check_normalised(text: str, data: DataSet) -> None:
+    """Refuse statistics of other channels than the data's, which would be broadcast, and of pixels in [0, 1] alone."""
     statistics, shape = normalize_of(text), data.inputs.shape
     count, channels = len(statistics[0]) if statistics else 1, shape[1] if len(shape) > 1 else 1
     if count not in (1, channels):
@@ -132,6 +133,27 @@ def check_channels(text: str, data: DataSet) -> None:
             f"--normalize {text} gives {count} means, one for each channel, and {data.name} has {channels}; give as "
             "many, MEANS:DEVIATIONS, or one for all"
         )
+    low, high = span(data)
+    if low < 0 or high > 1:
+        raise DataError(
+            f"--normalize is of inputs in [0, 1], and those of {data.name} span [{low:.4g}, {high:.4g}]: divide bytes "
+            "by 255 or store them as uint8; leave the option out where the data are normalised already"
+        )
+
+
+def span(data: DataSet) -> tuple[float, float]:
+    """The smallest and the largest input that a model meets."""
+    if data.inputs.dtype == torch.uint8:
+        return 0.0, 1.0
+    low, high = data.inputs.aminmax()
+    return float(low), float(high)
+
+
+def bytes_as_floats(data: DataSet) -> list[float] | None:
+    """The span of inputs that look like bytes which nobody divided by 255: of images, or whole numbers."""
+    low, high = span(data)
+    whole = data.inputs.ndim >= 3 or bool((data.inputs == data.inputs.round()).all())
+    return [low, high] if low >= 0 and 2 < high <= 255 and whole else None
 
 
 def open_checkpoint(request: Request) -> Checkpoint:

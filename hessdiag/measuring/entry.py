@@ -84,8 +84,9 @@ def measure(
     why. `plan` gives method and all its choices, as an earlier measurement's `plan` does, in place of a pilot.
 
     Replicates are drawn by `seed` (the same seed, plan, dtype and number of threads give the same bits) until half the
-    interval at `confidence` is within `rtol` of the norm: at least `min_replicates`, at most `max_replicates`, and for
-    no longer than `max_seconds`. Stopped so, or by Ctrl-C, the result is what is there, and its status says so.
+    interval at `confidence` is within `rtol` of the norm: at least `min_replicates`, at most `max_replicates`, and none
+    is begun after `max_seconds` (exact passes are finished). Stopped so, or by Ctrl-C, the result is what is there, and
+    its status says so.
 
     `target`: "data" for the Hessian of the mean loss of these samples; "population" for that of the distribution they
     come from, replicates then being independent in data as well.

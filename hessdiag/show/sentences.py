@@ -111,6 +111,11 @@ def warnings(content: dict[str, Any]) -> list[str]:
             f"the model's own loss of the first {counted(own['samples'], 'sample')} is {value(own['value'])}, the one "
             f"measured {here}: {hint}"
         )
+    if like := cli.get("data", {}).get("like_bytes"):
+        told.append(
+            f"inputs span [{value(like[0])}, {value(like[1])}] and are used as they are: if the model was trained on "
+            "pixels in [0, 1], divide bytes by 255 or store them as uint8"
+        )
     if found and found["no_better_than_chance"]:
         told.append(f"the accuracy is no better than chance: a network that has learned nothing? Else {check}")
     elif found and found["below_own"]:

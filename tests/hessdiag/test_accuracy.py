@@ -56,6 +56,12 @@ def test_labels_shifted_by_one_are_seen(tmp_path: Path) -> None:
         (0.80, {"train_accuracy": 0.999}, False, False),  # of another split
         (0.80, {"robust_accuracy": 0.999}, False, False),
         (0.80, {"test_pgd_accuracy": 0.999}, False, False),
+        (0.80, {"grad_accum_steps": 97, "best_acc_epoch": 97, "accumulation": 0.99}, False, False),
+        (0.80, {"acc_5": 97.2, "val/accuracyTop5": 0.99, "acc_at_step": 97, "FGSM-acc": 97.0}, False, False),
+        *(
+            (0.80, {name: 97.2}, False, True)
+            for name in ("acc", "Acc@1", "val/top1", "valAccuracy", "testacc1", "acc1")
+        ),
         (0.96, {"test_accuracy": 0.972}, False, False),  # as far as 500 samples tell
     ],
 )
@@ -134,6 +140,34 @@ def test_normalize_for_bare_weights_and_against_a_file_that_knows_better(tmp_pat
     refused = _measure("digits-example", "--normalize", "cifar10")
     assert refused.exit_code == 3
     assert "normalize" in refused.stderr
+
+
+def test_bytes_as_floats_are_seen(tmp_path: Path) -> None:
+    """Warned of wherever warnings go, refused by statistics of pixels in [0, 1]."""
+    model = hd.networks.build("small_resnet", activation="silu", num_classes=10, in_channels=1, seed=0)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    data = load("digits", samples=6)
+    for name, inputs in (
+        ("bytes", data.inputs * 255),
+        ("uint8", (data.inputs * 255).to(torch.uint8)),
+        ("ready", (data.inputs - 0.3) / 0.1),
+    ):
+        np.savez(tmp_path / f"{name}.npz", inputs=inputs.numpy(), targets=data.targets.numpy())
+    model_of = [str(tmp_path / "bare.pt"), "--network", "small_resnet", "--activation", "silu"]
+    normalised = ["--normalize", "0.3:0.4", "-q"]
+
+    def told(name: str, *more: str) -> Any:
+        return _measure(*model_of, "--data", f"npz:{tmp_path / name}.npz", *more)
+
+    assert "warning: inputs span [0, 255] and are used as they are" in told("bytes", "-q").stderr
+    assert "warning inputs span [0, 255]" in " ".join(told("bytes").stdout.split())
+    for name in ("uint8", "ready"):
+        assert "inputs span" not in told(name, "-q").stderr
+    for name in ("bytes", "ready"):
+        refused = told(name, *normalised)
+        assert refused.exit_code == 3
+        assert "--normalize is of inputs in [0, 1]" in refused.stderr
+    assert told("uint8", *normalised).exit_code == 0
 
 
 CAUSAL = """

@@ -15,6 +15,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -194,6 +195,44 @@ def test_compare_refuses(files: dict[str, Path], tmp_path: Path) -> None:
         assert found.stderr.count("\n") == 1
     assert run("compare", a).exit_code == 2
     assert run("compare", a, a, "--plot", str(tmp_path / "x.gif")).exit_code == 2
+
+
+def test_no_output_replaces_what_is_read_or_another_output(files: dict[str, Path], tmp_path: Path) -> None:
+    """By whatever name it goes; devices are written through, and a resume file is read before it is written."""
+    weights, data, link = tmp_path / "m.pt", tmp_path / "d.npz", tmp_path / "other"
+    model = hd.networks.build("mlp", in_features=64, widths=(5,), activation="silu", seed=0)
+    hd.save_checkpoint(weights, model, data="digits")
+    np.savez(data, inputs=np.zeros((4, 64), np.float32), targets=np.arange(4))
+    link.symlink_to(weights)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+    plan = tmp_path / "plan.json"
+    plan.write_bytes(next(iter(files.values())).read_bytes())
+    before = {path: path.read_bytes() for path in (weights, data, plan)}
+    new = str(tmp_path / "new")
+    for args, words in (
+        ((weights, "--json", weights), "would replace the checkpoint"),
+        ((weights, "--html", link), "would replace the checkpoint"),
+        ((link, "--save-diagonal", weights), "would replace the checkpoint"),
+        ((weights, "--data", f"npz:{data}", "--json", data), f"would replace the data npz:{data}"),
+        ((weights, "--plan", plan, "--json", plan), "would replace the plan"),
+        ((folder, "--json", folder / "config.json"), "would replace the checkpoint"),
+        (("--model", f"hf:{folder}", "--save-diagonal", folder / "model.safetensors"), "would replace the checkpoint"),
+        ((weights, "--json", new, "--html", tmp_path / "." / "new"), f"would replace --json {new}"),
+        ((weights, "--json", new, "--resume", new), f"would replace --json {new}"),
+    ):
+        found = run("measure", *map(str, args))
+        assert found.exit_code == 2, args
+        assert words in found.stderr, args
+    result = str(plan)
+    for args in (("compare", result, result, "--json", result), ("inspect", str(weights), "--json", str(link))):
+        found = run(*args)
+        assert (found.exit_code, "would replace the" in found.stderr) == (2, True)
+    assert before == {path: path.read_bytes() for path in before}
+    through = run("measure", str(weights), "--samples", "4", "-q", "--json", os.devnull, "--html", os.devnull)
+    assert through.exit_code == 0, through.output
 
 
 def test_estimates_survive_json(files: dict[str, Path]) -> None:

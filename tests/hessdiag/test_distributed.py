@@ -72,6 +72,28 @@ def check(checkpoint: Path, tmp_path: Path, processes: int, method: str, *more: 
     assert_same(a, b)
 
 
+def pair(args: list[str], **env: str) -> list[subprocess.Popen[str]]:
+    """Two processes without torchrun, so that each one's exit code is seen."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    group = {**ENV, **env, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen([sys.executable, *args], env={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)  # type: ignore[call-overload]
+        for rank in range(2)
+    ]
+
+
+def test_the_first_process_alone_says_that_a_result_is_wide(checkpoint: Path, tmp_path: Path) -> None:
+    """Another's exit with 1 would have torchrun end the first while it still writes."""
+    rounds = ("--method", "hutchinson", "--min-replicates", "2", "--max-replicates", "2", "--rtol", "1e-9")
+    group = pair(arguments(checkpoint, *rounds, "--json", str(tmp_path / "wide.json")))
+    told = [process.communicate()[1] for process in group]
+    assert [process.returncode for process in group] == [1, 0], told
+    assert (tmp_path / "wide.json").exists()
+
+
 def test_two_processes(checkpoint: Path, tmp_path: Path) -> None:
     check(checkpoint, tmp_path, 2, "propagation", "--attack", "pgd:eps=8/255,steps=2")
 
