@@ -20,6 +20,7 @@ def command(
     file: Annotated[Path, typer.Argument(help="A sweep file, such as experiments/sweeps/smoke/figure3.toml.")],
     results: Annotated[Path, typer.Option(help="Exported results, whose scatter is used.")] = Path("results"),
     seeds: Seeds = None,
+    stage: Annotated[int | None, typer.Option(help="The last stage to count, where a file has several.")] = None,
 ) -> int:
     """Half-width of each contrast, power for the effect that rules.toml names, the seeds that 90% need, and the chance
     to show that what is no difference is smaller than δ.
@@ -34,7 +35,7 @@ def command(
     from experiments.sweep import grid
     from experiments.sweep.export import read_all
 
-    sweep = grid.load(file, seeds=_seeds(seeds))
+    sweep = grid.load(file, seeds=_seeds(seeds), stage=stage)
     table = load_rules()
     rules = shared_rules(table)
     quantities = [*QUANTITIES, *(norm["quantity"] for norm in table["norms"].values())]

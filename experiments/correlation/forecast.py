@@ -21,14 +21,14 @@ from scipy import stats
 from experiments.correlation.contrasts import INFLATION, PRIOR_FREEDOM, Layout, Plan
 from experiments.correlation.controls import roles
 from experiments.correlation.judges import Rules, groups
-from experiments.correlation.rows import Row, quantity, rows, split
-from experiments.sweep.export import Result, SweepResults
+from experiments.correlation.rows import Row, planned, quantity, rows, split
+from experiments.sweep.export import SweepResults
 from experiments.sweep.grid import Sweep
-from hessdiag.activations import max_curvature
 from hessdiag.errors import ConfigurationError
 
 MOST_SEEDS = 200
 WANTED = 0.9
+ENOUGH = 6
 CURVE = ("method", "network", "data", "beta")
 ALONG = "overfitting"  # judged along epochs, where nothing is forecast
 
@@ -97,18 +97,11 @@ def seeds_needed(
     return 0
 
 
-def planned_rows(sweep: Sweep) -> list[Row]:
-    """The runs of a sweep that has not run, as rows without numbers."""
-    runs = []
-    for run in sweep.runs:
-        about = {"max_curvature": max_curvature(run.train["activation"])}
-        runs.append(Result(run.key, run, sweep.variants[run.key], math.nan, about))
-    return rows(SweepResults(sweep.name, sweep.figure, sweep.tier, sweep.title, 0, tuple(runs)))
-
-
 def nearest_scatter(chosen: Sequence[Row], figure: str, name: str, results: Sequence[SweepResults]) -> Scatter | None:
-    """The scatter of the stored sweep that has most in common with these runs and several seeds."""
-    best: tuple[tuple[int, int], Scatter] | None = None
+    """The scatter of the stored sweep that has most in common with these runs, among those whose seeds tell it by
+    `ENOUGH` degrees of freedom or more: a begun sweep of a seed and a bit tells nothing. Where none does, of all.
+    """
+    best: tuple[tuple[bool, int, int], Scatter] | None = None
     for sweep in results:
         if sweep.figure.startswith("table") or sweep.figure == ALONG:  # cells that are no levels of a curve
             continue
@@ -124,8 +117,9 @@ def nearest_scatter(chosen: Sequence[Row], figure: str, name: str, results: Sequ
                 continue
             points, differs = _compared(chosen[0], members[0], figure, sweep.figure)
             found = Scatter(sweep.name, math.sqrt(squares / freedom), freedom, differs)
-            if best is None or (points, freedom) > best[0]:
-                best = (points, freedom), found
+            rank = freedom >= ENOUGH, points, freedom
+            if best is None or rank > best[0]:
+                best = rank, found
     return None if best is None else best[1]
 
 
@@ -193,7 +187,7 @@ def forecast(
             f"{sweep.name}: its rules compare epochs of a run, whose scatter nothing here forecasts; "
             "docs/campaign.md says what they judge"
         )
-    chosen = planned_rows(sweep)
+    chosen = planned(sweep)
     sources: dict[str, Scatter] = {}
     found = []
     for name in quantities:

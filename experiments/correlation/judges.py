@@ -32,7 +32,8 @@ NAN = float("nan")
 class Answer:
     """What one curve says: p-values, the figure that carries them, and how sure it could have been.
 
-    `half` is the half-width of the least certain contrast's interval, `power` its chance to see the named effect.
+    `half` is the half-width of the least certain contrast's interval, `power` its chance to see the named effect: that
+    of one contrast at the level itself, so of the claim, which needs several and is corrected by Holm, at most that.
     """
 
     text: str
@@ -144,22 +145,30 @@ def _sides(chosen: Sequence[Row], name: str, rules: Rules) -> tuple[Layout, dict
     return layout, found, known
 
 
+def _single(layout: Layout, found: Mapping[str, list[float]]) -> dict[float, Contrast]:
+    """Band less each single level of low and high."""
+    levels = (*found["low"], *found["high"])
+    contrasts = {level: layout.difference(found["band"], [level]) for level in levels}
+    return {level: contrast for level, contrast in contrasts.items() if contrast is not None}
+
+
+def _equal(layout: Layout, found: Mapping[str, list[float]], sides: Sequence[Contrast], delta: float) -> float:
+    """The p-value of "a side, or a single level of one, lies δ or more from the band": the largest of all."""
+    return max(contrast.within(delta) for contrast in (*sides, *_single(layout, found).values()))
+
+
 def band(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
     """Whether the curve is highest (sign 1) or lowest (sign -1) in the band.
 
     For: the band lies beyond low and beyond high, and no single level of these beyond the band, by its mean. Against:
-    low, high or one of their levels lies beyond the band (Bonferroni over all of them). Equal: both differences are
-    smaller than δ.
+    low, high or one of their levels lies beyond the band (Bonferroni over all of them). Equal: both differences, and
+    that of every single level of low and high, are smaller than δ.
     """
     name, sign = rule["quantity"], rule["sign"]
     layout, found, sides = _sides(chosen, name, rules)
     delta, _ = rules.of(name)
     turned = [contrast.times(sign) for contrast in sides]
-    single = {
-        level: contrast.times(sign)
-        for level in (*found["low"], *found["high"])
-        if (contrast := layout.difference(found["band"], [level])) is not None
-    }
+    single = {level: contrast.times(sign) for level, contrast in _single(layout, found).items()}
     worst = min(single, key=lambda level: single[level].value)
     p_for = max(contrast.above() for contrast in turned)
     if single[worst].value < 0:
@@ -170,7 +179,7 @@ def band(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer
     if single[worst].value < 0:
         text += f"; at {worst:g} it is beyond the band by {unit(abs(single[worst].value), name)}"
     p_against = min(1.0, len(tests) * min(contrast.below() for contrast in tests))
-    p_equal = max(contrast.within(delta) for contrast in sides)
+    p_equal = _equal(layout, found, sides, delta)
     return answer(text, least, sides, name, rules, p_for=p_for, p_against=p_against, p_equal=p_equal)
 
 
@@ -291,11 +300,12 @@ def coincidence(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) ->
 def shape(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answer:
     """Whether the curve is U-shaped, wherever its minimum lies, by the two-lines test within seeds.
 
-    Against: one of the two lines has a significant slope of the wrong sign. Equal: as in `band`.
+    Against: one of the two lines has a significant slope of the wrong sign. Equal: as in `band`. The figure is the
+    level at which the mean is lowest; where the two lines break is no place of a minimum.
     """
     name = rule["quantity"]
     finite = [row for row in chosen if np.isfinite(row.curvature)]
-    layout, _, sides = _sides(chosen, name, rules)
+    layout, levels, sides = _sides(chosen, name, rules)
     if layout.freedom < 1:
         raise ConfigurationError("a single seed does not tell its own scatter")
     found = u_shape(curvatures(finite), quantity(finite, name), seed=[row.seed for row in finite])
@@ -303,12 +313,14 @@ def shape(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> Answe
     wrong = [1 - line.p_value for line in lines if np.isfinite(line.value)]
     slopes = " and ".join(f"{line.value:+.3g} (p = {line.p_value:.2g})" for line in lines)
     widest = max(sides, key=lambda contrast: contrast.half(rules.level))
+    means = layout.relative() or layout.means
+    lowest = float(min(means, key=lambda level: means[level]))  # type: ignore[arg-type]
     return Answer(
-        f"two lines break at {found.break_at:.3g}: slopes {slopes}",
+        f"lowest at {lowest:.3g}; two lines break at {found.break_at:.3g}: slopes {slopes}",
         found.p_value,
         min([1.0, *(2 * p for p in wrong)]),
-        max(contrast.within(rules.of(name)[0]) for contrast in sides),
-        found.break_at,
+        _equal(layout, levels, sides, rules.of(name)[0]),
+        lowest,
         half=widest.half(rules.level),
         power=widest.power(rules.of(name)[1], rules.level),
     )
@@ -360,13 +372,14 @@ def same_place(
         if len(known) == 2:
             same = (max(c.above() for c in known), max(c.below() for c in known))
             against = min(against, 6 * min(same))
+    least = min(parts, key=lambda part: part.power)
     return Answer(
         f"norm: {parts[0].text}; robustness: {parts[1].text}",
         max(part.p_for for part in parts),
         against,
         max(part.p_equal for part in parts),
-        half=parts[1].half,
-        power=parts[1].power,
+        half=least.half,
+        power=least.power,
     )
 
 
@@ -426,7 +439,7 @@ def residual(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> An
 
 def combined(answers: Mapping[str, Answer]) -> Answer:
     """What several curves say together: for all of them the largest p-value, against it the smallest times their
-    number, equal where all are.
+    number, equal where all are; the least power, with its half-width.
     """
     found = list(answers.values())
     if len(found) == 1 and not next(iter(answers)):
@@ -434,15 +447,15 @@ def combined(answers: Mapping[str, Answer]) -> Answer:
     words = "; ".join(f"{name}: {answer.text}" if name else answer.text for name, answer in answers.items())
     if len(found) == 1:
         return replace(found[0], text=words)
-    widths = [answer for answer in found if np.isfinite(answer.half)]
-    widest = max(widths, key=lambda answer: answer.half) if widths else None
+    known = [answer for answer in found if np.isfinite(answer.power)]
+    least = min(known, key=lambda answer: answer.power) if known else None  # half-widths may be of two quantities
     return Answer(
         words,
         max(answer.p_for for answer in found),
         min(1.0, len(found) * min(answer.p_against for answer in found)),
         max(answer.p_equal for answer in found),
-        half=NAN if widest is None else widest.half,
-        power=NAN if widest is None else min(answer.power for answer in widths),
+        half=NAN if least is None else least.half,
+        power=NAN if least is None else least.power,
     )
 
 

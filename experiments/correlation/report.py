@@ -12,7 +12,7 @@ from experiments.correlation.association import within
 from experiments.correlation.coefficients import KINDS, Array, partial
 from experiments.correlation.coincidence import coincide
 from experiments.correlation.peaks import FITS, locate
-from experiments.correlation.rows import NORMS, Row, column, curvatures, one_family, quantity, split
+from experiments.correlation.rows import NORMS, Row, column, curvatures, learned, one_family, quantity, split
 from experiments.correlation.ushape import u_shape
 from hessdiag.errors import ConfigurationError
 
@@ -26,16 +26,19 @@ Plain = dict[str, Any]
 
 
 def analyse(chosen: Sequence[Row], *, margin: float, resamples: int = 1000, seed: int = 0) -> Plain:
-    """The analysis of one experiment; rows of several (networks, methods, data) are analysed apart."""
+    """The analysis of one experiment; rows of several (networks, methods, data) are analysed apart. As in the pictures,
+    networks that did not learn are left out, and counted.
+    """
     report: Plain = {}
     for (method, network, data), members in split(chosen, "method", "network", "data").items():
-        finite = [row for row in members if np.isfinite(row.curvature)]
+        finite = [row for row in learned(members) if np.isfinite(row.curvature)]
         if len({row.configuration for row in finite}) < 4 or any(row.variant for row in finite):
             continue
         one_family(members, f"analysis of {method}, {network}, {data}")
         generator = np.random.default_rng([seed, *str(members[0].family).encode()])
         report[f"{method}, {network}, {data}"] = {
             "runs": len(finite),
+            "unlearned": len(members) - len(learned(members)),
             "configurations": len({row.configuration for row in finite}),
             "seeds": len({row.seed for row in finite}),
             "correlations": correlations(finite),

@@ -12,6 +12,10 @@ import numpy as np
 
 from experiments.correlation.coefficients import Array
 from experiments.sweep.export import Result, SweepResults
+from experiments.sweep.grid import Sweep
+from experiments.sweep.records import unlearned
+from experiments.train import OVERFITTED
+from hessdiag.activations import max_curvature
 from hessdiag.errors import ConfigurationError
 
 NORMS = ("norm", "invariant", "plugin")
@@ -43,6 +47,16 @@ class Row:
     def configuration(self) -> tuple[str, str, str]:
         """What runs share that differ by their seed only."""
         return self.family, self.activation, self.variant
+
+    @property
+    def learned(self) -> bool:
+        """Whether the network answers better than chance."""
+        return not unlearned(self.record, str(self.result.config.train["data"]))
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether training was stopped by catastrophic overfitting."""
+        return (self.record.get("train") or {}).get("status") == OVERFITTED
 
     def _table(self, name: str) -> Any:
         """What the record holds of an accuracy or a norm: the number and its interval."""
@@ -99,6 +113,20 @@ def _number(table: Any, name: str) -> float:
 def rows(results: SweepResults) -> list[Row]:
     """The runs of one sweep as rows, in its order."""
     return [_row(run) for run in results.runs]
+
+
+def learned(chosen: Iterable[Row]) -> list[Row]:
+    """The runs whose networks answer better than chance: one that does not is no point of a curve."""
+    return [row for row in chosen if row.learned]
+
+
+def planned(sweep: Sweep) -> list[Row]:
+    """The runs of a sweep that has not run, as rows without numbers."""
+    runs = []
+    for run in sweep.runs:
+        about = {"max_curvature": max_curvature(run.train["activation"])}
+        runs.append(Result(run.key, run, sweep.variants[run.key], math.nan, about))
+    return rows(SweepResults(sweep.name, sweep.figure, sweep.tier, sweep.title, 0, tuple(runs)))
 
 
 def _row(run: Result) -> Row:

@@ -13,7 +13,7 @@ family in the setting:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,12 @@ from experiments.correlation.courses import COURSES
 from experiments.correlation.differences import compare, matched
 from experiments.correlation.judges import Answer, NotRun, Rules
 from experiments.correlation.printed import PRINTED
-from experiments.correlation.rows import Row, one_family, rows, split
+from experiments.correlation.rows import Row, one_family, planned, rows, split
 from experiments.correlation.sources import command
+from experiments.sweep import grid
 from experiments.sweep.export import SweepResults
 from hessdiag.errors import ConfigurationError
+from hessdiag.show.text import counted
 
 HOLDS, CONTRADICTS = "holds", "contradicts"
 TRANSFERS, DOES_NOT = "transfers", "does not transfer"
@@ -38,6 +40,7 @@ EQUAL, INCONCLUSIVE, NOT_TESTED = "no difference beyond δ", "inconclusive", "no
 DEPENDS = "depends on the setting"
 WORDS = (HOLDS, CONTRADICTS, TRANSFERS, DOES_NOT, EQUAL, INCONCLUSIVE, NOT_TESTED, DEPENDS)
 CONFIRMATORY, EXPLORATORY = "confirmatory", "exploratory"
+CURVE = ("method", "network", "data", "beta")
 PAPERS = "clean"  # the paper's own norm among those of [norms]
 SAME = {"one setting": True, "one tier": False}
 
@@ -177,13 +180,16 @@ def _judge(
             continue
         seen = sweep.name in table["seen"]
         chosen = [row for row in rows(sweep) if _fits(row, entry.get("where", {}))]
-        spent = None if seen else entry.get("leave_out", {}).get(sweep.name)
-        if spent:  # the runs that suggested a hypothesis do not test it
+        spent = {} if seen else entry.get("leave_out", {}).get(sweep.name, {})
+        left_out = [row for row in chosen if spent and _fits(row, spent)]
+        if left_out:  # the runs that suggested a hypothesis do not test it
             chosen = [row for row in chosen if not _fits(row, spent)]
         status = EXPLORATORY if seen else entry["status"]
+        lacking = _lacking(entry, chosen, sweep)
         try:
             if not chosen:
-                raise NotRun("no run of what the claim speaks of")
+                raise NotRun(_spent(left_out) or "no run of what the claim speaks of")
+            _several(entry, chosen, lacking)
             curves = _answers(entry, chosen, sweep, results, shared)
         except NotRun as error:
             found[sweep.name] = _Judged(Answer(str(error)), sweep.tier, status, {}, asked=False)
@@ -191,10 +197,75 @@ def _judge(
         except ConfigurationError as error:
             curves = {"": Answer(str(error))}
         answer = judges.combined(curves)
-        if sweep.missing:
-            answer = replace(answer, text=f"{answer.text} ({sweep.missing} runs missing)")
+        if lacking:  # what is there may still say no
+            text = f"no run yet of {', '.join(lacking)}; {answer.text}"
+            answer = replace(answer, p_for=1.0, p_equal=1.0, text=text)
+        notes = [_spent(left_out), *_troubled(chosen), _undone(sweep), _elsewhere_too(entry, chosen, sweep, results)]
+        answer = replace(answer, text=" ".join([answer.text, *(f"({note})" for note in notes if note)]))
         found[sweep.name] = _Judged(answer, sweep.tier, status, curves)
     return found
+
+
+def _several(entry: Mapping[str, Any], chosen: Sequence[Row], lacking: Sequence[str]) -> None:
+    """A claim about several networks or methods is not tested by one of them."""
+    about = entry.get("several")
+    there = {getattr(row, about) for row in chosen if row.beta is not None} if about else set()
+    if about and len(there) < 2:
+        rest = f"; no run yet of {', '.join(lacking)}" if lacking else ""
+        raise NotRun(f"needs several values of {about}, and has {', '.join(sorted(there)) or 'none'} alone{rest}")
+
+
+def _lacking(entry: Mapping[str, Any], chosen: Sequence[Row], sweep: SweepResults) -> list[str]:
+    """The curves that the sweep's file asks for and of which nothing is there; none where the file is of other runs."""
+    path = grid.SWEEPS / f"{sweep.name}.toml"
+    if entry["rule"] not in {**judges.JUDGES, **judges.WHOLE} or not sweep.missing or not path.is_file():
+        return []
+    asked = [row for row in planned(grid.load(path)) if _fits(row, entry.get("where", {}))]
+    wanted, there = (set(split((r for r in some if r.beta is not None), *CURVE)) for some in (asked, chosen))
+    if not there <= wanted:
+        return []
+    varying = [i for i in range(len(CURVE)) if len({values[i] for values in wanted}) > 1]
+    return [_named(values, varying) for values in sorted(wanted - there)]
+
+
+def _named(values: Sequence[Any], varying: Sequence[int]) -> str:
+    """A curve by what tells it from the others."""
+    return ", ".join(f"β={values[i]}" if CURVE[i] == "beta" else str(values[i]) for i in varying)
+
+
+def _spent(left_out: Sequence[Row]) -> str:
+    """Which seeds suggested the hypothesis, and so do not test it."""
+    seeds = sorted({row.seed for row in left_out})
+    return f"seed {', '.join(map(str, seeds))} left out: it suggested the hypothesis" if seeds else ""
+
+
+def _troubled(chosen: Sequence[Row]) -> Iterator[str]:
+    """Which of the runs judged did not learn or collapsed: the rules judge all that are done."""
+    dead = [row for row in chosen if not row.learned]
+    collapsed = [row for row in chosen if row.collapsed and row.learned]
+    for what, some in (("did not learn", dead), ("collapsed (catastrophic overfitting)", collapsed)):
+        if some:
+            told = ", ".join(f"{row.activation} seed {row.seed}" for row in some[:3]) + ", ..." * (len(some) > 3)
+            yield f"judged with the others: {counted(len(some), 'run')} {what}: {told}"
+
+
+def _undone(sweep: SweepResults) -> str:
+    """What is missing, and by name what failed: the rules bridge its place as they bridge that of a run to come."""
+    failed = ", ".join(f"{run.label}: {run.error}" for run in sweep.failed[:3]) + ", ..." * (len(sweep.failed) > 3)
+    return sweep.undone + (f" ({failed})" if failed else "")
+
+
+def _elsewhere_too(
+    entry: Mapping[str, Any], chosen: Sequence[Row], sweep: SweepResults, results: Sequence[SweepResults]
+) -> str:
+    """Which other setting of the claim has some of the same runs: the two words are not independent."""
+    own = {row.key for row in chosen}
+    shared = {
+        other.name: len(own & {run.key for run in other.runs})
+        for other in results
+        if other.name != sweep.name and other.figure in entry["figures"]
+    }
+    return "; ".join(f"{number} of its {len(own)} runs are {name}'s too" for name, number in shared.items() if number)
 
 
 def _answers(
@@ -206,7 +277,7 @@ def _answers(
     if kind in CONTROLS or kind in COURSES:
         return {"": {**CONTROLS, **COURSES}[kind](chosen, entry, shared)}
     whole = kind in judges.WHOLE
-    names = ("method", "network", "data") if whole else ("method", "network", "data", "beta")
+    names = CURVE[:3] if whole else CURVE
     groups = split((row for row in chosen if row.beta is not None), *names)
     if not groups:
         raise NotRun("no run of the family of activations")
@@ -214,7 +285,7 @@ def _answers(
     answers: dict[str, Answer] = {}
     idle: list[NotRun] = []
     for values, members in groups.items():
-        name = ", ".join(f"β={values[i]}" if names[i] == "beta" else str(values[i]) for i in varying)
+        name = _named(values, varying)
         one_family(members, f"{sweep.name}: {name}")
         try:
             if kind == "same_place" and "with" in entry:
@@ -250,6 +321,9 @@ def _compare(
         like = {(row.method, row.network) for row in chosen}
         elsewhere = [other for other in results if other.tier == sweep.tier and other.figure in entry["with"]]
         pool = chosen + [r for other in elsewhere for r in rows(other) if (r.method, r.network) in like]
+        pool = list({row.key: row for row in pool}.values())  # a run that several sweeps share counts once
+    for (method, network, data), members in split(pool, "method", "network", "data").items():
+        one_family(members, f"{sweep.name}: {method}, {network}, {data}")
     high, low = ([row for row in pool if _fits(row, entry[side])] for side in ("high", "low"))
     return (matched if entry.get("matched") else compare)(high, low, entry, shared)
 
@@ -280,14 +354,14 @@ def _all_of(entry: Mapping[str, Any], answers: Mapping[str, Mapping[str, _Judged
             name: judges.combined({str(i): judged.answer for i, judged in enumerate(several)})
             for name, several in members.items()
         }
-        together = judges.combined(flat)
+        text = "; ".join(f"{name}: p_for {a.p_for:.2g}, p_against {a.p_against:.2g}" for name, a in flat.items())
+        together = replace(judges.combined(flat), text=text)
         if len(flat) < len(parts):  # what is missing may still say no
             lacking = ", ".join(name for name in parts if name not in flat)
-            together = replace(together, p_for=1.0, p_equal=1.0, text=f"not run: {lacking}; {together.text}")
+            together = replace(together, p_for=1.0, p_equal=1.0, text=f"not run: {lacking}; {text}")
         all_ = [judged for several in members.values() for judged in several]
         status = EXPLORATORY if any(judged.status == EXPLORATORY for judged in all_) else entry["status"]
-        text = "; ".join(f"{name}: p_for {a.p_for:.2g}, p_against {a.p_against:.2g}" for name, a in flat.items())
-        found[place] = _Judged(replace(together, text=text), all_[0].tier, status, flat)
+        found[place] = _Judged(together, all_[0].tier, status, flat)
     return found
 
 
@@ -392,7 +466,7 @@ def sentence(cell: Cell) -> str:
     """One setting in words."""
     sure = ""
     if cell.word == INCONCLUSIVE and np.isfinite(cell.power):
-        sure = f" (power {cell.power:.0%} for the named effect)"
+        sure = f" (power {cell.power:.0%} for the named effect, of one contrast before Holm's correction)"
     return f"{cell.setting}: {cell.word}{sure}: {cell.text}"
 
 

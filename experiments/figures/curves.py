@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from experiments.correlation.printed import PRINTED
-from experiments.correlation.rows import Row, column, curvatures, one_family, split
+from experiments.correlation.rows import Row, column, curvatures, learned, one_family, split
 from experiments.figures.style import PAPER, band, canvas, label, legend_above, log_curvature, log_values, looks
 from experiments.sweep.export import SweepResults
-from experiments.sweep.records import unlearned
-from experiments.train import OVERFITTED
 
 BAND = (4.0, 10.0)
 LABELS = {
@@ -28,6 +26,12 @@ LABELS = {
     "cosine train/adversarial": "cosine, adversarial loss",
     "plugin train/clean": "plug-in Hutchinson norm, rms (biased)",
 }
+
+INTERVALS = (
+    (("aa", "aa2", "clean"), "Wilson's, of the draw of test images"),
+    (("norm", "invariant", "cosine"), "of the norm's measurement"),
+)
+"""Quantities that a single run tells with an interval, and what it is the interval of."""
 
 
 def robust_name(chosen: Sequence[Row]) -> str:
@@ -68,11 +72,6 @@ def draw(
             axis.plot(x * aside, y, linestyle="none", marker=".", markersize=2.5, color=look["color"], alpha=0.5)
 
 
-def learned(chosen: Sequence[Row]) -> list[Row]:
-    """The runs whose networks answer better than chance: one that does not is no point of a curve."""
-    return [row for row in chosen if not unlearned(row.record, row.result.config.train["data"])]
-
-
 def bar(members: Sequence[Row], name: str, scale: float) -> tuple[float, float, float]:
     """The mean over seeds, and how far its bar reaches down and up: one standard deviation of a seed; for a single
     seed the 95% interval of that run: Wilson's over the test images for an accuracy, the measurement's for a norm.
@@ -96,27 +95,29 @@ def counted(seeds: Collection[int]) -> str:
 
 
 def bars(chosen: Sequence[Row], names: Sequence[str]) -> str:
-    """What the bars of `bar` are, where there are any."""
-    if len({row.seed for row in chosen}) > 1:
-        return "; bars: one standard deviation of a seed"
-    told = {"accuracy": "Wilson's, of the draw of test images", "norm": "of the norm's measurement"}
-    kinds = {"accuracy" if name in ("aa", "aa2", "clean") else name.split()[0] for name in names} & set(told)
+    """What the bars of `bar` are, where there are any: of some levels one kind, of others the other."""
+    levels = split(learned(chosen), "configuration").values()
+    drawn = [(name, [row for row in level if np.isfinite(row.value(name))]) for name in names for level in levels]
+    several = any(len(level) > 1 for _, level in drawn)
+    alone = {name for name, level in drawn if len(level) == 1 and np.isfinite(level[0].value(f"low {name}"))}
+    kinds = [told for of, told in INTERVALS if any(name.split()[0] in of for name in alone)]
+    spread = "one standard deviation of a seed"
     if not kinds:
-        return ""
+        return f"; bars: {spread}" if several else ""
     none = "; the plug-in norm has none" if any(name.startswith("plugin") for name in names) else ""
-    return f"; bars: 95% intervals ({', or '.join(told[kind] for kind in sorted(kinds))}){none}"
+    told = f"95% intervals ({', or '.join(kinds)}){none}"
+    return f"; bars: {spread}; where a level has a single seed, {told}" if several else f"; bars: {told}"
 
 
 def footer(results: SweepResults, chosen: Sequence[Row], *names: str) -> str:
     """Tier, setting, seeds, what is missing, and what the bars of the quantities in `names` are."""
     text = f"tier {results.tier}: {results.title}; {len(chosen)} runs, {counted({row.seed for row in chosen})}"
     text += bars(chosen, names) if names else ""
-    stopped = sum((row.record.get("train") or {}).get("status") == OVERFITTED for row in chosen)
-    if stopped:
+    if stopped := sum(row.collapsed for row in chosen):
         text += f"; {stopped} stopped early by catastrophic overfitting"
     if dead := len(chosen) - len(learned(chosen)):
         text += f"; {dead} did not learn (accuracy at chance) and are not drawn"
-    return text + (f"; {results.missing} runs missing" if results.missing else "")
+    return text + (f"; {results.undone}" if results.missing else "")
 
 
 def images(chosen: Sequence[Row], name: str) -> str:

@@ -58,7 +58,7 @@ def overfitting(results: SweepResults, chosen: Sequence[Row], path: Path) -> Non
         text = f"tier {results.tier}: {results.title}; {len(chosen)} runs, {counted(seeds)}"
         text += "; bars: one standard deviation of a seed" if len(seeds) > 1 else "; bars: 95% intervals as recorded"
         text += "; dotted: the learning rate drops. Σ = η²C for one step; at rest ½ tr(HΣ) = η tr(C) / (4(1-μ))"
-        label(axes[0][0], text + (f"; {results.missing} runs missing" if results.missing else ""))
+        label(axes[0][0], text + (f"; {results.undone}" if results.missing else ""))
 
 
 def _curve(axis: Any, members: Sequence[Row], name: str, scale: float, index: int, told: str | None) -> list[float]:

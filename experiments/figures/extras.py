@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.correlation.rows import Row, column, curvatures, one_family, quantity, split
-from experiments.figures.curves import BAND, LABELS, bar, draw, footer, images, learned, robust_name
+from experiments.correlation.rows import Row, column, curvatures, learned, one_family, quantity, split
+from experiments.figures.curves import BAND, LABELS, bar, draw, footer, images, robust_name
 from experiments.figures.style import COLOURS, band, canvas, label, log_curvature, log_values, looks
 from experiments.sweep.export import SweepResults
 from hessdiag import networks
@@ -45,7 +45,8 @@ def norms(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
             log_curvature(axis, curvatures(chosen).tolist())
             band(axis, *BAND)
         axes[0][0].legend()
-        label(axes[0][0], footer(results, chosen) + images(chosen, robust_name(chosen)))
+        told = footer(results, chosen, *(name for name, _ in panels))
+        label(axes[0][0], told + images(chosen, robust_name(chosen)))
 
 
 def scatter(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
@@ -76,10 +77,10 @@ def scatter(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
 
 
 def heat_map(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
-    """log10 of every layer's norm over max|σ''|, the mean over seeds, a panel per β; each layer is set against its own
-    mean over all panels, for layers differ by far more than curvature moves them.
+    """log10 of every layer's norm over max|σ''|, the mean over the seeds whose networks learned, a panel per β; each
+    layer is set against its own mean over all panels, for layers differ by far more than curvature moves them.
     """
-    betas = split([row for row in chosen if row.beta is not None], "beta")
+    betas = split([row for row in learned(chosen) if row.beta is not None], "beta")
     layers = _in_order(chosen)
     with canvas(path, 1, max(1, len(betas)), width=3.4, height=0.16 * len(layers) + 1.6) as axes:
         tables = {}

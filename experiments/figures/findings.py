@@ -11,6 +11,7 @@ from experiments.correlation.rows import NORMS
 from experiments.correlation.verdicts import load_rules
 from experiments.figures.curves import BAND
 from experiments.figures.forest import Axis, Line, forest
+from hessdiag.show.text import counted
 
 Plain = dict[str, Any]
 CORRELATION = Axis(-1.0, 1.0, (-1.0, -0.5, 0.0, 0.5, 1.0), ends=("the flatter, the more robust", "the sharper"))
@@ -86,8 +87,9 @@ def experiments(analyses: Plain) -> Iterator[tuple[str, str, Plain]]:
 
 def size(report: Plain) -> str:
     """How much stands behind it."""
-    seeds = report["seeds"]
-    return f"{report['configurations']} configurations, {seeds} seed{'s' * (seeds > 1)}"
+    seeds, dead = report["seeds"], report["unlearned"]
+    told = f"{report['configurations']} configurations, {seeds} seed{'s' * (seeds > 1)}"
+    return told + (f", without {counted(dead, 'run')} that did not learn" if dead else "")
 
 
 def _along(report: Plain) -> list[Line]:

@@ -74,8 +74,9 @@ def write(built: Built, path: Path) -> None:
         "<b>paper</b> the published one. The grey band is max|σ''| from 4 to 10, the range "
         "that the paper (arXiv 2603.23860) calls optimal. Bars are one standard deviation of a seed; with a single "
         "seed they are 95% intervals of the draw of test images, or of the norm's measurement, and say nothing of "
-        "other seeds. Curves that have bars stand a little aside of each other. Networks that did not learn are named "
-        "and not drawn. Stars are the paper's printed numbers, where the data and the network are the paper's.</p>",
+        "other seeds. Curves that have bars stand a little aside of each other. Networks that did not learn are named, "
+        "not drawn, and left out of the findings; verdicts are of all runs, and name them. Stars are the paper's "
+        "printed numbers, where the data and the network are the paper's.</p>",
         f"<nav><a href='#findings'>Findings</a> {links} <a href='#verdicts'>Verdicts</a> "
         "<a href='#shapes'>Peaks and U-shapes</a> <a href='#correlations'>Correlations</a></nav>",
         findings.summary(built.analyses),

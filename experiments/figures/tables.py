@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from experiments.correlation.printed import BY_ACTIVATION, EXACT_CURVATURE
-from experiments.correlation.rows import Row, column, one_family, split
-from experiments.figures.curves import bar, footer, images, learned, papers_setting, robust_name
+from experiments.correlation.rows import Row, column, learned, one_family, split
+from experiments.figures.curves import bar, footer, images, papers_setting, robust_name
 from experiments.figures.style import COLOURS, PAPER, canvas, label
 from experiments.sweep.export import SweepResults
 from hessdiag.store.files import replace_file

@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments.fields import storable
 from experiments.sweep.keys import TIERS, RunConfig
-from experiments.sweep.reader import DAMAGED, Reader
+from experiments.sweep.reader import DAMAGED, FAILED, Reader
 from experiments.sweep.seals import SEAL, DamagedError, sealed, unsealed
 from hessdiag.errors import ConfigurationError, StoreError
 from hessdiag.show.text import counted
@@ -24,6 +24,8 @@ from hessdiag.store.files import BadFileError, read_json, replace_file
 
 FORMAT = "hessdiag-sweep/1"
 DIGITS = 8
+MOST_TOLD = 200
+"""Characters of the error of a run that failed."""
 BUDGET, MAX_VALUES = 1 << 29, 20_000_000  # thousands of runs of a deep network, each with a norm for every layer
 
 
@@ -40,8 +42,17 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """A run whose last attempt ended with an error, such as one that diverged: there is no record of it."""
+
+    key: str
+    label: str
+    error: str
+
+
+@dataclass(frozen=True)
 class SweepResults:
-    """The finished runs of one sweep; `missing` counts those it has not done."""
+    """The finished runs of one sweep; `missing` counts those it has not done, of which some have failed."""
 
     name: str
     figure: str
@@ -49,6 +60,15 @@ class SweepResults:
     title: str
     missing: int
     runs: tuple[Result, ...]
+    failed: tuple[Failed, ...] = ()
+
+    @property
+    def undone(self) -> str:
+        """How many runs are missing, and how many of these failed; empty where all are there."""
+        if not self.missing:
+            return ""
+        told = f"{counted(self.missing, 'run')} missing"
+        return told + (f", {len(self.failed)} of them failed" if self.failed else "")
 
 
 def rounded(value: Any) -> Any:
@@ -67,7 +87,12 @@ def from_store(store: Reader, name: str) -> SweepResults:
     runs = tuple(
         Result(row.key, row.config, row.variant, row.seconds or math.nan, row.record or {}, row.sealed) for row in done
     )
-    return SweepResults(name, about.figure, about.tier, about.title, len(rows) - len(runs), runs)
+    failed = tuple(
+        Failed(row.key, row.label, (row.error or "no error told").splitlines()[0][:MOST_TOLD])
+        for row in rows
+        if row.state == FAILED
+    )
+    return SweepResults(name, about.figure, about.tier, about.title, len(rows) - len(runs), runs, failed)
 
 
 def check_folder(folder: Path) -> None:
@@ -109,6 +134,8 @@ def publish(store: Reader, name: str, folder: Path) -> str:
     told = [counted(len(found.runs), "run")]
     damaged = [row for row in store.rows(name) if row.state == DAMAGED]
     told += [f"{found.missing} missing"] if found.missing else []
+    rest = ", ..." if len(found.failed) > 1 else ""
+    told += [f"{len(found.failed)} of them failed: {found.failed[0].key[:8]}{rest}"] if found.failed else []
     told += [f"{len(damaged)} of them damaged: {damaged[0].key[:8]}, ..."] if damaged else []
     old = sum(not run.sealed for run in found.runs)
     told += [f"{old} recorded without a checksum"] if old else []
@@ -125,6 +152,7 @@ def save(results: SweepResults, folder: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"format": FORMAT, "name": results.name, "figure": results.figure, "tier": results.tier}
     about |= {"title": results.title, "missing": results.missing}
+    about |= {"failed": [vars(run) for run in results.failed]} if results.failed else {}
     head = json.dumps(about, ensure_ascii=False)[:-1]
     lines = []
     for run in results.runs:
@@ -148,8 +176,12 @@ def read(path: Path) -> SweepResults:
         if content["tier"] not in TIERS:
             raise ExportError(f"results {path}: no tier {content['tier']!r}; export the sweep again")
         runs = tuple(_result(entry) for entry in content["runs"])
+        failed = tuple(
+            Failed(*(str(entry[name])[:MOST_TOLD] for name in ("key", "label", "error")))
+            for entry in content.get("failed", [])
+        )
         results = SweepResults(
-            content["name"], content["figure"], content["tier"], content["title"], int(content["missing"]), runs
+            content["name"], content["figure"], content["tier"], content["title"], int(content["missing"]), runs, failed
         )
     except (BadFileError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ExportError):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from experiments.augment import autoaugment, crop_and_flip, draw
 from experiments.config import TrainConfig
+from experiments.methods import METHODS
 from experiments.seeds import generator
 from hessdiag.data.dataset import DataSet
 from hessdiag.errors import DataError
@@ -64,6 +65,8 @@ class Sampler:
 
     def __init__(self, images: Images, config: TrainConfig, index: Tensor, *, views: int) -> None:
         self.images, self.config, self.index, self.views = images, config, index, views
+        # Where a method counts views of its own, AutoAugment is theirs alone, also where it is told to have none.
+        self._auto = METHODS[config.method].view_option is None
         size, count = config.batch_size, len(index)
         self.steps = count // size if config.drops_last else -(-count // size)
         if self.steps == 0:
@@ -86,8 +89,7 @@ class Sampler:
         size = self.config.batch_size
         index = order[step * size : (step + 1) * size]
         raw = self.images.inputs.index_select(0, index)
-        single = self.views == 0
-        result = [self._augmented(raw, epoch, step, view=0, auto=single)]
+        result = [self._augmented(raw, epoch, step, view=0, auto=self._auto)]
         result += [self._augmented(raw, epoch, step, view=v, auto=True) for v in range(1, self.views + 1)]
         return result, self.images.labels.index_select(0, index)
 

@@ -17,7 +17,7 @@ from experiments.__main__ import main
 from experiments.config import TrainConfig
 from experiments.correlation import courses, forecast
 from experiments.correlation.judges import NotRun
-from experiments.correlation.rows import Row, rows
+from experiments.correlation.rows import Row, planned, rows
 from experiments.correlation.verdicts import INCONCLUSIVE, NOT_TESTED, load_rules, shared_rules, verdicts
 from experiments.figures.build import build
 from experiments.sweep import export, grid, run
@@ -273,9 +273,9 @@ def test_nothing_is_forecast_for_it_nor_from_it(capsys: pytest.CaptureFixture[st
     assert main(["power", "campaign/overfitting"]) == 2
     assert "compare epochs of a run" in capsys.readouterr().err
     stored = [sweep for sweep in export.read_all(RESULTS) if sweep.figure == "overfitting"]
-    planned = forecast.planned_rows(grid.load("campaign/main", stage=1))
+    runs = planned(grid.load("campaign/main", stage=1))
     assert stored
-    assert forecast.nearest_scatter(planned, "figure3", "aa2", stored) is None
+    assert forecast.nearest_scatter(runs, "figure3", "aa2", stored) is None
 
 
 # Rules, on courses made by hand.

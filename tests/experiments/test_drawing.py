@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-from experiments.correlation.rows import rows
+from experiments.correlation.rows import learned, rows
 from experiments.figures import curves, extras, tables
 from experiments.figures.style import PlainTicks, canvas, log_values
+from experiments.sweep import export
 from experiments.sweep.export import Result, SweepResults
 from experiments.sweep.grid import load
 from experiments.sweep.records import proportion
@@ -200,6 +203,59 @@ def test_several_seeds_have_their_own_scatter_for_a_bar():
     assert curves.bars(chosen, ["aa2"]) == "; bars: one standard deviation of a seed"
 
 
+def test_a_sweep_that_is_under_way_has_bars_of_two_kinds_and_says_so(monkeypatch, tmp_path):
+    """Eight levels of seed 0, two of seed 1, as stored: six bars are intervals of single runs."""
+    main = export.read(SWEEPS.parents[1] / "results" / "campaign" / "main.json")
+    first = [run for run in main.runs if run.config.train["seed"] == 0]
+    second = [run for run in main.runs if run.config.train["seed"] == 1][:2]
+    part = replace(main, runs=(*first, *second), missing=14)
+    wilson = "95% intervals (Wilson's, of the draw of test images)"
+    spread = "; bars: one standard deviation of a seed"
+    assert curves.bars(rows(part), ["aa2"]) == f"{spread}; where a level has a single seed, {wilson}"
+    assert curves.bars(rows(replace(part, runs=tuple(first))), ["aa2"]) == f"; bars: {wilson}"
+    both = [
+        run for run in part.runs if run.config.train["activation"] in {r.config.train["activation"] for r in second}
+    ]
+    assert curves.bars(rows(replace(part, runs=tuple(both))), ["aa2"]) == spread
+    told = []
+    monkeypatch.setattr(extras, "label", lambda axis, text: told.append(text))
+    extras.norms(part, rows(part), tmp_path / "norms")
+    assert (
+        f"{spread}; where a level has a single seed, 95% intervals (Wilson's, of the draw of test images, or "
+        in told[0]
+    )
+    assert "or of the norm's measurement)" in told[0]
+    assert told[0].count("14 runs missing") == 1
+
+
+def test_a_heat_map_is_of_the_networks_that_learned(monkeypatch, tmp_path):
+    """One of two seeds at a level is dead, with norms a thousand times as large: the colours are those of the other."""
+    results = made("smoke/figure3", [0, 1])
+    last, alive = results.runs[-1], {"status": "finished", "clean_loss": 0.3}
+    dead = {"status": "did_not_learn", "clean_loss": 2.3}
+    layers = {name: {"rms": 1000.0} for name in ("a.weight", "b.weight")}
+
+    def changed(run):
+        if run is not last:
+            return replace(run, record={**run.record, "train": alive})
+        norms = {"train/clean": {**run.record["norms"]["train/clean"], "layers": layers}}
+        return replace(run, record={**run.record, "train": dead, "norms": norms})
+
+    mixed = replace(results, runs=tuple(map(changed, results.runs)))
+    shown, told = [], []
+    old = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda axis, table, **k: (shown.append(table), old(axis, table, **k))[1])
+    monkeypatch.setattr(extras, "label", lambda axis, text: told.append(text))
+    extras.heat_map(mixed, rows(mixed), tmp_path / "mixed")
+    with_dead = shown[:]
+    shown.clear()
+    extras.heat_map(mixed, [row for row in rows(mixed) if row.learned], tmp_path / "alive")
+    assert "1 did not learn (accuracy at chance) and are not drawn" in told[0]
+    assert len(with_dead) == len(shown) == 3
+    for one, other in zip(with_dead, shown, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_what_did_not_learn_is_named_and_moves_no_axis(tmp_path, monkeypatch):
     results = made("smoke/control", [0, 1])
     dead = results.runs[-1].variant
@@ -228,7 +284,7 @@ def test_what_did_not_learn_is_named_and_moves_no_axis(tmp_path, monkeypatch):
     assert seen_limits[0][0] > 50.0
     assert seen_texts == ["did not learn"]
     assert "; 2 did not learn (accuracy at chance) and are not drawn" in curves.footer(results, rows(results))
-    assert len(curves.learned(rows(results))) == len(results.runs) - 2
+    assert len(learned(rows(results))) == len(results.runs) - 2
 
 
 def test_the_papers_numbers_stand_on_no_axis_of_another_setting():

@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from experiments.correlation.printed import PRINTED
 from experiments.correlation.report import analyse
 from experiments.correlation.rows import one_family, rows
 from experiments.correlation.verdicts import WORDS, load_rules, verdicts
+from experiments.fields import storable
 from experiments.figures import findings, gallery
 from experiments.figures.build import TITLES, build
-from experiments.figures.curves import DRAWINGS
+from experiments.figures.curves import DRAWINGS, footer
 from experiments.figures.forest import Axis, Line, forest
 from experiments.sweep import export, grid
 from experiments.sweep.export import Result, SweepResults
@@ -28,7 +30,7 @@ from experiments.sweep.reader import Reader
 from experiments.sweep.store import Store
 from experiments.sweep.worker import work
 from hessdiag.activations import max_curvature
-from hessdiag.errors import ConfigurationError, StoreError
+from hessdiag.errors import ConfigurationError, NonFiniteError, StoreError
 
 SWEEPS = Path(__file__).parents[2] / "experiments" / "sweeps"
 PNG = b"\x89PNG"
@@ -307,6 +309,50 @@ def test_different_configurations_never_mix_in_one_curve(tmp_path):
     one_family(rows(one), "here")
     with pytest.raises(ConfigurationError, match=r"analysis of n_fgsm, .*train\.epochs: 30 and 7"):
         analyse(rows(mixed), margin=0.05, resamples=10)
+
+
+def test_the_analysis_leaves_out_what_the_pictures_leave_out_and_says_so():
+    """A dead network would put the peak where it is not; a collapsed one is drawn, and stays."""
+    results = results_of(SWEEPS / "smoke" / "figure6.toml", [0, 1, 2])
+    runs = [replace(run, record={**run.record, "train": {"status": "finished"}}) for run in results.runs]
+    whole = {**runs[0].record, "train": {"status": "catastrophic_overfitting"}}
+    dead = {**runs[-1].record, "train": {"status": "did_not_learn"}, "aa2": {"value": 0.0, "samples": 300}}
+    runs[0], runs[-1] = replace(runs[0], record=whole), replace(runs[-1], record=dead)
+    some, most = (analyse(rows(replace(results, runs=tuple(r))), margin=0.01, resamples=10) for r in (runs, runs[:-1]))
+    assert [report["unlearned"] for report in some.values()] == [1]
+    counted_none = {name: {**report, "unlearned": 0} for name, report in some.items()}
+    assert json.dumps(storable(counted_none)) == json.dumps(storable(most))
+    assert findings.size(next(iter(some.values()))).endswith(", without 1 run that did not learn")
+    assert "without" not in findings.size(next(iter(most.values())))
+
+
+def test_a_run_that_failed_is_named_in_exports_apart_from_those_to_come(tmp_path):
+    """A diverged run leaves no record: its error travels, and everything that says what is missing says how many."""
+    sweep = load(SWEEPS / "smoke" / "figure7.toml", seeds=[0, 1])
+    store = Store(tmp_path / "store")
+    store.add(sweep.name, sweep.runs, tier=sweep.tier, figure=sweep.figure, title=sweep.title)
+
+    def run(config, out):
+        if config.key == sweep.runs[3].key:
+            raise NonFiniteError("training diverged: the loss is nan\nand more")
+        return fake_record(config)
+
+    work(tmp_path / "store", run, seeds=[0])
+    line = export.publish(Reader(tmp_path / "store"), sweep.name, tmp_path / "results")
+    lost = sweep.runs[3]
+    assert line.endswith(f"(23 runs, 25 missing, 1 of them failed: {lost.key[:8]})")
+    results = export.read(tmp_path / "results" / "smoke" / "figure7.json")
+    error = "NonFiniteError: training diverged: the loss is nan"
+    assert results.failed == (export.Failed(lost.key, lost.label, error),)
+    assert results.undone == "25 runs missing, 1 of them failed"
+    assert (
+        export.save(results, tmp_path / "again").read_bytes()
+        == (tmp_path / "results" / "smoke" / "figure7.json").read_bytes()
+    )
+    told = verdicts([results])["F7a.u-shape"].cells[0].text
+    assert f"(25 runs missing, 1 of them failed ({lost.label}: {error}))" in told
+    assert footer(results, rows(results)).endswith("; 25 runs missing, 1 of them failed")
+    assert '"failed"' not in export.save(replace(results, failed=()), tmp_path / "none").read_text().splitlines()[0]
 
 
 def test_exports_round_trip_and_notice_what_was_edited(tmp_path):

@@ -24,6 +24,7 @@ from experiments.correlation.verdicts import (
     Cell,
     load_rules,
     overall,
+    sentence,
     shared_rules,
     verdicts,
     word,
@@ -32,6 +33,7 @@ from experiments.sweep.cost import Estimate, duration, estimate
 from experiments.sweep.export import Result, SweepResults, save
 from experiments.sweep.grid import load
 from experiments.sweep.records import proportion
+from hessdiag.activations import max_curvature
 from hessdiag.errors import ConfigurationError
 
 LEVELS = np.array([0.5, 1, 2, 4, 7, 10, 20, 50])
@@ -125,7 +127,48 @@ def test_what_speaks_against_a_band_is_corrected_for_its_number():
     tests = [layout.difference([4, 7, 10], side) for side in sides]
     assert found.p_against == pytest.approx(min(1, 7 * min(contrast.below() for contrast in tests)))
     assert 0.001 < found.p_against < 1
-    assert found.p_equal == pytest.approx(max(contrast.within(0.01) for contrast in tests[:2]))
+    assert found.p_equal == pytest.approx(max(contrast.within(0.01) for contrast in tests))
+
+
+def test_a_level_far_beyond_the_band_is_no_difference_that_is_none():
+    """Low is the band's by its mean, though at 1 it is 4 points above and at 0.5 and 2 it is 2 below."""
+    aa2 = np.array([0.32, 0.38, 0.32, 0.34, 0.34, 0.34, 0.34, 0.34]) + 0.001 * rng(31).normal(size=(3, 8))
+    rule = {"quantity": "aa2", "sign": 1}
+    found = judges.band(curves(aa2=aa2), rule, RULES)
+    assert said(found) == "does not transfer"
+    assert found.p_equal > 0.99
+    layout = judges.layout_of(curves(aa2=aa2), "aa2")
+    sides = [layout.difference([4, 7, 10], side) for side in ([0.5, 1, 2], [20, 50])]
+    assert max(contrast.within(0.01) for contrast in sides) < 0.05  # all that was asked before
+    norm = np.exp(-np.array([0.3, -0.6, 0.3, 0, 0, 0, 0, 0]) + 0.003 * rng(32).normal(size=(3, 8)))
+    both = judges.same_place(curves(aa2=aa2, norm=norm), {"low": "log norm", "high": "aa2"}, RULES)
+    assert both.p_equal > 0.99
+    assert judges.shape(curves(norm=norm), {"quantity": "log norm"}, RULES).p_equal > 0.99
+
+
+def test_two_quantities_tell_the_power_of_the_one_that_knows_less():
+    """The norm scatters so that its contrast sees almost nothing; robustness alone would be seen for sure."""
+    aa2, norm = 0.5 + 1e-4 * rng(33).normal(size=(3, 8)), np.exp(2 * rng(34).normal(size=(3, 8)))
+    runs = curves(aa2=aa2, norm=norm)
+    alone = judges.band(runs, {"quantity": "log norm", "sign": -1}, RULES)
+    found = judges.same_place(runs, {"low": "log norm", "high": "aa2"}, RULES)
+    assert judges.band(runs, {"quantity": "aa2", "sign": 1}, RULES).power > 0.99
+    assert (found.power, found.half) == (alone.power, alone.half)
+    assert found.power < 0.1
+    narrow, wide = Answer("", half=0.5, power=0.2), Answer("", half=2.0, power=0.9)  # of two quantities
+    assert (judges.combined({"a": narrow, "b": wide}).half, judges.combined({"a": narrow, "b": wide}).power) == (
+        0.5,
+        0.2,
+    )
+
+
+def test_where_a_curve_is_lowest_is_not_where_two_lines_break():
+    """A steep fall to 4 and a slow rise from there: the lines break later."""
+    means = np.array([3.0, 2, 1, 0, 0.1, 0.2, 0.3, 0.4])
+    found = judges.shape(curves(points=means + 0.01 * rng(35).normal(size=(3, 8))), {"quantity": "points"}, RULES)
+    assert found.value == 4.0
+    assert found.text.startswith("lowest at 4; two lines break at ")
+    assert float(found.text.split("break at ")[1].split(":")[0]) > 4.5
 
 
 def test_a_minimum_at_the_end_of_the_range_says_no():
@@ -386,6 +429,132 @@ def test_two_data_sets_are_compared_within_a_tier_and_a_method():
     assert (found.word, found.status) == ("transfers", "confirmatory")
     assert "shared activations" in found.text
     assert cell([hard, made("smoke/figure3", [0, 1])], "F6.cifar100-lower", "quick/figure6").word == NOT_TESTED
+
+
+def peaked(name: str, seeds=None, *, keep=lambda run: True, missing: int = 0) -> SweepResults:
+    """Robustness is highest in the band, the norm lowest, in every curve of the first stage."""
+    sweep, dice, runs = load(name, seeds=seeds, stage=1), rng(21), []
+    for run in filter(keep, sweep.runs):
+        place = max_curvature(run.train["activation"])
+        inside = float(4 <= place <= 10)
+        record = {
+            "max_curvature": place,
+            "aa2": {"value": 0.3 + 0.05 * inside + 0.001 * dice.normal()},
+            "norms": {"train/clean": {"rms": np.exp(-inside + 0.01 * dice.normal())}},
+        }
+        runs.append(Result(run.key, run, sweep.variants[run.key], 1.0, record))
+    return SweepResults(sweep.name, sweep.figure, sweep.tier, sweep.title, missing, tuple(runs))
+
+
+def test_one_method_is_no_claim_about_methods():
+    """While TRADES is to come, what shares PGD's runs with the main sweep says nothing of its own."""
+    main = peaked("campaign/main")
+    alone = peaked("campaign/trades", keep=lambda run: run.train["method"] == "pgd_at", missing=18)
+    whole = peaked("campaign/trades")
+    claim, setting = "F5.methods-peak-in-4-10", "campaign/trades"
+    all_, part = (
+        {(name, one.setting): one for name, verdict in verdicts(some).items() for one in verdict.cells}
+        for some in ([main, whole], [main, alone])
+    )
+    assert all_[claim, setting].word == "transfers"
+    found = part[claim, setting]
+    assert found.word == NOT_TESTED
+    assert found.text == "needs several values of method, and has pgd_at alone; no run yet of trades"
+    independent = part["S4.3.independent", "tier campaign"]
+    assert independent.text.startswith("not run: F4.both-peak-in-4-10, F5.methods-peak-in-4-10, F6.")
+    assert "S4.2.peak-in-4-10: p_for" in independent.text
+    same = part["S4.5.same-range", setting]
+    assert (same.word, same.p_for, same.p_equal) == (INCONCLUSIVE, 1.0, 1.0)
+    assert "no run yet of trades; " in same.text
+    assert "(24 of its 24 runs are campaign/main's too)" in same.text
+    assert part["S4.5.same-range", "campaign/main"].word == "transfers"
+    assert "24 of its 42 runs" in all_["S4.5.same-range", setting].text
+
+
+def test_a_curve_that_is_to_come_may_still_be_decided_by_one_that_says_no():
+    """Of three β two are there and peak in the band: nothing is said for all. One that peaks elsewhere says no."""
+    some = peaked("smoke/figure3", [0, 1, 2], keep=lambda run: "beta=2" not in run.train["activation"], missing=24)
+    claim, setting = "S4.2.peak-in-4-10", "smoke/figure3"
+    found = cell([some], claim, setting)
+    assert found.text.startswith("no run yet of β=2; β=0: band less low")
+    assert (found.word, found.curves) == (INCONCLUSIVE, {"β=0": "transfers", "β=1": "transfers"})
+    turned = [{**run.record, "aa2": {"value": 1 - run.record["aa2"]["value"]}} for run in some.runs]
+    dips = replace(some, runs=tuple(replace(run, record=record) for run, record in zip(some.runs, turned, strict=True)))
+    assert cell([dips], claim, setting).word == "does not transfer"
+    done = [replace(some, missing=0)]  # a file that asked for no more
+    assert cell(done, claim, setting).word == "transfers"
+
+
+def test_runs_that_did_not_learn_or_collapsed_are_judged_and_named():
+    """The rules judge all runs that are done; the reader is told which of them are no good."""
+    results = peaked("campaign/main")
+    states = {0: "catastrophic_overfitting", 23: "did_not_learn", 22: "did_not_learn"}
+    runs = [
+        replace(run, record={**run.record, "train": {"status": states.get(i, "finished")}})
+        for i, run in enumerate(results.runs)
+    ]
+    found = cell([replace(results, runs=tuple(runs))], "S4.2.peak-in-4-10", "campaign/main")
+    names = [results.runs[i].config.train["activation"] for i in (22, 23, 0)]
+    dead, alive = f"2 runs did not learn: {names[0]} seed 2, {names[1]} seed 2", f"{names[2]} seed 0"
+    assert f"(judged with the others: {dead})" in found.text
+    assert f"(judged with the others: 1 run collapsed (catastrophic overfitting): {alive})" in found.text
+    plain = cell([results], "S4.2.peak-in-4-10", "campaign/main")
+    assert "judged with" not in plain.text
+    assert (plain.p_for, plain.word) == (found.p_for, found.word)
+
+
+def test_a_cell_says_which_seed_was_left_out_and_what_its_power_is_of():
+    main = peaked("campaign/main")
+    sized = [
+        replace(run, record={**run.record, "norms": {"train/adversarial": {"rms": 0.1, "invariant": {"rms": size}}}})
+        for run, size in zip(main.runs, np.exp(rng(41).normal(size=24)), strict=True)
+    ]
+    claim = "H.minimum-after-adversarial-training [invariant]"
+    for number in (24, 8):  # of seed 0 alone nothing is left
+        found = cell([replace(main, runs=tuple(sized[:number]))], claim, "campaign/main")
+        assert "seed 0 left out: it suggested the hypothesis" in found.text
+        assert (found.word == NOT_TESTED) is (number == 8)
+    told = cell([replace(main, runs=tuple(sized))], claim, "campaign/main")
+    assert told.word == INCONCLUSIVE
+    assert "of one contrast before Holm's correction" in sentence(told)
+    assert "left out" not in cell([main], "S4.2.peak-in-4-10", "campaign/main").text
+
+
+def test_a_begun_sweep_does_not_tell_its_own_scatter(tmp_path, capsys, monkeypatch):
+    """Seed 0 and two levels of seed 1 leave one degree of freedom; a whole sweep elsewhere has more."""
+    monkeypatch.setenv("COLUMNS", "200")
+    begun = peaked("campaign/main", keep=lambda run: run.train["seed"] == 0)
+    second = peaked("campaign/main", keep=lambda run: run.train["seed"] == 1).runs[:2]
+    save(replace(begun, runs=(*begun.runs, *second), missing=14), tmp_path)
+    words = ["power", "campaign/main", "--stage", "1", "--results", str(tmp_path)]
+    assert main(words) == 0  # nothing better is there
+    assert "1 d.f., from campaign/main" in capsys.readouterr().out
+    save(made("smoke/figure3", [0, 1, 2]), tmp_path)
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "scatter of aa2: " in told
+    assert "from smoke/figure3; differs: data digits for cifar10" in told
+    assert "from campaign/main" not in told
+    assert "24 runs, 3 seeds" in told
+    assert main([*words[:2], *words[4:]]) == 0
+    assert "96 runs, 8 seeds" in capsys.readouterr().out
+
+
+def test_runs_that_two_sweeps_share_count_once():
+    """CIFAR-100 less CIFAR-10, whose runs stand in main and in trades: the same interval with and without the second."""
+    hard = peaked("campaign/cifar100")
+    easy = peaked("campaign/main")
+    again = peaked("campaign/trades", keep=lambda run: run.train["method"] == "pgd_at", missing=18)
+    once, twice = (cell(some, "F6.cifar100-lower", "campaign/cifar100") for some in ([hard, easy], [hard, easy, again]))
+    assert (once.p_for, once.p_equal, once.half) == (twice.p_for, twice.p_equal, twice.half)
+    other = tuple(
+        replace(run, key=config.key, config=config)
+        for run in again.runs
+        for config in [run.config.replace(train={"epochs": 13})]
+    )
+    mixed = cell([hard, easy, replace(again, runs=other)], "F6.cifar100-lower", "campaign/cifar100")
+    assert mixed.word == INCONCLUSIVE
+    assert "train.epochs: 12 and 13" in mixed.text
 
 
 def test_the_seed_of_the_pilot_is_left_out_where_its_hypothesis_is_tested():

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.config import TrainConfig
-from experiments.methods import dajat, dkl, mart, trades
+from experiments.methods import METHODS, dajat, dkl, mart, trades
 from experiments.seeds import generator
 from experiments.splitnorm import SplitNorm
 from experiments.train import train
-from experiments.trainer.images import Sampler, on_device
+from experiments.trainer.images import Images, Sampler, on_device
 from experiments.trainer.loop import split_index
 from experiments.trainer.rig import build_network
 from hessdiag.data.dataset import DataSet, make
@@ -203,6 +203,28 @@ def test_dkl_with_class_means_weight_perturbation_and_epoch_average() -> None:
     assert average is not None
     got = {k: v for k, v in result.model.state_dict().items() if v.is_floating_point()}
     same(got, average)
+
+
+def test_only_views_of_its_own_are_autoaugmented_where_a_method_counts_them() -> None:
+    """DAJAT without further views is ACAT: its one view is cropped and mirrored, as its first is with two."""
+    pool = Images(
+        torch.randint(0, 256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8),
+        torch.zeros(16, dtype=torch.long), 10, torch.float32,
+    )  # fmt: skip
+
+    def views(method: str, count: int, auto: str) -> list[Tensor]:
+        table = {"method": method, "data": "cifar10", "network": "resnet18", "augment": {"auto": auto}}
+        config = TrainConfig.from_dict(table | ({"options": {"auto_views": count}} if method == "dajat" else {}))
+        sampler = Sampler(pool, config, torch.arange(16), views=METHODS[method].extra_views(config.options))
+        return sampler.batch(sampler.order(1), 1, 0)[0]
+
+    plain = views("dajat", 0, "none")[0]
+    assert [len(views("dajat", count, "before")) for count in (0, 2)] == [1, 3]
+    assert torch.equal(views("dajat", 0, "before")[0], plain)
+    first, *others = views("dajat", 2, "before")
+    assert torch.equal(first, plain)
+    assert not any(torch.equal(view, plain) for view in others)
+    assert not torch.equal(views("pgd_at", 0, "before")[0], views("pgd_at", 0, "none")[0])
 
 
 def test_dajat_with_two_sets_of_batchnorm() -> None:

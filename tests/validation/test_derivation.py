@@ -200,6 +200,11 @@ def test_stored_runs_are_read_or_refused(tmp_path: Path) -> None:
         ("smoke/control", "", "rct:beta=1,alpha=4 trained as α = 28 (lr)", 1),
         ("smoke/figure3", "n_fgsm", "max|σ''| < 4", 1),
     ]
+    for tier in ("campaign", "own", "paper", "quick"):
+        (tmp_path / tier).mkdir()
+        (tmp_path / tier / "mine.json").write_text(json.dumps(export))
+    found = stored.run(Run(results=tmp_path))
+    assert [row[0] for row in found.rows[2:]] == ["quick/mine", "campaign/mine", "paper/mine", "own/mine"]
     (folder / "figure3.json").write_text("{")
     with pytest.raises(DataError, match=r"figure3\.json: no export"):
         stored.run(Run(results=tmp_path))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.sweep.keys import TIERS
 from hessdiag.errors import DataError
 from validation.register import Run
 from validation.studies.base import Cell, Study, study
@@ -23,8 +24,8 @@ PLACES = ("train/clean", "train/adversarial")
 
 
 def exports(results: Path) -> list[Path]:
-    """The committed sweeps, smallest tier first."""
-    return [path for tier in ("smoke", "quick", "paper") for path in sorted((results / tier).glob("*.json"))]
+    """The committed sweeps of every tier, smallest first."""
+    return [path for tier in TIERS for path in sorted((results / tier).glob("*.json"))]
 
 
 def runs(path: Path) -> list[Record]:
