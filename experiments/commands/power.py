@@ -57,4 +57,8 @@ def command(
         chances = f"{row.power:.0%}", needed, f"{row.equal:.0%}"
         shown.add_row(row.curve or "all", row.contrast, row.quantity, half, effect, *chances)
     console.print(shown)
+    console.print(
+        "power and equality: of one contrast, before Holm's correction. A claim needs several contrasts (equality"
+    )
+    console.print("each level of low and high, too), and is one of its family: it is seen less often.")
     return 0

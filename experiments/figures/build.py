@@ -121,9 +121,8 @@ def _draw(drawing: Drawing, figure: str, sweep: SweepResults, chosen: Sequence[R
     missing = ""
     if sweep.missing:
         given = "" if sweep.tier == "campaign" else f"--seeds {','.join(map(str, seeds))} "  # its files name theirs
-        missing = (
-            f"{sweep.missing} missing: python -m experiments sweep experiments/sweeps/{sweep.name}.toml {given}--export"
-        )
+        given += "--retries 1 " if sweep.failed else ""
+        missing = f"{sweep.undone}: python -m experiments sweep experiments/sweeps/{sweep.name}.toml {given}--export"
     return Picture(figure, sweep.tier, TITLES[figure], caption, path, missing=missing)
 
 

@@ -56,7 +56,11 @@ def overfitting(results: SweepResults, chosen: Sequence[Row], path: Path) -> Non
             axes[0][0].figure.legend(*handles, loc="outside upper center", ncols=len(arms))
         seeds = {row.seed for row in chosen}
         text = f"tier {results.tier}: {results.title}; {len(chosen)} runs, {counted(seeds)}"
-        text += "; bars: one standard deviation of a seed" if len(seeds) > 1 else "; bars: 95% intervals as recorded"
+        sizes = [len(members) for members in arms.values()]
+        kinds = ["one standard deviation of a seed"] if max(sizes, default=1) > 1 else []
+        told = "95% intervals as recorded"
+        kinds += [f"where an arm has a single seed, {told}" if kinds else told] if 1 in sizes else []
+        text += f"; bars: {'; '.join(kinds)}" if kinds else ""
         text += "; dotted: the learning rate drops. Σ = η²C for one step; at rest ½ tr(HΣ) = η tr(C) / (4(1-μ))"
         label(axes[0][0], text + (f"; {results.undone}" if results.missing else ""))
 

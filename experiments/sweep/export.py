@@ -88,11 +88,16 @@ def from_store(store: Reader, name: str) -> SweepResults:
         Result(row.key, row.config, row.variant, row.seconds or math.nan, row.record or {}, row.sealed) for row in done
     )
     failed = tuple(
-        Failed(row.key, row.label, (row.error or "no error told").splitlines()[0][:MOST_TOLD])
+        _failed(row.key, row.label, (row.error or "no error told").splitlines()[0])
         for row in rows
         if row.state == FAILED
     )
     return SweepResults(name, about.figure, about.tier, about.title, len(rows) - len(runs), runs, failed)
+
+
+def _failed(*told: str) -> Failed:
+    """Plain text of bounded length, whatever an error or a file says."""
+    return Failed(*("".join(c if c.isprintable() else " " for c in text[:MOST_TOLD]) for text in told))
 
 
 def check_folder(folder: Path) -> None:
@@ -177,8 +182,7 @@ def read(path: Path) -> SweepResults:
             raise ExportError(f"results {path}: no tier {content['tier']!r}; export the sweep again")
         runs = tuple(_result(entry) for entry in content["runs"])
         failed = tuple(
-            Failed(*(str(entry[name])[:MOST_TOLD] for name in ("key", "label", "error")))
-            for entry in content.get("failed", [])
+            _failed(*(str(entry[name]) for name in ("key", "label", "error"))) for entry in content.get("failed", [])
         )
         results = SweepResults(
             content["name"], content["figure"], content["tier"], content["title"], int(content["missing"]), runs, failed

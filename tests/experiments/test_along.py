@@ -19,6 +19,7 @@ from experiments.correlation import courses, forecast
 from experiments.correlation.judges import NotRun
 from experiments.correlation.rows import Row, planned, rows
 from experiments.correlation.verdicts import INCONCLUSIVE, NOT_TESTED, load_rules, shared_rules, verdicts
+from experiments.figures import epochs
 from experiments.figures.build import build
 from experiments.sweep import export, grid, run
 from experiments.sweep.along import Along
@@ -305,6 +306,22 @@ def course(arm: int, looks: list[dict[str, Any]], seed: int = 0) -> Row:
 
 
 FALL = {"quantity": "robust test", "arm": "drop", "sign": -1}
+
+
+def test_the_footer_tells_the_bars_of_arms_with_one_seed_and_with_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = [look_of(10, 0.1, [1, 0], 1.0, 1.0), look_of(60, 0.01, [1, 0], 1.0, 1.0)]
+    chosen = [course(0, looks), course(1, looks), course(1, looks, seed=1)]
+    told: list[str] = []
+    monkeypatch.setattr(epochs, "label", lambda axis, text: told.append(text))
+    for some in (chosen, chosen[:2], chosen[1:]):
+        runs = tuple(row.result for row in some)
+        epochs.overfitting(SweepResults("smoke/overfitting", "overfitting", "smoke", "", 0, runs), some, tmp_path / "x")
+    spread, interval = "; bars: one standard deviation of a seed", "95% intervals as recorded; dotted"
+    assert f"{spread}; where an arm has a single seed, {interval}" in told[0]
+    assert f"; bars: {interval}" in told[1]
+    assert f"{spread}; dotted" in told[2]
 
 
 def test_a_change_of_accuracy_is_taken_image_by_image() -> None:

@@ -334,7 +334,7 @@ def test_a_run_that_failed_is_named_in_exports_apart_from_those_to_come(tmp_path
 
     def run(config, out):
         if config.key == sweep.runs[3].key:
-            raise NonFiniteError("training diverged: the loss is nan\nand more")
+            raise NonFiniteError("training \x1b[31mdiverged: the loss is nan\nand more")
         return fake_record(config)
 
     work(tmp_path / "store", run, seeds=[0])
@@ -342,7 +342,7 @@ def test_a_run_that_failed_is_named_in_exports_apart_from_those_to_come(tmp_path
     lost = sweep.runs[3]
     assert line.endswith(f"(23 runs, 25 missing, 1 of them failed: {lost.key[:8]})")
     results = export.read(tmp_path / "results" / "smoke" / "figure7.json")
-    error = "NonFiniteError: training diverged: the loss is nan"
+    error = "NonFiniteError: training  [31mdiverged: the loss is nan"
     assert results.failed == (export.Failed(lost.key, lost.label, error),)
     assert results.undone == "25 runs missing, 1 of them failed"
     assert (
