@@ -28,7 +28,7 @@ from hessdiag.errors import HessdiagError
 from hessdiag.graph import saved
 from hessdiag.graph.nodes import forward_order, is_leaf
 from hessdiag.kernels.products import Products
-from hessdiag.measuring.rounding import ROUNDINGS, length
+from hessdiag.measuring.rounding import ROUNDINGS, Uncancelled, length
 from hessdiag.methods.batches import Numbered
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import CallableLoss, Curvature, Loss, as_rows
@@ -94,6 +94,7 @@ class Moved:
         off = dict.fromkeys(along, float("inf"))
         apart = tuple[str, ...]()
         found = float("inf")
+        whole: dict[str, float] = {}
         room = next(iter(along.values())).new_empty(max(u.numel() for u in along.values()))
         for number, ends in enumerate(STEPS):
             (high, above), (low, below) = (self._at(along, end, gradient=True) if end else here for end in ends)
@@ -109,6 +110,11 @@ class Moved:
                 quotient = torch.sub(above[name], below[name], out=own).div_(width)
                 beyond = max(length(quotient.sub_(curved[name])) - noise, 0.0)
                 size = max(length(quotient.add_(curved[name])), length(curved[name])) if beyond else 1.0
+                if beyond > difference * size:
+                    if name not in whole:
+                        uncancelled = Uncancelled(self.outputs, {name: self.parameters[name]})
+                        whole[name] = uncancelled.noise(uncancelled.slope(name))
+                    beyond = max(beyond - whole[name] / step, 0.0)
                 off[name] = min(off[name], beyond / size)
             if max(off.values(), default=0.0) <= difference and (number or found <= slope):
                 break
