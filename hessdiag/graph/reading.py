@@ -427,3 +427,19 @@ def detach_guard(outputs: Tensor) -> None:
         raise UncoveredModelError(
             "the outputs do not depend on the chosen parameters (no autograd graph): does the model run under no_grad?"
         )
+
+
+def rounding_guard(ends: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse what rounds to less than float32 between chosen parameters and `ends`; below all of them it may."""
+    live = Live(ends, parameters)
+    for node in live.nodes:
+        if not live.is_live(node) or is_leaf(node):
+            continue
+        for dtype in (meta.dtype for meta in node._input_metadata):
+            if dtype.is_floating_point and dtype.itemsize < 4:
+                raise UncoveredModelError(
+                    f"what the model computes from parameter {live.through(node)!r} is rounded to "
+                    f"{str(dtype).removeprefix('torch.')} ({short_name(node)}), and no method here measures what is "
+                    "rounded: call model.float(), which converts frozen parts too, or choose parameters that come "
+                    "after it (parameters=...)"
+                )

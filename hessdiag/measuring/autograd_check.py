@@ -28,7 +28,7 @@ from hessdiag.errors import HessdiagError
 from hessdiag.graph import saved
 from hessdiag.graph.nodes import forward_order, is_leaf
 from hessdiag.kernels.products import Products
-from hessdiag.measuring.rounding import ROUNDINGS, length
+from hessdiag.measuring.rounding import ROUNDINGS, Uncancelled, length
 from hessdiag.methods.batches import Numbered
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import CallableLoss, Curvature, Loss, as_rows
@@ -94,6 +94,7 @@ class Moved:
         off = dict.fromkeys(along, float("inf"))
         apart = tuple[str, ...]()
         found = float("inf")
+        seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in along}
         room = next(iter(along.values())).new_empty(max(u.numel() for u in along.values()))
         for number, ends in enumerate(STEPS):
             (high, above), (low, below) = (self._at(along, end, gradient=True) if end else here for end in ends)
@@ -109,10 +110,23 @@ class Moved:
                 quotient = torch.sub(above[name], below[name], out=own).div_(width)
                 beyond = max(length(quotient.sub_(curved[name])) - noise, 0.0)
                 size = max(length(quotient.add_(curved[name])), length(curved[name])) if beyond else 1.0
+                seen[name].append((beyond, size, step))
                 off[name] = min(off[name], beyond / size)
             if max(off.values(), default=0.0) <= difference and (number or found <= slope):
                 break
+        left = [name for name, value in off.items() if value > difference]
+        for name, floor in self._floors(left).items():
+            off[name] = min(max(beyond - floor / step, 0.0) / size for beyond, size, step in seen[name])
         return Quotients(found, apart, off)
+
+    def _floors(self, names: list[str]) -> dict[str, float]:
+        """What rounding leaves of gradients that may cancel, by a pass of its own: the others were moved away from."""
+        if not names:
+            return {}
+        with torch.enable_grad():
+            outputs = self.objective.outputs(self.inputs, self.targets, index=self.index)
+        whole = {name: Uncancelled(outputs, {name: self.parameters[name]}) for name in names}
+        return {name: one.noise(one.slope(name)) for name, one in whole.items()}
 
     def _direction(self, gradient: dict[str, Tensor | None], products: Products) -> dict[str, Tensor]:
         fixed = _padding(products.outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from hessdiag.errors import ConfigurationError, HessdiagError, UnknownNameError, nearest
 from hessdiag.graph import Linearisation
+from hessdiag.graph.reading import rounding_guard
 from hessdiag.kernels.tensors import Tensors, hold_freed_memory
 from hessdiag.measuring.choose import EXACT_BUDGET, check_budget, check_given, decide, stored_plan
 from hessdiag.measuring.diagonal import Diagonal
@@ -49,6 +51,7 @@ from hessdiag.methods.batches import (
 from hessdiag.norm.estimates import check_confidence
 from hessdiag.problem.handing_back import as_it_was, memory_errors
 from hessdiag.problem.objective import Objective
+from hessdiag.problem.persample import CallableLoss
 
 POPULATION = "population"
 ADVICE = "lower the batch size, choose fewer parameters (parameters=...), or a method that needs less (propagation)"
@@ -208,6 +211,8 @@ def _case(objective: Objective, batches: Batches, method: str, seed: int, twice:
                 read = Linearisation(objective, first.inputs, first.targets, index=first.index, outputs=outputs)
         except HessdiagError as error:  # told when it matters: what is wrong with data or model goes first
             read = error.with_traceback(None) if sites else None  # its frames hold the outputs
+        if outputs is not None:
+            _refuse_rounding(objective, outputs, first)
         found.append((first, outputs, read, Stamp(first)))
         return None if outputs is None else outputs.detach()
 
@@ -220,6 +225,15 @@ def _case(objective: Objective, batches: Batches, method: str, seed: int, twice:
             check_apart(objective, found[0][0], seen)
     first, outputs, read, stamp = found[0]
     return Case(objective, batches, facts, first, seed, World.current(), outputs, stamp, read)
+
+
+def _refuse_rounding(objective: Objective, outputs: Tensor, first: Numbered) -> None:
+    """For every method: between the chosen parameters and the outputs, and in a callable loss up to its values."""
+    ends = outputs
+    if isinstance(objective.loss, CallableLoss):
+        with contextlib.suppress(HessdiagError), torch.enable_grad():  # what is wrong with the loss is told later
+            ends = objective.loss.values(outputs, first.targets).sum()
+    rounding_guard(ends, objective.parameters)
 
 
 def _everywhere(case: Case, plan: Plan) -> Plan:

@@ -4,8 +4,9 @@ The inputs are copies, since a model may change them in place. Functions whose d
 kernels hide what they do, are computed by others (see `mended`); hooks on gradients are not set. A model that switches
 autocast on inside its own forward is refused: it would be measured as a function of bfloat16. Compiled models, and what
 is compiled inside a model, run eagerly meanwhile: compiled code is no sequence of torch calls, so that neither would be
-seen. Of scripted ones the operations are watched for what they round. Attention runs by its formula, on every device:
-fused kernels have no second derivative, and hide what bends in them.
+seen. Of scripted ones the operations are watched for what they round. Checkpointed parts keep what they compute: run
+again from a backward pass, they would be torch's own. Attention runs by its formula, on every device: fused kernels
+have no second derivative, and hide what bends in them.
 
 Inputs may be a tensor, or tensors in tuples, lists, dictionaries and other mappings (a tokenizer's, `UserDict`).
 """
@@ -19,6 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -69,7 +71,35 @@ def as_written(kinds: Iterable[str]) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_Mending(kinds))
         stack.enter_context(scripts_by_operation())
+        stack.enter_context(_kept_in_full())
         yield
+
+
+@contextmanager
+def _kept_in_full() -> Iterator[None]:
+    """Calls of torch.utils.checkpoint, of either variant, as calls of what they are given."""
+    module: Any = torch.utils.checkpoint
+    names = {"_checkpoint_without_reentrant_generator": _once, "CheckpointFunction": _Plain}
+    before = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    try:
+        for name in before:
+            setattr(module, name, names[name])
+        yield
+    finally:
+        for name, own in before.items():
+            setattr(module, name, own)
+
+
+def _once(*_: Any, **__: Any) -> Iterator[None]:
+    """Nothing before what is checkpointed, nothing after it."""
+    yield
+
+
+class _Plain:
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+        """What is checkpointed, called."""
+        return function(*args)
 
 
 @contextmanager

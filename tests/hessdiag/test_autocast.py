@@ -129,6 +129,60 @@ def test_inside_the_loss_it_is_refused_as_well(method: str) -> None:
         measure(Objective(net(), loss), data(), method=method)
 
 
+class Adapted(nn.Module):
+    """A frozen half-precision base, with an adapter of low rank before its activation and a head after it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Linear(5, 6).to(dtype).requires_grad_(False)
+        self.down = nn.Linear(5, 2, bias=False)
+        self.up = nn.Linear(2, 6, bias=False)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.base.weight.dtype
+        hidden = torch.tanh(self.base(x.to(dtype)) + self.up(self.down(x)).to(dtype))
+        return self.head(hidden.to(x.dtype))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("audit", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", [*METHODS, "auto"])
+def test_what_rounds_by_itself_above_a_parameter_is_refused_as_well(
+    method: str, dtype: torch.dtype, audit: bool
+) -> None:
+    """The audit's copy in double rounds nowhere, and agreed; the norms were off by up to 7e-3, and called exact."""
+    with pytest.raises(UncoveredModelError, match=rf"'up\.weight' is rounded to {str(dtype)[6:]} \(ToCopy\)"):
+        measure(Objective(Adapted(dtype)), data(), method=method, max_replicates=12, audit_model=audit)
+    with pytest.raises(UncoveredModelError, match="is rounded"):
+        diagonal(Objective(Adapted(dtype)), data(), method="exact", audit_model=audit)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_rounded_below_all_parameters_is_a_constant(method: str) -> None:
+    """A head on a frozen base in half precision: a linear layer, with what the base gives as its inputs."""
+    model, batches = Adapted(torch.bfloat16), data()
+    found = measure(Objective(model, parameters="head.*"), batches, method=method, max_replicates=12)
+    with torch.no_grad():
+        given = [
+            (torch.tanh(model.base(x.bfloat16()) + model.up(model.down(x)).bfloat16()).float(), y) for x, y in batches
+        ]
+    alone = measure(Objective(nn.Sequential(model.head)), given, method=method, max_replicates=12)
+    assert found.rms == pytest.approx(alone.rms, rel=1e-6)
+    whole = measure(Objective(model.float()), batches, method="exact")
+    assert whole.status == "exact"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_rounds_is_refused(method: str) -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs.bfloat16(), targets, reduction="none").float()
+
+    with pytest.raises(UncoveredModelError, match="is rounded to bfloat16"):
+        measure(Objective(net(), loss), data(), method=method)
+
+
 class Drawing:
     """Batches in an order drawn from every global generator there is."""
 

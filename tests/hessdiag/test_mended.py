@@ -12,6 +12,7 @@ from gate import gate
 from test_uses import Net, X, Y, inputs
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import hessdiag as hd
 from hessdiag.errors import UncoveredModelError
@@ -404,6 +405,58 @@ def test_both_methods_pass_the_audit(name: str, dtype: torch.dtype) -> None:
     objective = hd.Objective(model.to(dtype))
     for method in ("exact", "propagation"):
         assert hd.measure(objective, [(x.to(dtype), Y)], method=method, max_replicates=10).plan.method == method
+
+
+AGAIN: dict[str, Callable[[], nn.Module]] = {
+    "encoder layer": lambda: nn.TransformerEncoderLayer(4, 2, 5, batch_first=True).eval(),
+    "attention": lambda: Net(lambda s, x: s.m(x, x, x)[0], m=nn.MultiheadAttention(4, 2, batch_first=True)),
+    "recurrent": lambda: Net(lambda s, x: s.r(x)[0], r=nn.GRU(4, 4, batch_first=True)),
+    "weight norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Tanh()),
+    "hardsigmoid": lambda: Net(lambda s, x: F.hardsigmoid(s.a(x)) * x, a=nn.Linear(4, 4)),
+    "instance norm": lambda: nn.Sequential(nn.InstanceNorm1d(3, affine=True), nn.Tanh()),
+    "quotient": lambda: Net(lambda s, x: torch.tanh(x / s.t), t=inputs(4) + 3),
+}
+
+
+class Again(nn.Module):
+    """A part that a backward pass is to run again, or not."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.a, self.part, self.c = nn.Linear(4, 4), part, nn.Linear(4, 3)
+        self.how: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.c((self.part(h) if self.how is None else checkpoint(self.part, h, use_reentrant=self.how)).mean(1))
+
+
+@pytest.mark.parametrize(("name", "reentrant"), [*((name, False) for name in AGAIN), ("hardsigmoid", True)])
+def test_checkpointed_parts_are_measured_as_the_plain_ones(name: str, reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, data = Again(AGAIN[name]()).double(), [(inputs(3, 3, 4), Y)]
+    found = []
+    for how in (None, reentrant):
+        model.how, objective = how, hd.Objective(model)
+        found.append([hd.diagonal(objective, data, method=m, replicates=2).total for m in ("exact", "hutchinson")])
+    for plain, other in zip(*found):
+        assert all(torch.equal(other[parameter], value) for parameter, value in plain.items())
+
+
+def _fails() -> None:
+    raise ValueError("inside")
+
+
+def test_checkpointing_is_handed_back_after_an_error_as_well() -> None:
+    module: Any = torch.utils.checkpoint
+    before = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+    with as_written({"cpu"}):
+        assert module.CheckpointFunction is not before[0]
+        with pytest.raises(ValueError, match="inside"):
+            checkpoint(_fails, use_reentrant=False)
+    with pytest.raises(ValueError, match="inside"), as_written({"cpu"}):
+        _fails()
+    assert before == (module.CheckpointFunction, module._checkpoint_without_reentrant_generator)
 
 
 def test_products_of_the_batch_with_itself_are_refused_by_name() -> None:
