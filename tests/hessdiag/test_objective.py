@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -391,3 +393,21 @@ class Greedy(nn.Module):
 def test_out_of_memory_says_what_to_lower() -> None:
     with pytest.raises(OutOfMemoryError, match="lower the batch size"):
         hd.measure(hd.Objective(Greedy()), [(X, Y)])
+
+
+def test_inputs_in_an_object_are_named() -> None:
+    """A batch is cut through tuples and dictionaries; the tensors of a dataclass would stay whole."""
+
+    @dataclass
+    class Pair:
+        x: Tensor
+        more: int = 0
+
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    model = nn.Linear(4, 3)
+    objective = hd.Objective(model, forward=lambda model, inputs: model(inputs.x))
+    with pytest.raises(TargetError, match=r"hold a Pair, whose tensors \('x'\) cannot be cut by samples"):
+        hd.measure(objective, [(Pair(x), y)])
+    advised = hd.Objective(model, forward=lambda model, inputs: model(Pair(**inputs).x))
+    assert hd.measure(advised, [({"x": x}, y)]).rms == hd.measure(hd.Objective(model), [(x, y)]).rms

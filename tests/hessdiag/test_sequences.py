@@ -15,6 +15,7 @@ import hessdiag as hd
 from hessdiag.errors import ConfigurationError, TargetError
 from hessdiag.graph import Linearisation
 from hessdiag.kernels.propagator import Propagator
+from hessdiag.methods.batches import numbered
 from hessdiag.problem.losses import make_loss
 
 torch.set_num_threads(1)
@@ -256,3 +257,27 @@ def test_options_of_classes_belong_to_cross_entropy() -> None:
             make_loss("mse", **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="class_axis"):
         make_loss("cross_entropy", class_axis=2)
+
+
+def test_a_plan_that_sums_samples_takes_batches_of_several_lengths() -> None:
+    """Each batch padded to its own length: what is left of one joins the next of its length only."""
+    torch.manual_seed(0)
+    layers = nn.Embedding(7, 4), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 7)
+    objective = hd.Objective(nn.Sequential(*layers).double(), class_axis=-1)
+    data = [(torch.randint(7, (6, t)), torch.randint(7, (6, t))) for t in (5, 5, 7, 3, 3)]
+    cut = list(numbered(objective, data, align=4))
+    assert [(b.start, *b.targets.shape) for b in cut] == [
+        (0, 4, 5), (4, 8, 5), (12, 4, 7), (16, 2, 7), (18, 4, 3), (22, 8, 3)
+    ]  # fmt: skip
+    ends = (data[0][0], data[1][0]), (data[2][0],), (data[3][0], data[4][0])
+    for numbers, whole in zip(((0, 1), (2, 3), (4, 5)), ends):
+        assert torch.equal(torch.cat([cut[i].inputs for i in numbers]), torch.cat(whole))
+    plan = hd.Plan("propagation", sample_groups={"1": 4, "3": 4, "5": 4}, parts=False)
+    exact = hd.diagonal(objective, data).total
+    found = hd.diagonal(objective, data, plan=plan, replicates=64)
+    off = torch.cat([(found.total[n] - t).reshape(-1) for n, t in exact.items()])
+    error = torch.cat([found.standard_errors[n].reshape(-1) for n in exact])
+    z = off[error > 1e-12] / error[error > 1e-12]
+    assert len(z) > 50
+    assert float(z.abs().max()) < 7  # Student's t of 15 groups: beyond it once in a thousand runs
+    assert 0.6 < float(z.square().mean()) < 2.0
