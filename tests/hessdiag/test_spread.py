@@ -143,6 +143,20 @@ def test_moments_of_a_ratio_are_unbiased() -> None:
     assert abs(variance.mean() / scatter.mean() - 1) < 0.15
 
 
+def _by_hand(objective: hd.Objective, groups: list[Any], size: int) -> tuple[float, float]:
+    """|d|^2 of the ratio d of all groups, and of the products of different pseudo-values of the jackknife."""
+    weights = np.array([sum(float(objective.loss.weights(y, y).sum()) for _, y in group) for group in groups]) / size
+    rows = []
+    for group, weight in zip(groups, weights):
+        parts = hd.diagonal(objective, list(group)).total
+        rows.append(weight * torch.cat([t.reshape(-1) for t in parts.values()]).double().numpy())
+    ratio = [np.delete(rows, i, 0).sum(0) / np.delete(weights, i).sum() for i in range(len(rows))]
+    whole, count = np.sum(rows, 0) / weights.sum(), len(rows)
+    pseudo = count * whole - (count - 1) * np.stack(ratio)
+    gram = pseudo @ pseudo.T
+    return float(whole @ whole), float(gram.sum() - np.trace(gram)) / (count * (count - 1))
+
+
 def _told(found: Spread) -> list[float]:
     return [found.rms, found.low, found.high, found.bias]
 
@@ -159,8 +173,8 @@ def _tokens(lengths: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]
 
 @pytest.mark.parametrize("lengths", [(5, 5, 5, 5), (5, 6, 4, 5)], ids=["one length", "several"])
 def test_sequences_count_by_their_tokens(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Class weights, ignored targets, weight decay, batches that cannot be joined: one by one as by group, and the
-    norm of the mean of the groups is the one that was measured.
+    """Class weights, ignored targets, weight decay, batches that cannot be joined: one by one as by group, and beside
+    the jackknife written out; all groups together have the norm that was measured.
     """
     torch.manual_seed(0)
     layers = nn.Embedding(7, 4), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 7)
@@ -174,7 +188,9 @@ def test_sequences_count_by_their_tokens(lengths: tuple[int, ...], monkeypatch: 
         found[scale] = spread(m, objective, batches, groups=11)
         assert found[scale].samples == 64
         assert found[scale].group_size == 5  # 55 of them count
-        assert found[scale].square + found[scale].bias == pytest.approx(m.norm.total.square, rel=1e-10)
+        whole, square = _by_hand(objective, _shards(objective, batches, 55, 11, 5, 16), 5)
+        assert m.norm.total.square == pytest.approx(whole, rel=1e-10)
+        assert found[scale].square == pytest.approx(square, rel=1e-10)
         assert found[scale].low < found[scale].rms < found[scale].high
     assert _told(found[100.0]) == pytest.approx(_told(found[1.0]), rel=1e-9)
     monkeypatch.setattr("hessdiag.measuring.spread.PER_SAMPLE_BYTES", 0.0)
@@ -187,21 +203,23 @@ def test_what_a_batch_says_for_all_its_samples_stays_with_them() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(4, 3)
+            self.layer = nn.Linear(6, 3)
 
         def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             return inputs["by"] * self.layer(torch.tanh(inputs["x"]) + inputs["shift"])
 
     torch.manual_seed(0)
-    shift = torch.rand(4).double()
+    shift = torch.rand(6).double()
     batches = [
-        ({"x": torch.rand(8, 4).double(), "by": torch.tensor(float(k)), "shift": shift}, torch.randint(3, (8,)))
+        ({"x": torch.rand(8, 6).double(), "by": torch.tensor(float(k)), "shift": shift}, torch.randint(3, (8,)))
         for k in (1, 1, 5, 5)
     ]
     objective = hd.Objective(Scaled().double())
     m = hd.measure(objective, batches)
     found = spread(m, objective, batches, groups=8)
-    assert found.square + found.bias == pytest.approx(m.norm.total.square, rel=1e-10)
+    whole, square = _by_hand(objective, _shards(objective, batches, 32, 8, 4, 8), 4)
+    assert m.norm.total.square == pytest.approx(whole, rel=1e-10)
+    assert found.square == pytest.approx(square, rel=1e-10)
 
 
 def test_a_sketch_keeps_products() -> None:
