@@ -77,6 +77,8 @@ def prepare(request: Request, world: World) -> Prepared:
         root=request.data_root,
         inputs=None if request.inputs is None else names_of(request.inputs),
         targets=request.targets,
+        loss=request.loss,
+        ignore_index=request.ignore_index,
     )
     if request.normalize is not None and isinstance(whole, NamedDataSet):
         raise ConfigurationError("--normalize is for images, one array of floats in [0, 1]; these inputs have names")

@@ -38,7 +38,7 @@ def load_npz(path: Path, name: str, arrays: Arrays) -> DataSet | NamedDataSet:
         found = _unpacked(data, table, [*which[0], which[1], COUNT])
     except BadFileError as reason:
         raise DataError(f"{path}: {reason}") from None
-    return _data_set(found, which, path, name)
+    return _data_set(found, which, name, arrays)
 
 
 def load_safetensors(path: Path, name: str, arrays: Arrays) -> DataSet | NamedDataSet:
@@ -47,7 +47,7 @@ def load_safetensors(path: Path, name: str, arrays: Arrays) -> DataSet | NamedDa
         data = read_bytes(path, budget=FILE_BUDGET)
         facts, _ = tensorfiles.read_header(data)
         which = arrays.choose(facts, str(path))
-        return _data_set(tensorfiles.read_tensors(data), which, path, name)
+        return _data_set(tensorfiles.read_tensors(data), which, name, arrays)
     except BadFileError as reason:
         raise DataError(f"{path}: {reason}") from None
 
@@ -130,11 +130,11 @@ def to_images(inputs: Tensor, name: str) -> tuple[Tensor, tuple[str, ...]]:
 
 
 def _data_set(
-    table: dict[str, Tensor], which: tuple[tuple[str, ...], str], path: Path, name: str
+    table: dict[str, Tensor], which: tuple[tuple[str, ...], str], name: str, arrays: Arrays
 ) -> DataSet | NamedDataSet:
     notes: tuple[str, ...] = ()
     if len(which[0]) == 1:
         (key,) = which[0]
         table[key], notes = to_images(table[key], name)
-    found = of_table(table, which, name=name, split="all")
+    found = of_table(table, which, name=name, split="all", reading=arrays.reading)
     return replace(found, notes=(*notes, *found.notes))

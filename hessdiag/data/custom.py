@@ -42,7 +42,8 @@ def load_custom(text: str, *, split: str, seed: int, arrays: Arrays) -> DataSet 
         raise
     except Exception as error:
         raise DataError(f"{text} raised {type(error).__name__}: {error}") from error
-    return of_table(table, which, name=text, split=split if "split" in options else "all")
+    told = split if "split" in options else "all"
+    return of_table(table, which, name=text, split=told, reading=arrays.reading)
 
 
 def _table(made: Any, text: str, arrays: Arrays) -> tuple[dict[str, Tensor], tuple[tuple[str, ...], str]]:

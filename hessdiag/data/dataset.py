@@ -19,6 +19,23 @@ from hessdiag.errors import (
     NonFiniteError,
     TargetError,
 )
+from hessdiag.problem.losses import IGNORE, LOSSES
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a loss reads targets: integers as class numbers, of which `ignored` does not count, or as plain values."""
+
+    values: bool = False
+    ignored: int = IGNORE
+
+    @classmethod
+    def of(cls, loss: str, ignore_index: int = IGNORE) -> Reading:
+        """The reading of a loss by its name; one of the user's own may want class numbers."""
+        return cls(loss in LOSSES and loss != "cross_entropy", ignore_index)
+
+
+CLASSES = Reading()
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +43,8 @@ class DataSet:
     """Inputs and targets, held in memory, with what is known about where they come from.
 
     `inputs` are torch.uint8 (0 to 255) or floating point, [N, C, H, W] for images; `targets` are int64 class
-    numbers [N], or floating point for regression, where `num_classes` is None. `sha256` covers both, with
-    types and shapes.
+    numbers [N]; or, one for each place of a sample, [N, ...]; or floating point for regression. Of the latter two
+    `num_classes` is None unless the file says it. `sha256` covers both, with types and shapes.
     """
 
     inputs: Tensor
@@ -128,8 +145,9 @@ def make(
     split: str,
     num_classes: int | None = None,
     notes: tuple[str, ...] = (),
+    reading: Reading = CLASSES,
 ) -> DataSet:
-    """A DataSet of checked tensors: finite inputs, one target each, classes counted; refuses what cannot be
+    """A DataSet of checked tensors: finite inputs, one row of targets each, classes counted; refuses what cannot be
     measured.
     """
     if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
@@ -155,16 +173,15 @@ def make(
         low, high = float(inputs.min()), float(inputs.max())
         if low < 0 or high > 1:
             notes = (*notes, f"inputs span [{low:.4g}, {high:.4g}], not [0, 1]; they are used as they are")
-    targets, classes, more = make_targets(targets, num_classes, name)
+    targets, classes, more = make_targets(targets, num_classes, name, reading)
     return DataSet(inputs, targets, name, split, classes, (*notes, *more))
 
 
 def make_targets(
-    targets: Tensor, num_classes: int | None, name: str, *, sequences: bool = False
+    targets: Tensor, num_classes: int | None, name: str, reading: Reading = CLASSES
 ) -> tuple[Tensor, int | None, tuple[str, ...]]:
-    """Checked targets, classes counted: finite floats, or class numbers; and what is to be said of them.
-
-    With `sequences` they may be integers [N, T], one for each place; which of them count the loss knows.
+    """Checked targets and what is to be said of them: finite floats; class numbers [N], counted; or those of several
+    places, [N, ...]: which shape and which of them a model's outputs want, the loss knows.
     """
     targets = targets.detach().cpu()
     if targets.ndim < 1 or len(targets) == 0:
@@ -172,27 +189,23 @@ def make_targets(
     if targets.is_floating_point():
         refuse_non_finite(targets, f"{name}: targets")
         return targets, None, ()
-    if sequences and targets.ndim == 2 and targets.shape[1] > 1 and targets.dtype not in (torch.bool, torch.uint8):
-        return targets.to(torch.int64), num_classes, ()
-    return _class_targets(targets, num_classes, name, ())
-
-
-def _class_targets(
-    targets: Tensor, num_classes: int | None, name: str, notes: tuple[str, ...]
-) -> tuple[Tensor, int, tuple[str, ...]]:
+    if reading.values and not targets.is_complex():
+        return targets.to(torch.float64), None, ()
     if targets.is_complex() or targets.dtype == torch.bool:
         raise TargetError(f"{name}: targets are {targets.dtype}; class numbers are integers")
+    notes: tuple[str, ...] = ()
     if targets.ndim == 2 and targets.shape[1] == 1:
-        targets, notes = targets[:, 0], (*notes, "targets of shape [N, 1] were read as [N]")
-    if targets.ndim != 1:
-        hint = ""
-        if targets.ndim == 2 and bool((targets.sum(1) == 1).all()) and int(targets.min()) == 0:
-            hint = "; these look one-hot: store targets.argmax(1), or floats for probabilities"
-        raise TargetError(f"{name}: targets of shape {tuple(targets.shape)}; class numbers are [N]{hint}")
-    targets = targets.to(torch.int64)  # uint64 beyond int64 turns negative and is refused below
-    low, high = int(targets.min()), int(targets.max())
+        targets, notes = targets[:, 0], ("targets of shape [N, 1] were read as [N]",)
+    targets = targets.to(torch.int64)  # uint64 beyond int64 turns negative and is refused
+    if targets.ndim > 1:
+        return targets, num_classes, notes
+    counted = targets[targets != reading.ignored]
+    if len(counted) == 0:
+        raise EmptyDataError(f"{name}: all targets are {reading.ignored}, the number of those that do not count")
+    low, high = int(counted.min()), int(counted.max())
     if low < 0 or high >= 1_000_000:
-        raise TargetError(f"{name}: class numbers span {low} to {high}; they count from 0")
+        hint = "; does -1 mark what does not count? say ignore_index=-1 (--ignore-index -1)" if low == -1 else ""
+        raise TargetError(f"{name}: class numbers span {low} to {high}; they count from 0{hint}")
     if num_classes is None:
         num_classes = high + 1
         notes = (*notes, f"{num_classes} classes, taken from the largest target")

@@ -9,7 +9,7 @@ from pathlib import Path
 from hessdiag.data.arrays import load_npz, load_safetensors
 from hessdiag.data.cifar import load_cifar
 from hessdiag.data.custom import load_custom
-from hessdiag.data.dataset import DataSet
+from hessdiag.data.dataset import DataSet, Reading
 from hessdiag.data.digits import load_digits
 from hessdiag.data.fetch import default_root
 from hessdiag.data.folder import load_folder
@@ -17,6 +17,7 @@ from hessdiag.data.named import Arrays, NamedDataSet
 from hessdiag.data.published import SOURCES
 from hessdiag.errors import ConfigurationError, DataError, UnknownNameError, nearest
 from hessdiag.problem.handing_back import memory_errors
+from hessdiag.problem.losses import IGNORE
 from hessdiag.store.factories import is_factory_name
 from hessdiag.store.files import nearest_file, shown
 
@@ -60,16 +61,20 @@ def load_named(
     root: str | os.PathLike[str] | None = None,
     inputs: Sequence[str] | None = None,
     targets: str | None = None,
+    loss: str = "cross_entropy",
+    ignore_index: int = IGNORE,
 ) -> DataSet | NamedDataSet:
     """As `load`, and files or code whose inputs are several arrays by name (input_ids, attention_mask, labels).
 
-    `inputs` and `targets` say which arrays of a file are which, where their names do not.
+    `inputs` and `targets` say which arrays of a file are which, where their names do not. `loss` and `ignore_index` are
+    those of the objective: integers are class numbers in cross-entropy, plain values in "bce", "mse" and "half_mse".
     """
     if split not in ("train", "test"):
         raise ConfigurationError(f"split {split!r}: it is 'train' or 'test'")
+    arrays = Arrays.of(inputs, targets, Reading.of(loss, ignore_index))
     folder = Path(root).expanduser() if root is not None else default_root()
     with memory_errors(f"a data set is held in memory whole, and {shown(name)} does not fit; name a smaller one"):
-        return _whole(name, split, seed, folder, Arrays.of(inputs, targets)).sample(samples, seed=seed)
+        return _whole(name, split, seed, folder, arrays).sample(samples, seed=seed)
 
 
 def _whole(name: str, split: str, seed: int, root: Path, arrays: Arrays) -> DataSet | NamedDataSet:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from hessdiag.data.dataset import (
+    CLASSES,
     DataSet,
+    Reading,
     check_batches,
     chosen,
     make,
@@ -35,17 +37,18 @@ MOST = 32
 
 @dataclass(frozen=True)
 class Arrays:
-    """Which arrays the user says are meant; None leaves it to their names."""
+    """Which arrays the user says are meant, None leaving it to their names, and how the loss reads the targets."""
 
     inputs: tuple[str, ...] | None = None
     targets: str | None = None
+    reading: Reading = CLASSES
 
     @classmethod
-    def of(cls, inputs: Sequence[str] | None, targets: str | None) -> Arrays:
+    def of(cls, inputs: Sequence[str] | None, targets: str | None, reading: Reading = CLASSES) -> Arrays:
         """From what was given to `load`."""
         if inputs is not None and (isinstance(inputs, str) or not inputs or len(set(inputs)) < len(inputs)):
             raise ConfigurationError(f"inputs={inputs!r}: the names of arrays, each once")
-        return cls(None if inputs is None else tuple(inputs), targets)
+        return cls(None if inputs is None else tuple(inputs), targets, reading)
 
     @property
     def given(self) -> bool:
@@ -148,15 +151,20 @@ class NamedBatches:
 
 
 def of_table(
-    table: Mapping[str, Tensor], which: tuple[tuple[str, ...], str], *, name: str, split: str
+    table: Mapping[str, Tensor],
+    which: tuple[tuple[str, ...], str],
+    *,
+    name: str,
+    split: str,
+    reading: Reading = CLASSES,
 ) -> DataSet | NamedDataSet:
     """The data set of these arrays: a plain one where the inputs are one array of floats or pixels."""
     inputs, targets = which
     count = class_count(table.get(COUNT), name)
     first = table[inputs[0]]
     if len(inputs) == 1 and (first.is_floating_point() or first.dtype == torch.uint8 or inputs[0] in _CONVENTIONAL):
-        return make(first, table[targets], name=name, split=split, num_classes=count)
-    found, classes, notes = make_targets(table[targets], count, name, sequences=True)
+        return make(first, table[targets], name=name, split=split, num_classes=count, reading=reading)
+    found, classes, notes = make_targets(table[targets], count, name, reading)
     named: dict[str, Tensor] = {}
     for key in inputs:
         named[key], more = _input(table[key], f"{name}: input {key!r}", len(found))

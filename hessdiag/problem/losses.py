@@ -79,6 +79,11 @@ class CrossEntropy(Loss):
         elif targets.dtype == torch.bool or targets.is_complex():
             raise TargetError(f"class targets must be integers, not {targets.dtype}")
         classes = outputs.shape[self._axis(outputs.shape, targets)]
+        if classes == 1:
+            raise TargetError(
+                f"outputs {list(outputs.shape)} have one class, whose cross-entropy is zero whatever the model; of one "
+                "logit say loss='bce' (--loss bce)"
+            )
         if self.class_weights is not None and len(self.class_weights) != classes:
             raise ConfigurationError(f"{len(self.class_weights)} class weights for {classes} outputs")
         if targets.is_floating_point():
@@ -186,7 +191,7 @@ class CrossEntropy(Loss):
         if targets.shape != wanted:
             raise TargetError(
                 f"class targets for outputs of shape {list(shape)} must have shape {list(wanted)}, "
-                f"not {list(targets.shape)}"
+                f"not {list(targets.shape)}{_many(targets) if targets.shape == shape else ''}"
             )
         return axis
 
@@ -378,9 +383,18 @@ def make_loss(
     raise UnknownNameError(f"unknown loss {loss!r}; {nearest(str(loss), list(LOSSES))}, or a callable per sample")
 
 
+def _many(targets: Tensor) -> str:
+    """What integers in the shape of the outputs can be."""
+    several = "several labels a sample: loss='bce' (--loss bce)"
+    if bool((targets.sum(1) == 1).all()) and int(targets.min()) == 0:
+        return f"; these look one-hot: give targets.argmax(1), or floats for probabilities; if they are {several}"
+    return f"; if they are {several}"
+
+
 def _same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
     if outputs.shape != targets.shape:
+        column = outputs.shape == (*targets.shape, 1)
         raise TargetError(
             f"{name} needs targets of the outputs' shape {list(outputs.shape)}, not {list(targets.shape)} "
-            "(broadcasting would silently compare every pair)"
+            f"(broadcasting would silently compare every pair){'; give targets[:, None]' if column else ''}"
         )

@@ -179,7 +179,7 @@ def test_ambiguous_channels_are_refused(tmp_path: Path) -> None:
             "class 3 among the targets of 3",
         ),
         ({"inputs": np.ones((2, 2)), "targets": [0, 1], "num_classes": [2, 2]}, DataError, "one positive integer"),
-        ({"inputs": np.ones((2, 2)), "targets": [[0, 1], [1, 0]]}, TargetError, "targets of shape"),
+        ({"inputs": np.ones((2, 2)), "targets": [[True], [False]]}, TargetError, "class numbers are integers"),
         ({"inputs": np.ones(2), "targets": [0, 1]}, DataError, r"no \[N, \.\.\.\]"),
         ({"inputs": np.array(["a", "b"]), "targets": [0, 1]}, DataError, "only plain numbers"),
         ({"inputs": np.array([{}, {}]), "targets": [0, 1]}, DataError, "never pickles"),
