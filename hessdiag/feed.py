@@ -1,19 +1,21 @@
 """Batches as the engine wants them, (inputs, targets) of tensors on one device, out of what people have.
 
-Arrays of numpy or torch, a map-style Dataset, and any re-iterable of batches, each a pair or a dictionary: what a
-DataLoader gives, or a tokenizer.
+Arrays of numpy or torch, as a pair or by name; a map-style Dataset, and whatever else holds samples row by row, as
+those of the library `datasets` do; and any re-iterable of batches, each a pair or a dictionary: what a DataLoader
+gives, or a tokenizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from hessdiag.errors import ConfigurationError, EmptyDataError, TargetError, nearest
 
@@ -31,10 +33,10 @@ def batches(
 ) -> Fed:
     """(inputs, targets), as often as asked for: `Objective` and `measure` take them.
 
-    `source`: a pair of arrays; a Dataset; or batches. `targets` is the key of the targets where batches are
-    dictionaries, the other entries then being the inputs, a single one as it is; by default "labels" and its like.
-    Floating-point tensors become `dtype`; integers stay what they are, so that class numbers and tokens keep their
-    meaning.
+    `source`: a pair of arrays, or a dictionary of them; a Dataset of torch or of the library `datasets`, or a list of
+    rows; or batches. `targets` is the key of the targets in dictionaries, the other entries then being the inputs, a
+    single one as it is; by default "labels" and its like. Floating-point tensors become `dtype`; integers stay what
+    they are, so that class numbers and tokens keep their meaning.
 
     >>> import numpy
     >>> fed = batches((numpy.zeros((5, 3)), numpy.arange(5)), batch_size=2)
@@ -55,39 +57,58 @@ class Fed:
         self.targets, self.batch_size, self.device, self.dtype = targets, batch_size, device, dtype
         if isinstance(source, Iterator):
             raise ConfigurationError("an iterator gives its batches once, and several passes are needed: list(...) it")
-        if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
-            source = DataLoader(source, batch_size=batch_size, shuffle=False)
+        if not holds_samples(source):
+            raise ConfigurationError(f"{type(source).__name__} holds no samples: give arrays, a Dataset or batches")
         self.source = source
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        if _is_pair_of_arrays(self.source):
-            inputs, targets = self.source
-            if len(inputs) != len(targets):
-                raise TargetError(f"{len(inputs)} inputs but {len(targets)} targets")
-            if len(inputs) == 0:
-                raise EmptyDataError("the arrays hold no samples")
-            for start in range(0, len(inputs), self.batch_size):
-                end = start + self.batch_size
-                yield self._tensors(inputs[start:end]), self._target(targets[start:end], start // self.batch_size)
+        whole = self._whole()
+        if whole is None:
+            for index, batch in enumerate(in_batches(self.source, self.batch_size, self.targets)):
+                inputs, targets = self._split(batch, f"batch {index}")
+                yield self._tensors(inputs), self._target(targets, index)
             return
-        for index, batch in enumerate(self.source):
-            inputs, targets = self._split(batch, index)
-            yield self._tensors(inputs), self._target(targets, index)
+        inputs, targets = whole
+        for name, value in inputs.items() if isinstance(inputs, dict) else [("", inputs)]:
+            told = f" {name!r}" if name else ""
+            if isinstance(value, list) and any(isinstance(part, list) for part in value):
+                raise ConfigurationError(f"the inputs{told} are lists of unequal lengths: pad or crop them to one")
+            if not isinstance(value, Sized) or len(value) != len(targets):
+                held = len(value) if isinstance(value, Sized) else type(value).__name__
+                raise TargetError(f"{held} inputs{told} but {len(targets)} targets")
+        if len(targets) == 0:
+            raise EmptyDataError("the arrays hold no samples")
+        for index, start in enumerate(range(0, len(targets), self.batch_size)):
+            here = slice(start, start + self.batch_size)
+            cut = {key: x[here] for key, x in inputs.items()} if isinstance(inputs, dict) else inputs[here]
+            yield self._tensors(cut), self._target(targets[here], index)
 
-    def _split(self, batch: Any, index: int) -> tuple[Any, Any]:
+    def _whole(self) -> tuple[Any, Any] | None:
+        """(inputs, targets) where the source is arrays with all samples."""
+        if isinstance(self.source, Mapping):
+            inputs, targets = self._split(self.source, "the dictionary")
+        elif isinstance(self.source, (tuple, list)) and len(self.source) == 2 and _is_array(self.source[1]):
+            inputs, targets = self.source
+        else:
+            return None
+        if isinstance(inputs, Mapping):
+            return {key: _array(value) for key, value in inputs.items()}, _array(targets)
+        return _array(inputs), _array(targets)
+
+    def _split(self, batch: Any, where: str) -> tuple[Any, Any]:
         if isinstance(batch, Mapping):
             keys = [str(key) for key in batch]
-            found = self.targets or next((name for name in NAMES if name in batch), None)
+            found = self.targets or _target_key(batch)
             if found is None or found not in batch:
                 hint = nearest(found, keys) if found else f"it holds {', '.join(keys)}: say targets=..."
-                raise ConfigurationError(f"batch {index} has no entry of targets; {hint}")
+                raise ConfigurationError(f"{where} has no entry of targets; {hint}")
             rest = {key: value for key, value in batch.items() if key != found}
             return (next(iter(rest.values())) if len(rest) == 1 else rest), batch[found]
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
             return batch[0], batch[1]
         count = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise ConfigurationError(
-            f"batch {index} is neither a pair nor a dictionary but a {type(batch).__name__}{count}: give pairs, e.g. "
+            f"{where} is neither a pair nor a dictionary but a {type(batch).__name__}{count}: give pairs, e.g. "
             "[(x, y) for x, y, *_ in loader], or dictionaries, whose entries have names"
         )
 
@@ -108,6 +129,70 @@ class Fed:
         return found.long() if found.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32) else found
 
 
-def _is_pair_of_arrays(source: Any) -> bool:
-    pair = isinstance(source, (tuple, list)) and len(source) == 2
-    return pair and all(isinstance(part, (np.ndarray, Tensor)) for part in source)
+def holds_samples(source: Any) -> bool:
+    """Can it be gone through, or asked for its samples by number?"""
+    return isinstance(source, Iterable) or (hasattr(source, "__len__") and hasattr(source, "__getitem__"))
+
+
+def in_batches(source: Any, size: int, targets: str | None = None) -> Iterator[Any]:
+    """The batches that `source` gives, or its rows put together, `size` at a time.
+
+    Rows are what a Dataset has: map-style ones of torch, those of `datasets` (which have `column_names`), and all
+    whose first item has one number as its target. `targets` is the key of that in dictionaries.
+    """
+    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        yield from DataLoader(source, batch_size=size, shuffle=False, collate_fn=_together)  # type: ignore[arg-type]
+        return
+    items = iter(source) if isinstance(source, Iterable) else (source[number] for number in range(len(source)))
+    for first in items:
+        if hasattr(source, "column_names") or _is_row(first, targets):
+            every = chain([first], items)
+            while rows := list(islice(every, size)):
+                yield _together(rows)
+        else:
+            yield first
+
+
+def _is_row(item: Any, targets: str | None) -> bool:
+    """Is it one sample, its target one number?"""
+    if isinstance(item, Mapping):
+        value = item.get(targets or _target_key(item))
+    else:
+        value = item[1] if isinstance(item, (tuple, list)) and len(item) == 2 else None
+    return isinstance(value, (bool, int, float, np.generic)) or (_is_array(value) and value.ndim == 0)
+
+
+def _target_key(item: Mapping[Any, Any]) -> str | None:
+    return next((name for name in NAMES if name in item), None)
+
+
+def _together(rows: list[Any]) -> Any:
+    """Rows as one batch, as a DataLoader has it; lists of numbers are arrays, not so many columns."""
+    try:
+        return default_collate([_listless(row) for row in rows])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"the samples cannot be stacked ({str(error).splitlines()[0]}): make them alike, by padding or cropping, "
+            "or give a DataLoader that does (collate_fn)"
+        ) from None
+
+
+def _listless(row: Any) -> Any:
+    if isinstance(row, Mapping):
+        return {key: _array(value) for key, value in row.items()}
+    return tuple(_listless(part) for part in row) if isinstance(row, tuple) else _array(row)
+
+
+def _array(value: Any) -> Any:
+    """Lists of numbers, and of such lists, as an array; what else there is as it is."""
+    if not isinstance(value, list) or any(isinstance(part, (Tensor, np.ndarray)) for part in value):
+        return value
+    try:
+        found = np.asarray(value)
+    except ValueError:  # of unequal lengths
+        return value
+    return found if found.dtype.kind in "biuf" else value
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, Tensor))

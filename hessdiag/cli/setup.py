@@ -53,6 +53,8 @@ from hessdiag.problem.perturbation import PGDSpec, keyed_pgd
 from hessdiag.store.files import nearest_file
 
 LOWER = "lower --batch-size"
+CHANNELS = (1, 3, 4)
+"""How many an image has."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,11 @@ def instead(error: Exception, data: DataSet | NamedDataSet) -> str:
         return "its arguments have other names: --inputs chooses arrays, --forward positions calls by place"
     if isinstance(error, TypeError) and "argument" in str(error):
         return "it takes several inputs: store them by name (npz), or say --forward package.module:function"
+    shape = [] if isinstance(data, NamedDataSet) else list(data.inputs.shape)
+    if len(shape) == 4 and shape[3] in CHANNELS and shape[1] not in CHANNELS:
+        return "channels last? images are [N, C, H, W]: store inputs.transpose(0, 3, 1, 2)"
+    if len(shape) == 3:
+        return "images without channels? they are [N, C, H, W]: store inputs[:, None]"
     return "choose other --data, or the --network that fits"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,12 @@ from torch import Tensor
 from hessdiag.data.dataset import DataSet
 from hessdiag.data.named import PAIRS, Arrays, NamedDataSet, of_table
 from hessdiag.errors import DataError, EmptyDataError, HessdiagError
+from hessdiag.feed import holds_samples, in_batches
 from hessdiag.store.factories import import_object
 
 MAX_SAMPLES = 5_000_000
+ROWS = 256
+"""Samples that are put together at once."""
 PLAIN = ((PAIRS[0][0],), PAIRS[0][1])
 
 
@@ -23,7 +26,7 @@ def load_custom(text: str, *, split: str, seed: int, arrays: Arrays) -> DataSet 
     """Call the factory, with `split` and `seed` if it has such parameters, and take what it returns.
 
     A DataSet; a pair (inputs, targets) of tensors or arrays, or an iterable of such pairs; a dictionary of arrays, or
-    an iterable of such dictionaries, in which `arrays` says what is what.
+    an iterable of such dictionaries, in which `arrays` says what is what; a Dataset of torch, or rows of either kind.
     """
     factory = import_object(text)
     if not callable(factory):
@@ -53,11 +56,11 @@ def _table(made: Any, text: str, arrays: Arrays) -> tuple[dict[str, Tensor], tup
         return table, arrays.choose(table, text)
     if isinstance(made, (tuple, list)) and len(made) == 2 and all(isinstance(x, (Tensor, np.ndarray)) for x in made):
         return {"inputs": _tensor(made[0]), "targets": _tensor(made[1])}, PLAIN
-    if not isinstance(made, Iterable):
+    if not holds_samples(made):
         raise DataError(f"{text} returned {type(made).__name__}, not (inputs, targets), a DataSet or batches")
     parts: dict[str, list[Tensor]] = {}
     total, named = 0, False
-    for batch in made:
+    for batch in in_batches(made, ROWS, arrays.targets):
         if isinstance(batch, Mapping):
             pieces, named = {str(key): _tensor(value) for key, value in batch.items()}, True
         elif isinstance(batch, (tuple, list)) and len(batch) == 2 and not isinstance(batch[0], Mapping):

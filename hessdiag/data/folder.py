@@ -17,6 +17,7 @@ from hessdiag.store.files import BadFileError, read_bytes
 # Formats that Pillow decodes itself; no EPS, which starts Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp"}
+VALIDATION = ("val", "valid", "validation")
 MAX_PIXELS = 4096 * 4096
 MAX_BYTES = 8 * 2**30
 MAX_FILE = 64 * 2**20
@@ -24,12 +25,13 @@ MAX_FILE = 64 * 2**20
 
 def load_folder(path: Path, split: str, name: str) -> DataSet:
     """Images of equal size from PATH/CLASS/*, or PATH/SPLIT/CLASS/* where that exists; classes in order of
-    name.
+    name. For test, beside a folder train, val will do.
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder")
     try:
-        base, told = (path / split, split) if (path / split).is_dir() else (path, "all")
+        told = _split_of(path, split)
+        base = path / told if told else path
         classes = sorted(p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
         members = [(index, p) for index, label in enumerate(classes) for p in sorted((base / label).iterdir())]
     except OSError as error:
@@ -42,7 +44,12 @@ def load_folder(path: Path, split: str, name: str) -> DataSet:
         notes = (*notes, f"{len(members) - len(images)} entries without an image suffix were left out")
     empty = set(range(len(classes))) - {index for index, _ in images}
     if empty:
-        raise DataError(f"{base}: class folder {classes[min(empty)]!r} holds no images")
+        label = classes[min(empty)]
+        deeper = any(p.is_dir() for index, p in members if index == min(empty))
+        hint = f"; its images lie deeper: is folder:{base / label} meant?" if deeper else ""
+        raise DataError(f"{base}: class folder {label!r} holds no images{hint}")
+    if told not in (None, split):
+        notes = (*notes, f"the folder {told} was taken for {split}")
     arrays: list[np.ndarray] = []
     total = 0
     for _, file in images:
@@ -58,7 +65,15 @@ def load_folder(path: Path, split: str, name: str) -> DataSet:
         notes = (*notes, "grey images among coloured ones were given three equal channels")
     targets = torch.tensor([index for index, _ in images])
     inputs = torch.from_numpy(np.stack(arrays))
-    return make(inputs, targets, name=name, split=told, num_classes=len(classes), notes=notes)
+    return make(inputs, targets, name=name, split=told or "all", num_classes=len(classes), notes=notes)
+
+
+def _split_of(path: Path, split: str) -> str | None:
+    """The subfolder of that split; beside a folder train, one for validation will do as test."""
+    if (path / split).is_dir():
+        return split
+    others = VALIDATION if split == "test" and (path / "train").is_dir() else ()
+    return next((name for name in others if (path / name).is_dir()), None)
 
 
 def _read(file: Path) -> np.ndarray:

@@ -24,6 +24,8 @@ from hessdiag.store.files import nearest_file, shown
 NAMES = ("digits", *SOURCES)
 NAMED = ("npz", "safetensors")
 SCHEMES = (*NAMED, "folder")
+TABLES = ("csv", "tsv", "txt", "json", "jsonl", "parquet", "arrow", "h5", "hdf5", "mat", "xlsx", "pkl", "pickle")
+"""What tables are called that others read."""
 
 
 def load(
@@ -98,6 +100,13 @@ def _whole(name: str, split: str, seed: int, root: Path, arrays: Arrays) -> Data
         if scheme == "folder":
             return load_folder(path, split, name)
         return load_npz(path, name, arrays) if scheme == "npz" else load_safetensors(path, name, arrays)
+    table = rest if colon and (scheme in TABLES or Path(rest).suffix.lower()[1:] in TABLES) else name
+    if Path(table).suffix.lower()[1:] in TABLES:
+        made = f"{shown(Path(table).stem)[1:-1]}.npz"
+        raise UnknownNameError(
+            f"no data set {name!r}: such tables are not read; numpy.savez('{made}', inputs=..., targets=...) of its "
+            f"columns makes npz:{made}, which is"
+        )
     if is_factory_name(name):
         return load_custom(name, split=split, seed=seed, arrays=arrays)
     path = Path(name).expanduser()

@@ -512,7 +512,7 @@ def _largest(values: Tensor) -> float:
 def _iterate(batches: Batches) -> Iterator[Any]:
     if isinstance(batches, Iterator):
         raise ConfigurationError("batches is an iterator, which gives its data only once; pass a list or a DataLoader")
-    if isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(x, Tensor) for x in batches):
+    if isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[1], Tensor):
         yield batches
         return
     try:

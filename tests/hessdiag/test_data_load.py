@@ -298,6 +298,21 @@ def test_folder_with_splits_and_grey_images(tmp_path: Path) -> None:
     assert any("three equal channels" in note for note in test.notes)
 
 
+def test_a_folder_for_validation_is_a_test(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "a" / "0.png", pixels(4, 4))
+    with pytest.raises(DataError, match=r"'train' holds no images; .* is folder:.*/train meant\?"):
+        load(f"folder:{tmp_path}")
+    picture(tmp_path / "val" / "a" / "0.png", pixels(5, 5))
+    found = load(f"folder:{tmp_path}")
+    assert (found.split, tuple(found.inputs.shape)) == ("val", (1, 1, 5, 5))
+    assert "the folder val was taken for test" in found.notes
+    picture(tmp_path / "test" / "a" / "0.png", pixels(6, 6))
+    assert load(f"folder:{tmp_path}").split == "test"
+    (tmp_path / "classes").mkdir()
+    picture(tmp_path / "classes" / "val" / "0.png", pixels(4, 4))  # a class of that name
+    assert load(f"folder:{tmp_path / 'classes'}").split == "all"
+
+
 def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no class subfolders"):
         load(f"folder:{tmp_path}")
@@ -341,6 +356,12 @@ def wrong(): return 7
 def empty(): return []
 def broken(): raise KeyError("x")
 def odd(): return [torch.zeros(2)]
+def images(): return torch.arange(48.0).reshape(6, 1, 2, 4) / 48
+def torchs(): return torch.utils.data.TensorDataset(images(), torch.arange(6) % 3)
+def rows(): return [(x, int(y)) for x, y in torchs()]
+class Named(torch.utils.data.Dataset):
+    def __len__(self): return 6
+    def __getitem__(self, i): return {"image": images()[i], "label": i % 3}
 number = 3
 """
 
@@ -364,6 +385,15 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(kind, match=reason):
             load(f"their_data_a:{name}")
+
+
+@pytest.mark.parametrize("name", ["torchs", "rows", "Named"])
+def test_a_factory_may_return_what_a_dataset_holds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_data_b.py").write_text(THEIRS)
+    monkeypatch.chdir(tmp_path)
+    found = load(f"their_data_b:{name}")
+    assert torch.equal(found.inputs, torch.arange(48.0).reshape(6, 1, 2, 4) / 48)
+    assert found.targets.tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_a_pipe_in_a_folder_of_images_is_refused_without_waiting(tmp_path: Path) -> None:

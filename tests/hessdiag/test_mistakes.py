@@ -136,6 +136,8 @@ MISTAKES: list[tuple[str, int, str, str | None]] = [
     ("measure w.pt --model netz:make --data npz:d.npz", 2, "did you mean nets:make", W),
     ("measure w.pt --model nets:mak --data npz:d.npz", 2, "did you mean 'make'", W),
     ("measure w.pt --model nets:number --data npz:d.npz", 2, "neither a function nor a module", W),
+    ("measure w.pt --model nets:make --data d.csv", 2, "numpy.savez('d.npz', inputs=..., targets=...)", W),
+    ("measure w.pt --model nets:make --data csv:d.csv", 2, "makes npz:d.npz", W),
     ("measure w.pt --model nets:make --data npz:floats.npz", 3, "store int64", None),
     ("measure w.pt --model nets:make --data npz:onehot.npz", 3, "targets.argmax(1)", None),
     ("measure w.pt --model nets:make --data npz:from1.npz", 3, "do the classes count from 1? take 1 off", None),

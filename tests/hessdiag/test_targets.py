@@ -141,6 +141,13 @@ def test_the_message_names_the_loss_that_was_meant(
     assert words in told.stderr
 
 
+@pytest.mark.parametrize(("shape", "words"), [((5, 6, 1), "transpose(0, 3, 1, 2)"), ((5, 6), "store inputs[:, None]")])
+def test_images_of_another_order_are_told(folder: Path, shape: tuple[int, ...], words: str, tmp_path: Path) -> None:
+    told = _measured(folder, "pixels", _arrays(shape, (5, 6), 3, "int64"), home=tmp_path)
+    assert told.exit_code == 3
+    assert words in told.stderr
+
+
 def test_numbers_below_zero_ask_for_the_mark(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, inputs=np.ones((3, 2)), targets=[0, -1, 1])

@@ -145,6 +145,76 @@ def test_arrays_and_datasets_are_the_same_data(truth: float) -> None:
         assert hd.measure(hd.Objective(_core()), fed).rms == pytest.approx(truth, rel=1e-12)
 
 
+class Lines:
+    """Rows as the library `datasets` gives them: no torch Dataset, single ones by number, columns by slice."""
+
+    column_names = ("a", "b", "labels")
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return self.rows[place] if place < len(self.rows) else self.rows[-1]  # of which iteration alone has no end
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+class Numbered:
+    """Rows by number alone."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.rows[place % len(self.rows)]
+
+
+def test_rows_are_put_together(truth: float) -> None:
+    x, y = _data()
+    pairs = [(row, int(label)) for row, label in zip(x, y)]
+    for source in (pairs, [(row.tolist(), label) for row, label in pairs], list(TensorDataset(x, y)), Numbered(pairs)):
+        fed = feed.batches(source, batch_size=7, dtype=torch.float64)
+        assert [len(targets) for _, targets in fed] == [7, 7, 6]
+        assert hd.measure(hd.Objective(_core()), fed).rms == pytest.approx(truth, rel=1e-12)
+    named = [{"a": row * 0.25, "b": row * 0.75, "labels": label} for row, label in pairs]
+    plain = [{key: value.tolist() if isinstance(value, Tensor) else value for key, value in r.items()} for r in named]
+    columns = {key: [row[key] for row in plain] for key in plain[0]}
+    arrays = {key: np.asarray(value) for key, value in columns.items()}
+    objective = hd.Objective(_core(Keywords), output="logits", forward=lambda model, inputs: model(**inputs))
+    pair = ({key: value for key, value in arrays.items() if key != "labels"}, y.numpy())
+    for given in (Lines(named), Lines(plain), named, columns, arrays, pair):
+        fed = feed.batches(given, batch_size=7, dtype=torch.float64)
+        assert hd.measure(objective, fed).rms == pytest.approx(truth, rel=1e-12)
+    one = ({"a": x * 0.25, "b": x * 0.75}, y)
+    assert hd.measure(objective, one).rms == pytest.approx(truth, rel=1e-12)
+
+
+def test_a_target_for_each_place_of_a_row() -> None:
+    """Then `column_names` alone tells rows from batches."""
+    rows = [{"ids": [0, 1, 2], "labels": [1, 0, -100]} for _ in range(4)]
+    assert [tuple(y.shape) for _, y in feed.batches(Lines(rows), batch_size=3)] == [(3, 3), (1, 3)]
+    assert [tuple(y.shape) for _, y in feed.batches(rows, batch_size=3)] == [(3,)] * 4
+
+
+def test_rows_that_cannot_be_put_together() -> None:
+    ragged = [{"ids": [0, 1], "labels": 1}, {"ids": [0], "labels": 0}]
+    with pytest.raises(ConfigurationError, match=r"cannot be stacked .* padding .*collate_fn"):
+        list(feed.batches(ragged))
+    with pytest.raises(ConfigurationError, match="lists of unequal lengths"):
+        list(feed.batches({"ids": [[0, 1], [0]], "labels": [1, 0]}))
+    with pytest.raises(TargetError, match="3 inputs 'a' but 2 targets"):
+        list(feed.batches({"a": np.zeros((3, 1)), "b": np.zeros(2), "labels": np.zeros(2)}))
+    with pytest.raises(ConfigurationError, match="int holds no samples"):
+        feed.batches(3)
+
+
 def test_refusals_of_the_feed() -> None:
     x, y = _data()
     for source, error, words in (
