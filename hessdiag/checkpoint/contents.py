@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hessdiag.checkpoint import pretrained
 from hessdiag.checkpoint.document import FILE_BUDGET, open_document, parameter_count
 from hessdiag.checkpoint.guess import hint
 from hessdiag.checkpoint.layout import split_normalisation
@@ -68,7 +69,7 @@ def inspect_checkpoint(
         weights, constants = split_normalisation(document.weights["model"])
         if constants is not None:
             notes = (*notes, f"holds normalisation constants {constants[0]}, {constants[1]}")
-        notes = (*notes, f"does not name its network; {hint(weights)}")
+        notes = (*notes, f"does not name its network; {hint(weights)}{pretrained.advice(path)}")
     return CheckpointSummary(
         path=os.fsdecode(path),
         kind=document.kind,

@@ -86,8 +86,11 @@ def open_document(
     about = _understand(tree, key)
     weights: Mapping[str, Mapping[str, TensorFacts]] = about.pop("weights")
     left: list[str] = []
+    layout_of_ema = about.pop("layout_of_ema")
     if prefix is not None:
-        weights, left = _prefixed(weights, prefix)
+        weights, left, averaged = _prefixed(weights, prefix)
+        if averaged:
+            about["layout"] = layout_of_ema
     others, told = (*left, *about.pop("others")), tuple(notes)
     return Document(
         kind=kind, sha256=digest, size=size, pieces=tuple(pieces), weights=weights, others=others, notes=told, **about
@@ -108,7 +111,7 @@ def _understand(tree: Any, key: str | None) -> dict[str, Any]:
         if tree.get("ema_state_dict") is not None:
             places["ema"] = ("ema_state_dict",)
     elif key is not None:
-        places, layout = {"model": _path_of(tree, key)}, f"state dict under {shown(key)}"
+        places, layout = {"model": _path_of(tree, key)}, _under(key)
     else:
         places, layout = _public(tree)
     weights, odd = {}, []
@@ -131,6 +134,7 @@ def _understand(tree: Any, key: str | None) -> dict[str, Any]:
     others = [shown(name) + _left_name(tree[name]) for name in unread[:50]]
     return {
         "layout": layout,
+        "layout_of_ema": _under(places["ema"][-1]) if "ema" in places else "",
         "weights": weights,
         "epoch": epoch if type(epoch) is int else None,
         "others": (*(odd if places["model"] else ()), *others),
@@ -152,11 +156,19 @@ def _public(tree: dict[Any, Any]) -> tuple[Places, str]:
         return {"model": ()}, "bare state dict"
     if not found:
         held = ", ".join(shown(key) + _left_name(tree[key]) for key in list(tree)[:8]) or "nothing"
+        module = next((key for key in (*MODEL_KEYS, *EMA_KEYS) if isinstance(tree.get(key), Left)), None)
+        if module is not None:
+            more = f"{module!r} is an object of code, {_kind(tree[module])}: save model.state_dict() in its place"
+            raise BadFileError(f"no state dict of tensors in it (holds {held}; {more})")
         raise BadFileError(f"no state dict of tensors in it (holds {held}; {_where(tree)})")
     places: Places = {"model": (found[0],)}
     if averaged and averaged != found:
         places["ema"] = (averaged[0],)
-    return places, f"state dict under {found[0]!r}"
+    return places, _under(found[0])
+
+
+def _under(key: str) -> str:
+    return f"state dict under {shown(key)}"
 
 
 def _is_weights(value: Any) -> bool:
@@ -191,10 +203,13 @@ def _where(tree: dict[Any, Any]) -> str:
     """Which keys would name a state dict, the largest first."""
     found: list[tuple[int, str]] = []
     todo: list[tuple[str, Any, int]] = [("", tree, 0)]
+    optimizers: list[str] = []
     while todo and len(found) < 1000:
         path, value, depth = todo.pop()
         parts: list[tuple[Any, Any]] = []
-        if isinstance(value, dict):
+        if isinstance(value, dict) and {"state", "param_groups"} <= set(value):
+            optimizers.append(path or "the whole")
+        elif isinstance(value, dict):
             parts = list(value.items())
             count = sum(isinstance(entry, TensorFacts) for entry in value.values())
             if count and path:
@@ -208,6 +223,8 @@ def _where(tree: dict[Any, Any]) -> str:
             ]
     if not found and any(isinstance(value, TensorFacts) for value in tree.values()):
         return "it is a bare state dict: leave key out (--key)"
+    if not found and optimizers:
+        return f"{_bare(optimizers[0])} is the state of an optimizer: the weights must be in another file"
     if not found:
         return f"weights are sought under {', '.join(MODEL_KEYS)}"
     found.sort(key=lambda pair: (-pair[0], pair[1]))
@@ -242,8 +259,10 @@ def _weights(tree: dict[str, Any], place: tuple[Any, ...], *, strict: bool) -> t
 
 def _prefixed(
     weights: Mapping[str, Mapping[str, TensorFacts]], prefix: str
-) -> tuple[dict[str, dict[str, TensorFacts]], list[str]]:
-    """Of each table the names that begin with these whole parts, without them; and what that leaves out."""
+) -> tuple[dict[str, dict[str, TensorFacts]], list[str], bool]:
+    """Of each table the names that begin with these whole parts, without them; what that leaves out; and whether the
+    averaged weights alone have such names, which are then the only weights there are.
+    """
     prefix = prefix.rstrip(".") + "."
     chosen: dict[str, dict[str, TensorFacts]] = {}
     left: list[str] = []
@@ -252,9 +271,12 @@ def _prefixed(
         if mine:
             chosen[which] = mine
         left += [name for name in table if not name.startswith(prefix)]
-    if "model" not in chosen:
+    averaged = set(chosen) == {"ema"}
+    if averaged:
+        chosen = {"model": chosen["ema"]}
+    if not chosen:
         counts: dict[str, int] = {}
-        for name in weights["model"]:
+        for name in (name for table in weights.values() for name in table):
             first, dot, _ = name.partition(".")
             counts[first + dot] = counts.get(first + dot, 0) + 1
         common = sorted(counts, key=lambda part: -counts[part])[:8]
@@ -262,9 +284,9 @@ def _prefixed(
             f"no tensor's name begins with {shown(prefix)}; {nearest(prefix, [_bare(c) for c in common])}"
         )
     if not left:
-        return chosen, []
+        return chosen, [], averaged
     told = ", ".join(_bare(name) for name in left[:3]) + (", ..." if len(left) > 3 else "")
-    return chosen, [f"{len(left)} tensor{'s' * (len(left) > 1)} outside {shown(prefix)} ({told})"]
+    return chosen, [f"{len(left)} tensor{'s' * (len(left) > 1)} outside {shown(prefix)} ({told})"], averaged
 
 
 def _bare(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hessdiag.checkpoint.build import Normalize, facts_of
-from hessdiag.checkpoint.layout import class_counts, stripped, translate
+from hessdiag.checkpoint.layout import class_counts, stripped, torchvision_resnet, translate
 from hessdiag.errors import CheckpointError
 from hessdiag.store.files import shown
 from hessdiag.store.tensorfiles import TensorFacts
@@ -88,6 +88,9 @@ def hint(weights: Mapping[str, TensorFacts]) -> str:
     found = fitting(names)
     if found:
         return f"its tensors are those of {' or '.join(found)}"
+    of_torchvision = torchvision_resnet(names)
+    if of_torchvision is not None:
+        return of_torchvision
     if any(name.startswith("layer.0.block.0.batchnorm_0.") for name in names):
         return f"it looks like DeepMind's WideResNet, whose padding differs from wrn28_10: {OWN}"
     return f"registered: {', '.join(networks.NETWORKS)}; for any other {OWN}"

@@ -60,7 +60,15 @@ def translate(
     """
     notes: list[str] = []
     names = {name: name for name in source}  # name as translated so far -> name in the file
-    for step in (_strip, _drop_dead_blocks, _keep_base_norms, _rename_classifier, _rename_gains):
+    for step in (
+        _strip,
+        _put_inside,
+        _drop_dead_blocks,
+        _keep_base_norms,
+        _rename_shortcuts,
+        _rename_classifier,
+        _rename_gains,
+    ):
         names = step(names, target, notes)
     result: dict[str, str | None] = {name: names[name] for name in target if name in names}
     counters = [name for name in target if name not in names and name.endswith("num_batches_tracked")]
@@ -146,6 +154,23 @@ def _wrapper(names: Names, target: Mapping[str, TensorFacts]) -> str | None:
     return fits[0][1] if fits else None
 
 
+def _put_inside(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) -> Names:
+    """The weights of a part that is all the network has: one prefix before every name makes them the network's."""
+    wanted = [name for name in target if not name.endswith("num_batches_tracked")]
+    for prefix in _prefixes(wanted[0]) if wanted else []:
+        rest = {name.removeprefix(prefix) for name in wanted}
+        if all(name.startswith(prefix) for name in wanted) and rest <= set(names) and not set(names) & set(target):
+            notes.append(f"names put under {prefix}, which all of the network's have")
+            return _renamed(names, lambda name: prefix + name)  # noqa: B023 (used before the next turn)
+    return names
+
+
+def _prefixes(name: str) -> list[str]:
+    """a., a.b. of a.b.c."""
+    parts = name.split(".")
+    return [".".join(parts[:k]) + "." for k in range(1, len(parts))]
+
+
 def _drop_dead_blocks(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) -> Names:
     """TRADES' WideResNet builds `sub_block1` and never calls it."""
     dead = [name for name in names if name.startswith("sub_block1.") and name not in target]
@@ -165,6 +190,16 @@ def _keep_base_norms(names: Names, target: Mapping[str, TensorFacts], notes: lis
     moved = {name: new for name, new in moved.items() if name not in target and new in target}
     if moved:
         notes.append("shortcut_bn.0 read as shortcut.1")
+        names = _renamed(names, lambda name: moved.get(name, name))
+    return names
+
+
+def _rename_shortcuts(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) -> Names:
+    """A residual net of torchvision calls its shortcuts downsample; its stem differs, unless it was made for CIFAR."""
+    moved = {name: name.replace(".downsample.", ".shortcut.") for name in names if ".downsample." in name}
+    moved = {name: new for name, new in moved.items() if name not in target and new in target}
+    if moved:
+        notes.append("downsample read as shortcut; no tensor tells a max-pooling behind the stem: none is made")
         names = _renamed(names, lambda name: moved.get(name, name))
     return names
 
@@ -227,6 +262,10 @@ def _next_step(
     if whole:
         told = " or ".join(f"--prefix {shown(prefix)[1:-1]}" for prefix in whole[:3])
         return f"; all of them lie under a prefix: say prefix= ({told})"
+    for prefix in _prefixes(missing[0]):
+        if unexpected and all(prefix + name in target for name in unexpected):
+            part = shown(prefix)[1:-2]
+            return f"; they are those of its part {part} alone: let factory (--model) return that"
     if len(missing) == len(target) and unexpected:
         return "; is it the checkpoint of another network?"
     return ""
@@ -248,11 +287,31 @@ def _check_shapes(found: Mapping[str, TensorFacts], target: Mapping[str, TensorF
     last = {name for name in wrong if name.rpartition(".")[0] == last_layer(target)}
     if None not in classes and classes[0] != classes[1] and last == set(wrong):
         raise BadFileError(f"checkpoint has {classes[0]} classes, network built for {classes[1]}")
+    of_torchvision = torchvision_resnet(found) if "conv1.weight" in wrong else None
+    if of_torchvision is not None:
+        raise BadFileError(of_torchvision)
     name = wrong[0]
     more = f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
     raise BadFileError(
         f"tensor {shown(name)} has shape {found[name].shape}, the network wants {target[name].shape}{more}"
     )
+
+
+def torchvision_resnet(weights: Mapping[str, TensorFacts]) -> str | None:
+    """What to do with the tensors of a residual net of torchvision: its stem of 7x7 is in no registered network."""
+    stem, second, last = weights.get("conv1.weight"), weights.get("layer1.0.conv2.weight"), last_layer(weights)
+    if stem is None or second is None or last is None or "layer4.0.conv1.weight" not in weights:
+        return None
+    if stem.shape[2:] != (7, 7) or second.shape != (64, 64, 3, 3):  # wider ones have other names
+        return None
+    blocks = {tuple(name.split(".")[:2]) for name in weights if name.startswith("layer")}
+    depth = 2 + (3 if "layer1.0.conv3.weight" in weights else 2) * len(blocks)
+    made = f"torchvision.models.resnet{depth}"
+    classes = weights[f"{last}.weight"].shape[0]
+    how = f"--model torchvision.models:resnet{depth}"
+    if classes != 1000:
+        how = f"--model mycode:make, where make() returns {made}(num_classes={classes})"
+    return f"its stem of 7x7 is that of {made}: {how}"
 
 
 def last_layer(weights: Mapping[str, TensorFacts]) -> str | None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hessdiag.checkpoint.layout import some
 from hessdiag.errors import CheckpointError, ConfigurationError, ran_out
-from hessdiag.store.files import BadFileError, parse_json, read_bytes, shown, size_text
+from hessdiag.store.files import BadFileError, PathLike, parse_json, path_text, read_bytes, shown, size_text
 
 SCHEME = "hf:"
 CONFIG = "config.json"
@@ -65,6 +65,13 @@ def folder_of(text: str) -> Path:
             "brings it there"
         )
     return found
+
+
+def advice(path: PathLike) -> str:
+    """What a folder with such a config.json is to be called by; nothing of any other."""
+    if not os.path.isfile(os.path.join(path, CONFIG)):
+        return ""
+    return f"; with its {CONFIG} it is a folder of transformers: --model {SCHEME}{path_text(path)}"
 
 
 def network(text: str, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:

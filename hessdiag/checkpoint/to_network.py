@@ -87,7 +87,8 @@ def load_checkpoint(
     except BadFileError as reason:
         raise CheckpointError(f"{path_text(path)}: {reason}") from None
     except CheckpointError as error:
-        raise CheckpointError(f"{path_text(path)}: {error}") from None
+        more = pretrained.advice(path) if factory is None and network is None else ""
+        raise CheckpointError(f"{path_text(path)}: {error}{more}") from None
     except NonFiniteError as error:
         raise NonFiniteError(f"{path_text(path)}: {error}") from None
     except MemoryError:

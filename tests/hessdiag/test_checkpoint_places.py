@@ -208,6 +208,65 @@ def test_a_prefix_of_ones_own(state: dict[str, Tensor], tmp_path: Path) -> None:
     )
 
 
+def test_a_prefix_of_the_averaged_weights_alone(state: dict[str, Tensor], tmp_path: Path) -> None:
+    """Beside plain weights, as ema-pytorch stores its two copies: what the message proposes is what is loaded."""
+    online, average = ({name: tensor + k for name, tensor in state.items()} for k in (1, 2))
+    held = {**under("online_model.", online), **under("ema_model.", average), "step": torch.tensor(5)}
+    path = written(tmp_path / "a.pt", {"model": state, "ema": held})
+    with pytest.raises(CheckpointError, match=r"--prefix online_model\. or --prefix ema_model\."):
+        load_checkpoint(path, **MLP)
+    for prefix, meant in (("online_model.", online), ("ema_model.", average)):
+        found = load_checkpoint(path, prefix=prefix, **MLP)
+        assert same(found, meant)
+        assert found.notes[0] == "read as a state dict under 'ema'"
+        assert not any("which the file holds beside" in note for note in found.notes)
+    with pytest.raises(CheckpointError, match=r"did you mean 'ema_model\.'"):
+        load_checkpoint(path, prefix="ema_modl", **MLP)
+
+
+def test_weights_of_a_part(model: nn.Module, state: dict[str, Tensor], tmp_path: Path) -> None:
+    """A wrapper with no weights of its own takes its part's; one with more says which part they are of."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"backbone": networks.build("mlp", in_features=3, widths=(2,), num_classes=2)})
+
+    found = load_checkpoint(written(tmp_path / "a.pt", state), factory=Scaled)
+    assert same(found, under("inner.backbone.", state))
+    assert "names put under inner.backbone., which all of the network's have" in found.notes
+
+    class Longer(Scaled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 2)
+
+    with pytest.raises(CheckpointError, match=r"those of its part inner\.backbone alone: let factory \(--model\)"):
+        load_checkpoint(tmp_path / "a.pt", factory=Longer)
+
+
+def test_what_holds_no_weights_says_what_to_save(model: nn.Module, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.pt", {"model": nn.Linear(2, 2), "epoch": 3})
+    with pytest.raises(CheckpointError, match=r"'model' is an object of code, .*Linear: save model\.state_dict\(\)"):
+        load_checkpoint(path, **MLP)
+    optimizer = torch.optim.Adam(model.parameters())
+    sum(p.sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    path = written(tmp_path / "b.pt", {"training": {"optimizer": optimizer.state_dict()}, "epoch": 1})
+    with pytest.raises(CheckpointError, match=r"training\.optimizer is the state of an optimizer") as caught:
+        load_checkpoint(path, **MLP)
+    assert "--key" not in str(caught.value)
+
+
+def test_a_folder_of_transformers_says_how_to_call_it(state: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"--model hf:{tmp_path}"):
+        load_checkpoint(tmp_path)
+    assert any(f"--model hf:{tmp_path}" in note for note in inspect_checkpoint(tmp_path).notes)
+    assert same(load_checkpoint(tmp_path, **MLP), state)
+
+
 def test_a_key_says_where_the_state_dict_lies(state: dict[str, Tensor], tmp_path: Path) -> None:
     other = {name: tensor + 1 for name, tensor in state.items()}
     content = {"trainer": {"models": [state, other], "a.b": other}, "opt": {"state": {0: {"avg": torch.ones(1)}}}}

@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from hessdiag import networks
 from hessdiag.checkpoint import inspect_checkpoint, load_checkpoint
+from hessdiag.checkpoint.guess import hint
+from hessdiag.checkpoint.layout import translate
 from hessdiag.errors import CheckpointError, UnknownNameError
+from hessdiag.store.files import BadFileError
+from hessdiag.store.tensorfiles import TensorFacts
 
 State = dict[str, Tensor]
 SMALL: dict[str, dict[str, Any]] = {
@@ -165,6 +169,47 @@ def test_classifier_called_otherwise(tmp_path: Path) -> None:
     loaded = load_checkpoint(write(tmp_path / "a.pt", state), network="resnet18", activation="relu")
     assert same(loaded.model, model)
     assert "fc read as linear" in loaded.notes
+
+
+def test_torchvisions_names_with_a_stem_for_small_images(tmp_path: Path) -> None:
+    model = source("resnet18")
+    state = {
+        name.replace("linear.", "fc.").replace("shortcut.", "downsample."): value
+        for name, value in model.state_dict().items()
+    }
+    path = write(tmp_path / "a.pt", state)
+    loaded = load_checkpoint(path, network="resnet18", activation="relu")
+    assert same(loaded.model, model)
+    assert any("no tensor tells a max-pooling behind the stem" in note for note in loaded.notes)
+    assert any("its tensors are those of resnet18" in note for note in inspect_checkpoint(path).notes)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "bottleneck", "classes", "words"),
+    [
+        ((2, 2, 2, 2), False, 1000, "--model torchvision.models:resnet18"),
+        ((3, 4, 6, 3), False, 7, "make() returns torchvision.models.resnet34(num_classes=7)"),
+        ((3, 4, 23, 3), True, 1000, "--model torchvision.models:resnet101"),
+    ],
+)
+def test_torchvisions_own_nets_are_named(blocks: tuple[int, ...], bottleneck: bool, classes: int, words: str) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)}
+    for stage, count in enumerate(blocks):
+        for block in range(count):
+            for conv in range(3 if bottleneck else 2):
+                side = 1 if bottleneck and conv != 1 else 3
+                width = 64 * 2**stage
+                shapes[f"layer{stage + 1}.{block}.conv{conv + 1}.weight"] = (width, width, side, side)
+    shapes["fc.weight"] = (classes, 512)
+    weights = {name: TensorFacts(shape, torch.float32) for name, shape in shapes.items()}
+    assert hint(weights).endswith(words)
+    wider = weights | {"layer1.0.conv2.weight": TensorFacts((128, 128, 3, 3), torch.float32)}
+    assert "torchvision" not in hint(wider)
+    target = weights | {"conv1.weight": TensorFacts((64, 3, 3, 3), torch.float32)}
+    with pytest.raises(BadFileError, match="its stem of 7x7"):
+        translate(weights, target)
+    with pytest.raises(BadFileError, match=r"shape \(64, 3, 3, 3\), the network wants \(64, 3, 7, 7\)"):
+        translate(target, weights)
 
 
 def test_counters_absent_as_in_old_torch(tmp_path: Path) -> None:
