@@ -87,7 +87,7 @@ class Fed:
         """(inputs, targets) where the source is arrays with all samples."""
         if isinstance(self.source, Mapping):
             inputs, targets = self._split(self.source, "the dictionary")
-        elif isinstance(self.source, (tuple, list)) and len(self.source) == 2 and _is_array(self.source[1]):
+        elif _is_pair(self.source):
             inputs, targets = self.source
         else:
             return None
@@ -141,7 +141,7 @@ def in_batches(source: Any, size: int, targets: str | None = None) -> Iterator[A
     whose first item has one number as its target. `targets` is the key of that in dictionaries.
     """
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
-        yield from DataLoader(source, batch_size=size, shuffle=False, collate_fn=_together)  # type: ignore[arg-type]
+        yield from DataLoader(source, batch_size=size, shuffle=False, collate_fn=_together)
         return
     items = iter(source) if isinstance(source, Iterable) else (source[number] for number in range(len(source)))
     for first in items:
@@ -159,7 +159,9 @@ def _is_row(item: Any, targets: str | None) -> bool:
         value = item.get(targets or _target_key(item))
     else:
         value = item[1] if isinstance(item, (tuple, list)) and len(item) == 2 else None
-    return isinstance(value, (bool, int, float, np.generic)) or (_is_array(value) and value.ndim == 0)
+    if isinstance(value, (np.ndarray, Tensor)):
+        return value.ndim == 0
+    return isinstance(value, (bool, int, float, np.generic))
 
 
 def _target_key(item: Mapping[Any, Any]) -> str | None:
@@ -194,5 +196,7 @@ def _array(value: Any) -> Any:
     return found if found.dtype.kind in "biuf" else value
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (np.ndarray, Tensor))
+def _is_pair(source: Any) -> bool:
+    """All inputs and the array of all targets; of two batches the second is a pair or a dictionary."""
+    pair = isinstance(source, (tuple, list)) and len(source) == 2
+    return pair and isinstance(source[1], (np.ndarray, Tensor))
