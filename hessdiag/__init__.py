@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hessdiag.measuring.entry import diagonal, measure
     from hessdiag.methods import Method, Plan, Work, register_method
     from hessdiag.problem.objective import Objective
+    from hessdiag.show.stored import read_result
 
 __all__ = [
     "Diagonal",
@@ -39,6 +40,7 @@ __all__ = [
     "load_checkpoint",
     "measure",
     "networks",
+    "read_result",
     "register_activation",
     "register_layer",
     "register_method",
@@ -57,6 +59,7 @@ _HOMES = {
     "diagonal": "measuring.entry",
     "load_checkpoint": "checkpoint",
     "measure": "measuring.entry",
+    "read_result": "show.stored",
     "register_activation": "activations",
     "register_layer": "graph",
     "register_method": "methods",

@@ -54,7 +54,8 @@ def command(
         str | None,
         typer.Option(
             autocompletion=of(complete.NETWORKS),
-            help="Network of a bare state dict: resnet18, preact_resnet18, wrn28_10, small_resnet, mlp.",
+            help="Network of a bare state dict: resnet18, preact_resnet18, wrn28_10, small_resnet, mlp, as they are "
+            "built for CIFAR; that of ImageNet is --model torchvision.models:resnet18.",
             rich_help_panel=MODEL,
         ),
     ] = None,
@@ -213,7 +214,14 @@ def command(
         typer.Option(help="Stop when half the interval is this small, relative to the norm.", rich_help_panel=HOW),
     ] = 0.05,
     confidence: Annotated[float, typer.Option(help="Of every interval.", rich_help_panel=HOW)] = 0.95,
-    min_replicates: Annotated[int, typer.Option(help="At least so many.", rich_help_panel=HOW)] = 10,
+    min_replicates: Annotated[
+        int,
+        typer.Option(
+            help="At least so many replicates: estimates of the diagonal, each by random signs of its own. What is "
+            "exact has none.",
+            rich_help_panel=HOW,
+        ),
+    ] = 10,
     max_replicates: Annotated[int, typer.Option(help="At most so many.", rich_help_panel=HOW)] = 1000,
     max_seconds: Annotated[
         float | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -164,6 +165,6 @@ def normalize_of(text: str | None) -> Normalize | None:
 
 def spec_of(text: str, seed: int) -> PGDSpec:
     """The perturbation, its noise keyed by --seed unless it names a seed itself."""
-    if ":" not in text:  # `pgd` alone: what it lacks is said of it as typed
-        return parse_pgd(text)
-    return parse_pgd(text if "seed=" in text else f"{text.rstrip(',')},seed={seed}")
+    spec = parse_pgd(text)
+    named = any(part.partition("=")[0].strip() == "seed" for part in text.partition(":")[2].split(","))
+    return spec if named else replace(spec, seed=seed)

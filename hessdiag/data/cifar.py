@@ -46,15 +46,14 @@ def load_cifar(source: Source, split: str, root: Path) -> DataSet:
             return _from_archive(source, split, layout, archive)
     if missing:
         raise DataError(f"{source.name} is not whole in {root}: {', '.join(missing)} is missing; put it there too")
-    raise DataError(f"{source.name} is not in {root}: {by_hand(source, root)}")
+    raise DataError(f"{source.name} is not in {root}: run `hessdiag data {source.name}`, or {by_hand(source)}")
 
 
-def by_hand(source: Source, root: Path) -> str:
-    """The sentence that says how to get a data set, with and without a network."""
+def by_hand(source: Source) -> str:
+    """The sentence that says how to get a data set without a network."""
     first = source.layouts[0]
     return (
-        f"run `hessdiag data {source.name}`, or put {first.archive} "
-        f"(md5 {first.md5}, {source.address}{first.archive}) "
+        f"put {first.archive} (md5 {first.md5}, {source.address}{first.archive}) "
         f"or its folder {first.folder} there by hand, or say where it is by $HESSDIAG_DATA"
     )
 

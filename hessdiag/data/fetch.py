@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
+from urllib.parse import urlsplit
 
 from hessdiag.data.cifar import by_hand, load_cifar, members
 from hessdiag.data.published import SOURCES, Source
@@ -60,6 +62,7 @@ def _download(source: Source, base: Path, progress: bool) -> None:
 
     layout = source.layouts[0]
     bar = _Bar(layout.archive) if progress else False
+    made = [folder for folder in (base, *base.parents) if not folder.exists()]
     logger = pooch.get_logger()
     level = logger.level
     logger.setLevel(logging.WARNING)  # its own notices would mix with the bar
@@ -72,10 +75,29 @@ def _download(source: Source, base: Path, progress: bool) -> None:
             downloader=pooch.HTTPDownloader(progressbar=bar, timeout=30),
         )
     except Exception as error:  # requests, urllib3, OSError, pooch's ValueError on a wrong hash
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise DataError(f"cannot fetch {source.name} ({reason}); {by_hand(source, base)}") from None
+        _clear(made)
+        reason = _reason(error, source)
+        raise DataError(f"cannot fetch {source.name} into {base} ({reason}); {by_hand(source)}") from None
     finally:
         logger.setLevel(level)
+
+
+def _reason(error: Exception, source: Source) -> str:
+    """Why, in a few words: requests tells of pools, retries and objects."""
+    from requests.exceptions import ConnectionError, Timeout
+
+    if isinstance(error, (ConnectionError, Timeout)):
+        return f"no connection to {urlsplit(source.address).netloc}"
+    return shorten(str(error), 160, placeholder=" ...") or type(error).__name__
+
+
+def _clear(folders: list[Path]) -> None:
+    """Take away folders that were made for a file which never came, the inner ones first."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # never made, or no longer empty
+            return
 
 
 class _Bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,7 +52,31 @@ class Diagonal:
             found.append(f"  {name} {list(tensor.shape)}: rms {_rms(tensor):.4g}{noise}")
         if len(self.total) > SHOWN:
             found.append(f"  and {len(self.total) - SHOWN} more")
-        return "\n".join([*found, "  more in   .total .gauss_newton .functional .standard_errors .save(path)"])
+        return "\n".join([*found, "  more in   .total .gauss_newton .functional .standard_errors .rows() .save(path)"])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dictionary of plain numbers for each parameter: `pandas.DataFrame(d.rows())` is a table.
+
+        `rms`, `trace`, `smallest` and `largest` of its entries as they stand; `noise` is the rms of their standard
+        errors, so that rms^2 - noise^2 is what is left without it; `gauss_newton` and `functional` are the rms of the
+        parts, NaN where they were not taken.
+        """
+        found: list[dict[str, Any]] = []
+        for name, tensor in self.total.items():
+            parts = {"gauss_newton": self.gauss_newton.get(name), "functional": self.functional.get(name)}
+            found.append(
+                {
+                    "parameter": name,
+                    "entries": tensor.numel(),
+                    "rms": _rms(tensor),
+                    "noise": _rms(self.standard_errors[name]) if name in self.standard_errors else math.nan,
+                    "trace": float(tensor.double().sum()),
+                    "smallest": float(tensor.min()),
+                    "largest": float(tensor.max()),
+                    **{key: math.nan if part is None else _rms(part) for key, part in parts.items()},
+                }
+            )
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file to `path`: keys `PART|name`, total, gauss_newton, functional, standard_error."""

@@ -42,4 +42,4 @@ def _found(source: Source, base: Path) -> str:
     for layout in source.layouts:
         if (base / layout.archive).is_file():
             return f"here: {plain(base / layout.archive)} (archive)"
-    return f"not here; {by_hand(source, base)}"
+    return f"not here; run `hessdiag data {source.name}`, or {by_hand(source)}"

@@ -298,7 +298,11 @@ def test_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
     assert fetch("cifar10", here, registry=registry, progress=False) == here / "cifar-10-batches-py"
     with pytest.raises(DataError, match=r"cannot fetch cifar10 .*by hand") as caught:
         fetch("cifar10", tmp_path / "third", registry=registry, progress=False)
-    assert "\n" not in str(caught.value)
+    told = str(caught.value)
+    assert "\n" not in told
+    assert f"(no connection to {address.split('/')[2]})" in told
+    assert "run `hessdiag data" not in told  # which is what was run
+    assert not (tmp_path / "third").exists()
 
 
 def test_fetch_refusals() -> None:

@@ -154,6 +154,7 @@ MISTAKES: list[tuple[str, int, str, str | None]] = [
     (f"{W} --inputs input", 3, "did you mean 'inputs'", f"{W} --inputs inputs"),
     ("measure digits-example --data digits --targets y", 2, "name arrays of npz: and safetensors: files", None),
     (f"{W} --attack pgd", 2, "write pgd:eps=8/255,steps=10", f"{W} --attack pgd:eps=8/255,steps=10"),
+    (f"{W} --attack pgd:eps=8/255", 2, "'pgd:eps=8/255' lacks steps", f"{W} --attack pgd:eps=8/255,steps=10"),
     (f"{W} --attack fgsm:eps=8/255", 2, "pgd:eps=8/255,steps=1", f"{W} --attack pgd:eps=8/255,steps=1"),
     (f"{W} --attack pgd:eps=8,steps=2", 2, "did you mean 8/255", f"{W} --attack pgd:eps=8/255,steps=2"),
     (f"{W.replace('d.npz', 'bytes.npz')} --attack pgd:eps=8/255,steps=2", 3, "divide bytes by 255", None),

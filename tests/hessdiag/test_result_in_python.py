@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import nn
 
 import hessdiag as hd
 from hessdiag.data import load
-from hessdiag.errors import ConfigurationError, UnknownNameError
+from hessdiag.errors import ConfigurationError, DataError, UnknownNameError
+from hessdiag.norm import ratio as norm_ratio
 from hessdiag.show import read_document
 
 
@@ -160,3 +163,55 @@ def test_repr_of_a_diagonal_tells_its_noise() -> None:
     assert "Diagonal of 60 entries: hutchinson, 4 samples, 16 replicates, estimate\n" in repr(drawn)
     assert repr(drawn).count("of which noise") == 8
     assert "  and 2 more\n" in repr(drawn)
+
+
+def test_a_result_is_read_back(exact: hd.Measurement, noisy: hd.Measurement, tmp_path: Path) -> None:
+    other = _measured(method="hutchinson", rtol=1e-6, max_replicates=12, seed=1)
+    for name, m in (("exact", exact), ("noisy", noisy), ("other", other)):
+        m.save_json(tmp_path / f"{name}.json")
+    found = hd.read_result(tmp_path / "noisy.json")
+    assert found.norm == noisy.norm.total
+    assert found.invariant == noisy.invariant
+    assert found.layers == {name: summary.total for name, summary in noisy.layers.items()}
+    assert found.groups == {name: summary.total for name, summary in noisy.groups.items()}
+    assert (found.rms, found.interval, found.confidence, found.status) == (
+        noisy.rms, noisy.interval, noisy.confidence, noisy.status,
+    )  # fmt: skip
+    assert found.content["provenance"]["seed"] == 0
+    assert f"{noisy.rms:.4g}" in repr(found)
+    assert "exact" in repr(hd.read_result(str(tmp_path / "exact.json")))
+    same, apart = found.ratio(noisy), hd.read_result(tmp_path / "other.json").ratio(found)
+    assert (same.value, same.low, same.high, same.paired) == (1.0, 1.0, 1.0, True)
+    assert apart == norm_ratio(other.norm.total, noisy.norm.total)
+    assert not apart.paired
+    wide = found.ratio(hd.read_result(tmp_path / "other.json"), confidence=0.99)
+    assert wide.high / wide.low > apart.high / apart.low
+    with pytest.raises(ConfigurationError, match="a ratio to a float"):
+        found.ratio(1.0)  # type: ignore[arg-type]
+    (tmp_path / "odd.json").write_text("{}")
+    with pytest.raises(DataError, match=r"odd\.json: is no measurement"):
+        hd.read_result(tmp_path / "odd.json")
+
+
+def test_rows_of_a_diagonal(noisy: hd.Measurement) -> None:
+    model = hd.networks.build("mlp", in_features=64, widths=(6, 5), activation="silu", seed=0).eval()
+    batches = load("digits", samples=24).batches(12)
+    rows = hd.diagonal(hd.Objective(model), batches).rows()
+    assert all(type(x) in (str, int, float) for row in rows for x in row.values())
+    exact = _measured()
+    assert [row["parameter"] for row in rows] == list(exact.layers)
+    assert [row["rms"] for row in rows] == pytest.approx([s.rms for s in exact.layers.values()], rel=1e-6)
+    assert sum(row["trace"] for row in rows) == pytest.approx(exact.trace.value, rel=1e-6)
+    for row, summary in zip(rows, exact.layers.values()):
+        assert summary.gauss_newton is not None
+        assert summary.functional is not None
+        assert row["gauss_newton"] == pytest.approx(summary.gauss_newton.rms, rel=1e-6)
+        assert row["functional"] == pytest.approx(summary.functional.rms, rel=1e-6, abs=1e-12)
+        assert row["noise"] == 0.0
+        assert row["smallest"] <= row["largest"]
+    assert noisy.diagonal is not None
+    noise = noisy.diagonal.rows()
+    assert all(row["noise"] > 0.0 for row in noise)
+    assert noise[0]["largest"] == float(next(iter(noisy.diagonal.total.values())).max())
+    bare = replace(noisy.diagonal, gauss_newton={}, functional={})
+    assert all(math.isnan(row["functional"]) for row in bare.rows())
