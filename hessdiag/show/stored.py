@@ -34,10 +34,11 @@ class StoredResult:
     def of(cls, content: Mapping[str, Any]) -> StoredResult:
         """From a document that was checked."""
         invariant = content.get("invariant")
-        tables = [{name: norm_of(row["total"]) for name, row in content[key].items()} for key in ("layers", "groups")]
-        return cls(
-            norm_of(content["norm"]["total"]), None if invariant is None else norm_of(invariant), *tables, content
+        layers, groups = (
+            {name: norm_of(summary["total"]) for name, summary in content[key].items()} for key in ("layers", "groups")
         )
+        whole = norm_of(content["norm"]["total"])
+        return cls(whole, None if invariant is None else norm_of(invariant), layers, groups, content)
 
     @property
     def rms(self) -> float:
