@@ -139,6 +139,8 @@ def measure(
         loop.work.forget()
         if loop.unsaved is not None:
             notes.append(loop.unsaved)
+        elif "interrupted" in status and loop.goes_on:
+            notes.append(loop.goes_on)
         taken = loop.diagonal if keep_diagonal else None
         course = replace(course, status=status, history=tuple(loop.history), diagonal=taken)
         return summarise(case, reports(loop, confidence), course)
