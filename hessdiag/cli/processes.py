@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ _asked_at = 0.0
 def joined(device: str, timeout: float) -> Iterator[World]:
     """The world that torchrun describes, or a single process; a lost process is an error, never a wait for ever."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield World.current()
+        with told_as_ctrl_c():
+            yield World.current()
         return
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
@@ -43,8 +45,11 @@ def joined(device: str, timeout: float) -> Iterator[World]:
         # Torchrun's SIGTERM must not end this process before its error is told, nor may leaving wait for the dead.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
+    except KeyboardInterrupt:  # all of them end now, and torchrun tells each to as soon as one has
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
     finally:
-        World.asked_to_stop = False
+        World.asked_to_stop = World.stops_together = False
     signal.signal(signal.SIGTERM, before[0])
     signal.signal(signal.SIGINT, before[1])
     dist.destroy_process_group()
@@ -58,8 +63,28 @@ def leave_lost(code: int) -> None:
         os._exit(code)
 
 
+@contextmanager
+def told_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM, which a queue sends some time before the end, is for one process what Ctrl-C is."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _as_ctrl_c)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _as_ctrl_c(_number: int, _frame: FrameType | None) -> None:
+    if callable(signal.getsignal(signal.SIGINT)):  # which may have to wait until sums agree
+        signal.raise_signal(signal.SIGINT)
+    else:  # in the background of a shell Ctrl-C is ignored
+        raise KeyboardInterrupt
+
+
 def _interrupted(_number: int, _frame: FrameType | None) -> None:
-    """Ctrl-C: all processes stop after the same round; a second one a while later stops this one at once."""
+    """Ctrl-C: all processes stop after the same batch; a second one a while later stops this one at once."""
     global _asked_at
     now = time.monotonic()
     if World.asked_to_stop and now - _asked_at > PATIENCE:
@@ -69,7 +94,13 @@ def _interrupted(_number: int, _frame: FrameType | None) -> None:
 
 
 def _told_to_stop(_number: int, _frame: FrameType | None) -> None:
-    """Torchrun ends the others when one process dies."""
+    """SIGTERM, of a queue through torchrun, or as torchrun ends the others when one process died.
+
+    Where there is something to lose it is Ctrl-C: if another one died, that is found out when the processes meet.
+    """
+    if World.stops_together:
+        World.asked_to_stop = True
+        return
     raise DistributedError(
         "told to stop, as happens when another process died; start the job again (with --resume it continues)"
     )

@@ -122,7 +122,7 @@ def measure(
         case.chosen = _everywhere(case, plan)
         check_budget(case, budget)
         found, notes = effective(case)
-        notes += told
+        notes += [*_left_out(objective), *told]
         if case.survey.shuffled:
             notes.append("the data come in another order in every pass")
         course = Course(target, checked, "", notes, begun, found)
@@ -139,6 +139,8 @@ def measure(
         loop.work.forget()
         if loop.unsaved is not None:
             notes.append(loop.unsaved)
+        elif "interrupted" in status and loop.goes_on:
+            notes.append(loop.goes_on)
         taken = loop.diagonal if keep_diagonal else None
         course = replace(course, status=status, history=tuple(loop.history), diagonal=taken)
         return summarise(case, reports(loop, confidence), course)
@@ -178,12 +180,12 @@ def diagonal(
         case.chosen = plan
         check_budget(case, budget)
         if per_sample:
-            return _per_sample(case, told)
+            return _per_sample(case, [*_left_out(objective), *told])
         loop = Loop(case, invariant=False, progress=callback)
         loop.run_known()
         while loop.streams and loop.done < replicates:
             loop.run_round(min(plan.at_once, replicates - loop.done))
-        found = loop.diagonal(provenance(case, target="data") | _told(told))
+        found = loop.diagonal(provenance(case, target="data") | _told([*_left_out(objective), *told]))
         squares = {name: float(t.flatten() @ t.flatten()) for name, t in found.total.items()}
         lost = underflown(objective, case.first, squares)
         if lost:
@@ -263,6 +265,13 @@ def _check_arguments(rtol: float, confidence: float, low: int, high: int, second
         raise ConfigurationError(f"max_seconds={seconds!r} must be positive")
     if target not in ("data", POPULATION):
         raise UnknownNameError(f"unknown target {target!r}; {nearest(target, ['data', POPULATION])}")
+
+
+def _left_out(objective: Objective) -> list[str]:
+    """A note of frozen parameters, where nobody chose."""
+    names = objective.frozen
+    some = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return [f"frozen parameters are left out (requires_grad=False): {some}"] if names else []
 
 
 def _told(notes: list[str]) -> dict[str, list[str]]:

@@ -11,10 +11,12 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from hessdiag.errors import NonFiniteError, ResumeError
 from hessdiag.kernels.tensors import accumulate, zeros
@@ -31,6 +33,8 @@ SAVE_EVERY = 2.0
 """Seconds between two writes of the resume file, at least: a write that takes long is made more rarely."""
 SAVE_SHARE = 20.0
 """Work is this much longer than the writes between which it is done."""
+MEET_EVERY = 0.5
+"""Seconds after which several processes meet within a pass, about: to save, and to stop together."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Loop(Sums):
         self.unsaved: str | None = None
         """Why the resume file is older than what was done, if it is."""
         self._pause = SAVE_EVERY
+        self._met, self._turns, self._stride = self.begun, 0, 1
         self._kept = resume is not None and resume.exists()
         if self._kept:
             self._restore()
@@ -110,6 +115,7 @@ class Loop(Sums):
                         )
             self.known_done, self._position = True, 0
         self.case.outputs = None  # whether somebody took them or not
+        self._stride = 1  # a batch of the rounds takes another time
         self.save()
 
     def run_round(self, count: int) -> None:
@@ -146,21 +152,60 @@ class Loop(Sums):
         self.work.forget()
 
     def save(self) -> None:
-        """Write the resume file now, if there is one and no batch is half counted."""
-        if not self._torn:
+        """Write the resume file now, if there is one and no batch is half counted.
+
+        Of several processes the first writes what all of them hold; within a pass they save when they meet.
+        """
+        if not self._torn and (self.world.size == 1 or not self._position):
             self._save()
+
+    def meet(self, late: bool = False) -> bool:
+        """Between two batches: save if it is time, and stop if any process was asked to (KeyboardInterrupt in all).
+
+        True everywhere if any process is `late`. Every process must call it at the same place.
+        """
+        if self.world.size == 1:
+            if World.asked_to_stop:
+                raise KeyboardInterrupt
+            return late
+        now, first = time.monotonic(), self.world.rank == 0
+        due = first and self._resume is not None and now - self._saved > self._pause
+        turn = (now - self._met) / max(self._turns, 1)  # the first process's clock is everybody's
+        stride = max(MEET_EVERY / max(turn, 1e-6), 1.0) if first else 0.0
+        wishes = [float(due), float(World.asked_to_stop), float(late), stride]
+        save, stop, late_anywhere, stride = self.world.sums(wishes, self.objective.device)
+        self._turns, self._stride = 0, int(stride)
+        if save or stop:
+            self._save_together()
+        self._met = time.monotonic()
+        if stop:
+            raise KeyboardInterrupt
+        return late_anywhere > 0
+
+    @property
+    def goes_on(self) -> str | None:
+        """What to say of work that was interrupted, if it was kept."""
+        if self._resume is None or self.unsaved is not None:
+            return None
+        return f"{self._resume} holds what was done: the same command goes on from there"
 
     # -- bookkeeping
 
     def _mine(self) -> Iterator[tuple[int, Numbered]]:
-        """Batches of this process that are not yet in the sums."""
-        few = self.survey.batches < self.world.size
+        """Batches of this process that are not yet in the sums; after each turn of all processes they may meet."""
+        size, count = self.world.size, self.survey.batches
+        each = size == 1 or (count < size and self.known_done)
         watched = watch(self.survey, numbered(self.objective, self.batches, align=self.plan.align))
         for position, batch in enumerate(watched):
             if position < self._position:
                 continue
-            if self.world.size == 1 or (few and self.known_done) or self.world.mine(position, self.survey.batches):
+            if each or self.world.mine(position, count):
                 yield position, batch
+            self._position = position + 1
+            if size > 1 and self._position < count and (each or self._position % size == 0):
+                self._turns += 1
+                if self._turns >= self._stride:
+                    self.meet()
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -173,11 +218,9 @@ class Loop(Sums):
         self._position = position
         if self.survey.batches > 1:
             self.work.spare(batch)
-        if World.asked_to_stop and not self.known_done:
-            raise KeyboardInterrupt
 
     def _save_in_time(self) -> None:
-        """Within a round; several processes save between rounds only, when their sums have met."""
+        """Within a pass of one process; several save when they meet."""
         if self.world.size == 1 and self._resume is not None and time.monotonic() - self._saved > self._pause:
             self._save()
 
@@ -192,13 +235,23 @@ class Loop(Sums):
         """Report the norm as it stands."""
         self._tell("norm", self.done, self.done, norm)
 
-    def _save(self) -> None:
-        several = self.world.size > 1
-        if self._resume is None or self.world.rank != 0 or (several and not self.known_done and self._position):
+    def _save_together(self) -> None:
+        """Within a pass, each process holds a share of what is under way: the first writes their sums."""
+        if self._resume is None:
             return
-        begun = time.monotonic()
-        # Of several processes, each holds a share of its own of what is under way: that is not saved.
-        place, tensors = self.place(partial=not several), self.tensors(partial=not several)
+        begun, met = time.monotonic(), {}
+        for name, share in self.shares():
+            self.world.sum_([total := share.clone()])
+            if self.world.rank == 0:
+                met[name] = total
+        self._save(met, begun=begun)
+
+    def _save(self, met: Mapping[str, Tensor] | None = None, *, begun: float | None = None) -> None:
+        if self._resume is None or self.world.rank != 0:
+            return
+        begun, alone = begun or time.monotonic(), self.world.size == 1
+        place = self.place(partial=alone or met is not None)
+        tensors = self.tensors(partial=alone) | dict(met or {})
         try:
             files.store(self._resume, identity=self._identity, progress=place, tensors=tensors)
             self.unsaved, self._kept = None, True

@@ -22,7 +22,9 @@ class World:
     """This process's place among `size` processes."""
 
     asked_to_stop: ClassVar[bool] = False
-    """Set by a signal handler where several processes must stop at the same round (Ctrl-C reaches each of them)."""
+    """Set by a signal handler where several processes must stop at the same batch, whichever of them is told to."""
+    stops_together: ClassVar[bool] = False
+    """Set where they look at it from now on, since there is something to lose."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -80,6 +82,12 @@ class World:
         value = torch.tensor([float(flag)], device=device)
         self.sum_([value])
         return bool(value.item() > 0)
+
+    def sums(self, values: list[float], device: torch.device) -> list[float]:
+        """A few numbers of all processes, added up, everywhere."""
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        self.sum_([total])
+        return [float(value) for value in total]
 
     def _lost(self, when: str) -> DistributedError:
         return DistributedError(

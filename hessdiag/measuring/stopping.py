@@ -9,7 +9,7 @@ from hessdiag.norm import enough
 
 def run(loop: Loop, rtol: float, confidence: float, low: int, high: int, seconds: float | None) -> str:
     """The loop to its end; returns the status."""
-    device = loop.objective.device
+    World.stops_together = loop.world.size > 1
     try:
         loop.run_known()
         check_at = _first_check(loop.done, low)
@@ -23,16 +23,16 @@ def run(loop: Loop, rtol: float, confidence: float, low: int, high: int, seconds
                 if loop.done >= high:
                     return f"{norm.status}; stopped at {loop.done} replicates before rtol={rtol:g} was reached"
                 check_at = _next_check(loop.done)
-            if loop.world.agree(World.asked_to_stop, device):
-                raise KeyboardInterrupt
-            late = seconds is not None and loop.seconds > seconds
-            if loop.world.agree(late, device) and loop.done >= 2:
+            late = loop.meet(seconds is not None and loop.seconds > seconds)
+            if late and loop.done >= 2:
                 found = loop.current(confidence).status
                 return f"{found}; stopped after {loop.seconds:.0f} s before rtol={rtol:g} was reached"
             loop.run_round(min(loop.plan.at_once, max(check_at - loop.done, 1), high - loop.done))
     except KeyboardInterrupt:
         loop.save()
         if loop.done < 2:
+            if loop.goes_on:
+                raise KeyboardInterrupt(f"interrupted before there was a result; {loop.goes_on}") from None
             raise
         loop.abandon_round()
         return f"{loop.current(confidence).status}; interrupted before rtol={rtol:g} was reached"

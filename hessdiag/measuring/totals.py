@@ -6,7 +6,7 @@ Random: one `Replicates` for each stream. The rest is where the loop stands.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import frexp
 from typing import Any
 
@@ -48,6 +48,7 @@ class Sums:
 
     def add_known(self, found: Mapping[str, Tensors], *, own: bool) -> None:
         """Count one batch: of the parts of `Method.known`, each in float64; `own` if its tensors may be changed."""
+        begun = bool(self.known)
         for part in self.method.known(self.plan):
             fresh = {name: t.detach().to(torch.float64) for name, t in found[part].items()}
             before = self.known.get(part)
@@ -57,7 +58,7 @@ class Sums:
                 accumulate(before, fresh)
             else:
                 self.known[part] = {name: t + fresh[name] for name, t in before.items()}
-        self._own = own or self._position > 0
+        self._own = own or begun
 
     def divide_known(self) -> None:
         """From sums to means over the data; by a power of two a product gives the same bits in less time."""
@@ -137,6 +138,16 @@ class Sums:
         for key, sums in self._partial.items() if partial else ():
             found |= {f"partial|{key}|{n}": t for n, t in sums.items()}
         return found
+
+    def shares(self) -> Iterator[tuple[str, Tensor]]:
+        """What is under way, of which each of several processes holds a share: the same names in the same order."""
+        for label in () if self.known_done else self.method.known(self.plan):
+            held = self.known.get(label)
+            for name, parameter in self.objective.parameters.items():
+                nothing = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
+                yield f"known|{label}|{name}", nothing if held is None else held[name]
+        for key, sums in self._partial.items():
+            yield from ((f"partial|{key}|{name}", tensor) for name, tensor in sums.items())
 
     def place(self, *, partial: bool) -> dict[str, Any]:
         """Where the loop stands, in plain values."""

@@ -46,7 +46,7 @@ class Objective:
     sample is the sequence and the mean is per token that counts; `shift=1` compares each token's output with the next
     token, outputs[:, :-1] with targets[:, 1:]. `class_axis` says where the classes are, 1 or -1, if shapes do not.
     `parameters` chooses some of the model's: names, a regular expression
-    matched against whole names, or a function of the name.
+    matched against whole names, or a function of the name; by default all that require a gradient.
     `l2` adds (l2/2)|theta|^2 over the chosen parameters: +l2 on every diagonal entry (counted with the
     Gauss-Newton part, being positive and free of sigma''). Off by default.
     `output` names what is meant of a model that returns more than a tensor: a key or attribute ("logits"), a place (0),
@@ -88,6 +88,9 @@ class Objective:
         )
         self.l2 = float(l2)
         self.parameters: dict[str, nn.Parameter] = choose(model, parameters)
+        everything = dict(model.named_parameters()) if parameters is None else {}
+        self.frozen = tuple(name for name in everything if name not in self.parameters)
+        """Parameters left out because they need no gradient, where nobody said which are meant."""
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
         self._check_parameters()

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import hessdiag as hd
 from hessdiag.cli.program import app
+from hessdiag.measuring.resume import restore
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process tables are read from /proc")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -156,6 +157,50 @@ def test_state_of_one_process_is_taken_up_by_two(checkpoint: Path, tmp_path: Pat
     _, err = group.communicate()
     assert many.exists(), err
     assert_same(json.loads(whole.read_text()), json.loads(many.read_text()))
+
+
+STOPPED = """
+import os, signal, sys
+import hessdiag.measuring.loop as loop
+loop.MEET_EVERY = 0.0
+honest, seen = loop.Loop._after_batch, []
+def told(self, batch, position):  # one process alone is told to stop, within a pass
+    honest(self, batch, position)
+    seen.append(self.known_done)
+    if os.environ["RANK"] == "1" and seen.count(os.environ["WHEN"] == "rounds") == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+loop.Loop._after_batch = told
+from hessdiag.cli import main
+sys.argv = ["hessdiag", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.slow
+def test_told_to_stop_within_a_pass_all_stop_there_and_what_was_done_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    """SIGTERM to one of two, twice over: in the exact part and among the first replicates; one process then ends it."""
+    state, whole, last = (tmp_path / name for name in ("r.st", "whole.json", "last.json"))
+    args = arguments(checkpoint, "--batch-size", "5", "--min-replicates", "11", "--max-replicates", "11")[2:]
+    alone = CliRunner().invoke(app, [*args, "--method", "propagation", "--json", str(whole)])
+    assert alone.exit_code in (0, 1), alone.output
+    content = json.loads(whole.read_text())
+    assert content["plan"]["parts"]
+    args += ["--plan", str(whole), "--resume", str(state)]
+    places = []
+    for when in ("known", "rounds"):
+        group = pair(["-c", STOPPED, *args], WHEN=when)
+        told = [process.communicate()[1] for process in group]
+        assert [process.returncode for process in group] == [130, 130], told
+        assert all(f"{state} holds what was done: the same command goes on from there" in text for text in told), told
+        places.append(restore(state, identity=None)[1])
+    assert not places[0]["known_done"]
+    assert places[0]["position"] in (4, 6)  # of 12 batches: after the second turn of both, or after the next
+    assert places[1]["known_done"]
+    assert places[1]["partial"]
+    assert places[1]["position"] in (4, 6)
+    end = CliRunner().invoke(app, [*args, "--json", str(last)])
+    assert end.exit_code in (0, 1), end.output
+    assert_same(content, json.loads(last.read_text()))
 
 
 def workers(parent: int) -> list[int]:

@@ -478,3 +478,18 @@ def test_effective_curvature_pairs_gain_and_activation() -> None:
     found = {e.layer: e for e in m.effective_curvature}
     assert found["bn1"].mean == pytest.approx(21.0)
     assert found["bn1"].max_curvature == 7.0
+
+
+def test_frozen_parameters_are_left_out_with_a_note_where_nobody_chose() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    batch = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1, 1])
+    model[0].requires_grad_(False)
+    note = "frozen parameters are left out (requires_grad=False): 0.weight, 0.bias"
+    found = hd.measure(hd.Objective(model), batch)
+    assert set(found.layers) == {"2.weight", "2.bias"}
+    assert note in found.notes
+    assert note in hd.diagonal(hd.Objective(model), batch).provenance["notes"]
+    chosen = hd.measure(hd.Objective(model, parameters=["2.weight"]), batch)
+    assert not any("left out" in note for note in chosen.notes)
+    model.requires_grad_(True)
+    assert not any("left out" in note for note in hd.measure(hd.Objective(model), batch).notes)

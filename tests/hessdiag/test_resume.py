@@ -22,7 +22,8 @@ import hessdiag as hd
 from hessdiag.cli.program import app
 from hessdiag.data import load
 from hessdiag.errors import ResumeError
-from hessdiag.measuring.loop import Event
+from hessdiag.measuring.loop import Event, Loop
+from hessdiag.measuring.resume import restore
 from hessdiag.methods import METHODS, Plan, Work
 from hessdiag.methods.batches import fingerprint
 
@@ -104,6 +105,36 @@ def test_ctrl_c_within_a_batch_does_not_count_it_twice(tmp_path: Path, monkeypat
     assert cut.replicates < COUNT
     monkeypatch.setattr(work, "replicate", honest)
     assert plain(measured(method="hutchinson", resume=path)) == whole
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sigterm_of_a_queue_is_what_ctrl_c_is(ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the exact pass: the file keeps what was done and the message says so; also where Ctrl-C is ignored."""
+    weights, state = tmp_path / "m.pt", tmp_path / "r.st"
+    hd.save_checkpoint(weights, setting()[0].model, data="digits")
+    args = ["measure", str(weights), "--samples", "40", "--batch-size", "9", "--method", "exact", "-q", "--no-spread"]
+    whole = CliRunner().invoke(app, args)
+    honest = Loop._save_in_time
+
+    def told(self: Loop) -> None:
+        honest(self)
+        if self._position == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_save_in_time", told)
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            found = CliRunner().invoke(app, [*args, "--resume", str(state)])
+        finally:
+            signal.signal(signal.SIGINT, before[1])
+    assert found.exit_code == 130, found.output
+    assert f"interrupted before there was a result; {state} holds what was done" in found.stderr
+    assert restore(state, identity=None)[1]["position"] == 3
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert CliRunner().invoke(app, [*args, "--resume", str(state)]).stdout == whole.stdout
 
 
 def test_exact_part_is_taken_up_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
