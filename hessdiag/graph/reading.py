@@ -310,7 +310,13 @@ class Graph(Live):
         found = [self._reached([node], part)[0] for part in self._halves()]
         if not all(g is not None and bool(g.any()) for g in found):  # a branch that starts at zero, say
             return id(node) in self._ending_in_weights
-        return _meet(*found)
+        return _meet(*found) or not self._first(*found)
+
+    def _first(self, one: Tensor | None, other: Tensor | None) -> bool:
+        """Whether gradients from the halves of the samples lie in their rows: else samples are on another axis."""
+        samples = len(self.outputs)
+        below = one is not None and bool(one.reshape(samples, -1)[samples // 2 :].any())
+        return not below and not (other is not None and bool(other.reshape(samples, -1)[: samples // 2].any()))
 
     # -- parameters on their way
 
