@@ -287,7 +287,7 @@ class Graph(Live):
                 constant = kind.constant(node)
                 nodes.append(node)
                 given.add(id(node) if constant is None else constant.untyped_storage().data_ptr())
-        if samples == 1 or len(given) < 2:
+        if len(given) < 2:
             return set()
         halves = [self._reached(nodes, part) for part in self._halves()]
         return {id(node) for node, one, other in zip(nodes, *halves) if _meet(one, other)}
