@@ -257,18 +257,19 @@ class Graph(Live):
         shape, samples = edge_shape((node, 0)), len(self.outputs)
         if not (constant or node.name() in INDEXED) or not shape or shape[0] % samples:
             return True
-        if any(kind.enters(node, self) for kind in layers.KINDS.of(node)):
+        if samples > 1 and any(kind.enters(node, self) for kind in layers.KINDS.of(node)):
             return id(node) in self._for_all
-        return self._meets_all(node) if samples > 1 else self._ends_in_weights(node)
+        return self._meets_all(node) if samples > 1 else id(node) in self._ending_in_weights
 
-    def _ends_in_weights(self, node: Any) -> bool:
-        """Whether all that is computed from a node's output is applied to something else (of one sample both serve)."""
-        users = self.consumers(node)
-        for user, slot in users:
-            given = [kind.given(user) for kind in layers.KINDS.of(user) if kind.sole]
-            if slot in given or not (given or self._ends_in_weights(user)):
-                return False
-        return bool(users)
+    @cached_property
+    def _ending_in_weights(self) -> set[int]:
+        """Nodes of which all that is computed is applied to something else (of one sample both serve)."""
+        found: set[int] = set()
+        for node in reversed(self.nodes):
+            users = self.consumers(node)
+            if users and all(id(user) in found or _is_applied(user, slot) for user, slot in users):
+                found.add(id(node))
+        return found
 
     @cached_property
     def _for_all(self) -> set[int]:
@@ -286,7 +287,7 @@ class Graph(Live):
                 constant = kind.constant(node)
                 nodes.append(node)
                 given.add(id(node) if constant is None else constant.untyped_storage().data_ptr())
-        if samples == 1 or len(given) < 2:
+        if len(given) < 2:
             return set()
         halves = [self._reached(nodes, part) for part in self._halves()]
         return {id(node) for node, one, other in zip(nodes, *halves) if _meet(one, other)}
@@ -308,8 +309,14 @@ class Graph(Live):
     def _meets_all(self, node: Any) -> bool:
         found = [self._reached([node], part)[0] for part in self._halves()]
         if not all(g is not None and bool(g.any()) for g in found):  # a branch that starts at zero, say
-            return self._ends_in_weights(node)
-        return _meet(*found)
+            return id(node) in self._ending_in_weights
+        return _meet(*found) or not self._first(*found)
+
+    def _first(self, one: Tensor | None, other: Tensor | None) -> bool:
+        """Whether gradients from the halves of the samples lie in their rows: else samples are on another axis."""
+        samples = len(self.outputs)
+        below = one is not None and bool(one.reshape(samples, -1)[samples // 2 :].any())
+        return not below and not (other is not None and bool(other.reshape(samples, -1)[: samples // 2].any()))
 
     # -- parameters on their way
 
@@ -411,6 +418,12 @@ class Graph(Live):
 def _meet(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether some entry is reached from both halves of the samples."""
     return one is not None and other is not None and bool(((one != 0) & (other != 0)).any())
+
+
+def _is_applied(user: Any, slot: int) -> bool:
+    """Whether a slot of a node is that of a layer's weight or bias."""
+    given = [kind.given(user) for kind in layers.KINDS.of(user) if kind.sole]
+    return bool(given) and slot not in given
 
 
 def _is_number(node: Any, slot: int) -> bool:

@@ -424,8 +424,43 @@ def _run(objective: Objective, a: _Cut, b: _Cut, coverage: bool) -> None:
             return
     for (cut, number), part in zip(wanted, parts):
         if number not in cut.found:
-            cut.found[number], why = _outputs(objective, part, coverage and cut.batch.index > 0)
+            try:
+                cut.found[number], why = _outputs(objective, part, coverage and cut.batch.index > 0)
+            except ConfigurationError:
+                _refuse_if_one_for_all(objective, cut.batch, cut.chosen[number])
+                raise
             cut.refusal = cut.refusal or why
+
+
+def _refuse_if_one_for_all(objective: Objective, batch: Numbered, chosen: Tensor) -> None:
+    """Name an input of as many rows as there are samples that serves all of them: left whole, parts agree with all."""
+    count, given = len(batch.targets), [x for x in leaves(batch.inputs) if _by_sample(x, len(batch.targets))]
+    if len(given) < 2:
+        return
+    names, whole = _names(batch.inputs), _outputs(objective, batch, False)[0][chosen]
+    for leaf in given:
+        inputs = mapped(batch.inputs, lambda x, own=leaf: x[chosen] if x is not own and _by_sample(x, count) else x)  # type: ignore[misc]
+        try:
+            part = _outputs(objective, Numbered(batch.index, batch.start, inputs, batch.targets[chosen]), False)[0]
+        except (HessdiagError, RuntimeError):
+            continue
+        if float((part - whole).abs().max()) <= _APART[objective.dtype] * (_largest(whole) or 1.0):
+            raise ConfigurationError(
+                f"batch {batch.index}: inputs{names.get(id(leaf), '')} of shape {list(leaf.shape)} has as many rows as "
+                f"there are samples ({count}), and was cut with them, but is one for all of them: give it an axis of "
+                "samples, e.g. by .expand(samples, ...), make it in the model or in forward=, or change the batch size"
+            )
+
+
+def _names(inputs: Any, name: str = "") -> dict[int, str]:
+    """What tensors in the inputs are called, by their ids: keys and places, the innermost last."""
+    if isinstance(inputs, Mapping):
+        pairs: list[tuple[Any, Any]] = list(inputs.items())
+    elif isinstance(inputs, (list, tuple)):
+        pairs = list(enumerate(inputs))
+    else:
+        return {id(inputs): name}
+    return {key: called for place, value in pairs for key, called in _names(value, f"{name}[{place!r}]").items()}
 
 
 def joined(a: Numbered, b: Numbered) -> Numbered | None:
@@ -482,6 +517,7 @@ def _compared(objective: Objective, cut: _Cut, seen: Sequence[Seen], coverage: b
                 f"batch {batch.index}: the model is random: the same samples gave other outputs (functional dropout, "
                 "noise, batch statistics); make it deterministic, e.g. by model.eval()"
             )
+        _refuse_if_one_for_all(objective, batch, cut.chosen[0])
         raise UncoveredModelError(
             f"batch {batch.index}: the model mixes the samples of a batch: cut in two, its outputs change by {off:.1e} "
             "of their size; its loss is no mean over samples, and no method here measures it"

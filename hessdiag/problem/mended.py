@@ -187,16 +187,22 @@ _INSTANCE, _BATCH = inspect.signature(F.instance_norm), inspect.signature(F.batc
 
 
 def _instance_norm(*args: Any, **named: Any) -> Tensor:
-    """Pixels as the features of a layer norm, then gain and bias channel by channel: torch repeats these for every
-    sample, and its gradient of one sample is wrong where what comes down to it has the channels last in memory.
+    """Pixels as the features of a layer norm, or running statistics taken off them, then gain and bias channel by
+    channel: torch repeats these for every sample, and its gradient of one sample is wrong where what comes down to it
+    has the channels last in memory.
     """
     bound = _INSTANCE.bind(*args, **named)
     bound.apply_defaults()
     given = bound.arguments
-    if given["running_mean"] is not None or not given["use_input_stats"]:
-        return F.instance_norm(*args, **named)
+    if not given["use_input_stats"] and given["running_mean"] is None:
+        return F.instance_norm(*args, **named)  # which refuses it
     x, weight, bias = given["input"], given["weight"], given["bias"]
-    plain, shape = F.layer_norm(x, x.shape[2:], eps=given["eps"]), (-1, *(1,) * (x.ndim - 2))
+    shape = (-1, *(1,) * (x.ndim - 2))
+    if given["use_input_stats"]:  # running statistics, if any, are no part of what it gives
+        plain = F.layer_norm(x, x.shape[2:], eps=given["eps"])
+    else:
+        mean, variance = given["running_mean"].reshape(shape), given["running_var"].reshape(shape)
+        plain = (x - mean) * (variance + given["eps"]).rsqrt()
     plain = plain if weight is None else plain * weight.reshape(shape)
     return plain if bias is None else plain + bias.reshape(shape)
 

@@ -116,12 +116,13 @@ def _run(
 ) -> tuple[Tensor, list[Tensor]]:
     """(outputs [samples, steps, width], last states [layers and directions, samples, width]); zero beyond `lengths`."""
     last: list[Any] = []
+    begun = [_handed_out(s) for s in states]
     going = None if lengths is None else _going(lengths, x.shape[1], x.device)
     for layer in weights:
         sides = []
         for side, (w_in, w, b_in, b, projection) in enumerate(layer):
             given = F.linear(x, w_in, b_in).unbind(1)
-            state: Any = tuple(s[len(last)] for s in states)
+            state: Any = tuple(s[:, len(last)] for s in begun)
             outputs = []
             for t in reversed(range(len(given))) if side else range(len(given)):
                 h, new = cell(given[t], state, (w, b, projection))
@@ -135,6 +136,14 @@ def _run(
             last.append(state)
         x = torch.cat(sides, -1) if len(sides) > 1 else sides[0]
     return x, [torch.stack(column) for column in zip(*last)]
+
+
+def _handed_out(states: Tensor) -> Tensor:
+    """[samples, layers and directions, width], by one node: learned ones, the same for all, have samples from it on."""
+    rows = states.transpose(0, 1)
+    every = torch.arange(len(rows), device=rows.device)
+    out: Tensor = torch.ops.aten.index_select(rows, 0, every) if rows.requires_grad else rows
+    return out
 
 
 def _going(lengths: Tensor, steps: int, device: torch.device) -> Tensor:

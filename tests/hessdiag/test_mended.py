@@ -269,6 +269,14 @@ def test_gradients_of_an_instance_norm_under_channels_that_lie_last(samples: int
 
 
 IMAGES = inputs(3, 2, 3, 2)
+
+
+def _tracked() -> nn.Module:
+    norm = nn.InstanceNorm2d(2, affine=True, track_running_stats=True)
+    norm(3 * inputs(4, 2, 3, 3, seed=4).float() + 1)
+    return norm.eval()
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "bilinear layer": lambda: (
         Net(lambda s, x: s.c(torch.tanh(s.b(s.a(x), torch.tanh(x)))), a=nn.Linear(4, 3), b=nn.Bilinear(3, 4, 5),
@@ -386,6 +394,18 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
         Net(lambda s, x: s.c(sum(torch.linalg.qr(s.a(x).reshape(-1, 2, 2))).flatten(1)), a=nn.Linear(4, 4),
             c=nn.Linear(4, 3)),
         inputs(3, 4)),
+    "learned initial states": lambda: (
+        Net(lambda s, x: s.c(s.r(x, (s.h.expand(1, len(x), 2).contiguous(), s.k.repeat(1, len(x), 1)))[0][:, -1]),
+            r=nn.LSTM(4, 2, batch_first=True), h=nn.Parameter(inputs(1, 1, 2, seed=2)),
+            k=nn.Parameter(inputs(1, 1, 2, seed=3)), c=nn.Linear(2, 3)),
+        inputs(3, 2, 4)),
+    "learned initial states of as many layers as samples": lambda: (
+        Net(lambda s, x: s.c(s.r(x, s.h.expand(3, len(x), 2).contiguous())[0][:, -1]),
+            r=nn.RNN(4, 2, 3, batch_first=True), h=nn.Parameter(inputs(3, 1, 2, seed=2)), c=nn.Linear(2, 3)),
+        inputs(3, 2, 4)),
+    "instance norm by running statistics": lambda: (
+        Net(lambda s, x: s.c(torch.tanh(s.n(s.a(x))).mean((2, 3))), a=nn.Conv2d(2, 2, 2), n=_tracked(), c=nn.Linear(2, 3)),
+        inputs(3, 2, 3, 3)),
 }  # fmt: skip
 
 
@@ -457,6 +477,13 @@ def test_checkpointing_is_handed_back_after_an_error_as_well() -> None:
     with pytest.raises(ValueError, match="inside"), as_written({"cpu"}):
         _fails()
     assert before == (module.CheckpointFunction, module._checkpoint_without_reentrant_generator)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_instance_norms_with_running_statistics_are_torchs(training: bool) -> None:
+    norm = _tracked().train(training)
+    compare(lambda x, w, b: F.instance_norm(x, norm.running_mean, norm.running_var, w, b, training, 0.0),
+            inputs(3, 2, 3, 3).float(), inputs(2).float(), inputs(2, seed=1).float())  # fmt: skip
 
 
 def test_products_of_the_batch_with_itself_are_refused_by_name() -> None:

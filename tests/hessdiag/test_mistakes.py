@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 import hessdiag as hd
 from hessdiag.cli.program import app
 from hessdiag.data import NamedDataSet, load, load_named
-from hessdiag.errors import DataError
+from hessdiag.errors import ConfigurationError, DataError
 
 NETS = """
 from dataclasses import dataclass
@@ -372,3 +372,32 @@ def test_batches_that_are_dictionaries_come_from_code_too(tmp_path: Path, monkey
     assert rows.inputs[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
     with pytest.raises(DataError, match="batches of other names"):
         load_named("their_batches:odd")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("method", ["auto", "hutchinson"])
+def test_an_input_for_all_samples_of_as_many_rows_is_named(method: str, count: int) -> None:
+    """Cut with the samples it fits no more, or is broadcast where one row is left."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, given: dict[str, Any]) -> Tensor:
+            x, mask = given["x"], given["more"][0]
+            scores = (self.q(x) @ x.mT).masked_fill(mask, -1e9)
+            return self.b((scores.softmax(-1) @ x).mean(1))
+
+    model, y = Masked(), torch.arange(count) % 3
+    for places in (count, 3):
+        mask = torch.ones(places, places, dtype=torch.bool).triu(1)
+        batch = {"x": torch.randn(count, places, 4), "more": [mask]}
+        if places != count:
+            hd.measure(hd.Objective(model), [(batch, y)], method=method, max_replicates=10)
+            continue
+        message = rf"inputs\['more'\]\[0\] of shape \[{count}, {count}\] has as many rows as there are samples"
+        with pytest.raises(ConfigurationError, match=message):
+            hd.measure(hd.Objective(model), [(batch, y)], method=method, max_replicates=10)
+        batch["more"] = [mask.expand(count, -1, -1)]  # as the message says
+        hd.measure(hd.Objective(model), [(batch, y)], method=method, max_replicates=10)

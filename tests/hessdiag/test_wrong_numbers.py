@@ -814,6 +814,15 @@ ALONE: dict[str, tuple[Callable[..., Tensor], dict[str, Callable[[], Any]], tupl
     "a parameter times constants": (
         lambda s, x: s.b(torch.tanh(s.a(x) * (s.g * torch.arange(4.0, dtype=x.dtype)))),
         {"g": lambda: torch.randn(4), "a": lambda: L(5, 4), "b": lambda: L(4, 3)}, (5,)),
+    "an orthogonal weight": (
+        lambda s, x: s.b(torch.tanh(s.a(x))),
+        {"a": lambda: nn.utils.parametrizations.orthogonal(L(5, 4)), "b": lambda: L(4, 3)}, (5,)),
+    "a constant times a weight": (
+        lambda s, x: s.b(torch.tanh(x @ (torch.arange(15, dtype=x.dtype).sin().reshape(5, 3) @ s.w))),
+        {"w": lambda: torch.randn(3, 4), "b": lambda: L(4, 3)}, (5,)),
+    "a weight that a net gives for places": (
+        lambda s, x: s.b(torch.tanh(F.linear(x, s.c(torch.tanh(s.a(torch.linspace(-1, 1, 4, dtype=x.dtype)[:, None])))))),
+        {"a": lambda: L(1, 3), "c": lambda: L(3, 5), "b": lambda: L(4, 3)}, (5,)),
 }  # fmt: skip
 
 
