@@ -9,7 +9,6 @@ import torch
 from models import ELEMENTWISE, Function, Residual, Tokens, dense_diagonal, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import checkpoint
 
 import hessdiag as hd
 from hessdiag.errors import StochasticModeError, UncoveredModelError
@@ -142,9 +141,7 @@ class Lambda(nn.Module):
 
 UNCOVERED = {
     "complex": (lambda: chain(Lambda(lambda h: torch.fft.irfft(torch.fft.rfft(h) ** 2, n=5))), "complex numbers"),
-    "reentrant checkpoint": (lambda: chain(Lambda(lambda h: checkpoint.checkpoint(torch.tanh, h, use_reentrant=True))),
-                             "Checkpoint"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNCOVERED)
