@@ -126,6 +126,12 @@ def test_what_perturbed_weights_end_with() -> None:
     assert f"ends with {trace:.2f} of the Gauss-Newton trace and {noise:.2f} of tr(HC)" in " ".join(PAGE.split())
 
 
+def test_what_correction_makes_of_the_peak() -> None:
+    peak = VERDICTS["S4.2.peak-in-4-10"]["settings"]["campaign/main"]
+    told = f"({peak['p_against']:.3f} against a peak in the band, {peak['p_holm']:.3f} corrected)"
+    assert told in " ".join(PAGE.split())
+
+
 def test_where_the_norm_is_lowest_after_trades_and_what_sweeps_could_see() -> None:
     """The level of the smallest mean, and the vertex of the quadratic; not where the test's two lines break."""
     told = VERDICTS["H.trades-u [adversarial]"]["settings"]
@@ -186,6 +192,7 @@ def test_numbers_of_verdicts(claim: str, setting: str, evidence: str, said: str)
         ("F7a.minimum-in-4-10 [adversarial]", "does not transfer", ["smoke/figure7"]),
         ("F7a.minimum-in-4-10 [invariant]", "does not transfer", ["smoke/figure7"]),
         ("H.learning-rates-alone", "transfers", ["smoke/control"]),
+        ("S4.3.independent", "does not transfer", ["tier campaign"]),
     ],
 )
 def test_words_of_verdicts(claim: str, word: str, settings: list[str]) -> None:
