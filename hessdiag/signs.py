@@ -73,8 +73,8 @@ class Signs:
 
 @cache
 def _signs_of_bytes(dtype: torch.dtype) -> Tensor:
-    """[256, 8]: by each byte the signs that its bits say. On the CPU, which draws numbers one after the other, a bit a
-    sign takes a ninth of the time of a number a sign.
+    """[256, 8]: by each byte the signs that its bits say. The CPU draws numbers one after the other, so that one serves
+    64 signs.
     """
     bits = torch.arange(256, device="cpu").unsqueeze(1) >> torch.arange(8, device="cpu")
     return ((bits & 1) * 2 - 1).to(dtype)

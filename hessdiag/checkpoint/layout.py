@@ -186,20 +186,23 @@ def _keep_base_norms(names: Names, target: Mapping[str, TensorFacts], notes: lis
     if auto:
         notes.append(f"{len(auto)} tensors of the *_auto BatchNorms dropped: the base set is the one tested with")
         names = _renamed(names, lambda name: None if name in auto else name)
-    moved = {name: name.replace(".shortcut_bn.0.", ".shortcut.1.") for name in names if ".shortcut_bn.0." in name}
-    moved = {name: new for name, new in moved.items() if name not in target and new in target}
-    if moved:
-        notes.append("shortcut_bn.0 read as shortcut.1")
-        names = _renamed(names, lambda name: moved.get(name, name))
-    return names
+    return _read_as(names, target, "shortcut_bn.0", "shortcut.1", notes)
 
 
 def _rename_shortcuts(names: Names, target: Mapping[str, TensorFacts], notes: list[str]) -> Names:
     """A residual net of torchvision calls its shortcuts downsample; its stem differs, unless it was made for CIFAR."""
-    moved = {name: name.replace(".downsample.", ".shortcut.") for name in names if ".downsample." in name}
-    moved = {name: new for name, new in moved.items() if name not in target and new in target}
+    warning = "; no tensor tells a max-pooling behind the stem: none is made"
+    return _read_as(names, target, "downsample", "shortcut", notes, warning)
+
+
+def _read_as(
+    names: Names, target: Mapping[str, TensorFacts], old: str, new: str, notes: list[str], warning: str = ""
+) -> Names:
+    """The part `old` of a name called `new`, where that makes it one that is wanted."""
+    moved = {name: name.replace(f".{old}.", f".{new}.") for name in names if f".{old}." in name}
+    moved = {name: other for name, other in moved.items() if name not in target and other in target}
     if moved:
-        notes.append("downsample read as shortcut; no tensor tells a max-pooling behind the stem: none is made")
+        notes.append(f"{old} read as {new}{warning}")
         names = _renamed(names, lambda name: moved.get(name, name))
     return names
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_wrong_numbers import DTYPES, agree, by_products, data, net
+from test_wrong_numbers import DTYPES, Forgetful, agree, by_products, data, net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -113,20 +113,6 @@ def test_a_wrong_identity_is_seen_where_little_is_left(
     monkeypatch.setattr(Elementwise, "second", wrong)
     entries = audit(objective, Numbered(0, 0, *batch), method=method, seed=0).entries
     assert [e.layer for e in entries if e.check == "identity" and not e.passed] == ["c"]
-
-
-class Forgetful(torch.autograd.Function):
-    """tanh, whose gradient forgets what it depends on."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return g * (1 - x.detach().tanh() ** 2)
 
 
 @pytest.mark.parametrize("method", ["hutchinson", "reference"])
