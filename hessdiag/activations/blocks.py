@@ -51,17 +51,22 @@ class Numbers(NamedTuple):
 Step = Callable[[Tensor, list[Tensor], list[Tensor], Numbers], object]  # (out, given, rows of scratch, numbers)
 
 
-def served(*tensors: Tensor) -> bool:
-    """True for plain CPU tensors outside every transform: their storage may be cut into blocks."""
+def ordinary(*tensors: Tensor, device: str) -> bool:
+    """True for plain tensors on that kind of device, outside every transform: what is written down of them is all."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state():
         return False
     return all(
         type(t) in (Tensor, nn.Parameter)
-        and t.device.type == "cpu"
+        and t.device.type == device
         and t.layout == torch.strided
         and not (t.is_neg() or is_legacy_batchedtensor(t))  # the latter: autograd's is_grads_batched
         for t in tensors
     )
+
+
+def served(*tensors: Tensor) -> bool:
+    """True where the storage of the tensors may be cut into blocks."""
+    return ordinary(*tensors, device="cpu")
 
 
 def value(x: Tensor, alpha: float, beta: int, order: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hessdiag.activations.blocks import product, served, value
+from hessdiag.activations import blocks, gpu
 from hessdiag.activations.formula import closed_form, working_dtype
 from hessdiag.errors import ConfigurationError, DtypeError
 
@@ -85,13 +85,16 @@ class RCTFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: float, beta: int, order: int = 0) -> Tensor:
-        """The closed form, on the CPU block by block; nothing of its temporaries outlives the call.
+        """The closed form, on the CPU block by block, on a GPU in one kernel; no temporary outlives the call.
 
         Without `setup_context`, for whose sake torch would bind the arguments of every call by `inspect`.
         """
         ctx.save_for_backward(x)
         ctx.alpha, ctx.beta, ctx.order = alpha, beta, order
-        return value(x, alpha, beta, order) if served(x) else closed_form(x, alpha, beta, order)
+        if blocks.served(x):
+            return blocks.value(x, alpha, beta, order)
+        result = gpu.value(x, alpha, beta, order) if gpu.served(x) else None
+        return closed_form(x, alpha, beta, order) if result is None else result
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -99,7 +102,10 @@ class RCTFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         (g,) = grad_outputs
         rest = [None] * (len(ctx.needs_input_grad) - 1)
-        if not torch.is_grad_enabled() and served(x, g):  # nobody differentiates further: no node, no wide copy
-            return product(g, x, ctx.alpha, ctx.beta, ctx.order + 1), *rest
+        if not torch.is_grad_enabled():  # nobody differentiates further: no node, no wide copy
+            if blocks.served(x, g):
+                return blocks.product(g, x, ctx.alpha, ctx.beta, ctx.order + 1), *rest
+            if gpu.served(x, g) and (result := gpu.product(g, x, ctx.alpha, ctx.beta, ctx.order + 1)) is not None:
+                return result, *rest
         slope = derivative(x.to(working_dtype(x, ctx.alpha, 0)), ctx.alpha, ctx.beta, ctx.order + 1)
         return (g.to(slope.dtype) * slope).to(g.dtype), *rest
