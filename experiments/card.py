@@ -7,7 +7,8 @@
     5  the second seed, then standard training                            card.toml, stage 2; card_standard.toml
 
 What `results` or `out` already hold is left out, so that the next quarter of an hour goes on where this one ended.
-Every part runs in a process of its own, ended when the time is over: what it had stored by then stays.
+Every part runs in processes of its own, ended when the time is over: what they had stored by then stays. The runs of a
+sweep are done several at a time, since none fills the GPU by itself; what is timed has it alone.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from hessdiag.store.files import BadFileError, write_bytes
 Tell = Callable[[str], None]
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 LEAST = 20.0  # seconds below which no part is begun
+WORKERS = 3  # that train and attack at a time: more finish later, and any prefix of the runs is to be of use
 REHEARSED = 2  # runs of each sweep
 DATA = "cifar10"
 
@@ -72,7 +74,9 @@ class Places:
     store: Path
 
 
-def run(places: Places, *, seconds: float, folder: Path | None, rehearse: bool, tell: Tell) -> int:
+def run(
+    places: Places, *, seconds: float, folder: Path | None, rehearse: bool, tell: Tell, workers: int = WORKERS
+) -> int:
     """Do the parts in order until the time is over; returns how many failed."""
     begun = time.monotonic()
     found = unpacked(folder, places.store / "data", invent=rehearse, tell=tell)
@@ -91,8 +95,7 @@ def run(places: Places, *, seconds: float, folder: Path | None, rehearse: bool, 
         if sweep is not None:
             if rehearse:
                 sweep = replace(sweep, runs=tuple(shrunk(run) for run in sweep.runs[:REHEARSED]))
-            threads = 1 if rehearse else cores_here()
-            failures += trained(sweep, places, left, threads=threads, name=part.name, tell=tell)
+            failures += trained(sweep, places, left, workers=1 if rehearse else workers, name=part.name, tell=tell)
         elif (BENCHMARKS / f"{part.module.rpartition('.')[2]}.py").is_file():
             failures += measured(part, places, left, rehearse=rehearse, tell=tell)
         else:
@@ -148,16 +151,8 @@ def unpacked(folder: Path | None, scratch: Path, *, invent: bool, tell: Tell) ->
     return scratch
 
 
-def trained(
-    sweep: grid.Sweep,
-    places: Places,
-    seconds: float,
-    *,
-    threads: int,
-    name: str,
-    tell: Tell,
-) -> int:
-    """The runs that no results have yet, in order, by one worker; exported with those before after each."""
+def trained(sweep: grid.Sweep, places: Places, seconds: float, *, workers: int, name: str, tell: Tell) -> int:
+    """The runs that no results have yet, in order, by so many workers; exported with those before after each."""
     before = {run.key: run for folder in (places.results, places.out) for run in _exported(folder, sweep.name)}
     todo = [run for run in sweep.runs if run.key not in before]
     if not todo:
@@ -165,23 +160,24 @@ def trained(
         return 0
     store = Store(places.store)
     store.add(sweep.name, todo, tier=sweep.tier, figure=sweep.figure, title=sweep.title)
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "experiments.sweep.worker", str(places.store), "--sweep", sweep.name,
-         "--first", str(len(todo)), "--threads", str(threads), "--parent", str(os.getpid())],
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    count = min(workers, len(todo))
+    words = [sys.executable, "-m", "experiments.sweep.worker", str(places.store), "--sweep", sweep.name]
+    words += ["--first", str(len(todo)), "--threads", str(max(1, cores_here() // count)), "--parent", str(os.getpid())]
+    running = [subprocess.Popen(words, stdin=subprocess.DEVNULL) for _ in range(count)]
     end, told, failures = time.monotonic() + seconds, set[str](), 0
+    late = False
     try:
         over = False
         while not over:
-            over = worker.poll() is not None or time.monotonic() > end
+            late = time.monotonic() > end
+            over = late or all(worker.poll() is not None for worker in running)
             for row in store.rows(sweep.name):
                 if row.key in told or row.state not in ("done", "failed"):
                     continue
                 told.add(row.key)
                 if row.state == "failed":
                     failures += 1
-                    tell(f"{name}: {row.label}: failed: {(row.error or '').splitlines()[0]}")
+                    tell(f"{name}: {row.label}: failed: {(row.error or '').strip()}")
                     continue
                 record = row.record or {}
                 before[row.key] = export.Result(row.key, row.config, "", row.seconds or 0.0, record)
@@ -190,16 +186,22 @@ def trained(
             if not over:
                 time.sleep(0.2)
     finally:
-        late = worker.poll() is None
+        late = late and any(worker.poll() is None for worker in running)
         if late:
             tell(f"{name}: the time is over")
-            worker.terminate()
-        try:
-            code = worker.wait(10)
-        except subprocess.TimeoutExpired:  # deep in a compiler
-            worker.kill()
-            code = worker.wait()
-    return failures + (code != 0 and not late)
+        codes = [_ended(worker) for worker in running]
+    return failures + (0 if late else sum(code != 0 for code in codes))
+
+
+def _ended(worker: subprocess.Popen[bytes]) -> int:
+    """The exit code of a worker, which is told to end if it has not."""
+    if worker.poll() is None:
+        worker.terminate()
+    try:
+        return worker.wait(10)
+    except subprocess.TimeoutExpired:  # deep in a kernel
+        worker.kill()
+        return worker.wait()
 
 
 def _exported(folder: Path, name: str) -> tuple[export.Result, ...]:

@@ -14,6 +14,7 @@ def command(
     results: Annotated[Path, typer.Option(help="Exported results: what they hold is left out.")] = Path("results"),
     out: Annotated[Path | None, typer.Option(help="Where new results go; by default to the others.")] = None,
     store: Annotated[Path, typer.Option(help="Directory for what is under way.")] = Path("runs/card"),
+    workers: Annotated[int, typer.Option(help="Runs of a sweep at a time.", min=1)] = 3,
     rehearse: Annotated[bool, typer.Option(help="Every part at a tiny size on the CPU; numbers say nothing.")] = False,
 ) -> int:
     """Measure on this GPU, in order of worth, what nobody has measured yet; the same command goes on where it ended.
@@ -27,7 +28,12 @@ def command(
         results, out, store = store / "nothing", out or store / "rehearsal", store / "rehearsal-store"
     places = card.Places(results, out or results, store)
     failures = card.run(
-        places, seconds=seconds, folder=data, rehearse=rehearse, tell=lambda text: print(text, flush=True)
+        places,
+        seconds=seconds,
+        folder=data,
+        rehearse=rehearse,
+        workers=workers,
+        tell=lambda text: print(text, flush=True),
     )
     print(f"results: {places.out}")
     return 1 if failures else 0

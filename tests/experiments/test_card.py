@@ -64,7 +64,7 @@ def test_the_order_is_that_of_worth() -> None:
     assert len(grid.load("campaign/card_standard").runs) == 10
     run = first.runs[0]
     assert (run.attack["aa2_samples"], run.attack["pgd_samples"], run.measure["rtol"]) == (1000, 10000, 0.1)
-    assert run.train["compile"]
+    assert not run.train["compile"]  # what it saves in 12 epochs is less than it takes, and it differs by curvature
     names = [part.sweep or part.words for part in card.PARTS if part.sweep or part.words]
     assert names[:4] == [("throughput",), "campaign/card", ("table2",), ("norms",)]
 
@@ -75,7 +75,7 @@ def test_what_results_hold_is_left_out_and_kept(tmp_path: Path, told: list[str])
     about = (sweep.name, sweep.figure, sweep.tier, sweep.title)
     export.save(export.SweepResults(*about, 0, done[:1]), tmp_path / "results")
     export.save(export.SweepResults(*about, 0, done[1:]), tmp_path / "out")
-    assert card.trained(sweep, places(tmp_path), 60, threads=1, name="x", tell=told.append) == 0
+    assert card.trained(sweep, places(tmp_path), 60, workers=1, name="x", tell=told.append) == 0
     assert told == ["x: all 3 runs are there"]
     assert not (tmp_path / "store").exists()
 
@@ -94,7 +94,7 @@ def test_a_worker_is_ended_when_the_time_is_over(tmp_path: Path, told: list[str]
     """Whatever it does just then; its run is given back and the same command goes on with it."""
     monkeypatch.setenv("HESSDIAG_DATA", str(tmp_path / "nowhere"))
     sweep = small(grid.load("campaign/card", stage=1))
-    assert card.trained(sweep, places(tmp_path), 0.0, threads=1, name="x", tell=told.append) == 0
+    assert card.trained(sweep, places(tmp_path), 0.0, workers=1, name="x", tell=told.append) == 0
     assert told == ["x: the time is over"]
     assert not (tmp_path / "out").exists()
 
@@ -103,7 +103,7 @@ def test_a_worker_is_ended_when_the_time_is_over(tmp_path: Path, told: list[str]
 def test_a_run_that_fails_is_told_and_counted(tmp_path: Path, told: list[str], monkeypatch: Any) -> None:
     monkeypatch.setenv("HESSDIAG_DATA", str(tmp_path / "nowhere"))
     sweep = small(grid.load("campaign/card", stage=1), 1)
-    assert card.trained(sweep, places(tmp_path), 300, threads=1, name="x", tell=told.append) == 1
+    assert card.trained(sweep, places(tmp_path), 300, workers=1, name="x", tell=told.append) == 1
     assert "failed: DataError: cifar10 is not in" in told[0]
 
 
