@@ -4,7 +4,7 @@
     2  N-FGSM on the whole ResNet-18 over max|σ''|, the first seed        sweeps/campaign/card.toml, stage 1
     3  what an activation costs                                           benchmarks.card table2
     4  norms beside Hutchinson's probes; those of transformers            benchmarks.card norms; benchmarks.transformers
-    5  the second seed, then standard training                            card.toml, stage 2; card_standard.toml
+    5  the second and the third seed, then standard training              card.toml, stages 2, 3; card_standard.toml
 
 What `results` or `out` already hold is left out, so that the next quarter of an hour goes on where this one ended.
 Every part runs in processes of its own, ended when the time is over: what they had stored by then stays. The runs of a
@@ -61,6 +61,7 @@ PARTS = (
     Part("norms of ResNet-18", module="benchmarks.card", words=("norms",)),
     Part("norms of transformers", module="benchmarks.transformers"),
     Part("N-FGSM, seed 1", sweep="campaign/card", stage=2),
+    Part("N-FGSM, seed 2", sweep="campaign/card", stage=3),
     Part("standard training", sweep="campaign/card_standard"),
 )
 

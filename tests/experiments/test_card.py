@@ -60,7 +60,7 @@ def test_the_order_is_that_of_worth() -> None:
     alphas = [run.train["activation"].rpartition("=")[2] for run in first.runs]
     assert [float(alpha) / 2 for alpha in alphas] == [6, 1, 25, 2.5, 12, 50]
     assert {run.train["seed"] for run in first.runs} == {0}
-    assert len(second.runs) == 12
+    assert (len(second.runs), len(grid.load("campaign/card", stage=3).runs)) == (12, 18)
     assert len(grid.load("campaign/card_standard").runs) == 10
     run = first.runs[0]
     assert (run.attack["aa2_samples"], run.attack["pgd_samples"], run.measure["rtol"]) == (1000, 10000, 0.1)
