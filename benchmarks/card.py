@@ -1,9 +1,11 @@
-"""What one GPU does in a few minutes: training speed, what an activation costs, norms beside Hutchinson.
+"""What one GPU does in a few minutes: training speed, a GPT's replicate, what an activation costs, norms.
 
-    python -m benchmarks.card [throughput] [table2] [norms] [--out FOLDER]
+    python -m benchmarks.card [throughput] [nanogpt] [table2] [norms] [--out FOLDER]
 
 throughput  standard and N-FGSM training of ResNet-18 (bfloat16 autocast, channels-last, compiled; with augmentation)
             beside a plain eager loop of the same method with torch's defaults
+nanogpt     seconds and memory of a gradient, of a product and of a replicate of propagation on a GPT of 124 million
+            parameters (`benchmarks.nanogpt`), all sequences together and one after the other
 table2      milliseconds and memory of a standard step with ReLU, SiLU and RCT-AF: eager float32, and compiled, each
             with a compiler that has seen nothing before
 norms       ResNet-18 on 64 images: the norm of its Hessian's diagonal within 5% by propagation, and how far
@@ -27,7 +29,7 @@ import torch
 from torch.nn import functional as F
 
 import hessdiag as hd
-from benchmarks import training
+from benchmarks import nanogpt, training
 from benchmarks.common import RESULTS, environment
 from experiments.sweep.run import saved_bytes
 from hessdiag import networks
@@ -89,6 +91,12 @@ def throughput(method: str, settings: Settings) -> Row:
         "plain_images_per_second": settings.batch / eager,
         "ratio": eager / mine,
     }
+
+
+def gpt(name: str, settings: Settings) -> Row:
+    """A row of `benchmarks.nanogpt`."""
+    shape = nanogpt.Shape() if settings.device.startswith("cuda") else nanogpt.TINY
+    return asdict(shape) | nanogpt.measure(name, settings.device, shape)
 
 
 def table2(name: str, settings: Settings) -> Row:
@@ -155,6 +163,7 @@ def pictures(settings: Settings) -> DataSet:
 
 PARTS: dict[str, tuple[Callable[[str, Settings], Row], tuple[str, ...]]] = {
     "throughput": (throughput, ("n_fgsm", "standard")),
+    "nanogpt": (gpt, tuple(nanogpt.ROWS)),
     "table2": (table2, tuple(f"{how} {name}" for how in ("eager", "compiled") for name in ACTIVATIONS)),
     "norms": (norms, ("rct:beta=1,alpha=14", "silu")),
 }

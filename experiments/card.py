@@ -1,10 +1,11 @@
 """One GPU for a few minutes: what is most worth measuring there, in order, each result stored as it comes.
 
     1  speed of standard and N-FGSM training beside a plain loop          benchmarks.card throughput
-    2  N-FGSM on the whole ResNet-18 over max|σ''|, the first seed        sweeps/campaign/card.toml, stage 1
-    3  what an activation costs                                           benchmarks.card table2
-    4  norms beside Hutchinson's probes; those of transformers            benchmarks.card norms; benchmarks.transformers
-    5  the second and the third seed, then standard training              card.toml, stages 2, 3; card_standard.toml
+    2  a replicate beside a gradient and a product, GPT of 124M           benchmarks.card nanogpt
+    3  N-FGSM on the whole ResNet-18 over max|σ''|, the first seed        sweeps/campaign/card.toml, stage 1
+    4  what an activation costs                                           benchmarks.card table2
+    5  norms beside Hutchinson's probes; those of transformers            benchmarks.card norms; benchmarks.transformers
+    6  the second and the third seed, then standard training              card.toml, stages 2, 3; card_standard.toml
 
 What `results` or `out` already hold is left out, so that the next quarter of an hour goes on where this one ended.
 Every part runs in processes of its own, ended when the time is over: what they had stored by then stays. The runs of a
@@ -56,6 +57,7 @@ class Part:
 
 PARTS = (
     Part("speed of training", module="benchmarks.card", words=("throughput",)),
+    Part("a replicate of a GPT", module="benchmarks.card", words=("nanogpt",)),
     Part("N-FGSM, seed 0", sweep="campaign/card", stage=1),
     Part("what an activation costs", module="benchmarks.card", words=("table2",)),
     Part("norms of ResNet-18", module="benchmarks.card", words=("norms",)),

@@ -39,6 +39,8 @@ class Signs:
         self.seed = seed
         self.device = torch.device(device)
         self._generator = torch.Generator(device=self.device)
+        self.in_order = self.device.type == "cpu"
+        """Whether it draws one number after the other, so that what comes after a batch need not be drawn."""
 
     def plain(self, like: Tensor, *parts: int) -> Tensor:
         """Signs shaped like a tensor, keyed by (seed, *parts)."""
@@ -48,33 +50,37 @@ class Signs:
     def samples(self, shape: torch.Size, start: int, *parts: int, dtype: torch.dtype) -> Tensor:
         """Signs [n, ...] for samples start..start+n-1 of the whole data, keyed by (seed, *parts, block)."""
         count, rest = shape[0], shape[1:]
-        first, last = start // BLOCK, (start + count - 1) // BLOCK
         blocks = []
-        for block in range(first, last + 1):
+        for block in range(start // BLOCK, (start + count - 1) // BLOCK + 1):
             self._generator.manual_seed(key(self.seed, *parts, block))
-            rows = BLOCK
-            if self.device.type == "cpu":  # draws one number after the other: what comes after the batch is not needed
-                rows = min(BLOCK, start + count - block * BLOCK)
-            blocks.append(self._draw(torch.Size((rows, *rest)), dtype))
-        drawn = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        offset = start - first * BLOCK
-        return drawn[offset : offset + count]
+            first = block * BLOCK
+            blocks.append(self._rows(max(start - first, 0), min(start + count - first, BLOCK), rest, dtype))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def _rows(self, low: int, high: int, rest: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Signs of the samples low..high-1 of a block."""
+        if self.in_order:
+            return self._draw(torch.Size((high, *rest)), dtype)[low:]
+        words = self._words(BLOCK * -(-rest.numel() // 64)).view(BLOCK, -1)  # a whole number of them for each sample
+        return self._signs(words[low:high], dtype)[:, : rest.numel()].reshape(high - low, *rest)
 
     def _draw(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        if self.device.type != "cpu":
-            bits = torch.randint(0, 2, shape, generator=self._generator, device=self.device, dtype=torch.int8)
-            return bits.mul_(2).sub_(1).to(dtype)
         size = shape.numel()
-        words = torch.empty(-(-size // 64), dtype=torch.int64, device="cpu")
-        words.random_(-(1 << 63), None, generator=self._generator)  # all 64 bits
-        eights = _signs_of_bytes(dtype).index_select(0, words.view(torch.uint8).int())
-        return eights.view(-1)[:size].view(shape)
+        return self._signs(self._words(-(-size // 64)), dtype)[:size].view(shape)
+
+    def _words(self, count: int) -> Tensor:
+        """Random numbers of 64 bits."""
+        words = torch.empty(count, dtype=torch.int64, device=self.device)
+        return words.random_(-(1 << 63), None, generator=self._generator)
+
+    def _signs(self, words: Tensor, dtype: torch.dtype) -> Tensor:
+        """The signs that their bits say, 64 of each."""
+        eights = _signs_of_bytes(dtype).to(self.device).index_select(0, words.reshape(-1).view(torch.uint8).int())
+        return eights.view(*words.shape[:-1], -1)
 
 
 @cache
 def _signs_of_bytes(dtype: torch.dtype) -> Tensor:
-    """[256, 8]: by each byte the signs that its bits say. The CPU draws numbers one after the other, so that one serves
-    64 signs.
-    """
+    """[256, 8]: by each byte the signs that its bits say, eight for what drawing one takes."""
     bits = torch.arange(256, device="cpu").unsqueeze(1) >> torch.arange(8, device="cpu")
     return ((bits & 1) * 2 - 1).to(dtype)

@@ -221,15 +221,17 @@ class Propagator:
         return out
 
     def _columns(self, signs: Signs, replicate: int) -> Tensor:
-        """Signs of the columns of the loss's factor, [columns, samples]."""
-        columns = self.batch.curvature.signs
-        shape = torch.Size((self.batch.samples, len(columns)))
-        return signs.samples(shape, self.start, replicate, GAUSS_NEWTON, dtype=columns.dtype).T
+        """Signs of the columns of the loss's factor, [columns, samples], as bytes: there may be as many as outputs."""
+        shape = torch.Size((self.batch.samples, self.batch.columns))
+        return signs.samples(shape, self.start, replicate, GAUSS_NEWTON, dtype=torch.int8).T
 
     def _output_seed(self, drawn: Tensor, sign: float) -> Tensor | None:
         """The columns of this eigenvalue sign summed under signs; None where there are none."""
         chosen = self.batch.curvature.signs == sign
-        return self.batch.curvature.columns.combined(drawn * chosen[:, None]) if bool(chosen.any()) else None
+        if not bool(chosen.any()):
+            return None
+        found = self.batch.curvature.columns.combined(drawn if bool(chosen.all()) else drawn * chosen[:, None])
+        return found.to(self.batch.outputs.dtype)
 
     def each(self, seeds: Sequence[Tensor | None], output_seed: Tensor | None) -> Tensors:
         """Per-sample gradients [N, ...] of every parameter for given cotangents."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hessdiag.errors import ConfigurationError, TargetError, UnknownNameError, nearest
-from hessdiag.problem.persample import CallableLoss, Columns, Curvature, Diagonals, Loss, PerSample, as_rows
+from hessdiag.problem.persample import WRITTEN, CallableLoss, Columns, Curvature, Diagonals, Loss, PerSample, as_rows
 
 IGNORE = -100
 """torch's own ignore_index."""
@@ -145,31 +145,21 @@ class CrossEntropy(Loss):
 
     def curvature(self, outputs: Tensor, targets: Tensor) -> Curvature:
         """Closed form; C - 1 columns a place, all of positive sign."""
-        f = self._places(outputs.detach().double(), targets)
         first = outputs.ndim > 2 and self._axis(outputs.shape, targets) == 1
-        log_p = F.log_softmax(f, -1)
-        gradient = log_p.exp()
+        columns = SoftmaxColumns(self._places(outputs.detach(), targets), first=first)
         if targets.is_floating_point():
-            q = self._probabilities(f, targets)
-            mass = q.sum(-1, keepdim=True)
-            loss = -(q * log_p).sum((1, 2))
-            gradient = gradient.mul_(mass).sub_(q)
-        else:
-            numbers, kept = self._numbers(targets, f.dtype)
-            scale = self._class_weights(f)
-            one, smooth = 1 - self.label_smoothing, self.label_smoothing / f.shape[-1]
-            here = one * (kept if scale is None else kept * scale[numbers])
-            rest = smooth * kept[..., None] * (torch.ones_like(f[0, 0]) if scale is None else scale)
-            mass = here[..., None] + rest.sum(-1, keepdim=True)
-            loss = -(here * log_p.gather(-1, numbers[..., None])[..., 0]).sum(1)
-            gradient = gradient.mul_(mass)
-            if smooth:
-                loss = loss - (rest * log_p).sum((1, 2))
-                gradient -= rest
-            gradient.scatter_add_(-1, numbers[..., None], -here[..., None])
-        columns = SoftmaxColumns(log_p, mass.sqrt(), first=first)
-        signs = torch.ones(columns.count, dtype=f.dtype, device=f.device)
-        return Curvature(loss, columns.flat(gradient), columns, signs)
+            q = self._probabilities(outputs.detach().double(), targets)
+            loss = -(q * columns.log_p()).sum((1, 2))
+            return SoftmaxCurvature(loss, columns, q.sum(-1, keepdim=True), rest=q)
+        numbers, kept = self._numbers(targets, torch.float64)
+        scale = self._class_weights(columns.size)
+        one, smooth = 1 - self.label_smoothing, self.label_smoothing / columns.f.shape[-1]
+        here = one * (kept if scale is None else kept * scale[numbers])
+        loss, mass, rest = -(here * columns.log_p_at(numbers)).sum(1), here[..., None], None
+        if smooth:
+            rest = smooth * kept[..., None] * (columns.size.new_ones(columns.f.shape[-1]) if scale is None else scale)
+            loss, mass = loss - (rest * columns.log_p()).sum((1, 2)), mass + rest.sum(-1, keepdim=True)
+        return SoftmaxCurvature(loss, columns, mass, here=(numbers, here), rest=rest)
 
     # -- places and classes
 
@@ -228,19 +218,36 @@ class SoftmaxColumns(Columns):
     reflection that turns S's null direction sqrt(p) onto the last axis (a along sqrt(p) + e_C).
 
     Both are a diagonal and a product of two vectors, so that sums and products cost N C a place and no square is
-    written: S a = sqrt(p_C) (e_C - p) / |sqrt(p) + e_C|. Columns go place by place; all that is kept is log p,
-    [N, places, C], and `scale` [N, places, 1]. `first` says that the outputs have their classes before the places.
+    written: S a = sqrt(p_C) (e_C - p) / |sqrt(p) + e_C|. Columns go place by place. Of N places C numbers nothing is
+    kept but the outputs themselves, [N, places, C] as the model gives them: log p is f less its largest and less the
+    logarithm of a sum. `scale` is [N, places, 1], `first` says that the outputs have their classes before the places.
     """
 
     apart = True
 
-    def __init__(self, log_p: Tensor, scale: Tensor, *, first: bool = False) -> None:
-        self.log_p, self.scale, self.first = log_p, scale, first
-        self.places = (log_p.shape[2], log_p.shape[1]) if first else (log_p.shape[2],)
-        self._each = log_p.shape[2] - 1
-        self.count = log_p.shape[1] * self._each
-        self._last = (0.5 * log_p[..., -1:]).exp()
+    def __init__(self, f: Tensor, *, first: bool = False) -> None:
+        self.f, self.first = f, first
+        self.scale = torch.ones((), dtype=torch.float64, device=f.device)
+        self.places = (f.shape[2], f.shape[1]) if first else (f.shape[2],)
+        self._each = f.shape[2] - 1
+        self.count = f.shape[1] * self._each
+        self.step = max(WRITTEN // max(f[0].numel(), 1), 1) if len(f) else 1
+        self.top = f.amax(-1, keepdim=True).double()
+        sums = [
+            (part.double() - top).exp_().sum(-1, keepdim=True)
+            for part, top in zip(torch.split(f, self.step), torch.split(self.top, self.step))
+        ]
+        self.size = torch.cat(sums).log_()
+        self._last = (0.5 * (f[..., -1:].double() - self.top - self.size)).exp()
         self._length = (2.0 * (1.0 + self._last)).sqrt()
+
+    def log_p(self, low: int = 0, high: int | None = None) -> Tensor:
+        """Of some samples."""
+        return (self.f[low:high].double() - self.top[low:high]).sub_(self.size[low:high])
+
+    def log_p_at(self, numbers: Tensor) -> Tensor:
+        """Of one class at every place."""
+        return (self.f.gather(-1, numbers[..., None]).double() - self.top - self.size)[..., 0]
 
     def flat(self, values: Tensor) -> Tensor:
         """[..., places, C] in the order of the outputs, [..., their number]."""
@@ -248,45 +255,87 @@ class SoftmaxColumns(Columns):
 
     def diagonal(self) -> Tensor:
         """scale^2 p (1 - p)."""
-        p = self.log_p.exp()
-        return self.flat(p.mul_(-torch.expm1(self.log_p)).mul_(self.scale.square()))
+        log_p = self.log_p()
+        return self.flat(torch.expm1(log_p).neg_().mul_(log_p.exp_()).mul_(self.scale.square()))
 
     def part(self, low: int, high: int) -> Tensor:
         """S (e_c - 2 a_c a)."""
-        columns = torch.arange(low, high, device=self.log_p.device)
+        columns = torch.arange(low, high, device=self.f.device)
         place, c = columns // max(self._each, 1), columns % max(self._each, 1)
         rows = torch.arange(len(columns), device=columns.device)
-        log_p = self.log_p.transpose(0, 1)[place]  # [k, N, C]
+        f, top, size, last, length = (
+            x.transpose(0, 1)[place] for x in (self.f, self.top, self.size, self._last, self._length)
+        )
+        log_p = (f.double() - top).sub_(size)  # [k, N, C]
         root = (0.5 * log_p[rows, :, c]).exp()[..., None]
-        last, length, scale = (x.transpose(0, 1)[place] for x in (self._last, self._length, self.scale))
+        scale = self.scale.expand_as(self.top).transpose(0, 1)[place]
         turned = -2.0 * root / length**2 * last  # S a is last / length (e_C - p), a_c is root / length
         value = log_p.exp().mul_(-root - turned)
         value[rows, :, c] += root[..., 0]
         value[..., -1] += turned[..., 0]
-        out = value.new_zeros(len(columns), *self.log_p.shape)
+        out = value.new_zeros(len(columns), *self.f.shape)
         out[rows, :, place] = value.mul_(scale)
         return self.flat(out)
 
     def combined(self, weights: Tensor) -> Tensor:
         """S R w."""
-        w = F.pad(weights.T.reshape(*self.log_p.shape[:2], self._each), (0, 1))
-        root = (0.5 * self.log_p).exp()
-        out = root * w
-        inner = out.sum(-1, keepdim=True)  # sqrt(p).w, w_C being zero
-        turned = -2.0 * inner / self._length**2 * self._last
-        out -= root.square_().mul_(inner + turned)
-        out[..., -1:] += turned
-        return self.flat(out.mul_(self.scale))
+        found = torch.empty(self.f.shape, dtype=torch.float64, device=self.f.device)
+        for low in range(0, len(found), self.step):
+            high = low + self.step
+            w = weights.T[low:high].reshape(-1, self.f.shape[1], self._each).double()
+            last, length = self._last[low:high], self._length[low:high]
+            root = self.log_p(low, high).mul_(0.5).exp_()
+            out = found[low:high]
+            torch.mul(root[..., :-1], w, out=out[..., :-1])
+            out[..., -1:] = 0.0  # w_C
+            inner = out.sum(-1, keepdim=True)  # sqrt(p).w
+            turned = -2.0 * inner / length**2 * last
+            out -= root.square_().mul_(inner + turned)
+            out[..., -1:] += turned
+        return self.flat(found.mul_(self.scale))
 
     def against(self, vectors: Tensor) -> Tensor:
         """R S^T v without its last entry."""
-        n, places, classes = self.log_p.shape
+        n, places, classes = self.f.shape
         v = vectors.reshape(n, classes, places).transpose(1, 2) if self.first else vectors.reshape(n, places, classes)
-        root = (0.5 * self.log_p).exp()
-        u = root * (v - (self.log_p.exp() * v).sum(-1, keepdim=True))
+        log_p = self.log_p()
+        root = (0.5 * log_p).exp()
+        u = root * (v - (log_p.exp() * v).sum(-1, keepdim=True))
         along = ((u * root).sum(-1, keepdim=True) + u[..., -1:]) / self._length**2
         u = (u - 2.0 * along * root)[..., :-1]
         return (self.scale * u).flatten(1).T
+
+
+class SoftmaxCurvature(Curvature):
+    """Of a cross-entropy with targets q = `rest`, and besides at every place one class with its weight, `here`.
+
+    All signs are 1. The gradient (sum_k q_k) p - q is made anew whenever it is asked for.
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        columns: SoftmaxColumns,
+        mass: Tensor,
+        *,
+        here: tuple[Tensor, Tensor] | None = None,
+        rest: Tensor | None = None,
+    ) -> None:
+        columns.scale = mass.sqrt()
+        signs = torch.ones((), dtype=torch.float64, device=loss.device).expand(columns.count)
+        super().__init__(loss, loss, columns, signs)
+        self._softmax, self._mass, self._here, self._rest = columns, mass, here, rest
+
+    @property
+    def gradient(self) -> Tensor:
+        """[N, C] in the order of the outputs."""
+        found = self._softmax.log_p().exp_().mul_(self._mass)
+        if self._rest is not None:
+            found -= self._rest
+        if self._here is not None:
+            numbers, weights = self._here
+            found.scatter_add_(-1, numbers[..., None], -weights[..., None])
+        return self._softmax.flat(found)
 
 
 class SquaredError(Loss):

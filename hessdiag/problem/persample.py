@@ -112,8 +112,13 @@ class Curvature:
     """
 
     def __init__(self, loss: Tensor, gradient: Tensor, columns: Columns, signs: Tensor) -> None:
-        self.loss, self.gradient = loss, gradient
+        self.loss, self._gradient = loss, gradient
         self._factor = columns, signs
+
+    @property
+    def gradient(self) -> Tensor:
+        """dl/df, [N, C]."""
+        return self._gradient
 
     @property
     def columns(self) -> Columns:
@@ -271,7 +276,7 @@ class ByProducts(Curvature):
 
     def __init__(self, of: CallableLoss, loss: Tensor, f: Tensor, gradient: Tensor) -> None:
         self._of, self._f, self._slope = of, f, as_rows(gradient)
-        self.loss, self.gradient = loss.detach().double(), self._slope.detach().double()
+        self.loss, self._gradient = loss.detach().double(), self._slope.detach().double()
 
     def times(self, vectors: Tensor) -> Tensor:
         """d2l_n/df2 v_n as the derivative of <gradient, v>."""

@@ -15,3 +15,15 @@ def test_a_batch_holds_the_signs_of_its_samples(shape: tuple[int, ...], start: i
     assert bool((whole.abs() == 1).all())
     part = Signs(3).samples(torch.Size((count, *shape)), start, 5, 1, dtype=torch.float32)
     assert torch.equal(part, whole[start : start + count])
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 65)])
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (5, 3), (13, 10), (BLOCK, 2 * BLOCK)])
+def test_where_all_numbers_are_drawn_at_once(shape: tuple[int, ...], start: int, count: int) -> None:
+    """As on cards: whole blocks, of which a batch keeps its samples."""
+    signs = Signs(3)
+    signs.in_order = False
+    whole = signs.samples(torch.Size((3 * BLOCK, *shape)), 0, 5, 1, dtype=torch.float32)
+    assert bool((whole.abs() == 1).all())
+    part = signs.samples(torch.Size((count, *shape)), start, 5, 1, dtype=torch.float32)
+    assert torch.equal(part, whole[start : start + count])
