@@ -2,8 +2,8 @@
 are the random states of torch, numpy and python, which a loader that shuffles or augments draws from.
 
 Autocast is off meanwhile. What is measured is the function in the dtype of its parameters: under autocast it would be
-that of bfloat16, 2e-4 off for a small net, and its casts are no part of the sites' allow-list. Denormal numbers are
-zero (`denormals`).
+that of bfloat16, 2e-4 off for a small net, and its casts are no part of the sites' allow-list. TensorFloat-32 is off
+(`whole_float32`), and denormal numbers are zero (`denormals`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hessdiag.errors import HessdiagError, OutOfMemoryError, UncoveredModelError, ran_out
 from hessdiag.problem.denormals import denormals_are_zero
+from hessdiag.problem.whole_float32 import whole_float32
 
 AUTOCAST_OFF = "autocast was on and is switched off for the measurement: what is measured is not rounded to bfloat16"
 
@@ -48,6 +49,7 @@ def as_it_was(model: nn.Module) -> Iterator[list[str]]:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(denormals_are_zero())
+            stack.enter_context(whole_float32())
             rounded = autocast_on(model)
             for kind in rounded:
                 stack.enter_context(torch.autocast(kind, enabled=False))
