@@ -38,7 +38,8 @@ def whole_float32() -> Iterator[None]:
 @contextmanager
 def _one_by_one() -> Iterator[None]:
     """The same by torch's settings for single kinds of operation, where those are in use."""
-    kinds: list[Any] = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
+    cudnn: Any = torch.backends.cudnn
+    kinds: list[Any] = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul]
     before = [kind.fp32_precision for kind in kinds]
     try:
         for kind in kinds:

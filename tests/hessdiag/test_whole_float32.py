@@ -42,7 +42,8 @@ def test_what_was_set_before_is_set_again(before: tuple[bool, str]) -> None:
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has no settings for single kinds")
 def test_what_was_set_kind_by_kind_is_set_again() -> None:
-    kinds: list[Any] = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
+    cudnn: Any = torch.backends.cudnn
+    kinds: list[Any] = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul]
     before = [kind.fp32_precision for kind in kinds]
     wanted = ["ieee", "tf32", "tf32"]
     try:
