@@ -41,6 +41,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 LEAST = 20.0  # seconds below which no part is begun
 WORKERS = 3  # that train and attack at a time: more finish later, and any prefix of the runs is to be of use
 REHEARSED = 2  # runs of each sweep
+LAST = 20  # lines that are told of what a benchmark said before it failed
 DATA = "cifar10"
 
 
@@ -155,7 +156,10 @@ def unpacked(folder: Path | None, scratch: Path, *, invent: bool, tell: Tell) ->
 
 
 def trained(sweep: grid.Sweep, places: Places, seconds: float, *, workers: int, name: str, tell: Tell) -> int:
-    """The runs that no results have yet, in order, by so many workers; exported with those before after each."""
+    """The runs that no results have yet, in order, by so many workers; exported with those before after each.
+
+    What failed in an earlier call is tried again.
+    """
     before = {run.key: run for folder in (places.results, places.out) for run in _exported(folder, sweep.name)}
     todo = [run for run in sweep.runs if run.key not in before]
     if not todo:
@@ -163,11 +167,13 @@ def trained(sweep: grid.Sweep, places: Places, seconds: float, *, workers: int, 
         return 0
     store = Store(places.store)
     store.add(sweep.name, todo, tier=sweep.tier, figure=sweep.figure, title=sweep.title)
+    failed = {row.key: row.failures for row in store.rows(sweep.name)}
     count = min(workers, len(todo))
     words = [sys.executable, "-m", "experiments.sweep.worker", str(places.store), "--sweep", sweep.name]
     words += ["--first", str(len(todo)), "--threads", str(max(1, cores_here() // count)), "--parent", str(os.getpid())]
+    words += ["--retries", str(max(failed.values())), "--debug"]
     running = [subprocess.Popen(words, stdin=subprocess.DEVNULL) for _ in range(count)]
-    end, told, failures = time.monotonic() + seconds, set[str](), 0
+    end, told, failures = time.monotonic() + seconds, set[tuple[str, int]](), 0
     late = False
     try:
         over = False
@@ -175,9 +181,10 @@ def trained(sweep: grid.Sweep, places: Places, seconds: float, *, workers: int, 
             late = time.monotonic() > end
             over = late or all(worker.poll() is not None for worker in running)
             for row in store.rows(sweep.name):
-                if row.key in told or row.state not in ("done", "failed"):
+                fresh = row.state == "done" or (row.state == "failed" and row.failures > failed[row.key])
+                if not fresh or (row.key, row.failures) in told:
                     continue
-                told.add(row.key)
+                told.add((row.key, row.failures))
                 if row.state == "failed":
                     failures += 1
                     tell(f"{name}: {row.label}: failed: {(row.error or '').strip()}")
@@ -189,22 +196,27 @@ def trained(sweep: grid.Sweep, places: Places, seconds: float, *, workers: int, 
             if not over:
                 time.sleep(0.2)
     finally:
-        late = late and any(worker.poll() is None for worker in running)
-        if late:
+        if late and any(worker.poll() is None for worker in running):
             tell(f"{name}: the time is over")
-        codes = [_ended(worker) for worker in running]
-    return failures + (0 if late else sum(code != 0 for code in codes))
+        ended = [code for code in _ended(running) if code]
+        for code in ended:
+            tell(f"{name}: a worker ended with {code}")
+    return failures + len(ended)
 
 
-def _ended(worker: subprocess.Popen[bytes]) -> int:
-    """The exit code of a worker, which is told to end if it has not."""
-    if worker.poll() is None:
+def _ended(workers: list[subprocess.Popen[bytes]]) -> list[int]:
+    """The exit codes of those that had ended by themselves; the others are told to end, all at once."""
+    under_way = [worker for worker in workers if worker.poll() is None]
+    for worker in under_way:
         worker.terminate()
-    try:
-        return worker.wait(10)
-    except subprocess.TimeoutExpired:  # deep in a kernel
-        worker.kill()
-        return worker.wait()
+    patience = time.monotonic() + 10
+    for worker in under_way:
+        try:
+            worker.wait(max(0.0, patience - time.monotonic()))
+        except subprocess.TimeoutExpired:  # deep in a kernel
+            worker.kill()
+            worker.wait()
+    return [worker.returncode for worker in workers if worker not in under_way]
 
 
 def _exported(folder: Path, name: str) -> tuple[export.Result, ...]:
@@ -239,7 +251,7 @@ def measured(part: Part, places: Places, seconds: float, *, rehearse: bool, tell
         printed = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
         tell(f"{part.name}: the time is over\n{printed.strip()}".strip())
         return 0
-    last = found.stderr.strip().splitlines()[-1:] if found.returncode else []
+    last = found.stderr.strip().splitlines()[-LAST:] if found.returncode else []
     said = [line for line in (found.stdout.strip(), *last) if line]
     tell("\n".join([f"{part.name}:" if said else f"{part.name}: nothing new", *said]))
     return int(found.returncode != 0)

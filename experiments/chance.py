@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hessdiag.data.dataset import DataSet
 from hessdiag.problem.ascent import handed_back
+from hessdiag.problem.full_float32 import full_float32
 
 LEVEL = 0.001
 UNLEARNED = "did_not_learn"
@@ -80,7 +81,7 @@ def answers(model: nn.Module, test: DataSet, *, batch_size: int, dtype: torch.dt
     correct = torch.zeros((), dtype=torch.long, device=device)
     losses: list[Tensor] = []
     labels: list[Tensor] = []
-    with torch.no_grad(), handed_back(model):
+    with torch.no_grad(), handed_back(model), full_float32():
         for x, y in test.batches(batch_size, device=device, dtype=dtype):
             logits = model(x)
             correct += logits.argmax(1).eq(y).sum()

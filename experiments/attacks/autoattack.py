@@ -34,6 +34,7 @@ from experiments.attacks.progress_file import Standing, model_digest, restore, s
 from experiments.attacks.result import AttackResult, Progress, all_logits, check_batch_size, verify
 from hessdiag.errors import ConfigurationError, DtypeError
 from hessdiag.problem.ascent import handed_back
+from hessdiag.problem.full_float32 import full_float32
 from hessdiag.store.states import digest
 
 SAVE_EVERY = 60.0
@@ -54,7 +55,7 @@ def autoattack(
     """Clean and robust flags, adversarial images, flags after each attack, and the package's warnings as
     fields.
 
-    The model is evaluated in eval mode and float32 and handed back as it came; so are torch's random state,
+    The model is evaluated in eval mode and whole float32 and handed back as it came; so are torch's random state,
     the trace function and the package's counters. With `directory` the standing is kept there after every
     attack, and every minute within one; the same call after a kill goes on from there and ends with the
     same images. progress(attack, done, total, robust) is called after each batch.
@@ -63,7 +64,7 @@ def autoattack(
     radius, text = plain_radius(eps)
     y = _check(model, x, y, radius, batch_size)
     device, folder = home(model, x), None if directory is None else Path(directory)
-    with handed_back(model), globals_put_back(package, device), torch.no_grad():
+    with handed_back(model), full_float32(), globals_put_back(package, device), torch.no_grad():
         forward = Guarded(logits_function(model, None))
         logits = all_logits(forward, x, batch_size=batch_size, device=device)
         classes = logits.shape[1]

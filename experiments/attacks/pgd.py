@@ -27,6 +27,7 @@ from hessdiag.problem.ascent import (
     linf_ascent,
     refuse_non_finite,
 )
+from hessdiag.problem.full_float32 import full_float32
 
 STARTS = ["uniform", "gauss", "none"]
 GAUSS_SCALE = 0.001
@@ -180,6 +181,12 @@ def plain_logits(forward: Forward, x: Tensor, autocast: torch.dtype | None = Non
     with torch.no_grad(), context:
         logits = forward(x)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def judged_logits(forward: Forward, x: Tensor) -> Tensor:
+    """Logits that a verdict rests on: `plain_logits` in whole float32, where crafting may take TensorFloat-32."""
+    with full_float32():
+        return plain_logits(forward, x)
 
 
 def _needed(generator: torch.Generator | None) -> torch.Generator:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.attacks.pgd import plain_logits
+from experiments.attacks.pgd import judged_logits
 from hessdiag.errors import AuditError, ConfigurationError, NonFiniteError
 from hessdiag.problem.ascent import Forward
 
@@ -22,7 +22,7 @@ class BallCheck:
     """The adversarial images measured after the fact, and forwarded once more.
 
     `disagreements` counts samples whose verdict changed in that second forward pass: zero unless rounding
-    that depends on the batch (TF32, autotuned kernels) moved a sample across the boundary.
+    that depends on the batch (autotuned kernels) moved a sample across the boundary.
     """
 
     max_distance: float
@@ -87,7 +87,7 @@ def predictions(forward: Forward, x: Tensor, *, batch_size: int, device: torch.d
 
 def class_count(forward: Forward, x: Tensor, device: torch.device) -> int:
     """How many logits the model gives, from one sample."""
-    logits = plain_logits(forward, x[:1].to(device))
+    logits = judged_logits(forward, x[:1].to(device))
     if logits.ndim != 2:
         raise ConfigurationError(f"an attack needs logits of shape [N, classes], not {list(logits.shape)}")
     return logits.shape[1]
@@ -132,7 +132,7 @@ def all_logits(forward: Forward, x: Tensor, *, batch_size: int, device: torch.de
     """Logits [N, classes] on the device of x; NaN or Inf among them is an error, not a class."""
     outputs = []
     for start in range(0, len(x), batch_size):
-        logits = plain_logits(forward, x[start : start + batch_size].to(device))
+        logits = judged_logits(forward, x[start : start + batch_size].to(device))
         if logits.ndim != 2:
             raise ConfigurationError(f"an attack needs logits of shape [N, classes], not {list(logits.shape)}")
         bad = torch.nonzero(~logits.isfinite().all(1)).flatten()

@@ -11,7 +11,7 @@ from torch import Tensor
 from experiments.attacks.apgd import STEPS, apgd
 from experiments.attacks.inputs import check_dlr, check_labels, check_samples, plain_radius
 from experiments.attacks.losses import dlr_targeted
-from experiments.attacks.pgd import logits_function, plain_logits, uniform_noise
+from experiments.attacks.pgd import judged_logits, logits_function, uniform_noise
 from hessdiag.errors import ConfigurationError
 from hessdiag.problem.ascent import AttackLoss, Forward, handed_back, refuse_non_finite
 from hessdiag.problem.perturbation import cross_entropy
@@ -92,7 +92,7 @@ def apgd_t(
 
 
 class _Worst:
-    """The worst case over runs: each attacks what still stands, and is believed in full precision alone."""
+    """The worst case over runs: each attacks what still stands, and is believed in whole float32 alone."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class _Worst:
             autocast=self.autocast,
         )
         refuse_non_finite(run.finite, "running APGD")
-        verdict = plain_logits(self.forward, run.last).argmax(1) != y
+        verdict = judged_logits(self.forward, run.last).argmax(1) != y
         fooled = run.fooled & verdict
         self.robust[alive[fooled]] = False
         self.adversarial[alive[fooled]] = run.last[fooled]
@@ -161,7 +161,7 @@ def _prepared(
 
 
 def _clean(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
-    logits = plain_logits(forward, x)
+    logits = judged_logits(forward, x)
     if logits.ndim != 2:
         raise ConfigurationError(f"an attack needs logits of shape [N, classes], not {list(logits.shape)}")
     refuse_non_finite(logits.isfinite().all(1), "classifying the clean images")

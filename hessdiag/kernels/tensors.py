@@ -39,6 +39,12 @@ def hold_freed_memory() -> None:
     torch.empty((32 << 20) - (1 << 12), dtype=torch.uint8, device="cpu")
 
 
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was told: a clock tells nothing before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @dataclass
 class Parts:
     """Sums over samples (not yet divided by the weight of the data): total = gauss_newton + functional."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.errors import UncoveredModelError
+from hessdiag.kernels.tensors import wait
 from hessdiag.measuring.ranks import World
 from hessdiag.methods import METHODS, Case, FirstPass, Forecast
 from hessdiag.methods.batches import Batches, Numbered, Survey, numbered
@@ -88,10 +89,10 @@ def _timed(objective: Objective, first: Numbered) -> float:
     shortest = float("inf")
     with torch.no_grad():
         for _ in range(3):
-            _wait(objective.device)
+            wait(objective.device)
             begun = time.perf_counter()
             forward(objective.model, first.inputs, objective.call)
-            _wait(objective.device)
+            wait(objective.device)
             shortest = min(shortest, time.perf_counter() - begun)
             if shortest > 1.0:
                 break
@@ -118,8 +119,3 @@ class _Work:
     def _count(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and isinstance(module.weight, Tensor) and len(module.weight):
             self.total += float(output.numel() * module.weight[0].numel())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

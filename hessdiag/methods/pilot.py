@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hessdiag.graph import Linearisation
 from hessdiag.kernels.propagator import Propagator
-from hessdiag.kernels.tensors import Tensors, accumulate
+from hessdiag.kernels.tensors import Tensors, accumulate, wait
 from hessdiag.signs import BLOCK, Signs
 
 PILOT_SAMPLES = 2 * BLOCK
@@ -44,8 +44,10 @@ def choose_groups(batch: Linearisation, seed: int, *, candidates: tuple[int, ...
     for group in candidates:
         propagator = Propagator(batch, groups={layer.name: group for layer in batch.layers})
         propagator.functional(signs, PILOT)  # first call prepares
+        wait(signs.device)
         begun = time.perf_counter()
         pair = [propagator.functional(signs, PILOT + i) for i in (1, 2)]
+        wait(signs.device)
         seconds = time.perf_counter() - begun
         cost[group] = seconds * _half_difference(*pair)
     best = min(cost, key=lambda g: cost[g])

@@ -5,14 +5,14 @@ torch computes convolutions in TF32 on cards unless told otherwise, and products
 
 From torch 2.9 on precisions form a tree: what a kind of operation is not told it has from its backend, and that from
 `torch.backends.fp32_precision`. Set from the top down, only where it is still another, and set back from below, every
-switch stands as before, and what was left open stays open. The older switches are not touched there: in torch they
-refuse to be read beside the newer ones (`torch.backends.cudnn.allow_tf32` within a model, while it is measured).
+switch stands as before, and what was left open stays open. cuDNN's older switch goes with them where it can be read: it
+refuses to be once the newer say something else, and `torch.backends.cudnn.flags` within a model reads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -43,8 +43,11 @@ def full_float32() -> Iterator[None]:
 
 def _switches() -> Iterator[Switch]:
     backends: Any = torch.backends
+    older = partial(getattr, backends.cudnn, "allow_tf32")
+    with suppress(RuntimeError):  # set by the newer switches to what this one cannot say
+        older()
+        yield older, partial(setattr, backends.cudnn, "allow_tf32"), False
     if not hasattr(backends, PRECISION):
-        yield partial(getattr, backends.cudnn, "allow_tf32"), partial(setattr, backends.cudnn, "allow_tf32"), False
         yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
         return
     for path in TREE:

@@ -299,6 +299,30 @@ def test_autocast_is_believed_only_in_full_precision() -> None:
     assert torch.equal(fooled_in_half.robust, fooled_in_half.clean)
 
 
+def test_a_verdict_is_in_full_float32_whatever_crafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = conv_net()
+    x, y = images(net, 12)
+
+    class Asking(nn.Module):
+        """Notes of each pass whether it is a verdict, and whether TensorFloat-32 is allowed."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.seen = net, set[tuple[bool, bool]]()
+
+        def forward(self, z: Tensor) -> Tensor:
+            """The same net."""
+            self.seen.add((not torch.is_grad_enabled(), torch.backends.cudnn.allow_tf32))
+            out: Tensor = self.net(z)
+            return out
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for attack in ("aa2", "pgd:eps=8/255,steps=2"):
+        asking = Asking()
+        evaluate(asking, x, y, attack=attack, eps="8/255")
+        assert asking.seen == {(True, False), (False, True)}
+
+
 def test_zero_gradients_are_told() -> None:
     net = conv_net()
     x, y = images(net)

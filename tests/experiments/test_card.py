@@ -105,6 +105,9 @@ def test_a_run_that_fails_is_told_and_counted(tmp_path: Path, told: list[str], m
     sweep = small(grid.load("campaign/card", stage=1), 1)
     assert card.trained(sweep, places(tmp_path), 300, workers=1, name="x", tell=told.append) == 1
     assert "failed: DataError: cifar10 is not in" in told[0]
+    assert "Traceback" in told[0]
+    assert card.trained(sweep, places(tmp_path), 300, workers=2, name="x", tell=told.append) == 1
+    assert len(told) == 2  # tried again, by a later call alone, and told once
 
 
 def test_a_benchmark_that_is_cut_off_says_what_it_had_said(tmp_path: Path, told: list[str], monkeypatch: Any) -> None:
