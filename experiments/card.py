@@ -41,7 +41,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 LEAST = 20.0  # seconds below which no part is begun
 WORKERS = 3  # that train and attack at a time: more finish later, and any prefix of the runs is to be of use
 REHEARSED = 2  # runs of each sweep
-LAST = 20  # lines that are told of what a benchmark said before it failed
+LAST = 20  # lines that are told of what a benchmark said
 DATA = "cifar10"
 
 
@@ -249,12 +249,16 @@ def measured(part: Part, places: Places, seconds: float, *, rehearse: bool, tell
         found = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:
         printed = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        tell(f"{part.name}: the time is over\n{printed.strip()}".strip())
+        tell("\n".join([f"{part.name}: the time is over", *_last(printed)]))
         return 0
-    last = found.stderr.strip().splitlines()[-LAST:] if found.returncode else []
-    said = [line for line in (found.stdout.strip(), *last) if line]
+    said = [*_last(found.stdout), *(_last(found.stderr) if found.returncode else [])]
     tell("\n".join([f"{part.name}:" if said else f"{part.name}: nothing new", *said]))
     return int(found.returncode != 0)
+
+
+def _last(text: str) -> list[str]:
+    """The last lines: what was measured is stored, and the whole would hide what was told before it."""
+    return text.strip().splitlines()[-LAST:]
 
 
 def check(*, seconds: float, rehearse: bool) -> None:

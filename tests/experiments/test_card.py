@@ -121,6 +121,23 @@ def test_a_benchmark_that_is_cut_off_says_what_it_had_said(tmp_path: Path, told:
     assert told == ["what an activation costs: the time is over\ntable2 eager relu: {}"]
 
 
+def test_a_benchmark_that_fails_says_how_and_not_more_than_its_last_lines(
+    tmp_path: Path, told: list[str], monkeypatch: Any
+) -> None:
+    rows, trace = "\n".join(f"row {i}" for i in range(99)), "Traceback\n  line 3\nRuntimeError: no kernel\n"
+
+    def failed(words: list[str], **options: Any) -> Any:
+        return subprocess.CompletedProcess(words, 1, rows, trace)
+
+    monkeypatch.setattr(subprocess, "run", failed)
+    part = next(part for part in card.PARTS if part.words == ("norms",))
+    assert card.measured(part, places(tmp_path), 1.0, rehearse=False, tell=told.append) == 1
+    lines = told[0].splitlines()
+    assert lines[0] == "norms of ResNet-18:"
+    assert lines[1:21] == [f"row {i}" for i in range(79, 99)]
+    assert lines[21:] == trace.splitlines()
+
+
 def test_parts_are_unpacked_once_and_what_is_missing_is_told(tmp_path: Path, told: list[str]) -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(6, dtype=np.uint8)
