@@ -3,9 +3,10 @@
     1  speed of standard and N-FGSM training beside a plain loop          benchmarks.card throughput
     2  a replicate beside a gradient and a product, GPT of 124M           benchmarks.card nanogpt
     3  N-FGSM on the whole ResNet-18 over max|σ''|, the first seed        sweeps/campaign/card.toml, stage 1
-    4  what an activation costs                                           benchmarks.card table2
-    5  norms beside Hutchinson's probes; those of transformers            benchmarks.card norms; benchmarks.transformers
-    6  the second and the third seed, then standard training              card.toml, stages 2, 3; card_standard.toml
+    4  norms beside Hutchinson's probes                                   benchmarks.card norms
+    5  the second seed: from two on there are intervals                   card.toml, stage 2
+    6  what an activation costs; norms of transformers                    benchmarks.card table2; benchmarks.transformers
+    7  the third seed, then standard training                             card.toml, stage 3; card_standard.toml
 
 What `results` or `out` already hold is left out, so that the next quarter of an hour goes on where this one ended.
 Every part runs in processes of its own, ended when the time is over: what they had stored by then stays. The runs of a
@@ -60,10 +61,10 @@ PARTS = (
     Part("speed of training", module="benchmarks.card", words=("throughput",)),
     Part("a replicate of a GPT", module="benchmarks.card", words=("nanogpt",)),
     Part("N-FGSM, seed 0", sweep="campaign/card", stage=1),
-    Part("what an activation costs", module="benchmarks.card", words=("table2",)),
     Part("norms of ResNet-18", module="benchmarks.card", words=("norms",)),
-    Part("norms of transformers", module="benchmarks.transformers"),
     Part("N-FGSM, seed 1", sweep="campaign/card", stage=2),
+    Part("what an activation costs", module="benchmarks.card", words=("table2",)),
+    Part("norms of transformers", module="benchmarks.transformers"),
     Part("N-FGSM, seed 2", sweep="campaign/card", stage=3),
     Part("standard training", sweep="campaign/card_standard"),
 )
