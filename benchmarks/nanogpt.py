@@ -48,8 +48,8 @@ class Shape:
     tokens: int = 1024
     sequences: int = 4
     repeats: int = 5
-    seconds: float = 8.0
-    """After which nothing of a row is repeated once more."""
+    limit: float = 8.0
+    """Seconds after which nothing of a row is repeated once more."""
 
 
 TINY = Shape(layers=2, heads=2, width=16, vocabulary=64, tokens=16, sequences=4, repeats=2)
@@ -130,7 +130,7 @@ class Bench:
         """So many, or fewer where the time of a row is over: two at least."""
         begun = self.now()
         for turn in range(count):
-            if turn < 2 or self.now() - begun < self.shape.seconds:
+            if turn < 2 or self.now() - begun < self.shape.limit:
                 yield turn
 
     def timed(self, work: Callable[[], Any]) -> float:
