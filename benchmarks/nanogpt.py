@@ -105,6 +105,7 @@ class Bench:
 
     def __init__(self, device: str, shape: Shape) -> None:
         self.device, self.shape = torch.device(device), shape
+        self.clear()  # what ran out of memory before may still be held
         torch.manual_seed(0)
         with self.device:
             self.model = GPT(shape).eval()
