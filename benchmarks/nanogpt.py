@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,8 @@ class Shape:
     tokens: int = 1024
     sequences: int = 4
     repeats: int = 5
+    limit: float = 8.0
+    """Seconds after which nothing of a row is repeated once more."""
 
 
 TINY = Shape(layers=2, heads=2, width=16, vocabulary=64, tokens=16, sequences=4, repeats=2)
@@ -103,6 +105,7 @@ class Bench:
 
     def __init__(self, device: str, shape: Shape) -> None:
         self.device, self.shape = torch.device(device), shape
+        self.clear()  # what ran out of memory before may still be held
         torch.manual_seed(0)
         with self.device:
             self.model = GPT(shape).eval()
@@ -123,6 +126,13 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def turns(self, count: int) -> Iterator[int]:
+        """So many, or fewer where the time of a row is over: two at least."""
+        begun = self.now()
+        for turn in range(count):
+            if turn < 2 or self.now() - begun < self.shape.limit:
+                yield turn
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Seconds of one call."""
@@ -151,14 +161,14 @@ def gradient(bench: Bench) -> Row:
         torch.autograd.grad(loss, list(bench.model.parameters()))
 
     work()
-    return {"seconds": median([bench.timed(work) for _ in range(bench.shape.repeats)]).value}
+    return {"seconds": median([bench.timed(work) for _ in bench.turns(bench.shape.repeats)]).value}
 
 
 def product(bench: Bench, size: int) -> Row:
     """A Hessian-vector product by double backward: from nothing, and again where the gradient's graph is at hand."""
     v = probe(bench.objective, bench.signs, 0)
     setups, again = [], []
-    for turn in range(bench.shape.repeats):
+    for turn in bench.turns(bench.shape.repeats):
         total: Tensors = {}
         built = taken = 0.0
         for x, y in bench.blocks(size):
@@ -182,9 +192,8 @@ def replicate(bench: Bench, size: int) -> Row:
     whole, repeats = size >= bench.shape.sequences, bench.shape.repeats
     total = {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in _named(bench)}
     setups, exact, drawn = [], [], []
-    for turn in range(1 if whole else repeats):
-        built, closed, start = 0.0, 0.0, 0
-        seconds = [0.0] * (repeats if whole else 1)
+    for turn in bench.turns(1 if whole else repeats):
+        built, closed, taken, start = 0.0, 0.0, dict[int, float](), 0
         for x, y in bench.blocks(size):
             begun = bench.now()
             propagator = Propagator(Linearisation(bench.objective, x, y), start=start)
@@ -194,15 +203,15 @@ def replicate(bench: Bench, size: int) -> Row:
                 for part in (propagator.direct, propagator.heads):
                     accumulate(total, part())
                 closed += bench.now() - begun
-            for r in range(len(seconds)):
+            for r in bench.turns(repeats if whole else 1):
                 begun = bench.now()
                 accumulate(total, propagator.functional(bench.signs, turn + r, outer=True))
-                seconds[r] += bench.now() - begun
+                taken[r] = taken.get(r, 0.0) + bench.now() - begun
             start += len(x)
             del propagator
         setups.append(built)
         exact.append(closed)
-        drawn += seconds
+        drawn += taken.values()
     row: Row = {"drawn_seconds": median(drawn).value, "setup_seconds": median(setups).value, "closed_seconds": exact[0]}
     return row | {"seconds": row["drawn_seconds"] + (0.0 if whole else row["setup_seconds"])}
 

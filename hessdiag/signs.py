@@ -75,12 +75,14 @@ class Signs:
 
     def _signs(self, words: Tensor, dtype: torch.dtype) -> Tensor:
         """The signs that their bits say, 64 of each."""
-        eights = _signs_of_bytes(dtype).to(self.device).index_select(0, words.reshape(-1).view(torch.uint8).int())
-        return eights.view(*words.shape[:-1], -1)
+        table, numbers = _signs_of_bytes(dtype, self.device), words.reshape(-1).view(torch.uint8).int()
+        if dtype == torch.int8:  # eight of them are one number to move
+            return table.view(torch.int64)[:, 0].index_select(0, numbers).view(dtype).view(*words.shape[:-1], -1)
+        return table.index_select(0, numbers).view(*words.shape[:-1], -1)
 
 
 @cache
-def _signs_of_bytes(dtype: torch.dtype) -> Tensor:
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
     """[256, 8]: by each byte the signs that its bits say, eight for what drawing one takes."""
     bits = torch.arange(256, device="cpu").unsqueeze(1) >> torch.arange(8, device="cpu")
-    return ((bits & 1) * 2 - 1).to(dtype)
+    return ((bits & 1) * 2 - 1).to(device, dtype)

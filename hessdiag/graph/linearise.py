@@ -147,12 +147,18 @@ class Linearisation:
     def pull(self, seeds: Sequence[Tensor | None], right: Sequence[Tensor | None], *, above: bool = False) -> Pulls:
         """Cotangents of the edges that sites look at, leg by leg, for seeds as `backward` takes them."""
         found: Pulls = {}
-        for number, (site, seed, other) in enumerate(zip(self.sites, seeds, right)):
-            for second, legs, s in ((False, site.legs, seed), (True, site.right, other)):
-                if s is not None:
-                    for leg, (edge, factor) in enumerate(legs):
-                        if not (above and self.graph.is_free(edge[0])):
-                            found[number, second, leg] = edge, pulled(edge, factor, s)
+        for number, (seed, other) in enumerate(zip(seeds, right)):
+            found |= self.pull_one(number, seed, other, above=above)
+        return found
+
+    def pull_one(self, number: int, seed: Tensor | None, right: Tensor | None, *, above: bool = False) -> Pulls:
+        """The same of one site."""
+        site, found = self.sites[number], Pulls()
+        for second, legs, s in ((False, site.legs, seed), (True, site.right, right)):
+            if s is not None:
+                for leg, (edge, factor) in enumerate(legs):
+                    if not (above and self.graph.is_free(edge[0])):
+                        found[number, second, leg] = edge, pulled(edge, factor, s)
         return found
 
     def backward_from(

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.graph import Layer, LayerKind, Linearisation, Site, edge_shape, visit
+from hessdiag.graph.linearise import Pulls
 from hessdiag.kernels.deflation import DEFLATION, Deflation, deflation
 from hessdiag.kernels.probes import Probes
 from hessdiag.kernels.tensors import Tensors, accumulate, accumulate_new, zeros
@@ -73,7 +74,9 @@ class Propagator:
         self._small = size <= KEEP_ROOTS
         self._roots: dict[int, list[Tensor | None]] = {}
         self._blank: list[Tensor | None] = [None] * len(batch.sites)
-        _ = batch.direct, batch.heads  # read before any pass
+        self._asked = {one.site for one in batch.direct.values()} | batch.free | batch.crossing.keys()
+        """Sites whose seeds are looked at once more when they are at their edges."""
+        _ = batch.heads  # read before any pass, as the direct ones are
         found = self.probed(batch) if probes else []
         chosen = {place: (probes or {})[layer.name] for place, layer in found if layer.name in (probes or {})}
         heads = self._heads_of(chosen)
@@ -277,7 +280,7 @@ class Propagator:
 
     def _square_pass(
         self,
-        sides: tuple[Sequence[Tensor | None], Sequence[Tensor | None]],
+        sides: tuple[list[Tensor | None], list[Tensor | None]],
         output_seed: Tensor | None,
         out: Tensors,
         sign: float,
@@ -286,14 +289,19 @@ class Propagator:
         apart: Tensors | None = None,
     ) -> None:
         """Add the squares of one pass to `out`: of layers that products serve with `apart` alone, where they are told
-        apart besides.
+        apart besides. Seeds that are done with are dropped from `sides` one by one: together they are as large as what
+        they have become.
         """
         seeds, right = sides
         if output_seed is None and all(seed is None for seed in (*seeds, *right)):
             return
 
         shared: dict[int, Tensor] = {}
-        pulls = self.batch.pull(seeds, right, above=True)
+        pulls: Pulls = {}
+        for number in range(len(self.batch.sites)):
+            pulls |= self.batch.pull_one(number, seeds[number], right[number], above=True)
+            if number not in self._asked:
+                seeds[number] = right[number] = None
         own = self.batch.own(pulls)
 
         def square(place: int, delta: Tensor) -> None:

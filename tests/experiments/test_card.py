@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from benchmarks import card as benchmark
+from benchmarks import nanogpt
 from experiments import card
 from experiments.__main__ import main
 from experiments.sweep import export, grid
@@ -46,8 +49,6 @@ def told() -> list[str]:
 
 
 def test_without_a_gpu_it_says_what_can_be_done(capsys: pytest.CaptureFixture[str]) -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert main(["card"]) == 2
@@ -163,3 +164,25 @@ def test_it_needs_no_package_that_a_bare_machine_lacks() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(found.stdout) == []
+
+
+def test_the_gpt_is_of_gpt2s_size_its_head_the_table() -> None:
+    with torch.device("meta"):
+        model = nanogpt.GPT(nanogpt.Shape())
+    assert sum(p.numel() for p in model.parameters()) == 50304 * 768 + 1024 * 768 + 12 * 7_087_872 + 2 * 768
+
+
+def test_what_runs_out_of_memory_says_so_and_loses_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out(bench: nanogpt.Bench) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nmore")
+
+    monkeypatch.setitem(nanogpt.ROWS, "replicate", out)
+    measured = benchmark.measure("nanogpt", benchmark.sized("cpu"), tmp_path, tmp_path)
+    rows = json.loads((tmp_path / "card-nanogpt-cpu.json").read_text())["results"]
+    assert measured == len(rows) == len(nanogpt.ROWS)
+    assert rows["replicate"]["out of memory"] == "CUDA out of memory. Tried to allocate 1.00 GiB."
+    assert "seconds" not in rows["replicate"]
+    assert all(row["gradients"] > 0 for name, row in rows.items() if name != "replicate")
+    assert benchmark.measure("nanogpt", benchmark.sized("cpu"), tmp_path, tmp_path) == 0

@@ -27,3 +27,9 @@ def test_where_all_numbers_are_drawn_at_once(shape: tuple[int, ...], start: int,
     assert bool((whole.abs() == 1).all())
     part = signs.samples(torch.Size((count, *shape)), start, 5, 1, dtype=torch.float32)
     assert torch.equal(part, whole[start : start + count])
+
+
+def test_bytes_and_numbers_say_the_same_signs() -> None:
+    shape = torch.Size((5, 3, 65))
+    one, other = (Signs(3).samples(shape, 2, 5, 1, dtype=dtype) for dtype in (torch.int8, torch.float32))
+    assert torch.equal(one.float(), other)
