@@ -31,7 +31,7 @@ def tensor(node: Any, name: str) -> Tensor:
 def tensor_or_none(node: Any, name: str) -> Tensor | None:
     """The same, or None where the backward pass needs none.
 
-    Python's numbers are kept on the CPU whatever the device; here they come on the node's, so that they may be expanded.
+    Python's numbers are kept on the CPU whatever the device; here they come on the node's, to be expanded there.
     """
     found = getattr(node, f"_saved_{name}", None)
     if not isinstance(found, Tensor):
