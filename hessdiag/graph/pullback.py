@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge
 
 from hessdiag.errors import UncoveredModelError
 from hessdiag.graph.nodes import Edge, edge_shape, sizes
+from hessdiag.signs import cpu_generator
 
 
 def pullback(node: Any, seeds: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -37,11 +38,11 @@ def pullback(node: Any, seeds: Sequence[Tensor | None]) -> tuple[Tensor | None, 
 
 def random_like(shape: torch.Size, dtype: torch.dtype, device: torch.device, number: int) -> Tensor:
     """Normal numbers that depend on nothing but the shape and `number`."""
-    generator = torch.Generator().manual_seed(0x5EED + number)
+    generator = cpu_generator(0x5EED + number)
     real = torch.float64 if dtype.is_complex else dtype
-    drawn = torch.randn(shape, generator=generator, dtype=real)
+    drawn = torch.randn(shape, generator=generator, dtype=real, device="cpu")
     if dtype.is_complex:
-        drawn = torch.complex(drawn, torch.randn(shape, generator=generator, dtype=real)).to(dtype)
+        drawn = torch.complex(drawn, torch.randn(shape, generator=generator, dtype=real, device="cpu")).to(dtype)
     return drawn.to(device)
 
 

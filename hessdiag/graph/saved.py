@@ -29,9 +29,15 @@ def tensor(node: Any, name: str) -> Tensor:
 
 
 def tensor_or_none(node: Any, name: str) -> Tensor | None:
-    """The same, or None where the backward pass needs none."""
+    """The same, or None where the backward pass needs none.
+
+    Python's numbers are kept on the CPU whatever the device; here they come on the node's, to be expanded there.
+    """
     found = getattr(node, f"_saved_{name}", None)
-    return found.detach() if isinstance(found, Tensor) else None
+    if not isinstance(found, Tensor):
+        return None
+    found = found.detach()
+    return found if found.ndim else found.to(node._input_metadata[0].device)
 
 
 def number(node: Any, name: str, default: float | None = None) -> float:

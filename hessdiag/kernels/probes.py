@@ -84,7 +84,7 @@ class Probes:
 
     def check(self, signs: Signs) -> None:
         """Refuse a layer whose output does not hold the samples in order along its first axis, by two products."""
-        half = torch.arange(self.batch.samples) < (self.batch.samples + 1) // 2
+        half = torch.arange(self.batch.samples, device=self.batch.outputs.device) < (self.batch.samples + 1) // 2
         for group in self.groups:
             v = self._drawn(group, self._signs(group, signs, FOUND, 0))
             kept = half.to(v)[:, None]

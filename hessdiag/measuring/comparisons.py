@@ -342,15 +342,17 @@ def own(case: Case, method: Method, products: Products, signs: Signs, tolerance:
     stream = "total" if "total" in streams else "functional"
     drawn = [work.replicate(batch, r)[stream] for r in range(OWN_REPLICATES)] if streams else []
     generator, found = cpu_generator(signs.seed), []
-    pooled, square = torch.zeros(max(len(drawn), 1), dtype=torch.float64), 0.0
+    pooled, square = torch.zeros(max(len(drawn), 1), dtype=torch.float64, device="cpu"), 0.0
     for name, parameter in case.objective.parameters.items():
         count = OWN_ENTRIES if drawn else 2
         places = torch.randint(0, parameter.numel(), (count,), generator=generator, device="cpu")
-        truth = torch.tensor(products.entries(name, places.tolist()), dtype=torch.float64)
-        exact = sum((known[part][name].double() for part in parts), torch.zeros(parameter.shape, dtype=torch.float64))
-        rows = torch.stack([one[name].double() for one in drawn]) if drawn else torch.zeros(1, *parameter.shape)
+        truth = torch.tensor(products.entries(name, places.tolist()), dtype=torch.float64, device="cpu")
+        exact = torch.zeros_like(parameter, dtype=torch.float64, requires_grad=False)
+        for part in parts:
+            exact += known[part][name]
+        rows = torch.stack([one[name].double() for one in drawn]) if drawn else torch.zeros_like(exact)[None]
         rows = (rows + exact).reshape(len(rows), -1)
-        scale, chosen = float(rows.mean(0).abs().max()) or 1.0, rows[:, places]
+        scale, chosen = float(rows.mean(0).abs().max()) or 1.0, rows[:, places.to(rows.device)].cpu()
         off = chosen.mean(0) - truth
         found.append(AuditEntry("own", name, _beyond(off, chosen, scale), tolerance))
         pooled += ((chosen - truth) * truth).sum(1)

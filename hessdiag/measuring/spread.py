@@ -234,9 +234,9 @@ class _Group:
 
 def _shards(objective: Objective, batches: Batches, count: int, groups: int, size: int, largest: int) -> list[_Group]:
     """The groups' samples: a random deal, its seed fixed, of `groups * size` of the `count` samples with a loss."""
-    order = torch.randperm(count, generator=cpu_generator(_DEAL))
-    group = torch.full((count,), -1, dtype=torch.long)
-    group[order[: groups * size]] = torch.arange(groups * size) % groups
+    order = torch.randperm(count, generator=cpu_generator(_DEAL), device="cpu")
+    group = torch.full((count,), -1, dtype=torch.long, device="cpu")
+    group[order[: groups * size]] = torch.arange(groups * size, device="cpu") % groups
     parts: list[list[Numbered]] = [[] for _ in range(groups)]
     weights = [0.0] * groups
     seen = 0
@@ -319,13 +319,13 @@ def _sketch(tensors: Mapping[str, Tensor]) -> Rows:
     if entries <= WIDTH:
         flat = torch.cat([t.detach().reshape(-1).double().cpu() for t in tensors.values()])
         return flat.numpy()
-    out = torch.zeros(WIDTH, dtype=torch.float64)
+    out = torch.zeros(WIDTH, dtype=torch.float64, device="cpu")
     generator = cpu_generator(_DEAL)
     for tensor in tensors.values():
         flat = tensor.detach().reshape(-1)
         for start in range(0, flat.numel(), _CHUNK):
             values = flat[start : start + _CHUNK].double().cpu()
             # One draw for both: the sign is its last bit, the place the others.
-            drawn = torch.randint(2 * WIDTH, (len(values),), generator=generator)
+            drawn = torch.randint(2 * WIDTH, (len(values),), generator=generator, device="cpu")
             out.index_add_(0, drawn >> 1, values * (1 - 2 * (drawn & 1)).double())
     return out.numpy()

@@ -2,7 +2,8 @@
 
 hardsigmoid has no second derivative and keeps 1/6 in float32; CELU keeps 1/alpha in float32 (both of torch 2.13, 3e-8
 off in float64); bags of embeddings have no second derivative; that of weight_norm is not symmetric on CPUs, and that of
-group_norm ends the process for a gain or bias alone where the channels are last in memory. Recurrent nets run as loops
+group_norm ends the process for a gain or bias alone where the channels are last in memory. On cards rms_norm is one
+kernel. Recurrent nets run as loops
 over time with the samples first: torch has time first, and its kernels on cards, one for all steps, have no second
 derivative. Attention of several heads keeps the samples first, too (`attention`). addcmul is a product and a sum, in
 which parameters are gains and biases. What changes gradients alone is no part of the loss: hooks, an embedding's
@@ -214,6 +215,18 @@ def _group_norm(input: Tensor, *args: Any, **named: Any) -> Tensor:
     return F.group_norm(input.flatten(2), *args, **named).reshape(input.shape)
 
 
+def _rms_norm(
+    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """By operations on every device, as torch has it on CPUs; on cards it is one node that hides what bends in it."""
+    if input.dtype not in (torch.float32, torch.float64):
+        return F.rms_norm(input, normalized_shape, weight, eps)
+    axes = list(range(-len(normalized_shape), 0))
+    small = torch.finfo(input.dtype).eps if eps is None else eps
+    plain = input * input.pow(2).mean(axes, keepdim=True).add(small).rsqrt()
+    return plain if weight is None else plain * weight
+
+
 def _batch_norm(*args: Any, **named: Any) -> Tensor:
     """Of one sample without running statistics (as weights are standardised) as an instance normalisation."""
     bound = _BATCH.bind(*args, **named)
@@ -319,6 +332,8 @@ MENDED: dict[Any, Callable[..., Any]] = {
     torch.group_norm: _group_norm,
     F.instance_norm: _instance_norm,
     F.batch_norm: _batch_norm,
+    F.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
     **{name: _real(name, torch.hypot) for name in (torch.abs, torch.absolute, Tensor.abs, Tensor.absolute)},
     **{name: _real(name, lambda re, im: torch.atan2(im, re)) for name in (torch.angle, Tensor.angle)},
     Tensor.__abs__: _real(Tensor.__abs__, torch.hypot),

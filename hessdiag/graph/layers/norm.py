@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 
 def _scale(node: Any) -> Tensor:
-    """1 / sqrt(var + eps)."""
-    return torch.rsqrt(saved.tensor(node, "running_var") + saved.number(node, "eps"))
+    """1 / sqrt(var + eps); the libraries of graphics cards write eps out."""
+    eps = "eps" if saved.has(node, "eps") else "epsilon"
+    return torch.rsqrt(saved.tensor(node, "running_var") + saved.number(node, eps))
 
 
 class Norm(LayerKind):
