@@ -18,6 +18,7 @@ a rehearsal, whose numbers say nothing.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -101,6 +102,7 @@ def gpt(name: str, settings: Settings) -> Row:
 
 def table2(name: str, settings: Settings) -> Row:
     """Milliseconds per standard step and memory with one activation, "eager NAME" or "compiled NAME"."""
+    gc.collect()  # nothing of the row before counts for the peak
     how, _, activation = name.partition(" ")
     device = torch.device(settings.device)
     data = noise(settings)

@@ -17,6 +17,8 @@ PRODUCTS_TARGET = 25.0
 """How many times faster exact diagonals are to be than their peers."""
 KERNEL_TARGET = 1.2
 """How many times as long as its kernel a call without checks may take."""
+GRADIENTS, GIB = 3.0, 12.0
+"""What a replicate of a GPT of 124 million parameters may take on a GPU."""
 README = RESULTS.parent / "README.md"
 HEAD = """# Benchmarks
 
@@ -440,6 +442,38 @@ def blocks(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
     ]
 
 
+def card(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
+    """A row per thing measured on a GPU: a method's speed, what an activation costs, a GPT's passes, or a norm."""
+    rows: list[Row] = []
+    for name, row in found.items():
+        if "images_per_second" in row:
+            ours, plain = row["images_per_second"], row["plain_images_per_second"]
+            shown = {"method": name, "images a second": f"{ours:,.0f}", "plain loop": f"{plain:,.0f}"}
+            rows.append({**shown, "ratio": f"{row['ratio']:.2f}"})
+        elif "milliseconds" in row:
+            how, _, activation = name.partition(" ")
+            kept, peak = (row[key] and f"{row[key]:.2f} GB" for key in ("kept_gb", "peak_gb"))
+            shown = {"": how, "activation": activation, "a step": f"{row['milliseconds']:.1f} ms"}
+            rows.append({**shown, "kept for backward": kept or "", "peak": peak or "not measured"})
+        elif "gradients" in row:
+            wanted = ""
+            if name == "replicate":
+                limits = {
+                    f"{GRADIENTS:g} gradients": row["gradients"] <= GRADIENTS,
+                    f"{GIB:g} GiB": row["peak_gib"] <= GIB,
+                }
+                wanted = ", ".join(verdict(f"at most {limit}", met) for limit, met in limits.items())
+            shown = {"": name, "time": milliseconds(row["seconds"]), "in gradients": f"{row['gradients']:.2f}"}
+            rows.append({**shown, "peak": f"{row['peak_gib']:.1f} GiB", "target": wanted})
+        else:
+            for method in ("propagation", "hutchinson"):
+                part = row[method]
+                error = f"{part['half_width'] / part['rms']:.1%}"
+                shown = {"activation": name, "method": method, "RMS": f"{part['rms']:.3g}", "half width": error}
+                rows.append({**shown, "replicates": f"{part['replicates']}", "time": f"{part['seconds']:.1f} s"})
+    return rows
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] = {
     "activations": activations,
     "attacks": attacks,
@@ -454,6 +488,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]] =
     "tensors": tensors,
     "deletion": deletion,
     "callbacks": callbacks,
+    "card": card,
     "transformers": transformers,
     "models": models,
 }

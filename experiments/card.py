@@ -5,8 +5,9 @@
     3  N-FGSM on the whole ResNet-18 over max|σ''|, the first seed        sweeps/campaign/card.toml, stage 1
     4  norms beside Hutchinson's probes                                   benchmarks.card norms
     5  the second seed: from two on there are intervals                   card.toml, stage 2
-    6  what an activation costs; norms of transformers                    benchmarks.card table2; benchmarks.transformers
-    7  the third seed, then standard training                             card.toml, stage 3; card_standard.toml
+    6  what an activation costs                                           benchmarks.card table2
+    7  norms of transformers                                              benchmarks.transformers
+    8  the third seed, then standard training                             card.toml, stage 3; card_standard.toml
 
 What `results` or `out` already hold is left out, so that the next quarter of an hour goes on where this one ended.
 Every part runs in processes of its own, ended when the time is over: what they had stored by then stays. The runs of a
@@ -84,6 +85,7 @@ def run(
 ) -> int:
     """Do the parts in order until the time is over; returns how many failed."""
     begun = time.monotonic()
+    Store(places.store)  # before anything else lies there
     found = unpacked(folder, places.store / "data", invent=rehearse, tell=tell)
     if found is not None:
         os.environ["HESSDIAG_DATA"] = str(found)

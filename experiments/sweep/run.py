@@ -123,7 +123,7 @@ def saved_bytes(
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that holds its own output itself is never freed, nor is what is below it
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = torch.nn.functional.cross_entropy(model(inputs), targets)  # held, so that no address is used again

@@ -16,7 +16,6 @@ from torch.autograd.graph import GradientEdge
 
 from hessdiag.errors import UncoveredModelError
 from hessdiag.graph.nodes import Edge, edge_shape, sizes
-from hessdiag.signs import cpu_generator
 
 
 def pullback(node: Any, seeds: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -37,12 +36,16 @@ def pullback(node: Any, seeds: Sequence[Tensor | None]) -> tuple[Tensor | None, 
 
 
 def random_like(shape: torch.Size, dtype: torch.dtype, device: torch.device, number: int) -> Tensor:
-    """Normal numbers that depend on nothing but the shape and `number`."""
-    generator = cpu_generator(0x5EED + number)
+    """Normal numbers that depend on nothing but the shape, `number` and where they are drawn.
+
+    On a GPU if they are wanted there: the processor takes seconds for a batch of attention weights.
+    """
+    place = device if device.type == "cuda" else torch.device("cpu")
+    own: dict[str, Any] = {"generator": torch.Generator(device=place).manual_seed(0x5EED + number), "device": place}
     real = torch.float64 if dtype.is_complex else dtype
-    drawn = torch.randn(shape, generator=generator, dtype=real, device="cpu")
+    drawn = torch.randn(shape, dtype=real, **own)
     if dtype.is_complex:
-        drawn = torch.complex(drawn, torch.randn(shape, generator=generator, dtype=real, device="cpu")).to(dtype)
+        drawn = torch.complex(drawn, torch.randn(shape, dtype=real, **own)).to(dtype)
     return drawn.to(device)
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks import card as benchmark
 from benchmarks import nanogpt
@@ -21,6 +23,8 @@ from experiments import card
 from experiments.__main__ import main
 from experiments.sweep import export, grid
 from experiments.sweep.export import Result
+from experiments.sweep.run import saved_bytes
+from experiments.sweep.store import Store
 from hessdiag.data import load
 
 
@@ -152,6 +156,27 @@ def test_parts_are_unpacked_once_and_what_is_missing_is_told(tmp_path: Path, tol
     assert sum(line.startswith("cifar10 unpacked") for line in told) == 1
     found = load("cifar10", split="train", root=tmp_path / "scratch").inputs
     assert np.array_equal(found.numpy(), images.transpose(0, 3, 1, 2))
+
+
+def test_the_store_is_made_before_the_data_lie_in_it(
+    tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card, "PARTS", (card.Part("N-FGSM", sweep="campaign/card", stage=1),))
+    images, labels = np.zeros((4, 32, 32, 3), dtype=np.uint8), np.arange(4, dtype=np.uint8)
+    for name in ("train-webp-part1of2", "train-webp-part2of2", "test-webp"):
+        np.savez(tmp_path / f"cifar10-{name}.npz", **packed(images, labels))
+    assert card.run(places(tmp_path), seconds=0.01, folder=tmp_path, rehearse=False, tell=told.append) == 0
+    assert told[-1] == "N-FGSM: no time left"
+    assert Store(tmp_path / "store").rows() == []
+
+
+def test_what_autograd_keeps_is_counted_and_freed() -> None:
+    """The log-softmax keeps its own output: held as it is, the whole graph below would never be freed."""
+    seen = []
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Softplus(), nn.Linear(5, 3))
+    net[2].register_forward_hook(lambda *given: seen.append(StorageWeakRef(given[-1].untyped_storage())))
+    assert saved_bytes(net, torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])) > 0
+    assert seen[0].expired()
 
 
 @pytest.mark.slow
