@@ -192,7 +192,7 @@ def test_numbers_of_verdicts(claim: str, setting: str, evidence: str, said: str)
         ("F7a.minimum-in-4-10 [adversarial]", "does not transfer", ["smoke/figure7"]),
         ("F7a.minimum-in-4-10 [invariant]", "does not transfer", ["smoke/figure7"]),
         ("H.learning-rates-alone", "transfers", ["smoke/control"]),
-        ("S4.3.independent", "does not transfer", ["tier campaign"]),
+        ("S4.3.independent", "inconclusive", ["tier campaign"]),
     ],
 )
 def test_words_of_verdicts(claim: str, word: str, settings: list[str]) -> None:
