@@ -35,6 +35,7 @@ from hessdiag.graph import Layer, LayerKind, Linearisation, Site, edge_shape, vi
 from hessdiag.graph.linearise import Pulls
 from hessdiag.kernels.deflation import DEFLATION, Deflation, deflation
 from hessdiag.kernels.probes import Probes
+from hessdiag.kernels.rows import Factors
 from hessdiag.kernels.tensors import Tensors, accumulate, accumulate_new, zeros
 from hessdiag.kernels.tied import Tied
 from hessdiag.kernels.uses import Uses
@@ -297,6 +298,11 @@ class Propagator:
             return
 
         shared: dict[int, Tensor] = {}
+        first, served = len(self.squares), set(self._tied.values())
+        without = served if apart is None else set()
+        tables = self.uses.tables if heads or output_seed is None else {}
+        """Of which it is asked what the pass holds beyond their heads."""
+        of_heads: dict[int, Factors] = {}
         pulls: Pulls = {}
         for number in range(len(self.batch.sites)):
             pulls |= self.batch.pull_one(number, seeds[number], right[number], above=True)
@@ -305,6 +311,11 @@ class Propagator:
         own = self.batch.own(pulls)
 
         def square(place: int, delta: Tensor) -> None:
+            table = tables.get(place - first)
+            if table is not None:
+                if table.name not in without:
+                    of_heads[place - first] = table.of_head(delta.detach())
+                return
             if place in self.probes.counts and place not in self.probes.tied:
                 self._probed(place, delta.detach(), out, apart, sign)
             elif place >= len(self.squares) and (heads or apart is not None) and place in self.batch.heads:
@@ -321,11 +332,12 @@ class Propagator:
 
         visit(self.batch, pulls, output_seed, square)
         if self.batch.shared:
-            tables = set(self._tied.values())
-            found = self.uses.squared(shared, right, without=tables if apart is None else set())
+            found = self.uses.squared(shared, right, without={*without, *(rows.name for rows in tables.values())})
+            if tables:
+                found |= self.uses.beyond_heads(of_heads, shared, right, without=without)
             accumulate(out, found, sign)
             if apart is not None:
-                accumulate_new(apart, {name: square for name, square in found.items() if name in tables}, sign)
+                accumulate_new(apart, {name: square for name, square in found.items() if name in served}, sign)
             accumulate(out, self._free_squares(seeds, right), sign)
 
     def _probed(self, place: int, delta: Tensor, out: Tensors, apart: Tensors | None, sign: float) -> None:

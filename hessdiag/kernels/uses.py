@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge
 from hessdiag.graph import Linearisation, edge_shape
 from hessdiag.graph.chunks import chunk_samples
 from hessdiag.graph.layers.layer import Half, LayerKind
+from hessdiag.kernels.rows import Factors, Rows
 from hessdiag.kernels.tensors import Tensors
 
 Seeds = Sequence[Tensor | None]
@@ -42,6 +43,27 @@ class Uses:
         self._rest = [layer.on(batch.samples) if layer.own else None for layer in rest]
         shared = {name for layer in batch.shared for key in layer.own for name in self.known[key].names}
         self.parameters = {name: p for name, p in batch.objective.parameters.items() if name in shared}
+        self.tables = Rows.found(batch)
+        """By the place of their head, those of which no more than the rows looked up need be squared beside it."""
+
+    def beyond_heads(
+        self, heads: Mapping[int, Factors], deltas: Mapping[int, Tensor], right: Seeds, *, without: Collection[str] = ()
+    ) -> Tensors:
+        """{table: sum over samples of its squared gradient less that of its head's use alone}, for what `Rows.of_head`
+        gave of a pass, by place, and the rest as in `squared`.
+        """
+        out: Tensors = {}
+        for place, table in self.tables.items():
+            if table.name in without:
+                continue
+            halves = []
+            for number, seed in ((n, right[n]) for n, where in self.batch.crossing.items() if where == place):
+                half = self.batch.sites[number].right[0][1]
+                assert isinstance(half, Half)
+                if seed is not None:
+                    halves.append(table.of_half(half, seed))
+            out[table.name] = table.beyond(heads.get(place), halves, deltas)
+        return out
 
     def squared(self, deltas: Mapping[int, Tensor], right: Seeds, *, without: Collection[str] = ()) -> Tensors:
         """{parameter: sum over samples of its squared gradient} for cotangents of the shared layers, by their place.
@@ -86,7 +108,7 @@ class Uses:
             else:
                 halves.append((key, half, seed))
         joined = {key: tuple(torch.cat(side, -1) for side in zip(*parts)) for key, parts in factors.items()}
-        samples, size = self.batch.samples, sum(p.numel() for p in self.parameters.values())
+        samples, size = self.batch.samples, sum(p.numel() for n, p in self.parameters.items() if n not in without)
         step = chunk_samples(2 * size * self.batch.outputs.element_size(), 1)
         for low in range(0, samples, step) if factors or rest or halves else ():
             high = min(low + step, samples)
