@@ -171,6 +171,15 @@ def test_where_the_norm_is_lowest_after_trades_and_what_sweeps_could_see() -> No
     [
         ("H.same-function", "smoke/control", "ratio of the norms 10.3 [9.13, 11.6]", "10.3 times the norm [9.1, 11.6]"),
         ("H.same-function", "smoke/control", "robustness -0.56 [-4.33, +3.22]", "differs by -0.6 points [-4.3, +3.2]"),
+        (
+            "H.minimum-after-adversarial-training",
+            "campaign/main",
+            "at 1 it is beyond the band by 45.2%",
+            "lies 45% above",
+        ),
+        ("S4.5.flat-is-robust", "campaign/main", "goes -1.00 [-1.80, -0.20]", "falls by 1.00 points [0.20, 1.80]"),
+        ("S4.5.flat-is-robust", "campaign/main", "(r = -0.60); along the curve Spearman -0.76", "another (-0.76)"),
+        ("S3.2.residual-large", "campaign/main", "of every run at least 0.36", "mean residual is below 0.36"),
         ("H.robust-overfitting", "quick/overfitting", "-4.40 [-7.19, -1.61]", "loses 4.4 points [1.6, 7.2]"),
         ("H.norm-rises-with-overfitting", "quick/overfitting", "+106% [+76%, +141%]", "(+106% [+76, +141])"),
     ],
@@ -192,7 +201,10 @@ def test_numbers_of_verdicts(claim: str, setting: str, evidence: str, said: str)
         ("F7a.minimum-in-4-10 [adversarial]", "does not transfer", ["smoke/figure7"]),
         ("F7a.minimum-in-4-10 [invariant]", "does not transfer", ["smoke/figure7"]),
         ("H.learning-rates-alone", "transfers", ["smoke/control"]),
-        ("S4.3.independent", "inconclusive", ["tier campaign"]),
+        ("S4.3.independent", "does not transfer", ["tier campaign"]),
+        ("H.minimum-after-adversarial-training", "does not transfer", ["campaign/main"]),
+        ("S4.5.flat-is-robust", "transfers", ["campaign/main"]),
+        ("S3.2.residual-large", "transfers", ["campaign/main"]),
     ],
 )
 def test_words_of_verdicts(claim: str, word: str, settings: list[str]) -> None:
