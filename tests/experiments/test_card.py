@@ -162,6 +162,9 @@ def test_the_store_is_made_before_the_data_lie_in_it(
     tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(card, "PARTS", (card.Part("N-FGSM", sweep="campaign/card", stage=1),))
+    monkeypatch.setenv(
+        "HESSDIAG_DATA", str(tmp_path / "nowhere")
+    )  # the command names its own place for all that follows
     images, labels = np.zeros((4, 32, 32, 3), dtype=np.uint8), np.arange(4, dtype=np.uint8)
     for name in ("train-webp-part1of2", "train-webp-part2of2", "test-webp"):
         np.savez(tmp_path / f"cifar10-{name}.npz", **packed(images, labels))
