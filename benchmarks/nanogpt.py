@@ -28,7 +28,7 @@ from hessdiag.errors import ran_out
 from hessdiag.graph import Linearisation
 from hessdiag.kernels.products import Products
 from hessdiag.kernels.propagator import Propagator
-from hessdiag.kernels.tensors import Tensors, accumulate
+from hessdiag.kernels.tensors import Tensors, accumulate, wait, zeros
 from hessdiag.methods.hutchinson import probe
 from hessdiag.problem.full_float32 import full_float32
 from hessdiag.signs import Signs
@@ -123,8 +123,7 @@ class Bench:
 
     def now(self) -> float:
         """The time, once the device has done what it was told."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait(self.device)
         return time.perf_counter()
 
     def turns(self, count: int) -> Iterator[int]:
@@ -190,7 +189,7 @@ def product(bench: Bench, size: int) -> Row:
 def replicate(bench: Bench, size: int) -> Row:
     """Set up once, then drawn; where the sequences go by one after the other each set-up serves one replicate."""
     whole, repeats = size >= bench.shape.sequences, bench.shape.repeats
-    total = {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in _named(bench)}
+    total = zeros(bench.objective.parameters)
     setups, exact, drawn = [], [], []
     for turn in bench.turns(1 if whole else repeats):
         built, closed, taken, start = 0.0, 0.0, dict[int, float](), 0
@@ -214,10 +213,6 @@ def replicate(bench: Bench, size: int) -> Row:
         drawn += taken.values()
     row: Row = {"drawn_seconds": median(drawn).value, "setup_seconds": median(setups).value, "closed_seconds": exact[0]}
     return row | {"seconds": row["drawn_seconds"] + (0.0 if whole else row["setup_seconds"])}
-
-
-def _named(bench: Bench) -> list[tuple[str, Tensor]]:
-    return list(bench.objective.parameters.items())
 
 
 ROWS: dict[str, Callable[[Bench], Row]] = {

@@ -455,6 +455,8 @@ def card(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
             kept, peak = (row[key] and f"{row[key]:.2f} GB" for key in ("kept_gb", "peak_gb"))
             shown = {"": how, "activation": activation, "a step": f"{row['milliseconds']:.1f} ms"}
             rows.append({**shown, "kept for backward": kept or "", "peak": peak or "not measured"})
+        elif "out of memory" in row:
+            rows.append({"": name, "time": "out of memory"})
         elif "gradients" in row:
             wanted = ""
             if name == "replicate":

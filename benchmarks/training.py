@@ -33,6 +33,7 @@ from experiments.trainer.rig import build
 from experiments.trainer.step import Stepper, Tally
 from hessdiag import networks
 from hessdiag.data.dataset import DataSet, make
+from hessdiag.kernels.tensors import wait
 
 METHODS: dict[str, dict[str, Any]] = {
     "standard": {},
@@ -64,18 +65,12 @@ def timed(step: Callable[[int], None], settings: Settings) -> float:
     """Seconds per step, after the warm-up."""
     for i in range(settings.warmup):
         step(i)
-    wait(settings.device)
+    wait(torch.device(settings.device))
     begin = time.perf_counter()
     for i in range(settings.steps):
         step(settings.warmup + i)
-    wait(settings.device)
+    wait(torch.device(settings.device))
     return (time.perf_counter() - begin) / settings.steps
-
-
-def wait(device: str) -> None:
-    """Until the device has done what it was told."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
 
 
 def images(settings: Settings) -> DataSet:

@@ -50,7 +50,7 @@ from hessdiag.errors import ConfigurationError, nearest
 from hessdiag.graph import Linearisation
 from hessdiag.kernels.products import Products
 from hessdiag.kernels.propagator import Propagator
-from hessdiag.kernels.tensors import Tensors, accumulate
+from hessdiag.kernels.tensors import Tensors, accumulate, wait
 from hessdiag.methods.base import Aim
 from hessdiag.methods.hutchinson import probe
 from hessdiag.methods.noise import Choice, choose
@@ -247,7 +247,7 @@ class Drawn:
     """Replicates of one method as rows, for their variance, and their times."""
 
     def __init__(self, make: Callable[[], Callable[[int], Tensors]], device: str) -> None:
-        self.device = device
+        self.device = torch.device(device)
         begun = self._now()
         self._draw = make()
         self.setup = self._now() - begun
@@ -276,8 +276,7 @@ class Drawn:
         return {name: sum(one[name] for one in self._sums) / len(self._sums) for name in self._sums[0]}  # type: ignore[misc]
 
     def _now(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
+        wait(self.device)
         return time.perf_counter()
 
 

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
 from experiments.config import TrainConfig
 from experiments.schedules import attack_budget
 from experiments.trainer.images import Images, Sampler
 from experiments.trainer.precision import Precision, candidates
 from experiments.trainer.rig import build
 from experiments.trainer.step import Stepper, Tally
+from hessdiag.kernels.tensors import wait
 
 ROUNDS = 3  # after one that warms up
 MARGIN = 0.05
@@ -35,10 +34,10 @@ def choose(config: TrainConfig, images: Images, sampler: Sampler) -> Precision:
     best = [math.inf] * len(options)
     for turn in range(ROUNDS + 1):
         for i, step in enumerate(steps):
-            _wait(images.inputs.device)
+            wait(images.inputs.device)
             begin = time.perf_counter()
             step()
-            _wait(images.inputs.device)
+            wait(images.inputs.device)
             if turn:
                 best[i] = min(best[i], time.perf_counter() - begin)
     chosen = best.index(min(best))
@@ -61,9 +60,3 @@ def _step(config: TrainConfig, images: Images, sampler: Sampler, precision: Prec
         stepper(views, labels, epoch=config.epochs, step=0, lr=0.0, budget=budget, tally=tally)
 
     return step
-
-
-def _wait(device: torch.device) -> None:
-    """Until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

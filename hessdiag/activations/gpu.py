@@ -1,7 +1,7 @@
 """RCT-AF on a GPU in one kernel each: the closed form makes ten temporaries, and a GPU waits for memory.
 
 The formula of `coefficients` at one entry, written out as C++ for one (beta, order), compiled by torch where it runs
-(`torch.cuda.jiterator`, a second for each and type) with alpha as an argument: a sweep over alpha compiles once. Half
+(`torch.cuda.jiterator`) with alpha as an argument: a sweep over alpha compiles once. Half
 types are computed in float32 and rounded once. Where the compiler refuses, the closed form serves: a warning says so
 once.
 """
@@ -46,7 +46,7 @@ def _run(tensors: list[Tensor], alpha: float, beta: int, order: int) -> Tensor |
             raise
         _refused.append(str(error))
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        warnings.warn(f"RCT-AF runs unfused on this GPU, about five times slower: {reason}", stacklevel=2)
+        warnings.warn(f"RCT-AF runs unfused on this GPU, and slower: {reason}", stacklevel=2)
         return None
 
 

@@ -323,7 +323,7 @@ class SoftmaxCurvature(Curvature):
     ) -> None:
         columns.scale = mass.sqrt()
         signs = torch.ones((), dtype=torch.float64, device=loss.device).expand(columns.count)
-        super().__init__(loss, loss, columns, signs)
+        self.loss, self._factor = loss, (columns, signs)
         self._softmax, self._mass, self._here, self._rest = columns, mass, here, rest
 
     @property

@@ -3,11 +3,10 @@
 hardsigmoid has no second derivative and keeps 1/6 in float32; CELU keeps 1/alpha in float32 (both of torch 2.13, 3e-8
 off in float64); bags of embeddings have no second derivative; that of weight_norm is not symmetric on CPUs, and that of
 group_norm ends the process for a gain or bias alone where the channels are last in memory. On cards rms_norm is one
-kernel. Recurrent nets run as loops
-over time with the samples first: torch has time first, and its kernels on cards, one for all steps, have no second
-derivative. Attention of several heads keeps the samples first, too (`attention`). addcmul is a product and a sum, in
-which parameters are gains and biases. What changes gradients alone is no part of the loss: hooks, an embedding's
-`scale_grad_by_freq` and `sparse`.
+kernel. Recurrent nets run as loops over time with the samples first: torch has time first, and its kernels on cards,
+one for all steps, have no second derivative. Attention of several heads keeps the samples first, too (`attention`).
+addcmul is a product and a sum, in which parameters are gains and biases. What changes gradients alone is no part of the
+loss: hooks, an embedding's `scale_grad_by_freq` and `sparse`.
 """
 
 from __future__ import annotations
