@@ -17,6 +17,7 @@ from experiments.figures.closed_forms import figure1, figure2
 from experiments.figures.curves import DRAWINGS, counted
 from experiments.figures.epochs import overfitting
 from experiments.figures.extras import control, has_angles, heat_map, norms, scatter
+from experiments.figures.numbers import numbers
 from experiments.figures.tables import table1, table2
 from experiments.sweep import origin
 from experiments.sweep.export import SweepResults, read_all, rounded
@@ -87,6 +88,8 @@ def build(results: Path, out: Path, *, resamples: int | None = None) -> Built:
             sweep = replace(stored, title=stored.title + origin.remark(stored))
             chosen = rows(sweep)
             name = sweep.name.rpartition("/")[2]
+            if figure == "control" and has_angles(chosen):
+                numbers(sweep, chosen, out / f"{name}_{sweep.tier}")
             pictures.append(_draw(drawing, figure, sweep, chosen, out / f"{name}_{sweep.tier}"))
             if figure in DRAWINGS:
                 margin = float(table["delta"]["accuracy"])
@@ -94,6 +97,7 @@ def build(results: Path, out: Path, *, resamples: int | None = None) -> Built:
                     chosen, margin=margin, resamples=int(table["resamples"]), seed=table["seed"]
                 )
             if figure in DRAWINGS and has_angles(chosen):
+                numbers(sweep, chosen, out / f"{name}_norms_{sweep.tier}")
                 pictures.append(_draw(norms, "norms", sweep, chosen, out / f"{name}_norms_{sweep.tier}"))
             if figure in ("figure3", "figure7"):
                 pictures.append(_draw(scatter, "scatter", sweep, chosen, out / f"{name}_scatter_{sweep.tier}"))

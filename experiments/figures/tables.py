@@ -101,10 +101,21 @@ def _base(chosen: Sequence[Row], name: str) -> float:
 
 
 def _write(path: Path, head: list[str], lines: list[list[str]], note: str) -> None:
+    write_csv(path, head, lines)
+    write_markdown(path, head, lines, note)
+
+
+def write_csv(path: Path, head: list[str], lines: list[list[str]]) -> None:
+    """`path`.csv"""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([head, *lines])
     replace_file(path.with_suffix(".csv"), buffer.getvalue().encode())
+
+
+def write_markdown(path: Path, head: list[str], lines: list[list[str]], note: str) -> None:
+    """`path`.md: a table, and a note below it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *lines)]
     rows.insert(1, "|" + " --- |" * len(head))
     replace_file(path.with_suffix(".md"), ("\n".join(rows) + f"\n\n{note}\n").encode())

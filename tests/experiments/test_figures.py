@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import math
@@ -22,11 +23,13 @@ from experiments.figures import findings, gallery
 from experiments.figures.build import TITLES, build
 from experiments.figures.curves import DRAWINGS, footer
 from experiments.figures.forest import Axis, Line, forest
+from experiments.figures.numbers import numbers
 from experiments.sweep import export, grid
 from experiments.sweep.export import Result, SweepResults
 from experiments.sweep.grid import load
 from experiments.sweep.keys import RunConfig
 from experiments.sweep.reader import Reader
+from experiments.sweep.records import UNLEARNED
 from experiments.sweep.store import Store
 from experiments.sweep.worker import work
 from hessdiag.activations import max_curvature
@@ -416,3 +419,35 @@ def test_activations_are_compared_by_the_time_of_their_epochs_alone():
     """Loading data and, in the first run of a process, importing packages are no cost of an activation."""
     run = rows(results_of(SWEEPS / "smoke" / "table2.toml", [0]))[0]
     assert run.value("train_seconds") == run.record["train"]["train_seconds"] < run.record["seconds"]["train"]
+
+
+def test_numbers_behind_a_figure(tmp_path):
+    """Two methods, a level of one seed, a network that did not learn: named, and in no mean."""
+    sweep = load(SWEEPS / "smoke" / "figure5.toml", seeds=[0, 1])
+    runs = [Result(run.key, run, "", 1.0, fake_record(run)) for run in sweep.runs]
+    dead = next(run for run in runs if run.config.train["method"] == "trades" and run.config.train["seed"] == 1)
+    dead.record["train"]["status"] = UNLEARNED
+    results = SweepResults(sweep.name, sweep.figure, sweep.tier, sweep.title, 0, tuple(runs))
+    chosen = rows(results)
+    numbers(results, chosen, tmp_path / "numbers")
+    table, note = (tmp_path / "numbers.md").read_text(encoding="utf-8").split("\n\n")
+    head, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert head[:4] == ["method", "max\\|σ''\\|", "seeds", "clean, %"]
+    assert "1 did not learn" in note
+    every = list(csv.DictReader((tmp_path / "numbers.csv").open(encoding="utf-8")))
+    assert {run["key"] for run in every} == {run.key for run in runs}
+    assert len(lines) == len({(run["method"], run["max|σ''|"]) for run in every})
+    for method, level, seeds, *cells in lines:
+        members = [run for run in every if (run["method"], run["max|σ''|"]) == (method, level)]
+        alive = [run for run in members if run["key"] != dead.key]
+        assert seeds == "2" + ", of which 1 did not learn" * (alive != members)
+        for name, scale, cell in (("clean", 100, cells[0]), ("aa2", 100, cells[1]), ("norm train/clean", 1, cells[2])):
+            values = [scale * float(run[name]) for run in alive]
+            told = cell.split(" ± ")
+            stored = [np.mean(values), np.std(values, ddof=1)] if len(alive) > 1 else values
+            assert len(told) == len(stored)
+            for said, value in zip(told, stored, strict=True):
+                assert float(said) == pytest.approx(value, abs=0.51 * 10.0 ** -len(said.partition(".")[2]))
+    one = next(run for run in runs if run.key == every[0]["key"]).record
+    assert float(every[0]["high norm train/clean"]) == pytest.approx(one["norms"]["train/clean"]["high"], rel=1e-5)
+    assert every[0]["high aa2"] == ""  # these records tell none

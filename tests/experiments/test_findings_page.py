@@ -44,25 +44,32 @@ def close(said: str, stored: float) -> bool:
 
 
 def test_the_main_sweeps_table_is_what_is_stored() -> None:
-    runs = json.loads((ROOT / "results/campaign/main.json").read_text())["runs"]
-    runs.sort(key=lambda run: (run["config"]["train"]["seed"], float(run["record"]["max_curvature"])))
+    """Means and standard deviations over seeds, from the runs themselves."""
+    by_level: dict[float, list[Any]] = {}
+    for run in json.loads((ROOT / "results/campaign/main.json").read_text())["runs"]:
+        by_level.setdefault(float(run["record"]["max_curvature"]), []).append(run["record"])
     told = table(r"max\|σ''\|")
-    assert len(told) == len(runs)
-    for cells, run in zip(told, runs):
-        record = run["record"]
-        norms, aa2 = record["norms"], record["aa2"]
-        clean, hard = norms["train/clean"], norms["train/adversarial"]
+    assert len(told) == len(by_level)
+    for cells, (level, records) in zip(told, sorted(by_level.items())):
+        columns: list[list[float]] = [[level], [len(records)]]
+        columns.append([100 * record["clean_accuracy"]["value"] for record in records])
+        columns.append([100 * record["aa2"]["value"] for record in records])
+        norms = [(record["norms"]["train/clean"], record["norms"]["train/adversarial"]) for record in records]
+        columns += [[pair[loss]["rms"] for pair in norms] for loss in (0, 1)]
+        columns.append([hard["invariant"]["rms"] for _, hard in norms])
+        columns += [[pair[loss]["cosine"]["value"] for pair in norms] for loss in (0, 1)]
         stored = [
-            record["max_curvature"],
-            run["config"]["train"]["seed"],
-            100 * record["clean_accuracy"]["value"],
-            *(100 * aa2[end] for end in ("value", "low", "high")),
-            *(clean["rms"], hard["rms"], hard["invariant"]["rms"]),
-            *(norm["cosine"]["value"] for norm in (clean, hard)),
+            each for of in columns for each in (of if len(of) == 1 else [statistics.mean(of), statistics.stdev(of)])
         ]
         numbers = [number for cell in cells for number in re.findall(r"[-+]?\d+(?:\.\d+)?", cell)]
         assert len(numbers) == len(stored)
         assert all(map(close, numbers, stored)), (numbers, stored)
+
+
+@pytest.mark.parametrize("name", ["main_norms"])
+def test_a_table_is_the_one_that_the_figures_command_writes(name: str) -> None:
+    written = (ROOT / f"results/figures/{name}_campaign.md").read_text()
+    assert written.partition("\n\n")[0] in PAGE
 
 
 def test_what_the_main_sweep_shows_so_far() -> None:
