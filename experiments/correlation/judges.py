@@ -72,14 +72,15 @@ class NotRun(ConfigurationError):
 Judge = Callable[[Sequence[Row], Mapping[str, Any], Rules], Answer]
 
 
-def _level(row: Row) -> float:
+def level_of(row: Row) -> float:
+    """max|σ''| of a run, as levels are compared."""
     return round(row.curvature, 9)
 
 
 def layout_of(chosen: Sequence[Row], name: str) -> Layout:
     """The runs of one curve by level and seed."""
     finite = [row for row in chosen if np.isfinite(row.curvature)]
-    levels = [_level(row) for row in finite]
+    levels = [level_of(row) for row in finite]
     place: dict[Hashable, float] = {level: level for level in levels}
     return Layout(levels, [row.seed for row in finite], quantity(finite, name), inflation=INFLATION, place=place)
 
@@ -223,7 +224,7 @@ def steepest(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) -> An
     kept = [row for row in chosen if row.beta is not None and np.isfinite(row.curvature)]
     if {row.beta for row in kept} != {0, 1, 2}:
         raise NotRun("needs β = 0, 1 and 2")
-    cells = [(row.beta, _level(row)) for row in kept]
+    cells = [(row.beta, level_of(row)) for row in kept]
     layout = Layout(cells, [row.seed for row in kept], quantity(kept, name), inflation=INFLATION)
     slopes, spans = {}, {}
     for beta in (0, 1, 2):
@@ -258,7 +259,7 @@ def coincidence(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) ->
     betas = sorted({row.beta for row in kept if row.beta is not None})
     if len(betas) < 2:
         raise NotRun("needs more than one β")
-    over = [_level(row) if rule["over"] == "curvature" else round(row.alpha or NAN, 9) for row in kept]
+    over = [level_of(row) if rule["over"] == "curvature" else round(row.alpha or NAN, 9) for row in kept]
     inside = [(row, x) for row, x in zip(kept, over, strict=True) if x < rule["below"]]
     kept = [row for row, _ in inside]
     cells = [(row.beta, x) for row, x in inside]
@@ -334,7 +335,7 @@ def association(chosen: Sequence[Row], rule: Mapping[str, Any], rules: Rules) ->
     """
     finite = [row for row in chosen if np.isfinite(row.curvature)]
     x, y = (quantity(finite, rule[axis]) for axis in ("x", "y"))
-    found = within([_level(row) for row in finite], [row.seed for row in finite], x, y)
+    found = within([level_of(row) for row in finite], [row.seed for row in finite], x, y)
     contrast = found.slope
     delta, _ = rules.of(rule["y"])
     sign = rule["sign"]

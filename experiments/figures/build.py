@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.correlation.closer import curves
 from experiments.correlation.report import analyse
 from experiments.correlation.rows import Row, rows
 from experiments.correlation.sources import command
-from experiments.correlation.verdicts import Verdict, load_rules, verdicts
+from experiments.correlation.verdicts import Verdict, load_rules, shared_rules, verdicts
 from experiments.fields import storable
 from experiments.figures.closed_forms import figure1, figure2
 from experiments.figures.curves import DRAWINGS, counted
@@ -82,6 +83,7 @@ def build(results: Path, out: Path, *, resamples: int | None = None) -> Built:
         table["resamples"] = resamples
     pictures = _closed(out)
     analyses: dict[str, Any] = {}
+    looks: dict[str, Any] = {}
     for figure, drawing in SWEPT.items():
         found = [sweep for sweep in sweeps if sweep.figure == figure and sweep.runs]
         for stored in found:
@@ -104,9 +106,12 @@ def build(results: Path, out: Path, *, resamples: int | None = None) -> Built:
                 pictures.append(_draw(heat_map, "heat", sweep, chosen, out / f"{name}_heat_{sweep.tier}"))
         if not found:
             pictures.append(Picture(figure, "", TITLES[figure], "no results yet", None, command(figure)))
+        if found and figure in DRAWINGS:
+            looks |= {sweep.name: report for sweep in found if (report := curves(rows(sweep), shared_rules(table)))}
     judged = verdicts(sweeps, rules=table)
     _write(results / "verdicts.json", {name: verdict.to_dict() for name, verdict in judged.items()})
     _write(results / "analysis.json", analyses)
+    _write(results / "closer.json", looks)
     return Built(tuple(pictures), judged, analyses)
 
 
