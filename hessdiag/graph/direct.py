@@ -193,11 +193,19 @@ def find_direct(graph: Graph, owners: Mapping[Key, int], layers: Sequence[Layer]
             if edge == (layer.node, 0):
                 found[place] = Direct(site, torch.ones((), dtype=graph.outputs.dtype, device=graph.outputs.device))
                 continue
-            ones = torch.ones(edge_shape(edge), dtype=graph.outputs.dtype, device=graph.outputs.device)
+            one = torch.ones((), dtype=graph.outputs.dtype, device=graph.outputs.device)
+            ones = one.expand(edge_shape(edge))
             (slope,) = torch.autograd.grad([GradientEdge(*edge)], [layer.edge], [ones], retain_graph=True)
-            first = slope[:1]
-            found[place] = Direct(site, first if bool((slope == first).all()) else slope)
+            found[place] = Direct(site, _fewest(slope))
     return found
+
+
+def _fewest(slope: Tensor) -> Tensor:
+    """One number, or those of one sample, where that is all there is: a tensor of its own, which holds no more."""
+    for few in (slope[(slice(1),) * slope.ndim], slope[:1]):
+        if bool((slope == few).all()):
+            return few.clone()
+    return slope
 
 
 def junction(graph: Graph, layer: Layer) -> Key:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hessdiag.errors import NonFiniteError
-from hessdiag.graph.direct import Direct, Own, Rowed, carried, find_direct, find_own, find_rowed, junction
+from hessdiag.graph.direct import Direct, Rowed, carried, find_direct, find_own, find_rowed, junction
 from hessdiag.graph.layers import Layer
 from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape, is_leaf, short_name
 from hessdiag.graph.reading import Graph, detach_guard
@@ -44,13 +44,15 @@ Pulls = dict[Pull, tuple[Edge, Tensor]]
 class _Bend:
     """A node that bends, on one batch: its adjoint, and its form in its live inputs where it acts entry by entry."""
 
-    def __init__(self, kind: type[SiteKind], node: Any, adjoints: Mapping[int, Tensor], name: str) -> None:
-        self.kind, self.node, self.adjoints, self.name = kind, node, adjoints, name
+    def __init__(self, kind: type[SiteKind], node: Any, asked: Mapping[Edge, Tensor], name: str) -> None:
+        self.kind, self.node, self.name = kind, node, name
+        self.adjoints = {number: g for (above, number), g in asked.items() if above is node}
+        self.below = next((g for (below, _), g in asked.items() if below is not node), None)
         self.form: dict[tuple[int, int], Tensor] = {}
         if issubclass(kind, Pointwise):
             for pair, second in kind.second(node).items():
                 plain = isinstance(second, float) and second == 1.0
-                self.form[pair] = adjoints[0] if plain else second * adjoints[0]
+                self.form[pair] = self.adjoints[0] if plain else second * self.adjoints[0]
         self.slots = sorted({slot for pair in self.form for slot in pair})
         self.edges: list[Edge] = [node.next_functions[slot] for slot in self.slots]
 
@@ -100,7 +102,7 @@ class Linearisation:
         """What kernels found out about it, for their next call."""
         self.separate = False
         """Whether the samples were looked at and do not meet."""
-        self._halves: dict[int, list[Own]] | None = None
+        self._shares: dict[bool, dict[Pull, tuple[tuple[Pull, ...], dict[int, Tensor | float]]]] = {}
         self._rowed: dict[int, Rowed] | None = None
 
     def balance(self, lams: Mapping[int, float]) -> None:
@@ -147,19 +149,28 @@ class Linearisation:
     def pull(self, seeds: Sequence[Tensor | None], right: Sequence[Tensor | None], *, above: bool = False) -> Pulls:
         """Cotangents of the edges that sites look at, leg by leg, for seeds as `backward` takes them."""
         found: Pulls = {}
-        for number, (seed, other) in enumerate(zip(seeds, right)):
-            found |= self.pull_one(number, seed, other, above=above)
+        for number, sides in enumerate(zip(seeds, right)):
+            for pull, edge in self.legs(number, above=above):
+                seed = sides[pull[1]]
+                if seed is not None:
+                    found[pull] = edge, self.pulled(pull, seed)
         return found
 
-    def pull_one(self, number: int, seed: Tensor | None, right: Tensor | None, *, above: bool = False) -> Pulls:
-        """The same of one site."""
-        site, found = self.sites[number], Pulls()
-        for second, legs, s in ((False, site.legs, seed), (True, site.right, right)):
-            if s is not None:
-                for leg, (edge, factor) in enumerate(legs):
-                    if not (above and self.graph.is_free(edge[0])):
-                        found[number, second, leg] = edge, pulled(edge, factor, s)
-        return found
+    def legs(self, number: int, *, above: bool = False) -> list[tuple[Pull, Edge]]:
+        """The legs of a site and what they look at; `above` leaves out the free side."""
+        site = self.sites[number]
+        found = [
+            ((number, second, leg), edge)
+            for second, legs in ((False, site.legs), (True, site.right))
+            for leg, (edge, _) in enumerate(legs)
+        ]
+        return [(pull, edge) for pull, edge in found if not (above and self.graph.is_free(edge[0]))]
+
+    def pulled(self, pull: Pull, seed: Tensor) -> Tensor:
+        """The cotangent of what a leg looks at for a seed of its site."""
+        number, second, leg = pull
+        site = self.sites[number]
+        return pulled(*(site.right if second else site.legs)[leg], seed)
 
     def backward_from(
         self,
@@ -186,7 +197,9 @@ class Linearisation:
         )
         return found
 
-    def remote(self, place: int, cotangent: Tensor, seeds: Sequence[Tensor | None]) -> Tensor:
+    def remote(
+        self, place: int, cotangent: Tensor, seeds: Sequence[Tensor | None] | Mapping[int, Tensor | None]
+    ) -> Tensor:
         """A layer's cotangent without what the seeds of the sites that it feeds directly put into it."""
         direct = self.direct.get(place)
         seed = None if direct is None else seeds[direct.site]
@@ -227,19 +240,9 @@ class Linearisation:
         """By layer, what its cotangent holds of seeds whose share is known: of sites that mix rows, and (`halves`) of
         pairs of which it feeds one half alone.
         """
-        if halves and self._halves is None:
-            self._halves = find_own(self.graph, self.sites, self.layers)
-        wanted: dict[tuple[Pull, ...], dict[int, Tensor | float]] = {}
-        for place, rowed in self.rowed.items():
-            wanted.setdefault(tuple((number, False, 0) for number in rowed.sites), {})[place] = 1.0
-        for place, mine in (self._halves or {}).items() if halves else ():
-            for half in mine:
-                wanted.setdefault(((half.site, half.second, half.leg),), {})[place] = half.kept
-        found: dict[int, Tensor] = {}
-        for together, places in wanted.items():
+        known, found = self._known(halves), dict[int, Tensor]()
+        for together, places in {known[pull][0]: known[pull][1] for pull in pulls if pull in known}.items():
             given = [pulls[pull] for pull in together if pull in pulls]  # on one edge
-            if not given:
-                continue
             parts = torch.autograd.grad(
                 [GradientEdge(*given[0][0])],
                 [self.layers[place].edge for place in places],
@@ -253,11 +256,23 @@ class Linearisation:
                     found[place] = share if place not in found else found[place] + share
         return found
 
+    def _known(self, halves: bool) -> dict[Pull, tuple[tuple[Pull, ...], dict[int, Tensor | float]]]:
+        """By leg, all those on its edge of which a share is known, and by layer how much of what they put into it."""
+        if halves not in self._shares:
+            wanted: dict[tuple[Pull, ...], dict[int, Tensor | float]] = {}
+            for place, rowed in self.rowed.items():
+                wanted.setdefault(tuple((number, False, 0) for number in rowed.sites), {})[place] = 1.0
+            for place, mine in find_own(self.graph, self.sites, self.layers).items() if halves else ():
+                for half in mine:
+                    wanted.setdefault(((half.site, half.second, half.leg),), {})[place] = half.kept
+            self._shares[halves] = {pull: known for known in wanted.items() for pull in known[0]}
+        return self._shares[halves]
+
     def adjoints(self, edges: Sequence[Edge]) -> list[Tensor]:
         """dl/dh for the tensors h of `edges`, the loss summed over the batch."""
         if not edges:
             return []
-        gradient = self.curvature.gradient.to(self.outputs.dtype).reshape(self.outputs.shape)
+        gradient = self.curvature.gradient_in(self.outputs.dtype).reshape(self.outputs.shape)
         found = torch.autograd.grad(
             [self.outputs],
             [GradientEdge(*edge) for edge in edges],
@@ -285,12 +300,12 @@ class Linearisation:
     # -- construction
 
     def _find_sites(self, index: int) -> list[Site]:
-        bends = [(kind, node, kind.outputs(node)) for kind, node in self.graph.bends]
-        adjoints = iter(self.adjoints([(node, number) for _, node, outputs in bends for number in outputs]))
+        bends = [(kind, node, self._asked(kind, node)) for kind, node in self.graph.bends]
+        adjoints = iter(self.adjoints([edge for _, _, edges in bends for edge in edges]))
         with torch.no_grad():
             raw = [
-                _Bend(kind, node, {number: next(adjoints) for number in outputs}, self._name(node))
-                for kind, node, outputs in bends
+                _Bend(kind, node, {edge: next(adjoints) for edge in edges}, self._name(node))
+                for kind, node, edges in bends
             ]
             for bend in raw:
                 if not all(map(all_finite, bend.form.values())):
@@ -302,6 +317,15 @@ class Linearisation:
                 if id(site.c) not in seen and not all_finite(site.c):
                     self._not_finite(index, site.name)
             return sites
+
+    def _asked(self, kind: type[SiteKind], node: Any) -> list[Edge]:
+        """The edges whose adjoints a node's sites are made of: its outputs, or what alone it is given."""
+        if kind.has_returned():
+            below: Edge = node.next_functions[0]
+            users = [user.next_functions[slot][1] for user, slot in self.graph.consumers(below[0])]
+            if users.count(below[1]) == 1 and not is_leaf(below[0]):
+                return [below]
+        return [(node, number) for number in kind.outputs(node)]
 
     def _crossings(self, first: int) -> list[Site]:
         """Bilinear terms of shared layers whose input depends on what they apply."""
@@ -367,6 +391,8 @@ class Linearisation:
     def _sites(self, bend: _Bend) -> list[Site]:
         if issubclass(bend.kind, Pointwise) and len(bend.slots) == 1:
             return [Site(bend.name, bend.form[bend.slots[0], bend.slots[0]], ((bend.edges[0], 1.0),))]
+        if bend.below is not None:
+            return bend.kind.returned(bend.node, bend.below, bend.name)
         return bend.kind.written(bend.node, bend.adjoints, bend.name)
 
     def _base(self, edge: Edge) -> tuple[Edge, Tensor]:

@@ -20,20 +20,22 @@ seed being subtracted from its cotangent before squaring. The same holds of a la
 sum, and of one half of a pair whose other half does not depend on the layer (a query's own leg of its product with the
 keys): that share is zero. And the directions of a sample's sites in which signs would be noisiest can be squared one by
 one, once: `deflate`, `deflated` (hessdiag.kernels.deflation). Layers in which signs would be noisier than products of
-the Hessian at their outputs are left to these: `probes` (hessdiag.kernels.probes).
+the Hessian at their outputs are left to these: `probes` (hessdiag.kernels.probes). Of a table that is the head as well
+the rows that a sample looks up alone are left to signs (hessdiag.kernels.rows).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from hessdiag.graph import Layer, LayerKind, Linearisation, Site, edge_shape, visit
-from hessdiag.graph.linearise import Pulls
+from hessdiag.graph import Layer, LayerKind, Linearisation, edge_shape, visit
 from hessdiag.kernels.deflation import DEFLATION, Deflation, deflation
+from hessdiag.kernels.entering import Draw, Entering, Roots
 from hessdiag.kernels.probes import Probes
 from hessdiag.kernels.rows import Factors
 from hessdiag.kernels.tensors import Tensors, accumulate, accumulate_new, zeros
@@ -42,8 +44,6 @@ from hessdiag.kernels.uses import Uses
 from hessdiag.signs import Signs
 
 FUNCTIONAL, GAUSS_NEWTON = 0, 1  # streams of signs
-KEEP_ROOTS = 1 << 26
-"""Square roots of all c are kept between replicates up to this size; beyond it signs are drawn as bytes, too."""
 
 
 class Propagator:
@@ -71,19 +71,15 @@ class Propagator:
         self._groups = [(groups or {}).get(layer.name, 1) for layer in batch.layers]
         self.uses = Uses(batch)
         self._edges = [layer.edge for layer in (*batch.layers, *batch.shared)]
-        size = sum(site.c.numel() * site.c.element_size() for site in batch.sites)
-        self._small = size <= KEEP_ROOTS
-        self._roots: dict[int, list[Tensor | None]] = {}
-        self._blank: list[Tensor | None] = [None] * len(batch.sites)
-        self._asked = {one.site for one in batch.direct.values()} | batch.free | batch.crossing.keys()
-        """Sites whose seeds are looked at once more when they are at their edges."""
-        _ = batch.heads  # read before any pass, as the direct ones are
+        self.roots = Roots(batch)
+        _ = batch.heads, batch.direct  # read before any pass
         found = self.probed(batch) if probes else []
         chosen = {place: (probes or {})[layer.name] for place, layer in found if layer.name in (probes or {})}
         heads = self._heads_of(chosen)
         tied = {place: Tied(self.layer(place), self.layer(head)) for place, head in heads.items()}
         self._tied = {head: str(self.layer(head).layer.weight) for head in heads.values()}
         """By place of the head, tables of which nothing is left to signs: closed in the head, products for the rest."""
+        self._served = {number for number in batch.crossing if self._crossed(number) in self._tied}
         self.probes = Probes(batch, {place: self.layer(place) for place in chosen}, chosen, start=start, tied=tied)
 
     @staticmethod
@@ -143,7 +139,7 @@ class Propagator:
             assert self.deflation is not None
             direction = self.deflation.direction(number)
             for sign in (1, -1):
-                self._square_pass(self._seeds(sign, direction), None, out, 1.0 if absolute else float(sign), single)
+                self._square_pass(direction.__getitem__, None, out, 1.0 if absolute else float(sign), single, of=sign)
         return out
 
     def functional(self, signs: Signs, replicate: int, *, outer: bool = False) -> Tensors:
@@ -158,25 +154,31 @@ class Propagator:
 
     def signed(self, signs: Signs, replicate: int, *, outer: bool = False) -> Tensors:
         """What of it is left to signs."""
-        samples = self.batch.samples
-        drawn = []
-        for number, site in enumerate(self.batch.sites):
-            owners = 1 if number in self.batch.free else samples
-            shape = torch.Size((owners, site.c.numel() // owners))
-            dtype = site.c.dtype if self._small or self.deflation is not None else torch.int8
-            drawn.append(signs.samples(shape, self.start, replicate, FUNCTIONAL, number, dtype=dtype))
+        held = self.roots.small or self.deflation is not None
+
+        def draw(number: int) -> Tensor:
+            c = self.batch.sites[number].c
+            owners = 1 if number in self.batch.free else self.batch.samples
+            shape, dtype = torch.Size((owners, c.numel() // owners)), c.dtype if held else torch.int8
+            return signs.samples(shape, self.start, replicate, FUNCTIONAL, number, dtype=dtype)
+
+        drawn = [draw(number) for number in range(len(self.batch.sites))] if held else draw
         return self.beyond(drawn, self._columns(signs, replicate) if outer else None)
 
-    def beyond(self, drawn: Sequence[Tensor], outer: Tensor | None = None) -> Tensors:
+    def beyond(self, drawn: Sequence[Tensor] | Draw, outer: Tensor | None = None) -> Tensors:
         """The same for given signs, shaped like the sites, and `outer`, those of the columns of the loss's factor.
 
         Summed over all unit vectors in the place of either it is exact.
         """
         out = zeros(self.batch.objective.parameters)
+        draw = drawn if callable(drawn) else drawn.__getitem__
         for sign in (1, -1):
-            kept = drawn if self.deflation is None else self.deflation.project(drawn, sign)
-            top = None if outer is None else self._output_seed(outer, float(sign))
-            self._square_pass(self._seeds(sign, kept), top, out, float(sign), self._groups, heads=top is not None)
+            kept = draw
+            if self.deflation is not None:
+                whole = [draw(number) for number in range(len(self.batch.sites))]
+                kept = self.deflation.project(whole, sign).__getitem__
+            top = None if outer is None else self._output(outer, float(sign))
+            self._square_pass(kept, top, out, float(sign), self._groups, of=sign, heads=top is not None)
         return out
 
     def gauss_newton(self, apart: Tensors | None = None) -> Tensors:
@@ -189,7 +191,7 @@ class Propagator:
         curvature = self.batch.curvature
         single = [1] * len(self.squares)
         for column, sign in curvature.each():
-            self._square_pass((self._blank, self._blank), column, out, sign, single, apart=apart)
+            self._square_pass(None, partial(_same, column), out, sign, single, apart=apart)
         return out
 
     def heads(self) -> Tensors:
@@ -219,9 +221,9 @@ class Propagator:
         out = zeros(self.batch.objective.parameters)
         apart = {} if apart is None else apart
         for sign in (1.0, -1.0):
-            seed = self._output_seed(drawn, sign)
-            if seed is not None:
-                self._square_pass((self._blank, self._blank), seed, out, sign, self._groups, heads=True, apart=apart)
+            top = self._output(drawn, sign)
+            if top is not None:
+                self._square_pass(None, top, out, sign, self._groups, heads=True, apart=apart)
         return out
 
     def _columns(self, signs: Signs, replicate: int) -> Tensor:
@@ -229,13 +231,13 @@ class Propagator:
         shape = torch.Size((self.batch.samples, self.batch.columns))
         return signs.samples(shape, self.start, replicate, GAUSS_NEWTON, dtype=torch.int8).T
 
-    def _output_seed(self, drawn: Tensor, sign: float) -> Tensor | None:
-        """The columns of this eigenvalue sign summed under signs; None where there are none."""
+    def _output(self, drawn: Tensor, sign: float) -> Callable[[], Tensor] | None:
+        """What sums the columns of this eigenvalue sign under signs; None where there are none."""
         chosen = self.batch.curvature.signs == sign
         if not bool(chosen.any()):
             return None
-        found = self.batch.curvature.columns.combined(drawn if bool(chosen.all()) else drawn * chosen[:, None])
-        return found.to(self.batch.outputs.dtype)
+        columns, dtype = self.batch.curvature.columns, self.batch.outputs.dtype
+        return lambda: columns.combined(drawn if bool(chosen.all()) else drawn * chosen[:, None], dtype)
 
     def each(self, seeds: Sequence[Tensor | None], output_seed: Tensor | None) -> Tensors:
         """Per-sample gradients [N, ...] of every parameter for given cotangents."""
@@ -249,66 +251,36 @@ class Propagator:
         shared = {place: d.detach() for place, d in enumerate(deltas[len(self.squares) :]) if d is not None}
         yield from self.uses.each(shared, seeds).items()
 
-    def _seeds(self, sign: int, drawn: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Signs (or a direction) times sqrt(max(+-c, 0)), site by site, None where it vanishes; and those of the second
-        halves of pairs.
-        """
-        roots = self._roots.get(sign)
-        if roots is None:
-            roots = [self._root(site, sign) for site in self.batch.sites]
-            if self._small:
-                self._roots[sign] = roots
-        left: list[Tensor | None] = []
-        right: list[Tensor | None] = []
-        for number, (site, root, s) in enumerate(zip(self.batch.sites, roots, drawn)):
-            seed: Tensor | None = None
-            if root is not None and self._crossed(number) not in self._tied:
-                seed = root * s.reshape(root.shape) if self._small else root.mul_(s.reshape(root.shape))
-            pair = seed is not None and bool(site.right)
-            left.append(seed * site.lam if seed is not None and pair else seed)
-            right.append(seed * site.c.sign().mul_(sign / site.lam) if seed is not None and pair else None)
-        return left, right
-
     def _crossed(self, number: int) -> int | None:
         """The place of the layer whose own bilinear term a site is."""
         place = self.batch.crossing.get(number)
         return None if place is None else place + len(self.squares)
 
-    def _root(self, site: Site, sign: int) -> Tensor | None:
-        """sqrt(max(+-c, 0)), of a pair sqrt|c| / 2."""
-        part = site.c.abs() if site.right else (site.c * sign).clamp_(min=0)
-        return part.sqrt_().mul_(0.5 if site.right else 1.0) if bool(part.any()) else None
-
     def _square_pass(
         self,
-        sides: tuple[list[Tensor | None], list[Tensor | None]],
-        output_seed: Tensor | None,
+        drawn: Draw | None,
+        output: Callable[[], Tensor] | None,
         out: Tensors,
         sign: float,
         groups: Sequence[int],
+        *,
+        of: int = 1,
         heads: bool = False,
         apart: Tensors | None = None,
     ) -> None:
         """Add the squares of one pass to `out`: of layers that products serve with `apart` alone, where they are told
-        apart besides. Seeds that are done with are dropped from `sides` one by one: together they are as large as what
-        they have become.
+        apart besides. `drawn` are signs of sites (or a direction) for c of the sign `of`.
         """
-        seeds, right = sides
-        if output_seed is None and all(seed is None for seed in (*seeds, *right)):
+        entering = Entering(self.roots, of, drawn, output, without=self._served)
+        if not entering:
             return
 
         shared: dict[int, Tensor] = {}
         first, served = len(self.squares), set(self._tied.values())
         without = served if apart is None else set()
-        tables = self.uses.tables if heads or output_seed is None else {}
+        tables = self.uses.tables if heads or output is None else {}
         """Of which it is asked what the pass holds beyond their heads."""
         of_heads: dict[int, Factors] = {}
-        pulls: Pulls = {}
-        for number in range(len(self.batch.sites)):
-            pulls |= self.batch.pull_one(number, seeds[number], right[number], above=True)
-            if number not in self._asked:
-                seeds[number] = right[number] = None
-        own = self.batch.own(pulls)
 
         def square(place: int, delta: Tensor) -> None:
             table = tables.get(place - first)
@@ -325,13 +297,14 @@ class Propagator:
             if place >= len(self.squares):
                 shared[place - len(self.squares)] = delta.detach()
             elif place not in self.probes.counts:
-                delta = self.batch.remote(place, delta, seeds)
-                if place in own:
-                    delta = delta - own.pop(place)
+                delta = entering.remote(place, delta)
                 accumulate(out, self.squares[place].summed(delta.detach(), group=groups[place]), sign)
 
-        visit(self.batch, pulls, output_seed, square)
+        visit(self.batch, entering.sources, square)
         if self.batch.shared:
+            more = self.batch.free | self.batch.crossing.keys()
+            sides = [entering.seeds(n) if n in more else (None, None) for n in range(len(self.batch.sites))]
+            seeds, right = ([side[second] for side in sides] for second in (0, 1))
             found = self.uses.squared(shared, right, without={*without, *(rows.name for rows in tables.values())})
             if tables:
                 found |= self.uses.beyond_heads(of_heads, shared, right, without=without)
@@ -372,3 +345,7 @@ class Propagator:
         left, other = ([s if n in free else None for n, s in enumerate(side)] for side in (seeds, right))
         found = self.batch.backward(left, None, list(parameters.values()), right=other)
         return {name: g.detach().square() for name, g in zip(parameters, found) if g is not None}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -241,9 +243,9 @@ class SoftmaxColumns(Columns):
         self._last = (0.5 * (f[..., -1:].double() - self.top - self.size)).exp()
         self._length = (2.0 * (1.0 + self._last)).sqrt()
 
-    def log_p(self, low: int = 0, high: int | None = None) -> Tensor:
-        """Of some samples."""
-        return (self.f[low:high].double() - self.top[low:high]).sub_(self.size[low:high])
+    def log_p(self, here: tuple[slice, slice] = (slice(None), slice(None))) -> Tensor:
+        """Of some samples and places."""
+        return (self.f[here].double() - self.top[here]).sub_(self.size[here])
 
     def log_p_at(self, numbers: Tensor) -> Tensor:
         """Of one class at every place."""
@@ -277,22 +279,30 @@ class SoftmaxColumns(Columns):
         out[rows, :, place] = value.mul_(scale)
         return self.flat(out)
 
-    def combined(self, weights: Tensor) -> Tensor:
+    def combined(self, weights: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """S R w."""
-        found = torch.empty(self.f.shape, dtype=torch.float64, device=self.f.device)
-        for low in range(0, len(found), self.step):
-            high = low + self.step
-            w = weights.T[low:high].reshape(-1, self.f.shape[1], self._each).double()
-            last, length = self._last[low:high], self._length[low:high]
-            root = self.log_p(low, high).mul_(0.5).exp_()
-            out = found[low:high]
-            torch.mul(root[..., :-1], w, out=out[..., :-1])
-            out[..., -1:] = 0.0  # w_C
+        found = torch.empty(self.f.shape, dtype=dtype, device=self.f.device)
+        drawn = weights.T.reshape(len(found), self.f.shape[1], self._each)
+        scale = self.scale.expand_as(self.top)
+        for here in self.blocks():
+            last, length = self._last[here], self._length[here]
+            root = self.log_p(here).mul_(0.5).exp_()
+            out = torch.zeros_like(root)  # w_C is 0
+            torch.mul(root[..., :-1], drawn[here], out=out[..., :-1])
             inner = out.sum(-1, keepdim=True)  # sqrt(p).w
             turned = -2.0 * inner / length**2 * last
             out -= root.square_().mul_(inner + turned)
             out[..., -1:] += turned
-        return self.flat(found.mul_(self.scale))
+            found[here] = out.mul_(scale[here])
+        return self.flat(found)
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Samples and places that are worked on at a time."""
+        samples, places, classes = self.f.shape
+        few = min(max(WRITTEN // max(classes, 1), 1), max(places, 1))
+        for low in range(0, samples, self.step):
+            for first in range(0, places, few if self.step == 1 else max(places, 1)):
+                yield slice(low, low + self.step), slice(first, first + few if self.step == 1 else places)
 
     def against(self, vectors: Tensor) -> Tensor:
         """R S^T v without its last entry."""
@@ -329,13 +339,22 @@ class SoftmaxCurvature(Curvature):
     @property
     def gradient(self) -> Tensor:
         """[N, C] in the order of the outputs."""
-        found = self._softmax.log_p().exp_().mul_(self._mass)
-        if self._rest is not None:
-            found -= self._rest
-        if self._here is not None:
-            numbers, weights = self._here
-            found.scatter_add_(-1, numbers[..., None], -weights[..., None])
-        return self._softmax.flat(found)
+        return self.gradient_in(torch.float64)
+
+    def gradient_in(self, dtype: torch.dtype) -> Tensor:
+        """Some places at a time."""
+        columns = self._softmax
+        found = torch.empty(columns.f.shape, dtype=dtype, device=columns.f.device)
+        mass = self._mass.expand_as(columns.top)
+        for here in columns.blocks():
+            part = columns.log_p(here).exp_().mul_(mass[here])
+            if self._rest is not None:
+                part -= self._rest.expand(columns.f.shape)[here]
+            if self._here is not None:
+                numbers, weights = self._here
+                part.scatter_add_(-1, numbers[here][..., None], -weights[here][..., None])
+            found[here] = part
+        return columns.flat(found)
 
 
 class SquaredError(Loss):

@@ -47,8 +47,8 @@ class Columns:
         """Columns low..high-1, [high - low, N, C]."""
         raise NotImplementedError
 
-    def combined(self, weights: Tensor) -> Tensor:
-        """sum_c w_cn s_cn, [N, C], for weights [columns, N]."""
+    def combined(self, weights: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """sum_c w_cn s_cn, [N, C], for weights [columns, N]: computed in float64, given in `dtype`."""
         raise NotImplementedError
 
     def against(self, vectors: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ class Written(Columns):
         """A slice of the tensor."""
         return self.factor[low:high]
 
-    def combined(self, weights: Tensor) -> Tensor:
+    def combined(self, weights: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """The sum as it stands."""
-        return (self.factor * weights[:, :, None]).sum(0)
+        return (self.factor * weights[:, :, None]).sum(0).to(dtype)
 
     def against(self, vectors: Tensor) -> Tensor:
         """The products as they stand."""
@@ -96,9 +96,9 @@ class Diagonals(Columns):
         out[rows, :, rows + low] = self.root[:, low:high].T
         return out
 
-    def combined(self, weights: Tensor) -> Tensor:
+    def combined(self, weights: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """root w."""
-        return self.root * weights.T
+        return (self.root * weights.T).to(dtype)
 
     def against(self, vectors: Tensor) -> Tensor:
         """root v."""
@@ -119,6 +119,10 @@ class Curvature:
     def gradient(self) -> Tensor:
         """dl/df, [N, C]."""
         return self._gradient
+
+    def gradient_in(self, dtype: torch.dtype) -> Tensor:
+        """The same, computed in float64 and given in `dtype`."""
+        return self.gradient.to(dtype)
 
     @property
     def columns(self) -> Columns:

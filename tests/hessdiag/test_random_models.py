@@ -37,7 +37,7 @@ LARGE = 200
 SIZES = {
     "hessdiag.graph.chunks.CHUNK": 64,
     "hessdiag.problem.persample.WRITTEN": 10,
-    "hessdiag.kernels.propagator.KEEP_ROOTS": 0,
+    "hessdiag.kernels.entering.KEEP_ROOTS": 0,
     "hessdiag.kernels.exact_batch.CLOSE": 2000,
     "hessdiag.kernels.exact_batch.CACHED": 100,
     "hessdiag.kernels.price.BLOCK": 2,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -253,11 +255,31 @@ def test_a_visit_hands_over_the_cotangents_that_a_backward_pass_returns(build: t
     g = torch.Generator().manual_seed(3)
     seeds = [torch.randn(site.c.shape, generator=g, dtype=site.c.dtype) for site in linear.sites]
     output = torch.randn(linear.outputs.shape, generator=g, dtype=linear.outputs.dtype)
-    for chosen in (seeds, [None] * len(seeds), [*seeds[:-1], None] if seeds else []):
-        wanted = linear.backward(chosen, output, [layer.edge for layer in linear.layers])
-        pulls = linear.pull(chosen, chosen)
+    for chosen, top in ((seeds, output), ([None] * len(seeds), output), ([*seeds[:-1], None], output), (seeds, None)):
+        wanted = linear.backward(chosen, top, [layer.edge for layer in linear.layers])
+        entering: dict[int, tuple[Any, dict[int, Tensor]]] = {}
+        end = linear.outputs.grad_fn
+        for (node, number), one in [
+            *linear.pull(chosen, chosen).values(),
+            *([((end, 0), top)] if top is not None else []),
+        ]:
+            cotangents = entering.setdefault(id(node), (node, {}))[1]
+            cotangents[number] = cotangents[number] + one if number in cotangents else one
+
+        def source(cotangents: dict[int, Tensor]) -> dict[int, Tensor]:
+            """It may run a pass through the same nodes."""
+            torch.autograd.grad(linear.outputs, list(model.parameters()), output, retain_graph=True)
+            return cotangents
+
+        sources = {key: (node, partial(source, mine)) for key, (node, mine) in entering.items()}
         for _ in range(2):
             found: dict[int, Tensor] = {}
-            visit(linear, pulls, output, lambda place, delta, found=found: found.__setitem__(place, delta.clone()))
+
+            def see(place: int, delta: Tensor, found: dict[int, Tensor] = found) -> None:
+                assert place not in found
+                found[place] = delta.clone()
+
+            visit(linear, sources, see)
             assert set(found) == {place for place, delta in enumerate(wanted) if delta is not None}
-            assert all(torch.equal(found[place], wanted[place]) for place in found)
+            for place, delta in found.items():
+                torch.testing.assert_close(delta, wanted[place], rtol=1e-13, atol=1e-14)

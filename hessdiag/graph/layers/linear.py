@@ -214,7 +214,8 @@ class Linear(PositionWise):
         size = torch.linalg.vector_norm(adjoint, dim=-1, keepdim=True)
         lam, live = size.sqrt(), size > 0
         c = (2.0 * live.to(adjoint.dtype)).expand(edge_shape(node.next_functions[x])).contiguous()
-        half = _Turned(self, adjoint / torch.where(live, lam, 1.0), stored_in=node.name() != "LinearBackward0")
+        rate = torch.where(live, lam, 1.0).reciprocal()
+        half = _Turned(self, adjoint, rate, stored_in=node.name() != "LinearBackward0")
         return c, ((node.next_functions[x], lam),), ((node.next_functions[w], half),)
 
     def _factors(self, delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,17 +282,18 @@ class Linear(PositionWise):
 
 
 class _Turned(Half):
-    """(dW^T g_t) / lam_t at every position, g / lam given; W comes as [in, out] or as [out, in]."""
+    """(dW^T g_t) / lam_t at every position; W comes as [in, out] or as [out, in]."""
 
-    def __init__(self, of: Linear, g: Tensor, *, stored_in: bool) -> None:
-        self.of, self.g, self.stored_in = of, g, stored_in
+    def __init__(self, of: Linear, g: Tensor, rate: Tensor, *, stored_in: bool) -> None:
+        self.of, self.g, self.rate, self.stored_in = of, g, rate, stored_in
 
     def push(self, tangents: Tensor) -> Tensor:
         w = tangents.transpose(1, 2) if self.stored_in else tangents
-        return (self.g.reshape(-1, self.g.shape[-1]) @ w).reshape(len(w), *self.g.shape[:-1], w.shape[-1])
+        moved = self.g.reshape(-1, self.g.shape[-1]) @ w
+        return moved.reshape(len(w), *self.g.shape[:-1], w.shape[-1]) * self.rate
 
     def pull(self, seed: Tensor) -> Tensor:
-        d, x = (t.reshape(-1, t.shape[-1]) for t in (self.g, seed))
+        d, x = (t.reshape(-1, t.shape[-1]) for t in (self.g, seed * self.rate))
         return x.T @ d if self.stored_in else d.T @ x
 
     def some(self, seed: Tensor, low: int, high: int) -> Tensor:
@@ -299,7 +301,7 @@ class _Turned(Half):
         return left[low:high] @ right[low:high].transpose(1, 2)
 
     def factors(self, seed: Tensor) -> tuple[Tensor, Tensor]:
-        return self.of._factors(self.g, seed)
+        return self.of._factors(self.g, seed * self.rate)
 
 
 def _turned(node: Any, graph: Graph) -> Edge | None:

@@ -34,29 +34,29 @@ _SLOTS: dict[str, tuple[int, int, str, str]] = {
 
 
 class _OfRight(Map):
-    """dB [.., k, m] -> G dB^T [.., n, k]."""
+    """dB [.., k, m] -> R G dB^T [.., n, k], R = diag(1 / lam). G is kept as it is: a softmax below has it as its c."""
 
-    def __init__(self, g: Tensor) -> None:
-        self.g = g
+    def __init__(self, g: Tensor, rate: Tensor) -> None:
+        self.g, self.rate = g, rate
 
     def push(self, tangents: Tensor) -> Tensor:
-        return self.g @ tangents.transpose(-1, -2)
+        return (self.g @ tangents.transpose(-1, -2)) * self.rate
 
     def pull(self, seed: Tensor) -> Tensor:
-        return seed.transpose(-1, -2) @ self.g
+        return (seed * self.rate).transpose(-1, -2) @ self.g
 
 
 class _OfLeft(Map):
-    """dA [.., n, k] -> dA^T G [.., k, m]."""
+    """dA [.., n, k] -> dA^T G R [.., k, m]."""
 
-    def __init__(self, g: Tensor) -> None:
-        self.g = g
+    def __init__(self, g: Tensor, rate: Tensor) -> None:
+        self.g, self.rate = g, rate
 
     def push(self, tangents: Tensor) -> Tensor:
-        return tangents.transpose(-1, -2) @ self.g
+        return (tangents.transpose(-1, -2) @ self.g) * self.rate
 
     def pull(self, seed: Tensor) -> Tensor:
-        return self.g @ seed.transpose(-1, -2)
+        return self.g @ (seed * self.rate).transpose(-1, -2)
 
 
 class Bilinear(SiteKind):
@@ -76,17 +76,18 @@ class Bilinear(SiteKind):
         """One tensor of pairs."""
         left, right, _, _ = _SLOTS[node.name()]
         a, b = node.next_functions[left], node.next_functions[right]
-        g = adjoint * saved.number(node, "alpha", 1.0)
+        alpha = saved.number(node, "alpha", 1.0)
+        g = adjoint if alpha == 1.0 else adjoint * alpha
         (n, k), m = edge_shape(a)[-2:], edge_shape(b)[-1]
         by_rows = n <= m
         size = torch.linalg.vector_norm(g, dim=-1 if by_rows else -2, keepdim=True)
         lam, live = size.sqrt(), size > 0
-        scaled = g * torch.where(live, lam, 1.0).reciprocal()
+        rate = torch.where(live, lam, 1.0).reciprocal()
         if by_rows:
-            c = (2.0 * live.to(g.dtype)).expand(*g.shape[:-1], k).contiguous()
-            return [Site(name, c, ((a, lam),), ((b, _OfRight(scaled)),))]
-        c = (2.0 * live.to(g.dtype)).expand(*g.shape[:-2], k, m).contiguous()
-        return [Site(name, c, ((a, _OfLeft(scaled)),), ((b, lam),))]
+            c = (2.0 * live.to(g.dtype)).expand(*g.shape[:-1], k)
+            return [Site(name, c, ((a, lam),), ((b, _OfRight(g, rate)),))]
+        c = (2.0 * live.to(g.dtype)).expand(*g.shape[:-2], k, m)
+        return [Site(name, c, ((a, _OfLeft(g, rate)),), ((b, lam),))]
 
     @classmethod
     def move(cls, node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent | None:

@@ -34,19 +34,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """y [R, D] and 1 / r [R, 1], the rows of a sample together; `gain` shaped like them, None for 1."""
+class Scale:
+    """1 / r [R, 1] of the rows of x, those of a sample together."""
 
-    y: Tensor
     rate: Tensor
-    gain: Tensor | None
     centred: bool
     shape: torch.Size
     """Of x."""
 
+    def by_rows(self, tangents: Tensor) -> Tensor:
+        """[K, R, D] for [K, *shape]."""
+        rows = len(self.rate)
+        width = self.shape.numel() // max(rows, 1)
+        return tangents.reshape(*tangents.shape[: tangents.ndim - len(self.shape)], rows, width)
+
     def slope(self, tangents: Tensor) -> Tensor:
         """w [K, R, D] for tangents [K, *shape]; its own transpose on cotangents [R, D] up to the shape."""
-        w = tangents.reshape(*tangents.shape[: tangents.ndim - len(self.shape)], *self.y.shape) * self.rate
+        w = self.by_rows(tangents) * self.rate
         return w - w.mean(-1, keepdim=True) if self.centred else w
 
     def back(self, w: Tensor) -> Tensor:
@@ -55,11 +59,24 @@ class Rows:
         return (w - w.mean(-1, keepdim=True) if self.centred else w).reshape(self.shape)
 
 
+@dataclass(frozen=True)
+class Rows(Scale):
+    """y [R, D] besides, and `gain` shaped like it, None for 1."""
+
+    y: Tensor
+    gain: Tensor | None
+
+    @property
+    def scale(self) -> Scale:
+        """What sites keep: y, and its unit vectors, are as large as x."""
+        return Scale(self.rate, self.centred, self.shape)
+
+
 class _Across(Map):
     """w less its parts along y and along g."""
 
-    def __init__(self, rows: Rows, along: tuple[Tensor, Tensor]) -> None:
-        self.of, self.along, self.rows = rows, along, len(rows.y)
+    def __init__(self, scale: Scale, along: tuple[Tensor, Tensor]) -> None:
+        self.of, self.along, self.rows = scale, along, len(scale.rate)
 
     def push(self, tangents: Tensor) -> Tensor:
         return self._left(self.of.slope(tangents))
@@ -81,26 +98,33 @@ class _Across(Map):
 
 
 class _Along(Map):
-    """w along the eigenvectors in the plane of y and g, [R, 2]."""
+    """w along the eigenvectors in the plane of y and g, [R, 2].
 
-    def __init__(self, rows: Rows, along: tuple[Tensor, Tensor], vectors: Tensor) -> None:
-        """`vectors` [R, 2, 2], a vector per column. What is kept is d(w along it)/dx: slope's transpose of each."""
-        self.shape, self.rows = rows.shape, len(rows.y)
-        self._first, self._second = (
-            rows.back(along[0] * vectors[:, 0, j : j + 1] + along[1] * vectors[:, 1, j : j + 1]).reshape(rows.y.shape)
-            for j in (0, 1)
-        )
+    y and g are centred where x is, and so d(w along a vector of their plane)/dx is that vector over r.
+    """
+
+    def __init__(self, scale: Scale, along: tuple[Tensor, Tensor], vectors: Tensor) -> None:
+        """`vectors` [R, 2, 2], a vector per column."""
+        self.of, self.along, self.rows = scale, along, len(scale.rate)
+        self._vectors = vectors * scale.rate[:, :, None]
 
     def push(self, tangents: Tensor) -> Tensor:
-        w = tangents.reshape(*tangents.shape[: tangents.ndim - len(self.shape)], *self._first.shape)
-        return torch.stack([(w * row).sum(-1) for row in (self._first, self._second)], -1)
+        w = self.of.by_rows(tangents)
+        parts = torch.stack([(w * unit).sum(-1) for unit in self.along], -1)
+        return (parts[..., None, :] @ self._vectors)[..., 0, :]
 
     def pull(self, seed: Tensor) -> Tensor:
-        return torch.addcmul(self._first * seed[:, :1], self._second, seed[:, 1:]).reshape(self.shape)
+        return self._joined((self._vectors @ seed[:, :, None])[:, :, 0]).reshape(self.of.shape)
 
     def squared(self, c: Tensor) -> Tensor:
         """Along each vector its entries, squared."""
-        return torch.addcmul(self._first.square() * c[:, :1], self._second.square(), c[:, 1:]).reshape(self.shape)
+        found = sum(self._joined(self._vectors[:, :, j]).square() * c[:, j : j + 1] for j in (0, 1))
+        assert isinstance(found, Tensor)
+        return found.reshape(self.of.shape)
+
+    def _joined(self, parts: Tensor) -> Tensor:
+        """Of the units, so much of each [R, 2]."""
+        return torch.addcmul(self.along[0] * parts[:, :1], self.along[1], parts[:, 1:])
 
 
 class Normalised(SiteKind):
@@ -123,6 +147,7 @@ class Normalised(SiteKind):
         """Everything across the plane of y and g, and the plane."""
         rows = cls.rows(node)
         y, count = rows.y, rows.y.shape[-1]
+        y = y - y.mean(-1, keepdim=True) if rows.centred else y  # up to rounding it is
         g = adjoint.reshape(y.shape)
         g = g if rows.gain is None else g * rows.gain
         g = g - g.mean(-1, keepdim=True) if rows.centred else g
@@ -135,12 +160,12 @@ class Normalised(SiteKind):
         height = torch.where(height > 32 * torch.finfo(y.dtype).eps * size, height, 0.0)  # else rounding, and no plane
         second = torch.where(height > 0, rest / torch.where(height > 0, height, 1.0), 0.0)
         big = along * length / count  # G/D
-        across = (-big).expand(y.shape).contiguous()
+        across = (-big).expand(y.shape)
         values, vectors = turned(-3.0 * big * (1.0 - length.square() / count), -length * height / count, -big)
         edge, units = node.next_functions[0], (first, second)
         return [
-            Site(f"{name} (across)", across, ((edge, _Across(rows, units)),)),
-            Site(f"{name} (along)", values[:, 0], ((edge, _Along(rows, units, vectors[:, 0])),)),
+            Site(f"{name} (across)", across, ((edge, _Across(rows.scale, units)),)),
+            Site(f"{name} (along)", values[:, 0], ((edge, _Along(rows.scale, units, vectors[:, 0])),)),
         ]
 
     @classmethod
@@ -174,13 +199,8 @@ class LayerNorm(Normalised):
         count = torch.Size(saved.integers(node, "normalized_shape")).numel()
         gain = saved.tensor_or_none(node, "weight")
         rate = rate.reshape(-1, 1)
-        return Rows(
-            (x.reshape(-1, count) - mean.reshape(-1, 1)) * rate,
-            rate,
-            None if gain is None else gain.reshape(1, -1),
-            True,
-            x.shape,
-        )
+        y = (x.reshape(-1, count) - mean.reshape(-1, 1)) * rate
+        return Rows(rate, True, x.shape, y, None if gain is None else gain.reshape(1, -1))
 
 
 class GroupNorm(Normalised):
@@ -200,7 +220,7 @@ class GroupNorm(Normalised):
             pixels = x[0, 0].numel()
             gain = gain.repeat_interleave(pixels).reshape(groups, -1).repeat(samples, 1)
         y = (x.reshape(samples * groups, -1) - mean.reshape(-1, 1)) * rate
-        return Rows(y, rate, gain, True, x.shape)
+        return Rows(rate, True, x.shape, y, gain)
 
 
 class InstanceNorm(Normalised):
@@ -228,4 +248,4 @@ class InstanceNorm(Normalised):
         x, mean, rate = (saved.tensor(node, name) for name in ("input", "result1", "result2"))
         rate, gain = rate.reshape(-1, 1), saved.tensor_or_none(node, "weight")
         y = (x.reshape(len(rate), -1) - mean.reshape(-1, 1)) * rate
-        return Rows(y, rate, None if gain is None else gain.reshape(-1, 1), True, x.shape)
+        return Rows(rate, True, x.shape, y, None if gain is None else gain.reshape(-1, 1))

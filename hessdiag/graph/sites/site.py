@@ -104,6 +104,18 @@ class SiteKind(NodeKind, ABC):
         return (0,)
 
     @classmethod
+    def returned(cls, node: Any, below: Tensor, name: str) -> list[Site]:
+        """The same for `below`, the adjoint of its one input where nothing else takes that: for a kind whose weights
+        are what its backward makes of its own adjoint.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def has_returned(cls) -> bool:
+        """Whether the kind gives `returned`."""
+        return cls.returned.__func__ is not SiteKind.returned.__func__  # type: ignore[attr-defined]
+
+    @classmethod
     def written(cls, node: Any, adjoints: Mapping[int, Tensor], name: str) -> list[Site]:
         """The same, for the adjoints of those outputs."""
         return cls.sites(node, adjoints[0], name)

@@ -36,7 +36,7 @@ class _Centred(Map):
         return tangents - (self.p * tangents).sum(self.dim, keepdim=True)
 
     def pull(self, seed: Tensor) -> Tensor:
-        return seed - self.p * seed.sum(self.dim, keepdim=True)
+        return torch.addcmul(seed, self.p, seed.sum(self.dim, keepdim=True), value=-1.0)
 
 
 class Rowwise(SiteKind):
@@ -90,6 +90,12 @@ class Softmax(Rowwise):
     def weights(cls, p: Tensor, adjoint: Tensor, dim: int) -> Tensor:
         """p (g - p.g)."""
         return p * (adjoint - (p * adjoint).sum(dim, keepdim=True))
+
+    @classmethod
+    def returned(cls, node: Any, below: Tensor, name: str) -> list[Site]:
+        """Its backward makes p (g - p.g), which a product of queries and keys below keeps as its adjoint, too."""
+        edge = node.next_functions[0]
+        return [Site(name, below, ((edge, _Centred(cls.probabilities(node), cls.dim(node))),))]
 
     @classmethod
     def move(cls, node: Any, shape: torch.Size, given: Sequence[Given]) -> Tangent | None:
