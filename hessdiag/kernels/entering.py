@@ -97,9 +97,14 @@ class Entering:
         """Nodes by their id, and what enters there."""
         return {key: (node, partial(self._at, node, legs)) for key, (node, legs) in self._nodes.items()}
 
+    @property
+    def outputs(self) -> bool:
+        """Whether anything enters at the outputs."""
+        return self._output is not None
+
     def __bool__(self) -> bool:
         """Whether there is anything."""
-        return bool(self._drawn) or self._output is not None
+        return bool(self._drawn) or self.outputs
 
     def seeds(self, number: int) -> tuple[Tensor | None, Tensor | None]:
         """Those of a site, and of its second half if it is a pair."""

@@ -139,7 +139,8 @@ class Propagator:
             assert self.deflation is not None
             direction = self.deflation.direction(number)
             for sign in (1, -1):
-                self._square_pass(direction.__getitem__, None, out, 1.0 if absolute else float(sign), single, of=sign)
+                entering = self._entering(direction.__getitem__, of=sign)
+                self._square_pass(entering, out, 1.0 if absolute else float(sign), single)
         return out
 
     def functional(self, signs: Signs, replicate: int, *, outer: bool = False) -> Tensors:
@@ -178,7 +179,8 @@ class Propagator:
                 whole = [draw(number) for number in range(len(self.batch.sites))]
                 kept = self.deflation.project(whole, sign).__getitem__
             top = None if outer is None else self._output(outer, float(sign))
-            self._square_pass(kept, top, out, float(sign), self._groups, of=sign, heads=top is not None)
+            entering = self._entering(kept, top, of=sign)
+            self._square_pass(entering, out, float(sign), self._groups, heads=top is not None)
         return out
 
     def gauss_newton(self, apart: Tensors | None = None) -> Tensors:
@@ -191,7 +193,7 @@ class Propagator:
         curvature = self.batch.curvature
         single = [1] * len(self.squares)
         for column, sign in curvature.each():
-            self._square_pass(None, partial(_same, column), out, sign, single, apart=apart)
+            self._square_pass(self._entering(None, partial(_same, column)), out, sign, single, apart=apart)
         return out
 
     def heads(self) -> Tensors:
@@ -223,7 +225,7 @@ class Propagator:
         for sign in (1.0, -1.0):
             top = self._output(drawn, sign)
             if top is not None:
-                self._square_pass(None, top, out, sign, self._groups, heads=True, apart=apart)
+                self._square_pass(self._entering(None, top), out, sign, self._groups, heads=True, apart=apart)
         return out
 
     def _columns(self, signs: Signs, replicate: int) -> Tensor:
@@ -256,29 +258,30 @@ class Propagator:
         place = self.batch.crossing.get(number)
         return None if place is None else place + len(self.squares)
 
+    def _entering(self, drawn: Draw | None, output: Callable[[], Tensor] | None = None, *, of: int = 1) -> Entering:
+        """Signs of sites (or a direction) for c of the sign `of`, and the outputs' cotangent."""
+        return Entering(self.roots, of, drawn, output, without=self._served)
+
     def _square_pass(
         self,
-        drawn: Draw | None,
-        output: Callable[[], Tensor] | None,
+        entering: Entering,
         out: Tensors,
         sign: float,
         groups: Sequence[int],
         *,
-        of: int = 1,
         heads: bool = False,
         apart: Tensors | None = None,
     ) -> None:
         """Add the squares of one pass to `out`: of layers that products serve with `apart` alone, where they are told
-        apart besides. `drawn` are signs of sites (or a direction) for c of the sign `of`.
+        apart besides.
         """
-        entering = Entering(self.roots, of, drawn, output, without=self._served)
         if not entering:
             return
 
         shared: dict[int, Tensor] = {}
         first, served = len(self.squares), set(self._tied.values())
         without = served if apart is None else set()
-        tables = self.uses.tables if heads or output is None else {}
+        tables = self.uses.tables if heads or not entering.outputs else {}
         """Of which it is asked what the pass holds beyond their heads."""
         of_heads: dict[int, Factors] = {}
 
