@@ -314,11 +314,9 @@ def propagation(
 ) -> Callable[[int], Tensors]:
     """Set up, and what draws one replicate."""
     objective, signs = hd.Objective(net.model), Signs(0, net.inputs.device)
-    linear = Linearisation(objective, net.inputs, net.targets)
+    linear = Linearisation(objective, net.inputs, net.targets, closed=closed)
     if balance:
         linear.balance(balance_products(linear, 0))  # part of the set-up
-    if not closed:
-        linear._rowed, linear._halves = {}, {}
     choice = found.choice
     propagator = Propagator(linear, probes=choice.probes if probes else {})
     columns = linear.columns <= EXACT_COLUMNS

@@ -62,7 +62,7 @@ class Linearisation:
 
     Holds the autograd graph; `backward` may be called any number of times. Weights are those of the loss *summed*
     over the batch; `weight` is what the batch adds to the divisor of the mean. `outputs` are the model's, with their
-    graph, where they are at hand.
+    graph, where they are at hand. Not `closed`, shares of norms and of one half of a pair are left to signs.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Linearisation:
         index: int = 0,
         balance: Mapping[int, float] | None = None,
         outputs: Tensor | None = None,
+        closed: bool = True,
     ) -> None:
         if outputs is None:
             with torch.enable_grad():
@@ -103,7 +104,8 @@ class Linearisation:
         self.separate = False
         """Whether the samples were looked at and do not meet."""
         self._shares: dict[bool, dict[Pull, tuple[tuple[Pull, ...], dict[int, Tensor | float]]]] = {}
-        self._rowed: dict[int, Rowed] | None = None
+        self._closed = closed
+        self._rowed: dict[int, Rowed] | None = None if closed else {}
 
     def balance(self, lams: Mapping[int, float]) -> None:
         """Give pairs, counted among themselves, their `lam`: 1 where none is named, whatever it was."""
@@ -262,7 +264,7 @@ class Linearisation:
             wanted: dict[tuple[Pull, ...], dict[int, Tensor | float]] = {}
             for place, rowed in self.rowed.items():
                 wanted.setdefault(tuple((number, False, 0) for number in rowed.sites), {})[place] = 1.0
-            for place, mine in find_own(self.graph, self.sites, self.layers).items() if halves else ():
+            for place, mine in find_own(self.graph, self.sites, self.layers).items() if halves and self._closed else ():
                 for half in mine:
                     wanted.setdefault(((half.site, half.second, half.leg),), {})[place] = half.kept
             self._shares[halves] = {pull: known for known in wanted.items() for pull in known[0]}

@@ -7,44 +7,79 @@ for when the pass comes to its node, and that of a layer is whole at its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from hessdiag.graph.linearise import Linearisation
-from hessdiag.graph.nodes import Edge, edge_shape, sizes
+from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape, sizes
 
 Visitor = Callable[[int, Tensor], None]
-Source = Callable[[], Mapping[int, Tensor]]
-"""Cotangents that enter at a node, by the number of its output."""
-Sources = Mapping[int, tuple[Any, Source]]
-"""Nodes, by their id, and what enters there."""
+Source = Callable[[Any], Mapping[int, Tensor]]
+"""What enters at a node: cotangents by the numbers of its outputs."""
 
 
-def visit(batch: Linearisation, sources: Sources, visitor: Visitor) -> None:
-    """Call `visitor(place, cotangent)` once for every layer that the sources reach.
+class Entrances:
+    """Edges at which something enters a pass, read from the graph once for any number of passes."""
 
-    `place` is its index in `layers`, and beyond them in `shared`. Sources may run passes of their own. The pass goes
-    down to the layers with none below them, and so through all the others.
+    def __init__(self, batch: Linearisation, edges: Iterable[Edge]) -> None:
+        self.batch = batch
+        self.layers = [*batch.layers, *batch.shared]
+        self.first = [place for place, layer in enumerate(self.layers) if batch.graph.is_first(layer)]
+        """Places of layers with no other below them."""
+        self.numbers: dict[int, set[int]] = {}
+        """By the id of a node, the numbers of the outputs at which something may enter."""
+        self.nodes: list[Any] = []
+        for node, number in edges:
+            if id(node) not in self.numbers:
+                self.nodes.append(node)
+            self.numbers.setdefault(id(node), set()).add(number)
+        self.ends = {id(self.layers[place].node) for place in self.first}
+        """Nodes whose hooks come after what a pass returns."""
+
+    @cached_property
+    def tops(self) -> list[Edge]:
+        """Those of the edges to which no other is sure to lead: a hook can put nothing in the place of None.
+
+        A node that is given something gives something to all its inputs, but for a `torch.autograd.Function`.
+        """
+        reached, nodes, found = set[Key](), set[int](), list[Edge]()
+        for node in reversed(self.batch.graph.nodes):
+            numbers = () if id(node) in self.ends else self.numbers.get(id(node), ())
+            alone = [(node, number) for number in numbers if (id(node), number) not in reached]
+            found += alone
+            if (alone or id(node) in nodes) and not isinstance(node, BackwardCFunction):
+                reached.update(edge_key(edge) for edge in node.next_functions)
+                nodes.update(id(source) for source, _ in node.next_functions)
+        return found
+
+
+def visit(entrances: Entrances, source: Source, visitor: Visitor, *, at_once: bool = False) -> None:
+    """Call `visitor(place, cotangent)` once for every layer that what enters reaches.
+
+    `place` is its index in `layers`, and beyond them in `shared`. `source` is called once for each node that the pass
+    comes to, and may run passes of its own; `at_once` calls it for all nodes first, which takes more memory and less
+    time. The pass goes down to the layers with none below them, and so through all the others.
     """
-    layers = [*batch.layers, *batch.shared]
-    first = [place for place, layer in enumerate(layers) if batch.graph.is_first(layer)]
-    ends = {id(layers[place].node) for place in first}  # hooks there come after what is returned
+    layers, first = entrances.layers, entrances.first
     roots: list[tuple[Edge, Tensor]] = []
     handles, state = [], _State()
     try:
-        for key, (node, source) in sources.items():
-            if key in ends:
-                roots += [((node, number), cotangent) for number, cotangent in source().items()]
+        for node in entrances.nodes:
+            if at_once or id(node) in entrances.ends:
+                roots += [((node, number), cotangent) for number, cotangent in state.ask(source, node).items()]
             else:
-                handles.append(node.register_prehook(_taker(source, state)))
+                handles.append(node.register_prehook(_taker(node, source, state)))
         for place in set(range(len(layers))) - set(first):
             handles.append(layers[place].node.register_prehook(_teller(place, visitor, state)))
-        state.blanks = {edge: _blank(edge) for edge in _tops(batch, sources, ends)}
-        roots += state.blanks.items()
+        if not at_once:
+            state.blanks = [_blank(edge) for edge in entrances.tops]
+            roots += zip(entrances.tops, state.blanks)
         if not roots:
             return
         found = torch.autograd.grad(
@@ -65,22 +100,18 @@ def visit(batch: Linearisation, sources: Sources, visitor: Visitor) -> None:
 class _State:
     """What the hooks of one pass share."""
 
-    blanks: Mapping[Edge, Tensor] = {}
-    """Zeros at the nodes from which the others are reached."""
+    blanks: Sequence[Tensor] = ()
+    """Zeros at the edges from which the others are reached."""
     within = False
     """Whether a source runs: passes of its own meet the same nodes."""
 
-
-def _tops(batch: Linearisation, sources: Sources, ends: set[int]) -> list[Edge]:
-    """An edge at every node where something enters but that no other such node leads to."""
-    reached, found = set[int](), []
-    for node in reversed(batch.graph.nodes):
-        if id(node) not in reached:
-            if id(node) not in sources or id(node) in ends:
-                continue
-            found.append((node, 0))
-        reached.update(id(source) for source, _ in node.next_functions)
-    return found
+    def ask(self, source: Source, node: Any) -> Mapping[int, Tensor]:
+        """What enters at a node."""
+        self.within = True
+        try:
+            return source(node)
+        finally:
+            self.within = False
 
 
 def _blank(edge: Edge) -> Tensor:
@@ -92,24 +123,18 @@ def _blank(edge: Edge) -> Tensor:
 Cotangents = tuple["Tensor | None", ...]
 
 
-def _taker(source: Source, state: _State) -> Callable[[Cotangents], Cotangents | None]:
+def _taker(node: Any, source: Source, state: _State) -> Callable[[Cotangents], Cotangents | None]:
     def hook(cotangents: Cotangents) -> Cotangents | None:
         if state.within:
             return None
-        state.within = True
-        try:
-            entering = source()
-        finally:
-            state.within = False
-        return tuple(_joined(one, entering.get(number), state) for number, one in enumerate(cotangents))
+        joined = list(cotangents)
+        for number, entering in state.ask(source, node).items():
+            known, entering = cotangents[number], entering.to(sizes(node, number).dtype)
+            blank = known is None or any(known is one for one in state.blanks)
+            joined[number] = entering if blank or known is None else known + entering
+        return tuple(joined)
 
     return hook
-
-
-def _joined(known: Tensor | None, entering: Tensor | None, state: _State) -> Tensor | None:
-    if known is None or entering is None:
-        return known if entering is None else entering
-    return entering if any(known is blank for blank in state.blanks.values()) else known + entering
 
 
 def _teller(place: int, visitor: Visitor, state: _State) -> Callable[[Cotangents], None]:

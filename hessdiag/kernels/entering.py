@@ -6,8 +6,8 @@ All seeds at once are as large as all sites, and what they have become at the ed
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from hessdiag.graph import Linearisation
 from hessdiag.graph.linearise import Pull, Pulls
 from hessdiag.graph.nodes import Edge
-from hessdiag.graph.visit import Source
+from hessdiag.graph.visit import Entrances
 
 KEEP_ROOTS = 1 << 26
 """Square roots of all c are kept between replicates up to this size; beyond it signs are drawn as bytes, too."""
@@ -23,24 +23,32 @@ Draw = Callable[[int], Tensor]
 """Signs of a site, or its part of a direction."""
 
 
-class Roots:
-    """Square roots of the positive and of the negative c of one batch."""
+@dataclass(frozen=True)
+class _Plan:
+    """Where seeds of the same sites enter, the outputs' cotangent with them or not: the same in every pass."""
 
-    def __init__(self, batch: Linearisation) -> None:
-        self.batch = batch
+    sites: Collection[int]
+    entrances: Entrances
+    legs: Mapping[int, Mapping[int, Sequence[tuple[Pull, Edge]]]]
+    """By the id of a node, and by site, the legs that look at it."""
+    asked: Counter[int]
+    """How often a pass asks for the seeds of a site."""
+
+
+class Roots:
+    """Square roots of the positive and of the negative c of one batch, sites `without` left out; where they enter."""
+
+    def __init__(self, batch: Linearisation, without: Collection[int] = ()) -> None:
+        self.batch, self._without = batch, without
         self.small = sum(site.c.numel() * site.c.element_size() for site in batch.sites) <= KEEP_ROOTS
         self._kept: dict[tuple[int, int], Tensor] = {}
-        self._ends: dict[int, tuple[float, float]] = {}
+        self._plans: dict[tuple[int, bool], _Plan] = {}
 
-    def any(self, number: int, sign: int) -> bool:
-        """Whether a site has entries of this sign; a pair is in the passes of both."""
-        if number not in self._ends:
-            c = self.batch.sites[number].c
-            self._ends[number] = (float(c.min()), float(c.max())) if c.numel() else (0.0, 0.0)
-        low, high = self._ends[number]
-        if self.batch.sites[number].right:
-            return low < 0 or high > 0
-        return high > 0 if sign > 0 else low < 0
+    def plan(self, sign: int, output: bool) -> _Plan:
+        """Of the sites with c of this sign (0: of none)."""
+        if (sign, output) not in self._plans:
+            self._plans[sign, output] = self._planned(sign, output)
+        return self._plans[sign, output]
 
     def seeds(self, number: int, sign: int, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
         """Signs (or a direction) times sqrt(max(+-c, 0)), and of a pair those of its second half."""
@@ -56,46 +64,52 @@ class Roots:
             return seed, None
         return seed * site.lam, seed * site.c.sign().mul_(sign / site.lam)
 
+    def _planned(self, sign: int, output: bool) -> _Plan:
+        batch = self.batch
+        sites = [n for n in range(len(batch.sites)) if sign and n not in self._without and self._any(n, sign)]
+        asked = Counter(one.site for one in batch.direct.values())
+        asked.update(batch.free | batch.crossing.keys())  # when the pass is over
+        legs: dict[int, dict[int, list[tuple[Pull, Edge]]]] = {}
+        edges: list[Edge] = []
+        for number in sites:
+            for pull, edge in batch.legs(number, above=True):
+                legs.setdefault(id(edge[0]), {}).setdefault(number, []).append((pull, edge))
+                edges.append(edge)
+        for mine in legs.values():
+            asked.update(mine.keys())
+        if output:
+            edges.append((batch.outputs.grad_fn, batch.outputs.output_nr))
+        batch.own({})  # what it takes is read before any pass
+        return _Plan(frozenset(sites), Entrances(batch, edges), legs, asked)
+
+    def _any(self, number: int, sign: int) -> bool:
+        """Whether a site has entries of this sign; a pair is in the passes of both."""
+        c = self.batch.sites[number].c
+        low, high = (float(c.min()), float(c.max())) if c.numel() else (0.0, 0.0)
+        if self.batch.sites[number].right:
+            return low < 0 or high > 0
+        return high > 0 if sign > 0 else low < 0
+
 
 class Entering:
     """One pass: what enters at which nodes, for `hessdiag.graph.visit`.
 
-    Of all sites but those `without`, for `drawn`, and of the outputs what `output` makes.
+    Of all sites of `roots`, for `drawn`, and of the outputs what `output` makes.
     """
 
-    def __init__(
-        self,
-        roots: Roots,
-        sign: int,
-        drawn: Draw | None,
-        output: Callable[[], Tensor] | None,
-        *,
-        without: Collection[int] = (),
-    ) -> None:
-        self.batch, self._roots, self._sign, self._output = roots.batch, roots, sign, output
-        self._drawn: dict[int, Callable[[], Tensor]] = {}
+    def __init__(self, roots: Roots, sign: int, drawn: Draw | None, output: Callable[[], Tensor] | None) -> None:
+        self.batch, self._roots, self._sign, self._output, self._drawn = roots.batch, roots, sign, output, drawn
+        self._plan = roots.plan(0 if drawn is None else sign, output is not None)
         self._own: dict[int, Tensor] = {}
         """By layer what is known of seeds that have entered."""
-        self._asked = Counter(one.site for one in self.batch.direct.values())
-        self._direct: dict[int, Tensor | None] = {}
-        """By site the seed that layers which feed it directly still ask for."""
-        self._nodes: dict[int, tuple[Any, dict[int, list[tuple[Pull, Edge]]]]] = {}
-        """Nodes by their id, and by site the legs that look at them."""
-        if drawn is not None:
-            chosen = [n for n in range(len(self.batch.sites)) if n not in without and roots.any(n, sign)]
-            self._drawn = {number: partial(drawn, number) for number in chosen}
-        for number in self._drawn:
-            for pull, edge in self.batch.legs(number, above=True):
-                self._nodes.setdefault(id(edge[0]), (edge[0], {}))[1].setdefault(number, []).append((pull, edge))
-        if output is not None:
-            end = self.batch.outputs.grad_fn
-            self._nodes.setdefault(id(end), (end, {}))
-        self.batch.own({})  # what it takes is read before any pass
+        self._asked = Counter(self._plan.asked)
+        self._seeds: dict[int, tuple[Tensor, Tensor | None]] = {}
+        """By site, those that will be asked for again."""
 
     @property
-    def sources(self) -> dict[int, tuple[Any, Source]]:
-        """Nodes by their id, and what enters there."""
-        return {key: (node, partial(self._at, node, legs)) for key, (node, legs) in self._nodes.items()}
+    def entrances(self) -> Entrances:
+        """The edges at which it does."""
+        return self._plan.entrances
 
     @property
     def outputs(self) -> bool:
@@ -104,30 +118,32 @@ class Entering:
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
-        return bool(self._drawn) or self.outputs
+        return bool(self._plan.sites) or self.outputs
 
     def seeds(self, number: int) -> tuple[Tensor | None, Tensor | None]:
         """Those of a site, and of its second half if it is a pair."""
-        drawn = self._drawn.get(number)
-        return (None, None) if drawn is None else self._roots.seeds(number, self._sign, drawn())
+        if self._drawn is None or number not in self._plan.sites:
+            return None, None
+        found = self._seeds.pop(number, None)
+        if found is None:
+            found = self._roots.seeds(number, self._sign, self._drawn(number))
+        self._asked[number] -= 1
+        if self._asked[number] > 0:
+            self._seeds[number] = found
+        return found
 
     def remote(self, place: int, cotangent: Tensor) -> Tensor:
         """A layer's cotangent without what is known of what has entered."""
         direct = self.batch.direct.get(place)
         if direct is not None:
-            cotangent = self.batch.remote(place, cotangent, {direct.site: self._direct.get(direct.site)})
-            self._asked[direct.site] -= 1
-            if not self._asked[direct.site]:
-                self._direct.pop(direct.site, None)
+            cotangent = self.batch.remote(place, cotangent, {direct.site: self.seeds(direct.site)[0]})
         return cotangent - self._own.pop(place) if place in self._own else cotangent
 
-    def _at(self, node: Any, legs: Mapping[int, list[tuple[Pull, Edge]]]) -> dict[int, Tensor]:
+    def at(self, node: Any) -> dict[int, Tensor]:
         """What enters at a node, by the number of its output."""
         pulls: Pulls = {}
-        for number, looking in legs.items():
+        for number, looking in self._plan.legs.get(id(node), {}).items():
             sides = self.seeds(number)
-            if self._asked[number]:
-                self._direct[number] = sides[0]
             for pull, edge in looking:
                 seed = sides[pull[1]]
                 if seed is not None:

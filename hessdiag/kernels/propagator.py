@@ -71,7 +71,6 @@ class Propagator:
         self._groups = [(groups or {}).get(layer.name, 1) for layer in batch.layers]
         self.uses = Uses(batch)
         self._edges = [layer.edge for layer in (*batch.layers, *batch.shared)]
-        self.roots = Roots(batch)
         _ = batch.heads, batch.direct  # read before any pass
         found = self.probed(batch) if probes else []
         chosen = {place: (probes or {})[layer.name] for place, layer in found if layer.name in (probes or {})}
@@ -79,7 +78,7 @@ class Propagator:
         tied = {place: Tied(self.layer(place), self.layer(head)) for place, head in heads.items()}
         self._tied = {head: str(self.layer(head).layer.weight) for head in heads.values()}
         """By place of the head, tables of which nothing is left to signs: closed in the head, products for the rest."""
-        self._served = {number for number in batch.crossing if self._crossed(number) in self._tied}
+        self.roots = Roots(batch, {number for number in batch.crossing if self._crossed(number) in self._tied})
         self.probes = Probes(batch, {place: self.layer(place) for place in chosen}, chosen, start=start, tied=tied)
 
     @staticmethod
@@ -260,7 +259,7 @@ class Propagator:
 
     def _entering(self, drawn: Draw | None, output: Callable[[], Tensor] | None = None, *, of: int = 1) -> Entering:
         """Signs of sites (or a direction) for c of the sign `of`, and the outputs' cotangent."""
-        return Entering(self.roots, of, drawn, output, without=self._served)
+        return Entering(self.roots, of, drawn, output)
 
     def _square_pass(
         self,
@@ -303,7 +302,7 @@ class Propagator:
                 delta = entering.remote(place, delta)
                 accumulate(out, self.squares[place].summed(delta.detach(), group=groups[place]), sign)
 
-        visit(self.batch, entering.sources, square)
+        visit(entering.entrances, entering.at, square, at_once=self.roots.small)
         if self.batch.shared:
             more = self.batch.free | self.batch.crossing.keys()
             sides = [entering.seeds(n) if n in more else (None, None) for n in range(len(self.batch.sites))]

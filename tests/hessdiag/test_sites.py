@@ -16,6 +16,7 @@ import hessdiag as hd
 from hessdiag.errors import StochasticModeError, UncoveredModelError
 from hessdiag.graph import Linearisation, visit
 from hessdiag.graph.nodes import forward_order
+from hessdiag.graph.visit import Entrances
 from hessdiag.kernels.exact_batch import check_separate
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.measuring.comparisons import push
@@ -257,29 +258,28 @@ def test_a_visit_hands_over_the_cotangents_that_a_backward_pass_returns(build: t
     output = torch.randn(linear.outputs.shape, generator=g, dtype=linear.outputs.dtype)
     for chosen, top in ((seeds, output), ([None] * len(seeds), output), ([*seeds[:-1], None], output), (seeds, None)):
         wanted = linear.backward(chosen, top, [layer.edge for layer in linear.layers])
-        entering: dict[int, tuple[Any, dict[int, Tensor]]] = {}
-        end = linear.outputs.grad_fn
-        for (node, number), one in [
-            *linear.pull(chosen, chosen).values(),
-            *([((end, 0), top)] if top is not None else []),
-        ]:
-            cotangents = entering.setdefault(id(node), (node, {}))[1]
+        entering: dict[Any, dict[int, Tensor]] = {}
+        edges = list(linear.pull(chosen, chosen).values())
+        if top is not None:
+            edges.append(((linear.outputs.grad_fn, 0), top))
+        for (node, number), one in edges:
+            cotangents = entering.setdefault(node, {})
             cotangents[number] = cotangents[number] + one if number in cotangents else one
 
-        def source(cotangents: dict[int, Tensor]) -> dict[int, Tensor]:
+        def source(node: Any, entering: dict[Any, dict[int, Tensor]] = entering) -> dict[int, Tensor]:
             """It may run a pass through the same nodes."""
             torch.autograd.grad(linear.outputs, list(model.parameters()), output, retain_graph=True)
-            return cotangents
+            return entering[node]
 
-        sources = {key: (node, partial(source, mine)) for key, (node, mine) in entering.items()}
-        for _ in range(2):
+        entrances = Entrances(linear, [edge for edge, _ in edges])
+        for at_once in (False, False, True):
             found: dict[int, Tensor] = {}
 
             def see(place: int, delta: Tensor, found: dict[int, Tensor] = found) -> None:
                 assert place not in found
                 found[place] = delta.clone()
 
-            visit(linear, sources, see)
+            visit(entrances, source, see, at_once=at_once)
             assert set(found) == {place for place, delta in enumerate(wanted) if delta is not None}
             for place, delta in found.items():
                 torch.testing.assert_close(delta, wanted[place], rtol=1e-13, atol=1e-14)

@@ -213,7 +213,7 @@ class Linear(PositionWise):
         x, w, _ = _SLOTS[node.name()]
         size = torch.linalg.vector_norm(adjoint, dim=-1, keepdim=True)
         lam, live = size.sqrt(), size > 0
-        c = (2.0 * live.to(adjoint.dtype)).expand(edge_shape(node.next_functions[x])).contiguous()
+        c = (2.0 * live.to(adjoint.dtype)).expand(edge_shape(node.next_functions[x]))
         rate = torch.where(live, lam, 1.0).reciprocal()
         half = _Turned(self, adjoint, rate, stored_in=node.name() != "LinearBackward0")
         return c, ((node.next_functions[x], lam),), ((node.next_functions[w], half),)
