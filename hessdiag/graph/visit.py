@@ -7,7 +7,7 @@ for when the pass comes to its node, and that of a layer is whole at its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,8 @@ from hessdiag.graph.linearise import Linearisation
 from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape, sizes
 
 Visitor = Callable[[int, Tensor], None]
-Source = Callable[[Any], Mapping[int, Tensor]]
-"""What enters at a node: cotangents by the numbers of its outputs."""
+Source = Callable[[Sequence[Any]], list[tuple[Edge, Tensor]]]
+"""What enters at some nodes: edges, one of them perhaps several times, and their cotangents."""
 
 
 class Entrances:
@@ -62,18 +62,17 @@ class Entrances:
 def visit(entrances: Entrances, source: Source, visitor: Visitor, *, at_once: bool = False) -> None:
     """Call `visitor(place, cotangent)` once for every layer that what enters reaches.
 
-    `place` is its index in `layers`, and beyond them in `shared`. `source` is called once for each node that the pass
-    comes to, and may run passes of its own; `at_once` calls it for all nodes first, which takes more memory and less
+    `place` is its index in `layers`, and beyond them in `shared`. `source` is called for each node when the pass comes
+    to it, and may run passes of its own; `at_once` calls it for all of them first, which takes more memory and less
     time. The pass goes down to the layers with none below them, and so through all the others.
     """
     layers, first = entrances.layers, entrances.first
-    roots: list[tuple[Edge, Tensor]] = []
+    early = entrances.nodes if at_once else [node for node in entrances.nodes if id(node) in entrances.ends]
+    roots = source(early) if early else []
     handles, state = [], _State()
     try:
-        for node in entrances.nodes:
-            if at_once or id(node) in entrances.ends:
-                roots += [((node, number), cotangent) for number, cotangent in state.ask(source, node).items()]
-            else:
+        for node in () if at_once else entrances.nodes:
+            if id(node) not in entrances.ends:
                 handles.append(node.register_prehook(_taker(node, source, state)))
         for place in set(range(len(layers))) - set(first):
             handles.append(layers[place].node.register_prehook(_teller(place, visitor, state)))
@@ -105,14 +104,6 @@ class _State:
     within = False
     """Whether a source runs: passes of its own meet the same nodes."""
 
-    def ask(self, source: Source, node: Any) -> Mapping[int, Tensor]:
-        """What enters at a node."""
-        self.within = True
-        try:
-            return source(node)
-        finally:
-            self.within = False
-
 
 def _blank(edge: Edge) -> Tensor:
     """A zero that takes no memory."""
@@ -127,12 +118,17 @@ def _taker(node: Any, source: Source, state: _State) -> Callable[[Cotangents], C
     def hook(cotangents: Cotangents) -> Cotangents | None:
         if state.within:
             return None
-        joined = list(cotangents)
-        for number, entering in state.ask(source, node).items():
-            known, entering = cotangents[number], entering.to(sizes(node, number).dtype)
-            blank = known is None or any(known is one for one in state.blanks)
-            joined[number] = entering if blank or known is None else known + entering
-        return tuple(joined)
+        state.within = True
+        try:
+            entering = source([node])
+        finally:
+            state.within = False
+        joined = [None if any(known is blank for blank in state.blanks) else known for known in cotangents]
+        while entering:
+            (_, number), vector = entering.pop()
+            vector, known = vector.to(sizes(node, number).dtype), joined[number]
+            joined[number] = vector if known is None else known + vector
+        return tuple(known if one is None else one for one, known in zip(joined, cotangents))
 
     return hook
 

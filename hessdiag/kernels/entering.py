@@ -62,7 +62,8 @@ class Roots:
         seed = root * s if self.small else root.mul_(s)
         if not site.right:
             return seed, None
-        return seed * site.lam, seed * site.c.sign().mul_(sign / site.lam)
+        other = seed * site.c.sign().mul_(sign / site.lam)
+        return seed if site.lam == 1.0 else seed * site.lam, other
 
     def _planned(self, sign: int, output: bool) -> _Plan:
         batch = self.batch
@@ -139,22 +140,20 @@ class Entering:
             cotangent = self.batch.remote(place, cotangent, {direct.site: self.seeds(direct.site)[0]})
         return cotangent - self._own.pop(place) if place in self._own else cotangent
 
-    def at(self, node: Any) -> dict[int, Tensor]:
-        """What enters at a node, by the number of its output."""
+    def at(self, nodes: Sequence[Any]) -> list[tuple[Edge, Tensor]]:
+        """What enters at some nodes."""
         pulls: Pulls = {}
-        for number, looking in self._plan.legs.get(id(node), {}).items():
-            sides = self.seeds(number)
-            for pull, edge in looking:
-                seed = sides[pull[1]]
-                if seed is not None:
-                    pulls[pull] = edge, self.batch.pulled(pull, seed)
+        for node in nodes:
+            for number, looking in self._plan.legs.get(id(node), {}).items():
+                sides = self.seeds(number)
+                for pull, edge in looking:
+                    seed = sides[pull[1]]
+                    if seed is not None:
+                        pulls[pull] = edge, self.batch.pulled(pull, seed)
         for place, share in self.batch.own(pulls).items():
             self._own[place] = self._own[place] + share if place in self._own else share
-        found: dict[int, Tensor] = {}
-        outputs = self.batch.outputs
-        if self._output is not None and node is outputs.grad_fn:
-            found[outputs.output_nr] = self._output().to(outputs.dtype).reshape(outputs.shape)
-        while pulls:
-            edge, vector = pulls.pop(next(iter(pulls)))
-            found[edge[1]] = found[edge[1]] + vector if edge[1] in found else vector
+        found, outputs = list(pulls.values()), self.batch.outputs
+        if self._output is not None and any(node is outputs.grad_fn for node in nodes):
+            end = outputs.grad_fn, outputs.output_nr
+            found.append((end, self._output().to(outputs.dtype).reshape(outputs.shape)))
         return found

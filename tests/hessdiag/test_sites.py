@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import hessdiag as hd
 from hessdiag.errors import StochasticModeError, UncoveredModelError
 from hessdiag.graph import Linearisation, visit
-from hessdiag.graph.nodes import forward_order
+from hessdiag.graph.nodes import Edge, forward_order
 from hessdiag.graph.visit import Entrances
 from hessdiag.kernels.exact_batch import check_separate
 from hessdiag.kernels.propagator import Propagator
@@ -258,18 +258,14 @@ def test_a_visit_hands_over_the_cotangents_that_a_backward_pass_returns(build: t
     output = torch.randn(linear.outputs.shape, generator=g, dtype=linear.outputs.dtype)
     for chosen, top in ((seeds, output), ([None] * len(seeds), output), ([*seeds[:-1], None], output), (seeds, None)):
         wanted = linear.backward(chosen, top, [layer.edge for layer in linear.layers])
-        entering: dict[Any, dict[int, Tensor]] = {}
         edges = list(linear.pull(chosen, chosen).values())
         if top is not None:
             edges.append(((linear.outputs.grad_fn, 0), top))
-        for (node, number), one in edges:
-            cotangents = entering.setdefault(node, {})
-            cotangents[number] = cotangents[number] + one if number in cotangents else one
 
-        def source(node: Any, entering: dict[Any, dict[int, Tensor]] = entering) -> dict[int, Tensor]:
+        def source(nodes: Sequence[Any], edges: Sequence[tuple[Edge, Tensor]] = edges) -> list[tuple[Edge, Tensor]]:
             """It may run a pass through the same nodes."""
             torch.autograd.grad(linear.outputs, list(model.parameters()), output, retain_graph=True)
-            return entering[node]
+            return [(edge, vector) for edge, vector in edges if any(edge[0] is node for node in nodes)]
 
         entrances = Entrances(linear, [edge for edge, _ in edges])
         for at_once in (False, False, True):
