@@ -411,6 +411,22 @@ def test_a_kind_may_tell_its_sites_itself() -> None:
     agrees_in_the_mean(seeded(Smooth))
 
 
+def test_a_kind_derived_from_one_of_the_projects_has_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Softmax's are its backward's, and taken from there; of a kind derived from it they need not be."""
+
+    class Tripled(sites.Softmax):
+        @classmethod
+        def weights(cls, p: Tensor, adjoint: Tensor, dim: int) -> Tensor:
+            return 3 * super().weights(p, adjoint, dim)
+
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Softmax(-1), nn.Linear(5, 3)).double()
+    (known,) = Linearisation(hd.Objective(model), X, Y).sites
+    monkeypatch.setitem(sites.KINDS._kinds, "softmax", Tripled)
+    (found,) = Linearisation(hd.Objective(model), X, Y).sites
+    torch.testing.assert_close(found.c, 3 * known.c, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("method", ["exact", "propagation"])
 def test_the_audit_catches_a_site_with_wrong_curvature(method: str) -> None:
     hd.register_site(type("Wrong", (LogAddExp,), {"wrong": 1.01}))
