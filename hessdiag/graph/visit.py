@@ -20,8 +20,10 @@ from hessdiag.graph.linearise import Linearisation
 from hessdiag.graph.nodes import Edge, Key, edge_key, edge_shape, sizes
 
 Visitor = Callable[[int, Tensor], None]
-Source = Callable[[Sequence[Any]], list[tuple[Edge, Tensor]]]
-"""What enters at some nodes: edges, one of them perhaps several times, and their cotangents."""
+Entry = tuple[Edge, Tensor, bool]
+"""An edge, a cotangent that enters there, and whether it may be written over."""
+Source = Callable[[Sequence[Any]], list[Entry]]
+"""All that enters at some nodes."""
 
 
 class Entrances:
@@ -68,7 +70,7 @@ def visit(entrances: Entrances, source: Source, visitor: Visitor, *, at_once: bo
     """
     layers, first = entrances.layers, entrances.first
     early = entrances.nodes if at_once else [node for node in entrances.nodes if id(node) in entrances.ends]
-    roots = source(early) if early else []
+    roots = [(edge, vector) for edge, vector, _ in source(early)] if early else []
     handles, state = [], _State()
     try:
         for node in () if at_once else entrances.nodes:
@@ -84,7 +86,7 @@ def visit(entrances: Entrances, source: Source, visitor: Visitor, *, at_once: bo
         found = torch.autograd.grad(
             [GradientEdge(*edge) for edge, _ in roots],
             [layers[place].edge for place in first],
-            [cotangent for _, cotangent in roots],
+            [vector for _, vector in roots],
             retain_graph=True,
             allow_unused=True,
         )
@@ -125,9 +127,11 @@ def _taker(node: Any, source: Source, state: _State) -> Callable[[Cotangents], C
             state.within = False
         joined = [None if any(known is blank for blank in state.blanks) else known for known in cotangents]
         while entering:
-            (_, number), vector = entering.pop()
+            (_, number), vector, ours = entering.pop()
             vector, known = vector.to(sizes(node, number).dtype), joined[number]
-            joined[number] = vector if known is None else known + vector
+            if known is not None:
+                vector = vector.add_(known) if ours else vector + known
+            joined[number] = vector
         return tuple(known if one is None else one for one, known in zip(joined, cotangents))
 
     return hook

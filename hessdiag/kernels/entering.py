@@ -15,7 +15,7 @@ from torch import Tensor
 from hessdiag.graph import Linearisation
 from hessdiag.graph.linearise import Pull, Pulls
 from hessdiag.graph.nodes import Edge
-from hessdiag.graph.visit import Entrances
+from hessdiag.graph.visit import Entrances, Entry
 
 KEEP_ROOTS = 1 << 26
 """Square roots of all c are kept between replicates up to this size; beyond it signs are drawn as bytes, too."""
@@ -140,9 +140,10 @@ class Entering:
             cotangent = self.batch.remote(place, cotangent, {direct.site: self.seeds(direct.site)[0]})
         return cotangent - self._own.pop(place) if place in self._own else cotangent
 
-    def at(self, nodes: Sequence[Any]) -> list[tuple[Edge, Tensor]]:
+    def at(self, nodes: Sequence[Any]) -> list[Entry]:
         """What enters at some nodes."""
         pulls: Pulls = {}
+        ours: set[Pull] = set()
         for node in nodes:
             for number, looking in self._plan.legs.get(id(node), {}).items():
                 sides = self.seeds(number)
@@ -150,10 +151,21 @@ class Entering:
                     seed = sides[pull[1]]
                     if seed is not None:
                         pulls[pull] = edge, self.batch.pulled(pull, seed)
-        for place, share in self.batch.own(pulls).items():
+                        if not self._roots.small and _fresh(pulls[pull][1], seed):
+                            ours.add(pull)
+        shares = self.batch.own(pulls)
+        for place, share in shares.items():
             self._own[place] = self._own[place] + share if place in self._own else share
-        found, outputs = list(pulls.values()), self.batch.outputs
+        if shares:
+            ours.clear()  # they may be what enters, as it is
+        found: list[Entry] = [(edge, vector, pull in ours) for pull, (edge, vector) in pulls.items()]
+        outputs = self.batch.outputs
         if self._output is not None and any(node is outputs.grad_fn for node in nodes):
             end = outputs.grad_fn, outputs.output_nr
-            found.append((end, self._output().to(outputs.dtype).reshape(outputs.shape)))
+            found.append((end, self._output().to(outputs.dtype).reshape(outputs.shape), False))
         return found
+
+
+def _fresh(vector: Tensor, seed: Tensor) -> bool:
+    """Whether what a seed became is a tensor of its own, and one that can be written over."""
+    return vector.is_contiguous() and vector.untyped_storage().data_ptr() != seed.untyped_storage().data_ptr()

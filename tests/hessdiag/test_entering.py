@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from gate import gate, one_hot
-from test_bytes import propagator
+from test_bytes import propagator, shape
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessdiag as hd
 from benchmarks import transformers
+from benchmarks.nanogpt import GPT
 from hessdiag.graph import Linearisation
 from hessdiag.graph.nodes import Edge
 from hessdiag.graph.visit import Entrances
@@ -195,6 +196,26 @@ def test_signs_are_drawn_once_a_pass(make: Callable[[], Propagator], monkeypatch
     for number, site in enumerate(sites):
         both = bool(site.right) or (bool((site.c > 0).any()) and bool((site.c < 0).any()))
         assert 0 < count[number] <= 1 + both, site.name
+
+
+@pytest.mark.parametrize("without", ["", "along"])
+@pytest.mark.parametrize("model", [GPT(shape(2)), Tied()], ids=["attention", "table"])
+def test_what_enters_is_written_over_where_nothing_else_holds_it(
+    model: nn.Module, without: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not seeds that layers ask for again, nor what is known of a layer's share: of one site it is what enters."""
+    x = torch.randint(7, (2, 6), generator=torch.Generator().manual_seed(3))
+    batch = Linearisation(hd.Objective(model.double().eval(), class_axis=-1), x, x.roll(1, 1))
+    found = []
+    for keep in (entering.KEEP_ROOTS, 0):
+        monkeypatch.setattr(entering, "KEEP_ROOTS", keep)
+        work = Propagator(batch)
+        work.roots = entering.Roots(
+            batch, {n for n, site in enumerate(batch.sites) if without and without in site.name}
+        )
+        found.append(work.functional(Signs(0), 0, outer=True))
+    for name, plain in found[0].items():
+        torch.testing.assert_close(found[1][name], plain, rtol=1e-10, atol=1e-12 * float(plain.abs().max()))
 
 
 @pytest.mark.usefixtures("large")

@@ -16,7 +16,7 @@ import hessdiag as hd
 from hessdiag.errors import StochasticModeError, UncoveredModelError
 from hessdiag.graph import Linearisation, visit
 from hessdiag.graph.nodes import Edge, forward_order
-from hessdiag.graph.visit import Entrances
+from hessdiag.graph.visit import Entrances, Entry
 from hessdiag.kernels.exact_batch import check_separate
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.measuring.comparisons import push
@@ -262,10 +262,10 @@ def test_a_visit_hands_over_the_cotangents_that_a_backward_pass_returns(build: t
         if top is not None:
             edges.append(((linear.outputs.grad_fn, 0), top))
 
-        def source(nodes: Sequence[Any], edges: Sequence[tuple[Edge, Tensor]] = edges) -> list[tuple[Edge, Tensor]]:
+        def source(nodes: Sequence[Any], edges: Sequence[tuple[Edge, Tensor]] = edges) -> list[Entry]:
             """It may run a pass through the same nodes."""
             torch.autograd.grad(linear.outputs, list(model.parameters()), output, retain_graph=True)
-            return [(edge, vector) for edge, vector in edges if any(edge[0] is node for node in nodes)]
+            return [(edge, vector.clone(), True) for edge, vector in edges if any(edge[0] is node for node in nodes)]
 
         entrances = Entrances(linear, [edge for edge, _ in edges])
         for at_once in (False, False, True):

@@ -41,7 +41,10 @@ class Map(ABC):
 
     @abstractmethod
     def pull(self, seed: Tensor) -> Tensor:
-        """Its transpose: a cotangent of the edge for a seed shaped like c; differentiable in the seed."""
+        """Its transpose: a cotangent of the edge for a seed shaped like c; differentiable in the seed.
+
+        What it returns may be written over, unless it is the seed's own memory.
+        """
 
 
 Legs = tuple[tuple[Edge, "float | Tensor | Map"], ...]
