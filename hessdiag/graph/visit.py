@@ -2,7 +2,7 @@
 
 What `Linearisation.backward` is given are the cotangents of all edges that sites look at, as many bytes as the forward
 pass and more; what it returns are those of all layers at once, as many as all their outputs. Here a cotangent is asked
-for when the pass comes to its node, and that of a layer is whole at its own.
+for when the pass comes to its node (or before, where time counts more), and that of a layer is handed over at its own.
 """
 
 from __future__ import annotations

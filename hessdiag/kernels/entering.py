@@ -1,6 +1,7 @@
 """What enters a pass of signs: the seeds of sites, and the outputs' cotangent, made when the pass comes to them.
 
 All seeds at once are as large as all sites, and what they have become at the edges of the sites is as large again.
+Where that is little, they are made at once all the same: a hook at every node takes time of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from hessdiag.graph.nodes import Edge
 from hessdiag.graph.visit import Entrances, Entry
 
 KEEP_ROOTS = 1 << 26
-"""Square roots of all c are kept between replicates up to this size; beyond it signs are drawn as bytes, too."""
+"""Up to this size of all c their square roots are kept between replicates, and all seeds enter at once; beyond it signs
+are drawn as bytes, too, once in each pass.
+"""
 Draw = Callable[[int], Tensor]
 """Signs of a site, or its part of a direction."""
 
