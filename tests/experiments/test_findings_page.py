@@ -204,7 +204,8 @@ def test_what_correction_makes_of_the_peak() -> None:
 
 def test_where_the_norm_is_lowest_after_trades_and_what_sweeps_could_see() -> None:
     """The level of the smallest mean, and the vertex of the quadratic; not where the test's two lines break."""
-    told = VERDICTS["H.trades-u [adversarial]"]["settings"]
+    settled = VERDICTS["H.trades-u [adversarial]"]["settings"]
+    told = {setting: one for setting, one in settled.items() if setting.startswith("smoke")}
     assert len(told) == 3
     places, vertices, breaks = [], [], []
     for setting, one in told.items():
