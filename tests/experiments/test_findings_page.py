@@ -297,7 +297,9 @@ def test_numbers_of_verdicts(claim: str, setting: str, evidence: str, said: str)
         ("F7a.minimum-in-4-10 [adversarial]", "does not transfer", ["smoke/figure7"]),
         ("F7a.minimum-in-4-10 [invariant]", "does not transfer", ["smoke/figure7"]),
         ("H.learning-rates-alone", "transfers", ["smoke/control"]),
-        ("S4.3.independent", "does not transfer", ["tier campaign"]),
+        ("S4.3.independent", "inconclusive", ["tier campaign"]),
+        ("F5.methods-peak-in-4-10", "does not transfer", ["campaign/trades"]),
+        ("H.trades-u [adversarial]", "inconclusive", ["campaign/trades"]),
         ("H.minimum-after-adversarial-training", "does not transfer", ["campaign/main"]),
         ("S4.5.flat-is-robust", "transfers", ["campaign/main"]),
         ("S3.2.residual-large", "transfers", ["campaign/main"]),
@@ -326,3 +328,28 @@ def test_corrected_p_values(claim: str, setting: str, said: str) -> None:
     if "invariant" in claim:
         sides = re.findall(r"band less (?:low|high) ([-+.\d]+% \[[^\]]*\])", evidence["text"])
         assert f"({' and '.join(sides[:2])})" in TOLD
+
+
+def test_trades_on_cifar() -> None:
+    """Its rows are those of the figures' table; where its best levels lie; what the same runs do to words."""
+    runs = json.loads((ROOT / "results/campaign/trades.json").read_text())["runs"]
+    chosen = [run for run in runs if run["config"]["train"]["method"] == "trades"]
+    assert {run["config"]["train"]["seed"] for run in chosen} == {0}
+    assert f"has {len(chosen)} of its 18 runs of TRADES, all of seed 0" in TOLD
+    written = (ROOT / "results/figures/trades_norms_campaign.md").read_text().splitlines()
+    rows_told = [line for line in written if line.startswith("| trades")]
+    assert len(rows_told) == len(chosen)
+    assert "\n".join([*written[:2], *rows_told]) in PAGE
+    by_level = {float(run["record"]["max_curvature"]): run["record"] for run in chosen}
+    robust = {level: 100 * record["aa2"]["value"] for level, record in sorted(by_level.items())}
+    hard = {level: record["norms"]["train/adversarial"]["rms"] for level, record in by_level.items()}
+    best, low = max(robust, key=robust.__getitem__), min(hard, key=hard.__getitem__)
+    assert (
+        f"the norm of the adversarial loss is lowest at {low:g}, as on digits, but AA-2 is highest at {best:g}." in TOLD
+    )
+    fallen = f"by {robust[best] - robust[max(robust)]:.1f} points up to {max(robust):g}"
+    told = f"lowest at {low:g}; AA-2 is highest at {best:g} and falls from level to level, {fallen}"
+    assert told in TOLD
+    assert list(robust.values()) == sorted(robust.values(), reverse=True)
+    moved = VERDICTS["S4.3.independent"]["settings"]["tier campaign"]["p_holm"]
+    assert f"with these runs ({moved:.3f})" in TOLD
