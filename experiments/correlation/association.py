@@ -64,7 +64,7 @@ def within(cells: Sequence[Hashable], seeds: Sequence[Hashable], x: Array, y: Ar
     return Within(
         contrast,
         correlation,
-        min(1.0, 2 * min(contrast.above(), contrast.below())),
+        contrast.two_sided(),
         float("nan") if flat else float(stats.spearmanr(*means)[0]),
         len(one.cells),
         _matched(a, b, cells, seeds),

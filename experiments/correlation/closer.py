@@ -27,16 +27,16 @@ import numpy as np
 
 from experiments.correlation.association import within
 from experiments.correlation.coefficients import Array
-from experiments.correlation.contrasts import INFLATION, Contrast, Layout
+from experiments.correlation.contrasts import Contrast
 from experiments.correlation.judges import Rules, groups, layout_of, level_of
 from experiments.correlation.rows import Row, learned, quantity, rows, split
 from experiments.correlation.verdicts import load_rules, shared_rules
 from experiments.sweep.export import read, read_all
+from experiments.sweep.records import NORMAL, withstood
 from hessdiag.errors import ConfigurationError
 
 Plain = dict[str, Any]
 DRAWS = 1000
-NORMAL = 1.959963984540054
 SIDES = ("low", "high")
 
 
@@ -57,44 +57,39 @@ def closer(members: Sequence[Row], rules: Rules, *, seed: int = 0) -> Plain:
     if not steps:
         return {}
     told: Plain = {"steps": steps}
-    table, levels = _outcomes(members, "aa2")
+    table, levels, seeds = _outcomes(members, "aa2")
     found = groups(levels, rules)
     if table is not None and len(table) > 1 and all(found.values()):
         generator = np.random.default_rng([seed, len(levels)])
-        told["contrasts"] = _contrasts(members, table, levels, found, rules)
+        whole = [row for row in members if row.seed in seeds]
+        told["contrasts"] = _contrasts(whole, table, levels, found, rules)
         told["scatter"] = _scatter(table)
         told["best in band"] = _best_in_band(table, levels, found["band"], generator)
-        told["clean"] = _plain(layout_of(members, "clean"), found, rules)
-        told["kept"] = _kept(members, found, rules)
+        told["clean"] = _plain(members, "clean", found, rules)
+        told["kept"] = _plain(members, "kept", found, rules)
         told["flat is robust, without"] = _without(members, levels, rules)
     return told
 
 
-def held(row: Row, attack: str) -> Array | None:
-    """Which images held, 1 or 0 each; None where the run does not tell."""
-    table = row.record.get(attack) or {}
-    if not table.get("outcomes"):
-        return None
-    bits = np.frombuffer(bytes.fromhex(table["outcomes"]), np.uint8)
-    return np.unpackbits(bits, count=int(table["samples"])).astype(float)
-
-
-def _outcomes(members: Sequence[Row], attack: str) -> tuple[Array | None, list[float]]:
-    """[seeds, levels, images] of the seeds that have every level."""
+def _outcomes(members: Sequence[Row], attack: str) -> tuple[Array | None, list[float], list[int]]:
+    """[seeds, levels, images] of the seeds that have every level; the levels; these seeds."""
     levels = sorted({level_of(row) for row in members if np.isfinite(row.curvature)})
-    by_run = {(row.seed, level_of(row)): held(row, attack) for row in members}
-    seeds = sorted({row.seed for row in members})
-    whole = [[by_run.get((seed, level)) for level in levels] for seed in seeds]
-    complete = [line for line in whole if all(one is not None for one in line)]
-    if not complete or len({len(one) for line in complete for one in line if one is not None}) != 1:
-        return None, levels
-    return np.array(complete), levels
+    by_run = {(row.seed, level_of(row)): withstood(row.record.get(attack) or {}) for row in members}
+    every = {seed: [by_run.get((seed, level)) for level in levels] for seed in sorted({row.seed for row in members})}
+    complete = {seed: line for seed, line in every.items() if all(one is not None for one in line)}
+    if len({len(one) for line in complete.values() for one in line if one is not None}) != 1:
+        return None, levels, []
+    return np.array(list(complete.values())), levels, list(complete)
 
 
 def over_images(difference: Array) -> tuple[float, float]:
     """Mean and error over images of [seeds, images], the nets held fixed."""
     each = difference.mean(0)
     return float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))
+
+
+def _ends(value: float, error: float) -> list[float]:
+    return [value - NORMAL * error, value + NORMAL * error]
 
 
 def both(difference: Array, by_seeds: float) -> float:
@@ -123,16 +118,12 @@ def _contrasts(
             "error by seeds": by_seed.error,
             "error by images": by_images,
             "error by both": joint.error,
-            "by images": [value - NORMAL * by_images, value + NORMAL * by_images],
+            "by images": _ends(value, by_images),
             "by both": list(joint.interval(rules.level)),
-            "p by seeds": _two_sided(by_seed),
-            "p by both": _two_sided(joint),
+            "p by seeds": by_seed.two_sided(),
+            "p by both": joint.two_sided(),
         }
     return told
-
-
-def _two_sided(contrast: Contrast) -> float:
-    return min(1.0, 2 * min(contrast.above(), contrast.below()))
 
 
 def _scatter(table: Array) -> Plain:
@@ -156,23 +147,15 @@ def _best_in_band(table: Array, levels: list[float], band: list[float], generato
     return {"images": float(counts[0] / DRAWS), "images and seeds": float(counts[1] / DRAWS)}
 
 
-def _plain(layout: Layout, found: dict[str, list[float]], rules: Rules) -> Plain:
-    """Both contrasts by the rules' error, and the groups' means."""
+def _plain(members: Sequence[Row], name: str, found: dict[str, list[float]], rules: Rules) -> Plain:
+    """Both contrasts of a quantity by the rules' error, and the groups' means."""
+    layout = layout_of(members, name)
     told: Plain = {group: float(np.mean([layout.means[level] for level in found[group]])) for group in found}
     for side in SIDES:
         contrast = layout.difference(found["band"], found[side])
         if contrast is not None:
             told[f"band less {side}"] = {"value": contrast.value, "interval": list(contrast.interval(rules.level))}
     return told
-
-
-def _kept(members: Sequence[Row], found: dict[str, list[float]], rules: Rules) -> Plain:
-    """Of the attacked images that are classified rightly, the share that stays so."""
-    tables = [row.record.get("aa2") or {} for row in members]
-    shares = [table["value"] / table["clean"] if table.get("clean") else float("nan") for table in tables]
-    place: dict[Any, float] = {level_of(row): level_of(row) for row in members}
-    seeds = [row.seed for row in members]
-    return _plain(Layout(list(map(level_of, members)), seeds, shares, inflation=INFLATION, place=place), found, rules)
 
 
 def _without(members: Sequence[Row], levels: Sequence[float], rules: Rules) -> Plain:
@@ -199,14 +182,14 @@ def _without(members: Sequence[Row], levels: Sequence[float], rules: Rules) -> P
 
 def _steps(members: Sequence[Row], attack: str) -> list[Plain]:
     """From each level to the next, image by image, the nets held fixed."""
-    table, levels = _outcomes(members, attack)
+    table, levels, _ = _outcomes(members, attack)
     if table is None or len(levels) < 2:
         return []
     steps = []
     for place in range(len(levels) - 1):
         value, error = over_images(table[:, place + 1] - table[:, place])
-        ends = [value - NORMAL * error, value + NORMAL * error]
-        steps.append({"from": levels[place], "to": levels[place + 1], "value": value, "interval": ends})
+        about = {"from": levels[place], "to": levels[place + 1]}
+        steps.append({**about, "value": value, "interval": _ends(value, error)})
     return steps
 
 

@@ -54,6 +54,10 @@ class Contrast:
         """One-sided p-value of "the true value is at least `bound`"."""
         return self._tail(bound - self.value)
 
+    def two_sided(self) -> float:
+        """p-value of "the true value is 0", in both directions."""
+        return min(1.0, 2 * min(self.above(), self.below()))
+
     def within(self, delta: float) -> float:
         """p-value of "the true value lies `delta` or more from 0": two one-sided tests (Schuirmann 1987)."""
         return max(self.above(-delta), self.below(delta))

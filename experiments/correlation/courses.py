@@ -23,6 +23,7 @@ from experiments.correlation.coefficients import Array
 from experiments.correlation.contrasts import Contrast
 from experiments.correlation.judges import Answer, Judge, NotRun, Rules, _shown
 from experiments.correlation.rows import Row
+from experiments.sweep.records import withstood
 from hessdiag.errors import ConfigurationError
 
 SPREADS: Mapping[str, tuple[str, ...]] = {
@@ -73,11 +74,7 @@ def seen(look: Mapping[str, Any], name: str) -> Seen:
     if kind in ("robust", "clean"):
         told = look["accuracy"][place][kind]
         share, number = float(told["value"]), int(told["samples"])
-        hits = None
-        if "outcomes" in told:
-            bits = np.frombuffer(bytes.fromhex(told["outcomes"]), np.uint8)
-            hits = np.unpackbits(bits, count=number).astype(float)
-        return Seen(share, math.sqrt(share * (1 - share) / number), number - 1, hits)
+        return Seen(share, math.sqrt(share * (1 - share) / number), number - 1, withstood(told))
     if kind == "norm":
         norm = look["norms"][place]
         low, mid, high = (float(norm[end]) for end in ("low", "rms", "high"))

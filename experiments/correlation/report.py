@@ -14,6 +14,7 @@ from experiments.correlation.coincidence import coincide
 from experiments.correlation.peaks import FITS, locate
 from experiments.correlation.rows import NORMS, Row, column, curvatures, learned, one_family, quantity, split
 from experiments.correlation.ushape import u_shape
+from experiments.sweep.records import NORMAL
 from hessdiag.errors import ConfigurationError
 
 GIVEN: dict[str, tuple[str, ...]] = {
@@ -102,7 +103,7 @@ def _fisher(value: float, freedom: float) -> tuple[float, float]:
     """95% interval of a Pearson correlation of residuals, by Fisher's z."""
     if not abs(value) < 1 or freedom < 3:
         return float("nan"), float("nan")
-    half = 1.959963984540054 / np.sqrt(freedom - 1)
+    half = NORMAL / np.sqrt(freedom - 1)
     return float(np.tanh(np.arctanh(value) - half)), float(np.tanh(np.arctanh(value) + half))
 
 

@@ -69,8 +69,9 @@ class Row:
     def value(self, name: str) -> float:
         """A number by its name, NaN where the run has none.
 
-        "aa2", "aa", "clean" (shares); "norm test/clean" and "invariant ...", "plugin ...", "gauss_newton
-        ...", "functional ..." (rms); "cosine ..." (of the angle between the diagonals of these two parts);
+        "aa2", "aa", "clean" (shares); "kept" (of the images that AA-2 attacked and that are right without it, the share
+        that stays right); "norm test/clean" and "invariant ...", "plugin ...", "gauss_newton ...", "functional ..."
+        (rms); "cosine ..." (of the angle between the diagonals of these two parts);
         "effective" (geometric mean over layers of |gamma| max|σ''|);
         "seconds" (of the whole run); "train_seconds" (of the epochs alone: the first run of a process also
         pays for imports); "peak_memory", "saved_bytes"; "residual" (half of the share of adversarial training
@@ -84,6 +85,9 @@ class Row:
         kind = name.partition(" ")[0]
         if kind in ("aa2", "aa", "clean"):
             return _number(self._table(name), "value")
+        if kind == "kept":
+            right = _number(self.record.get("aa2"), "clean")
+            return self.value("aa2") / right if right else math.nan
         if kind == "effective":
             means = [layer["mean"] for layer in self.record.get("effective_curvature") or () if layer.get("mean")]
             return math.exp(sum(map(math.log, means)) / len(means)) if means else math.nan

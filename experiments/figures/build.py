@@ -81,6 +81,7 @@ def build(results: Path, out: Path, *, resamples: int | None = None) -> Built:
     table = load_rules()
     if resamples is not None:
         table["resamples"] = resamples
+    rules = shared_rules(table)
     pictures = _closed(out)
     analyses: dict[str, Any] = {}
     looks: dict[str, Any] = {}
@@ -95,6 +96,8 @@ def build(results: Path, out: Path, *, resamples: int | None = None) -> Built:
             pictures.append(_draw(drawing, figure, sweep, chosen, out / f"{name}_{sweep.tier}"))
             if figure in DRAWINGS:
                 margin = float(table["delta"]["accuracy"])
+                if look := curves(chosen, rules):
+                    looks[sweep.name] = look
                 analyses[sweep.name] = analyse(
                     chosen, margin=margin, resamples=int(table["resamples"]), seed=table["seed"]
                 )
@@ -106,8 +109,6 @@ def build(results: Path, out: Path, *, resamples: int | None = None) -> Built:
                 pictures.append(_draw(heat_map, "heat", sweep, chosen, out / f"{name}_heat_{sweep.tier}"))
         if not found:
             pictures.append(Picture(figure, "", TITLES[figure], "no results yet", None, command(figure)))
-        if found and figure in DRAWINGS:
-            looks |= {sweep.name: report for sweep in found if (report := curves(rows(sweep), shared_rules(table)))}
     judged = verdicts(sweeps, rules=table)
     _write(results / "verdicts.json", {name: verdict.to_dict() for name, verdict in judged.items()})
     _write(results / "analysis.json", analyses)

@@ -30,29 +30,19 @@ def numbers(results: SweepResults, chosen: Sequence[Row], path: Path) -> None:
     robust = robust_name(chosen)
     shares = {name: SHARES[name] for name in ("clean", robust)}
     head = [*(BY[name] for name in by), "max|σ''|", "seeds", *shares.values(), *NUMBERS.values()]
+    curves = [sorted(members, key=lambda row: (row.curvature, row.seed)) for members in split(chosen, *by).values()]
     lines = []
-    for key, members in sorted(split(chosen, *by, "curvature").items(), key=lambda item: _order(chosen, by, item[0])):
-        alive = learned(members)
+    for level in (members for curve in curves for members in split(curve, "curvature").values()):
+        alive = learned(level)
         cells = [_accuracy(alive, name) for name in shares] + [_quantity(alive, name) for name in NUMBERS]
-        seeds = f"{len(members)}" + (f", of which {len(members) - len(alive)} did not learn" * (alive != members))
-        lines.append([*map(str, key[:-1]), f"{key[-1]:g}", seeds, *cells])
+        seeds = f"{len(level)}" + (f", of which {len(level) - len(alive)} did not learn" * (alive != level))
+        lines.append([*(str(getattr(level[0], name)) for name in by), f"{level[0].curvature:g}", seeds, *cells])
     told = footer(results, chosen) + images(chosen, robust)
     told += "; means over seeds ± the standard deviation of one; run by run in the CSV file of the same name"
     write_markdown(path, head, lines, told)
     ends = [f"{end}{name}" for name in (*shares, *NUMBERS) for end in ("", "low ", "high ")]
-    head = ["key", *(name for name in BY), "max|σ''|", "seed", *ends]
-    ordered = sorted(chosen, key=lambda row: (*_order(chosen, by, _key(row, by)), row.seed))
-    write_csv(path, head, [_run(row, ends) for row in ordered])
-
-
-def _key(row: Row, by: Sequence[str]) -> tuple[object, ...]:
-    return *(getattr(row, name) for name in by), row.curvature
-
-
-def _order(chosen: Sequence[Row], by: Sequence[str], key: Sequence[object]) -> tuple[float, ...]:
-    """As they appear, levels upwards."""
-    places = [list(split(chosen, name)).index((value,)) for name, value in zip(by, key)]
-    return *places, float(str(key[-1]))
+    head = ["key", *BY, "max|σ''|", "seed", *ends]
+    write_csv(path, head, [_run(row, ends) for curve in curves for row in curve])
 
 
 def _run(row: Row, ends: Sequence[str]) -> list[str]:

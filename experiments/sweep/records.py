@@ -7,18 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from experiments.chance import UNLEARNED, better_than_guessing
 
 Record = dict[str, Any]
 HISTORY = ("loss", "train_clean", "train_adversarial", "clean", "fgsm", "pgd")  # of an epoch, as training tells them
+NORMAL = 1.959963984540054  # standard deviations of a normal law on either side of its middle 95%
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 
 
 def proportion(count: int, number: int) -> Record:
     """A share with Wilson's 95% interval: the luck of the test images, not of the seed."""
-    share, z = count / number, 1.959963984540054
+    share, z = count / number, NORMAL
     centre = (share + z * z / (2 * number)) / (1 + z * z / number)
     half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
     return {
@@ -32,9 +34,17 @@ def proportion(count: int, number: int) -> Record:
 def outcomes(robust: Tensor) -> str:
     """Image by image, in the order of the sample, whether the network withstood: bits, eight to two hexadecimal digits.
 
-    `np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=samples)` reads them back.
+    `withstood` reads them back.
     """
     return np.packbits(robust.cpu().numpy()).tobytes().hex()
+
+
+def withstood(share: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
+    """1 or 0 for each image of a recorded share; None where it does not keep them."""
+    if not share.get("outcomes"):
+        return None
+    bits = np.frombuffer(bytes.fromhex(share["outcomes"]), np.uint8)
+    return np.unpackbits(bits, count=int(share["samples"])).astype(float)
 
 
 def history_record(epochs: Sequence[Mapping[str, Any]]) -> Record:

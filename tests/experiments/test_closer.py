@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.correlation.closer import both, closer, curves, held, over_images, told
+from experiments.correlation.closer import both, closer, curves, over_images, told
 from experiments.correlation.rows import Row, rows
 from experiments.correlation.verdicts import load_rules, shared_rules
 from experiments.fields import storable
 from experiments.sweep.export import read, rounded
+from experiments.sweep.records import withstood
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
@@ -46,7 +47,7 @@ def test_errors_with_the_nets_fixed_are_those_of_the_images() -> None:
 
 def test_outcomes_are_the_accuracy(main: list[Row]) -> None:
     for row in main:
-        outcomes = held(row, "aa2")
+        outcomes = withstood(row.record["aa2"])
         assert outcomes is not None
         assert len(outcomes) == 1000
         assert outcomes.mean() == pytest.approx(row.value("aa2"))
@@ -66,7 +67,7 @@ def test_a_curve_of_the_main_sweep(main: list[Row]) -> None:
         ]
         assert report[name]["band less low"]["value"] == pytest.approx(np.mean(apart))
     apart = [
-        held(table[levels[1], seed], "aa2") - held(table[levels[0], seed], "aa2")  # type: ignore[operator]
+        withstood(table[levels[1], seed].record["aa2"]) - withstood(table[levels[0], seed].record["aa2"])  # type: ignore[operator]
         for seed in range(3)
     ]
     step = report["steps"]["aa2"][0]
@@ -93,3 +94,11 @@ def test_what_is_stored_is_what_the_runs_say(main: list[Row]) -> None:
 
 def test_nothing_is_said_of_runs_that_keep_no_outcomes() -> None:
     assert curves(rows(read(RESULTS / "smoke/figure3.json")), shared_rules(load_rules())) == {}
+
+
+def test_a_seed_that_lacks_a_level_is_in_neither_error(main: list[Row]) -> None:
+    """What is said of two whole seeds is said of them alone, whatever runs there are of a third."""
+    rules = shared_rules(load_rules())
+    two = closer([row for row in main if row.seed < 2], rules)["contrasts"]
+    more = closer([row for row in main if row.seed < 2 or row.curvature < 5], rules)["contrasts"]
+    assert two == more

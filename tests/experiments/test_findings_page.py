@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -39,6 +40,15 @@ def table(first: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+def recorded(sweep: str, method: str = "pgd_at") -> dict[float, list[Any]]:
+    """What the runs of a method recorded, by max|σ''|."""
+    found: dict[float, list[Any]] = {}
+    for run in json.loads((ROOT / f"results/{sweep}.json").read_text())["runs"]:
+        if run["config"]["train"]["method"] == method:
+            found.setdefault(float(run["record"]["max_curvature"]), []).append(run["record"])
+    return dict(sorted(found.items()))
+
+
 def close(said: str, stored: float) -> bool:
     """As rounded as it is said."""
     digits = len(said.partition(".")[2])
@@ -47,12 +57,10 @@ def close(said: str, stored: float) -> bool:
 
 def test_the_main_sweeps_table_is_what_is_stored() -> None:
     """Means and standard deviations over seeds, from the runs themselves."""
-    by_level: dict[float, list[Any]] = {}
-    for run in json.loads((ROOT / "results/campaign/main.json").read_text())["runs"]:
-        by_level.setdefault(float(run["record"]["max_curvature"]), []).append(run["record"])
+    by_level = recorded("campaign/main")
     told = table(r"max\|σ''\|")
     assert len(told) == len(by_level)
-    for cells, (level, records) in zip(told, sorted(by_level.items())):
+    for cells, (level, records) in zip(told, by_level.items()):
         columns: list[list[float]] = [[level], [len(records)]]
         columns.append([100 * record["clean_accuracy"]["value"] for record in records])
         columns.append([100 * record["aa2"]["value"] for record in records])
@@ -82,9 +90,7 @@ def test_what_the_main_sweep_shows_so_far() -> None:
         assert evidence["word"] == "inconclusive"
     assert all(contrasts in TOLD for contrasts in said), said
     robustness = said[0]
-    by_level: dict[float, list[Any]] = {}
-    for run in json.loads((ROOT / "results/campaign/main.json").read_text())["runs"]:
-        by_level.setdefault(float(run["record"]["max_curvature"]), []).append(run["record"])
+    by_level = recorded("campaign/main")
 
     def means(of: Callable[[Any], float]) -> dict[float, float]:
         return {level: statistics.mean(map(of, records)) for level, records in by_level.items()}
@@ -114,42 +120,31 @@ def test_what_the_main_sweep_shows_so_far() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "scale", "said"),
+    ("path", "ends", "scale", "said"),
     [
-        ("contrasts/band less low/p by seeds", 1, "beats the band with p = {:.4f} on its own"),
-        ("contrasts/band less low/value by images", 100, "held fixed, band less low is {:+.2f} [{:+.2f}, {:+.2f}]"),
-        ("contrasts/band less high/value by images", 100, "and band less high {:+.2f} [{:+.2f}, {:+.2f}]; for other"),
-        ("contrasts/band less low/value by both", 100, "seeds together {:+.2f} [{:+.2f}, {:+.2f}] and"),
-        ("contrasts/band less high/value by both", 100, "and {:+.2f} [{:+.2f}, {:+.2f}]. The best level"),
-        ("best in band/images and seeds", 100, "lies in the band in {:.1f}% of draws of both"),
-        ("scatter/disagree", 100, "disagree on {:.1f}% of the images"),
-        ("scatter/images alone", 100, "scatters a run by {:.2f} points"),
-        ("scatter/runs", 100, "where runs scatter by {:.2f}:"),
-        ("clean/band less low", -100, "is {:.2f} points [{:.2f}, {:.2f}] lower in the band"),
-        ("flat is robust, without/log norm train/clean/0.5", 100, "without them it is {:+.2f} [{:+.2f}, {:+.2f}]"),
+        ("contrasts/band less low/p by seeds", "", 1, "beats the band with p = {:.4f} on its own"),
+        ("contrasts/band less low", "by images", 100, "held fixed, band less low is {:+.2f} [{:+.2f}, {:+.2f}]"),
+        ("contrasts/band less high", "by images", 100, "and band less high {:+.2f} [{:+.2f}, {:+.2f}]; for other"),
+        ("contrasts/band less low", "by both", 100, "seeds together {:+.2f} [{:+.2f}, {:+.2f}] and"),
+        ("contrasts/band less high", "by both", 100, "and {:+.2f} [{:+.2f}, {:+.2f}]. The best level"),
+        ("best in band/images and seeds", "", 100, "lies in the band in {:.1f}% of draws of both"),
+        ("scatter/disagree", "", 100, "disagree on {:.1f}% of the images"),
+        ("scatter/images alone", "", 100, "scatters a run by {:.2f} points"),
+        ("scatter/runs", "", 100, "where runs scatter by {:.2f}:"),
+        ("clean/band less low", "interval", -100, "is {:.2f} points [{:.2f}, {:.2f}] lower in the band"),
     ],
 )
-def test_a_closer_look_at_the_main_sweep(path: str, scale: float, said: str) -> None:
-    report = next(iter(CLOSER["campaign/main"].values()))
-    head, _, rest = path.partition("/")
-    found = report[head]
-    if head == "flat is robust, without":
-        name, _, level = rest.rpartition("/")
-        found = found[name][level]
-        assert f"(r = {found['r']:.2f})" in TOLD
-    elif head == "contrasts":
-        side, _, last = rest.partition("/")
-        found = found[side]
-        found = (
-            found[last] if " by " not in last[1:] or last.startswith("p ") else {**found, "interval": found[last[6:]]}
-        )
-    else:
-        found = found[rest]
-    values = [found] if isinstance(found, float) else [found["value"], *found["interval"]]
-    values = [scale * value for value in values]
-    if scale < 0:
-        values[1:] = sorted(values[1:])
-    assert said.format(*values) in TOLD
+def test_a_closer_look_at_the_main_sweep(path: str, ends: str, scale: float, said: str) -> None:
+    found = functools.reduce(lambda part, key: part[key], path.split("/"), next(iter(CLOSER["campaign/main"].values())))
+    interval = sorted(scale * end for end in found[ends]) if ends else []
+    assert said.format(scale * (found["value"] if ends else found), *interval) in TOLD
+
+
+def test_who_carries_that_the_flatter_net_is_the_more_robust() -> None:
+    levels = next(iter(CLOSER["campaign/main"].values()))["flat is robust, without"]["log norm train/clean"]
+    without = levels["0.5"]
+    told = [100 * value for value in (without["value"], *without["interval"])]
+    assert "without them it is {:+.2f} [{:+.2f}, {:+.2f}] (r = {:.2f})".format(*told, without["r"]) in TOLD
 
 
 def test_right_more_often_and_not_held_more_often() -> None:
@@ -333,15 +328,14 @@ def test_corrected_p_values(claim: str, setting: str, said: str) -> None:
 def test_trades_on_cifar() -> None:
     """Its rows are those of the figures' table; where its best levels lie; what the same runs do to words."""
     runs = json.loads((ROOT / "results/campaign/trades.json").read_text())["runs"]
-    chosen = [run for run in runs if run["config"]["train"]["method"] == "trades"]
-    assert {run["config"]["train"]["seed"] for run in chosen} == {0}
-    assert f"has {len(chosen)} of its 18 runs of TRADES, all of seed 0" in TOLD
+    assert {r["config"]["train"]["seed"] for r in runs if r["config"]["train"]["method"] == "trades"} == {0}
+    by_level = {level: record for level, (record,) in recorded("campaign/trades", "trades").items()}
+    assert f"has {len(by_level)} of its 18 runs of TRADES, all of seed 0" in TOLD
     written = (ROOT / "results/figures/trades_norms_campaign.md").read_text().splitlines()
     rows_told = [line for line in written if line.startswith("| trades")]
-    assert len(rows_told) == len(chosen)
+    assert len(rows_told) == len(by_level)
     assert "\n".join([*written[:2], *rows_told]) in PAGE
-    by_level = {float(run["record"]["max_curvature"]): run["record"] for run in chosen}
-    robust = {level: 100 * record["aa2"]["value"] for level, record in sorted(by_level.items())}
+    robust = {level: 100 * record["aa2"]["value"] for level, record in by_level.items()}
     hard = {level: record["norms"]["train/adversarial"]["rms"] for level, record in by_level.items()}
     best, low = max(robust, key=robust.__getitem__), min(hard, key=hard.__getitem__)
     assert (
