@@ -345,5 +345,8 @@ def test_trades_on_cifar() -> None:
     told = f"lowest at {low:g}; AA-2 is highest at {best:g} and falls from level to level, {fallen}"
     assert told in TOLD
     assert list(robust.values()) == sorted(robust.values(), reverse=True)
+    curve = VERDICTS["F5.methods-peak-in-4-10"]["settings"]["campaign/trades"]["text"].partition("; pgd_at")[0]
+    sides = re.findall(r"band less (?:low|high) [-+.\d]+ \[[^\]]*\]", curve)
+    assert f"TRADES has, of AA-2, {' and '.join(sides)}." in TOLD
     moved = VERDICTS["S4.3.independent"]["settings"]["tier campaign"]["p_holm"]
     assert f"with these runs ({moved:.3f})" in TOLD
