@@ -148,11 +148,7 @@ class TrainConfig:
                 raise UnknownNameError(f"method {name!r} has no option {key!r}; {known}")
         base = merged(method.defaults, {"options": dict(method.options)})
         base["augment"] = augmentation(method, table.get("data", cls.data))
-        if "awp" in base:  # the method's start belongs to the method's number of epochs
-            published, epochs = int(method.defaults["epochs"]), table.get("epochs", method.defaults["epochs"])
-            if isinstance(epochs, int) and epochs >= 1:
-                base["awp"] = {**base["awp"], "start": moved_start(base["awp"]["start"], published, epochs)}
-        return read(cls, merged(base, table))
+        return read(cls, merged(moved(base, table.get("epochs")), table))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default written out; `from_dict` is its inverse."""
@@ -209,9 +205,33 @@ def augmentation(method: methods.Method, data: Any) -> dict[str, Any]:
     return merged(method.defaults.get("augment", {}), known)
 
 
-def moved_start(start: int, of: int, epochs: int) -> int:
-    """The epoch that lies in a training of `epochs` where `start` lies in one of `of`; never before the first."""
-    return max(1, -(-start * epochs // of))
+def moved(table: Mapping[str, Any], epochs: Any) -> dict[str, Any]:
+    """What `table` names by its epoch, for a training of `epochs`: the first epoch of AWP, and the schedule's milestones.
+
+    Each keeps its share of the table's own epochs. Values of a wrong type are left to be refused by name.
+    """
+    found, of = dict(table), table.get("epochs")
+    if not (_counts(of) and _counts(epochs)) or of == epochs:
+        return found
+    awp, schedule = table.get("awp"), table.get("schedule")
+    if isinstance(awp, Mapping) and _counts(awp.get("start")):
+        found["awp"] = {**awp, "start": max(1, -(-awp["start"] * epochs // of))}
+    milestones = schedule.get("milestones") if isinstance(schedule, Mapping) else None
+    if schedule and isinstance(milestones, list | tuple) and all(isinstance(m, int | float) for m in milestones):
+        found["schedule"] = {**schedule, "milestones": [_moved_milestone(m, of, epochs) for m in milestones]}
+    return found
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _moved_milestone(milestone: float, of: int, epochs: int) -> float:
+    """Where a milestone lies then; one within the first epoch is written as a share, as below 1 it is read."""
+    if milestone < 1:
+        return milestone
+    there = milestone * epochs / of
+    return there if there >= 1 else milestone / of
 
 
 def canonical_activation(spec: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.config import TrainConfig, load_toml, moved_start
+from experiments.config import TrainConfig, load_toml, moved
 from experiments.fields import merged
 from hessdiag.errors import ConfigurationError, UnknownNameError, nearest
 
@@ -75,13 +75,4 @@ def configuration(
     for name, part in (("network", "network_options"), ("data", "augment")):
         if name in table and over.get(name, table[name]) != table[name]:
             table.pop(part, None)
-    scale_start(table, over.get("epochs"))
-    return TrainConfig.from_dict(merged(table, over)), about
-
-
-def scale_start(table: dict[str, Any], epochs: Any) -> None:
-    """The recipe's first epoch of AWP belongs to the recipe's epochs; values of a wrong type are refused elsewhere."""
-    awp, of = table.get("awp"), table.get("epochs")
-    start = awp.get("start") if isinstance(awp, dict) else None
-    if isinstance(awp, dict) and all(isinstance(value, int) and value >= 1 for value in (start, of, epochs)):
-        awp["start"] = moved_start(start, of, epochs)  # type: ignore[arg-type]
+    return TrainConfig.from_dict(merged(moved(table, over.get("epochs")), over)), about

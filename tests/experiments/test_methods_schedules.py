@@ -130,3 +130,31 @@ def test_a_recipe_with_fewer_epochs_perturbs_from_the_same_share_on(recipe: str)
     set_so, _ = configuration(recipe, {}, [f"epochs={whole.epochs // 10}", "awp.start=3"])
     assert tenth.awp.start == max(1, whole.awp.start // 10)
     assert set_so.awp.start == 3
+
+
+@pytest.mark.parametrize("method", ["trades", "mart"])
+@pytest.mark.parametrize("epochs", [1, 2, 10, 30, 100, 300])
+def test_the_rate_drops_at_the_same_share_of_training(method: str, epochs: int) -> None:
+    """Epochs counted with fractions: whenever the published training has dropped, so has one of any length."""
+    whole = TrainConfig.from_dict({"method": method})
+    other = TrainConfig.from_dict({"method": method, "epochs": epochs})
+    for epoch in range(1, epochs + 1):
+        passed = [
+            factor
+            for milestone, factor in zip(whole.schedule.milestones, whole.schedule.factors)
+            if epoch * whole.epochs >= milestone * epochs
+        ]
+        found = lr_factor(other.schedule, epoch=epoch, step=0, steps_per_epoch=7, epochs=epochs)
+        assert found == (passed[-1] if passed else 1.0)
+    last = lr_factor(other.schedule, epoch=epochs, step=0, steps_per_epoch=7, epochs=epochs)
+    assert last == lr_factor(whole.schedule, epoch=whole.epochs, step=0, steps_per_epoch=7, epochs=whole.epochs) < 1
+
+
+def test_milestones_of_a_recipe_move_with_its_epochs_and_given_ones_stand() -> None:
+    """110 epochs with drops at 100 and 105, twice as long; and drops that were asked for."""
+    twice, _ = configuration("trades_rn18", {"epochs": 220}, [])
+    assert twice.schedule.milestones == (200.0, 210.0)
+    given, _ = configuration("trades_rn18", {"epochs": 220}, ["schedule.milestones=[100, 105]"])
+    assert given.schedule.milestones == (100, 105)
+    table = {"method": "trades", "epochs": 30, "schedule": {"milestones": [7, 8, 9]}}
+    assert TrainConfig.from_dict(table).schedule.milestones == (7, 8, 9)
