@@ -192,7 +192,7 @@ def test_stored_runs_are_read_or_refused(tmp_path: Path) -> None:
     folder = tmp_path / "smoke"
     folder.mkdir()
     train = {"method": "n_fgsm", "activation": "rct:beta=1,alpha=4", "control": {"as_alpha": 28.0, "factors": ["lr"]}}
-    export = {"runs": [{"config": {"train": train}, "record": record}]}
+    export = {"runs": [{"key": "one", "config": {"train": train}, "record": record}]}
     (folder / "control.json").write_text(json.dumps(export))
     (folder / "figure3.json").write_text(json.dumps(export))
     found = stored.run(Run(results=tmp_path))
@@ -205,6 +205,9 @@ def test_stored_runs_are_read_or_refused(tmp_path: Path) -> None:
         (tmp_path / tier / "mine.json").write_text(json.dumps(export))
     found = stored.run(Run(results=tmp_path))
     assert [row[0] for row in found.rows[2:]] == ["quick/mine", "campaign/mine", "paper/mine", "own/mine"]
+    (tmp_path / "own" / "mine_too.json").write_text(json.dumps(export))
+    found = stored.run(Run(results=tmp_path))
+    assert "own, clean loss: 0 of 1;" in found.notes[-1]  # a run of two sweeps is one
     (folder / "figure3.json").write_text("{")
     with pytest.raises(DataError, match=r"figure3\.json: no export"):
         stored.run(Run(results=tmp_path))

@@ -118,7 +118,7 @@ def control_rows(path: Path) -> list[Row]:
 def run(options: Run) -> Study:
     """Every committed sweep by method and range of max|σ''|, and the control arm by arm."""
     rows: list[Row] = []
-    signs: dict[tuple[str, str], list[float]] = {}
+    signs: dict[tuple[str, str], dict[str, float]] = {}
     for path in exports(options.results):
         if path.stem.startswith("control"):
             rows += control_rows(path)
@@ -128,8 +128,9 @@ def run(options: Run) -> Study:
             cosines = {p: [c for r in records if (c := cosine(r, p)) is not None] for p in PLACES}
             if not any(gains(r) for r in records) and not any(cosines.values()):
                 continue
-            for place in PLACES:
-                signs.setdefault((path.parent.name, place), []).extend(cosines[place])
+            for place in PLACES:  # by run: some belong to two sweeps
+                known = {run["key"]: c for run in found if (c := cosine(run["record"], place)) is not None}
+                signs.setdefault((path.parent.name, place), {}).update(known)
             rows.append(
                 (
                     f"{path.parent.name}/{path.stem}", method, f"max|σ''| {band}", len(records),
@@ -144,8 +145,8 @@ def run(options: Run) -> Study:
         "mean norm, adversarial", "median cosine, clean", "median cosine, adversarial",
     )  # fmt: skip
     shares = [
-        f"{tier}, {place.split('/')[1]} loss: {sum(c > 0 for c in values)} of {len(values)}"
-        for (tier, place), values in signs.items()
+        f"{tier}, {place.split('/')[1]} loss: {sum(c > 0 for c in known.values())} of {len(known)}"
+        for (tier, place), known in signs.items()
     ]
     notes = (
         "|γ|: gains of the BatchNorms that feed an activation, medians over layers and runs; |γ| max|σ''| is the "
