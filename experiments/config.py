@@ -206,7 +206,7 @@ def augmentation(method: methods.Method, data: Any) -> dict[str, Any]:
 
 
 def moved(table: Mapping[str, Any], epochs: Any) -> dict[str, Any]:
-    """What `table` names by its epoch, for a training of `epochs`: the first epoch of AWP, and the schedule's milestones.
+    """What `table` names by its epoch, for a training of `epochs`: AWP's first epoch, and the schedule's milestones.
 
     Each keeps its share of the table's own epochs. Values of a wrong type are left to be refused by name.
     """

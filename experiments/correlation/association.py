@@ -9,6 +9,8 @@ not, they are gone. Coefficients along the curve are given as descriptions, with
 
 Student's t takes what is left as independent. From five seeds on whole residual curves of y are also matched with the
 curves of other seeds, all of them or 5,000: exact for residuals that are dependent along the curve in any way.
+
+Student's t also takes what is left to scatter alike in every cell. `shuffled` does not; no rule asks for it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from experiments.correlation.contrasts import Contrast, Layout
 from hessdiag.errors import ConfigurationError
 
 MATCHINGS = 5000
+SHUFFLES = 20_000
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,28 @@ def within(cells: Sequence[Hashable], seeds: Sequence[Hashable], x: Array, y: Ar
         len(one.cells),
         _matched(a, b, cells, seeds),
     )
+
+
+def shuffled(x: Array, y: Array, *, number: int = SHUFFLES, seed: int = 0) -> float:
+    """The two-sided p-value of the correlation that seed and cell leave of x and y [seeds, cells], x shuffled over the
+    seeds of every cell by itself: whatever x and y scatter in one cell or another, if they do not go together.
+    """
+    generator = np.random.default_rng([seed, *x.shape])
+    left = _left(y)
+    observed = abs(float(_correlation(_left(x), left)))
+    drawn = np.abs(_correlation(_left(generator.permuted(np.repeat(x[None], number, 0), axis=1)), left))
+    return float((1 + (drawn >= observed * (1 - 1e-9)).sum()) / (1 + number))
+
+
+def _left(values: Array) -> Array:
+    """What the means of seeds and cells leave of [..., seeds, cells]."""
+    found: Array = values - values.mean(-1, keepdims=True) - values.mean(-2, keepdims=True)
+    return found + values.mean((-1, -2), keepdims=True)
+
+
+def _correlation(a: Array, b: Array) -> Array:
+    found: Array = (a * b).sum((-1, -2)) / np.sqrt((a**2).sum((-1, -2)) * (b**2).sum())
+    return found
 
 
 def _matched(a: Array, b: Array, cells: Sequence[Hashable], seeds: Sequence[Hashable]) -> tuple[float, float] | None:

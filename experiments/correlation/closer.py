@@ -10,8 +10,9 @@ Exploratory, all of it: it describes what stands behind the rules' contrasts, an
 - Two seeds of one level disagree on a share q of the images. Independent images alone would scatter the accuracy of a
   run by sqrt(q / 2n); beside it stands how runs do scatter.
 - Is a level more robust because it is right more often? Clean accuracy, and of the images that are classified rightly
-  the share that stays so.
-- Does a relation of norm and robustness (`association`) hold without each single level?
+  the share that stays so. Because it fits better? Accuracy on the adversarial training images of the last epoch.
+- Does a relation of norm and robustness (`association`) hold without each single level, and where levels may scatter
+  unequally (`association.shuffled`)?
 
 `python -m experiments figures` stores the reports in results/closer.json.
 """
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.correlation.association import within
+from experiments.correlation.association import shuffled, within
 from experiments.correlation.coefficients import Array
 from experiments.correlation.contrasts import Contrast
 from experiments.correlation.judges import Rules, groups, layout_of, level_of
@@ -38,6 +39,12 @@ from hessdiag.errors import ConfigurationError
 Plain = dict[str, Any]
 DRAWS = 1000
 SIDES = ("low", "high")
+ACCURACIES = {
+    "clean": "clean accuracy",
+    "kept": "of what is right without an attack, AA-2 leaves right",
+    "fitted": "accuracy on the adversarial training images of the last epoch",
+}
+SHARPNESSES = ("log norm train/clean", "log norm train/adversarial", "log invariant train/adversarial")
 
 
 def curves(chosen: Sequence[Row], rules: Rules) -> dict[str, Plain]:
@@ -65,9 +72,10 @@ def closer(members: Sequence[Row], rules: Rules, *, seed: int = 0) -> Plain:
         told["contrasts"] = _contrasts(whole, table, levels, found, rules)
         told["scatter"] = _scatter(table)
         told["best in band"] = _best_in_band(table, levels, found["band"], generator)
-        told["clean"] = _plain(members, "clean", found, rules)
-        told["kept"] = _plain(members, "kept", found, rules)
+        for name in ACCURACIES:
+            told[name] = _plain(members, name, found, rules)
         told["flat is robust, without"] = _without(members, levels, rules)
+        told["flat is robust, shuffled"] = {name: _shuffled(whole, levels, name) for name in SHARPNESSES}
     return told
 
 
@@ -161,7 +169,7 @@ def _plain(members: Sequence[Row], name: str, found: dict[str, list[float]], rul
 def _without(members: Sequence[Row], levels: Sequence[float], rules: Rules) -> Plain:
     """The relation among runs of one curvature by norm: all levels, then all but one."""
     told: Plain = {}
-    for name in ("log norm train/clean", "log norm train/adversarial", "log invariant train/adversarial"):
+    for name in SHARPNESSES:
         told[name] = {}
         for left_out in (None, *levels):
             kept = [row for row in members if level_of(row) != left_out]
@@ -178,6 +186,13 @@ def _without(members: Sequence[Row], levels: Sequence[float], rules: Rules) -> P
             interval = list(found.slope.interval(rules.level))
             told[name][key] = {"value": found.slope.value, "interval": interval, "r": found.correlation}
     return told
+
+
+def _shuffled(members: Sequence[Row], levels: Sequence[float], name: str) -> float:
+    """The p-value of the relation where levels may scatter unequally; of whole seeds."""
+    ordered = sorted(members, key=lambda row: (row.seed, level_of(row)))
+    x, y = (quantity(ordered, of).reshape(-1, len(levels)) for of in (name, "aa2"))
+    return shuffled(x, y)
 
 
 def _steps(members: Sequence[Row], attack: str) -> list[Plain]:
@@ -213,7 +228,7 @@ def told(report: Plain) -> list[str]:
             f"  the best level lies in the band in {shares['images']:.1%} of draws of the images, in "
             f"{shares['images and seeds']:.1%} of draws of images and seeds",
         ]
-    for name, title in (("clean", "clean accuracy"), ("kept", "of what is right without an attack, AA-2 leaves right")):
+    for name, title in ACCURACIES.items():
         if name in report:
             one = report[name]
             means = ", ".join(f"{group} {100 * one[group]:.1f}%" for group in ("low", "band", "high"))
@@ -225,6 +240,7 @@ def told(report: Plain) -> list[str]:
         single = [(level, one) for level, one in levels.items() if level != "none"]
         if whole and single:
             lines.append(f"  AA-2 over {name}: {_points(whole['value'], whole['interval'])}, r {whole['r']:+.2f}")
+            lines.append(f"    p {report['flat is robust, shuffled'][name]:.2g} where levels may scatter unequally")
             for level, one in (f(single, key=lambda each: each[1]["value"]) for f in (min, max)):
                 lines.append(f"    without {level}: {_points(one['value'], one['interval'])}, r {one['r']:+.2f}")
     for name, steps in report["steps"].items():

@@ -76,8 +76,9 @@ class Row:
         "seconds" (of the whole run); "train_seconds" (of the epochs alone: the first run of a process also
         pays for imports); "peak_memory", "saved_bytes"; "residual" (half of the share of adversarial training
         images that are misclassified, a lower bound of the mean |f - y| of the true class; over the first two thirds
-        of the epochs, or of the last epoch where the record has no others). "low aa2", "high norm test/clean" and the
-        like: the ends of its 95% interval (Wilson's over the test images; the measurement's), where it has one.
+        of the epochs, or of the last epoch where the record has no others); "fitted" (accuracy on the adversarial
+        training images of the last epoch). "low aa2", "high norm test/clean" and the like: the ends of its 95%
+        interval (Wilson's over the test images; the measurement's), where it has one.
         """
         for end in ("low", "high"):
             if name.startswith(f"{end} "):
@@ -100,6 +101,8 @@ class Row:
             told = [float(v) for v in (train.get("history") or {}).get("train_adversarial") or () if v is not None]
             early = told[: max(1, 2 * len(told) // 3)] or [_number(train.get("last_epoch"), "train_adversarial")]
             return (1 - math.fsum(early) / len(early)) / 2
+        if kind == "fitted":
+            return _number((self.record.get("train") or {}).get("last_epoch"), "train_adversarial")
         if kind in ("peak_memory", "saved_bytes"):
             return _number(self.record.get("cost"), kind)
         if kind == "cosine":

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.correlation.association import shuffled
 from experiments.correlation.closer import both, closer, curves, over_images, told
 from experiments.correlation.rows import Row, rows
 from experiments.correlation.verdicts import load_rules, shared_rules
@@ -59,7 +60,7 @@ def test_a_curve_of_the_main_sweep(main: list[Row]) -> None:
     table = {(row.curvature, row.seed): row for row in main}
     levels = sorted({row.curvature for row in main})
     low, band = levels[:3], levels[3:6]
-    for name, of in (("contrasts", "aa2"), ("clean", "clean")):
+    for name, of in (("contrasts", "aa2"), ("clean", "clean"), ("fitted", "fitted")):
         apart = [
             np.mean([table[level, seed].value(of) for level in band])
             - np.mean([table[level, seed].value(of) for level in low])
@@ -74,6 +75,13 @@ def test_a_curve_of_the_main_sweep(main: list[Row]) -> None:
     assert (step["from"], step["to"], step["value"]) == (levels[0], levels[1], pytest.approx(np.mean(apart)))
     kept = [row.value("aa2") / row.record["aa2"]["clean"] for row in main if row.curvature in low]
     assert report["kept"]["low"] == pytest.approx(np.mean(kept))
+    fitted = [row.record["train"]["last_epoch"]["train_adversarial"] for row in main if row.curvature in low]
+    assert report["fitted"]["low"] == pytest.approx(np.mean(fitted))
+    norms, robust = (
+        np.array([[table[level, seed].value(of) for level in levels] for seed in range(3)])
+        for of in ("norm train/clean", "aa2")
+    )
+    assert report["flat is robust, shuffled"]["log norm train/clean"] == shuffled(np.log(norms), robust)
     assert report["scatter"]["images alone"] == pytest.approx(np.sqrt(report["scatter"]["disagree"] / 2000))
     lines = "\n".join(told(report))
     for part in (
@@ -82,6 +90,8 @@ def test_a_curve_of_the_main_sweep(main: list[Row]) -> None:
         "disagree",
         "clean accuracy",
         "leaves right",
+        "adversarial training images",
+        "scatter unequally",
         "without 0.5",
     ):
         assert part in lines
