@@ -33,6 +33,7 @@ def provenance(case: Case, *, target: str) -> dict[str, Any]:
         "method": case.plan.method,
         "model": type(objective.model).__name__,
         "loss": objective.loss.name,
+        "loss_options": objective.loss.options,
         "l2": objective.l2,
         "samples": survey.samples,
         "counted": survey.counted,

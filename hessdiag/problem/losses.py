@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from hessdiag.problem.persample import WRITTEN, CallableLoss, Columns, Curvature
 
 IGNORE = -100
 """torch's own ignore_index."""
+TOLD = 32
+"""Class weights that a result names one by one."""
 
 
 class CrossEntropy(Loss):
@@ -50,6 +54,25 @@ class CrossEntropy(Loss):
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         self.ignore_index, self.class_axis, self.shift = ignore_index, class_axis, shift
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Whatever makes it another loss; of many class weights their number and a hash."""
+        found: dict[str, Any] = {}
+        if self.label_smoothing:
+            found["label_smoothing"] = float(self.label_smoothing)
+        if self.class_weights is not None:
+            weights = self.class_weights.double().cpu()
+            digest = hashlib.sha256(weights.contiguous().numpy().data).hexdigest()[:12]
+            few = len(weights) <= TOLD
+            found["class_weights"] = weights.tolist() if few else f"{len(weights)} numbers, sha256 {digest}"
+        if self.ignore_index != IGNORE:
+            found["ignore_index"] = int(self.ignore_index)
+        if self.class_axis is not None:
+            found["class_axis"] = int(self.class_axis)
+        if self.shift:
+            found["shift"] = self.shift
+        return found
 
     def by_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """[N, T, C] where a model returns the places of all samples as rows, [N T, C], for targets [N, T]."""

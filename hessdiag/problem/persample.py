@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,6 +171,11 @@ class Loss:
     """One named loss: value, gradient and Hessian factor per sample."""
 
     name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it was told beside its name, as plain values; what was left as it comes is not among it."""
+        return {}
 
     def by_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The outputs with the samples as first axis, where a model has folded their places into it."""

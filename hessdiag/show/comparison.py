@@ -19,7 +19,7 @@ from hessdiag.errors import HessdiagError
 from hessdiag.norm import NormEstimate, Ratio, ratio
 from hessdiag.show.columns import Column, print_table
 from hessdiag.show.result_file import norm_of
-from hessdiag.show.text import digits, interval, percent, plain, value
+from hessdiag.show.text import digits, interval, loss, percent, plain, value
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def unpaired(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
         for key in ("gauss_newton", "groups", "sample_groups", "deflate", "probes", "probe_rank", "parts")
     ):
         return "the plans differ: measure the second with --plan FIRST.json"
-    if _data(a) != _data(b):
+    if not _same_data(a, b):
         return "the data differ"
     sizes = [{name: row["total"]["entries"] for name, row in x["layers"].items()} for x in (a, b)]
     if sizes[0] != sizes[1]:
@@ -102,14 +102,40 @@ def unpaired(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """What else than the model is not the same, so that a ratio would mix two causes."""
     found = []
-    if _data(a) != _data(b):
+    if not _same_data(a, b):
         found.append("data or perturbation")
-    for key in ("loss", "l2", "target", "dtype"):
+    found += _losses(a, b)
+    for key in ("l2", "target", "dtype"):
         if a["provenance"].get(key) != b["provenance"].get(key):
             found.append(f"{key} ({a['provenance'].get(key)}, {b['provenance'].get(key)})")
+    found += [
+        f"{key} ({', '.join(given)})" for key in ("normalize", "output", "forward") if (given := _given(a, b, key))
+    ]
     if a["parameters"] != b["parameters"]:
         found.append(f"parameters ({a['parameters']:,}, {b['parameters']:,})")
     return found
+
+
+def _losses(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """How the losses differ. Files of before there were `loss_options` do not tell theirs: taken for none, unless the
+    other file has some.
+    """
+    facts = [x["provenance"] for x in (a, b)]
+    if facts[0].get("loss") != facts[1].get("loss") or (facts[0].get("loss_options") or {}) != (
+        facts[1].get("loss_options") or {}
+    ):
+        told = [loss(x) if "loss_options" in x else f"{loss(x)}, its options not told" for x in facts]
+        return [f"loss ({'; '.join(told)})"]
+    given = _given(a, b, "loss")  # functions of one name in different places
+    return [f"loss ({'; '.join(given)})"] if given else []
+
+
+def _given(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> list[str]:
+    """What an option of the command line was in either, if both files tell and it was not the same."""
+    held = [x.get("cli") or {} for x in (a, b)]
+    if any(key not in cli for cli in held) or held[0][key] == held[1][key]:
+        return []
+    return ["none" if cli[key] is None else plain(cli[key]) for cli in held]
 
 
 def curvature_of(content: Mapping[str, Any]) -> tuple[str | None, float]:
@@ -186,10 +212,15 @@ def _estimates(content: Mapping[str, Any]) -> tuple[NormEstimate, NormEstimate |
     return norm_of(content["norm"]["total"]), None if invariant is None else norm_of(invariant)
 
 
-def _data(content: Mapping[str, Any]) -> Any:
-    """What tells data apart: the hash of the clean data and the perturbation, else the fingerprint of the batches."""
-    cli = content.get("cli") or {}
-    data, perturbation = cli.get("data"), cli.get("perturbation")
-    if data:
-        return data["sha256"], perturbation and perturbation["spec"]
-    return content["provenance"].get("data_fingerprint")
+def _same_data(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """By the hash of the clean data and the perturbation; where a result of Python has no such, by the fingerprints of
+    what was measured at, sums over samples whose last digits are those of the batches.
+    """
+    held = [x.get("cli") or {} for x in (a, b)]
+    if all(cli.get("data") for cli in held):
+        told = [(cli["data"]["sha256"], (cli.get("perturbation") or {}).get("spec")) for cli in held]
+        return bool(told[0] == told[1])
+    marks = [x["provenance"].get("data_fingerprint") for x in (a, b)]
+    if not all(isinstance(mark, (int, float)) for mark in marks):
+        return bool(marks[0] == marks[1])
+    return math.isclose(*marks, rel_tol=1e-9)

@@ -9,7 +9,7 @@ from typing import Any
 from hessdiag.measuring.result import Measurement, NormSummary
 from hessdiag.show import sentences as facts
 from hessdiag.show.html import badge, norms_table, tiles
-from hessdiag.show.text import counted, digits, interval, percent, plain, value
+from hessdiag.show.text import counted, digits, interval, loss, percent, plain, value
 
 STYLE = """<style>
 .hessdiag{font:13px/1.45 system-ui,sans-serif}.hessdiag .tiles{display:flex;flex-wrap:wrap;gap:8px;margin:6px 0}
@@ -39,7 +39,7 @@ def lines(m: Measurement) -> str:
     ]
     told = m.provenance
     model = plain(told.get("model", "a model"), 60)
-    how = f"method {told.get('method', '?')}, loss {told.get('loss', '?')} {value(m.loss)}"
+    how = f"method {told.get('method', '?')}, loss {plain(loss(told), 40)} {value(m.loss)}"
     other = [f"mean-scaled {value(m.mean_scaled)}", f"trace {value(m.trace.value)}"]
     if m.invariant is not None:
         other.append(f"invariant rms {value(m.invariant.rms)}")

@@ -98,6 +98,17 @@ def fields(needed: Mapping[str, Check], optional: Mapping[str, Check] | None = N
     return check
 
 
+def setting(value: Any, where: str) -> None:
+    """An option as it was given: a word, a number, or a few numbers."""
+    if isinstance(value, list):
+        rows(number())(value, where)
+        if len(value) > MOST_SETTINGS:
+            raise BadFileError(f"{where} is a list of {len(value)}")
+    else:
+        (text if isinstance(value, str) else number())(value, where)
+
+
+MOST_SETTINGS = 1000
 CONFIDENCE = number(1e-9, 1 - 1e-9)
 _NORM = fields(
     {
@@ -151,6 +162,7 @@ CLI = fields(
         "checkpoint": fields({}, {"config": table(anything), "sha256": text, "name": text}),
         "data": fields({"sha256": text}, {"name": text, "samples": whole(1)}),
         "perturbation": fields({"spec": text}),
+        **dict.fromkeys(("loss", "normalize", "output", "forward"), text),
     },
 )
 CURVATURE = {"layer": text, "activation": text, "max_curvature": number(0), "mean": number(), "largest": number()}
@@ -173,7 +185,12 @@ MEASUREMENT = fields(
         "history": rows(rows(number(0), 4)),
         "provenance": fields(
             {"seed": whole(0, 1 << 64)},
-            {**dict.fromkeys(("loss", "target", "dtype"), text), "l2": number(0), "data_fingerprint": number()},
+            {
+                **dict.fromkeys(("loss", "target", "dtype"), text),
+                "loss_options": table(setting),
+                "l2": number(0),
+                "data_fingerprint": number(),
+            },
         ),
     },
     {"invariant": norm, "audit": fields({"passed": flag}), "cli": CLI},

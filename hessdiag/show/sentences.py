@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hessdiag.norm import STATUS
-from hessdiag.show.text import bytes_, counted, interval, plain, seconds, value
+from hessdiag.show.text import bytes_, counted, interval, loss, plain, seconds, value
 
 Row = tuple[str, str]
 
@@ -62,7 +62,7 @@ def data_rows(content: dict[str, Any]) -> list[Row]:
     l2 = f" + (l2/2)|theta|^2, l2 = {value(facts['l2'])}" if facts["l2"] else ""
     if cli.get("normalize"):
         rows.append(("normalised", plain(f"inputs in [0, 1], by {cli['normalize']}")))
-    rows.append(("loss", plain(f"{facts['loss']} {value(content['loss'])}{l2}")))
+    rows.append(("loss", f"{loss(facts)} {value(content['loss'])}{l2}"))
     mode = {"eval": "eval mode (running statistics)", "none": "none in the model"}
     rows.append(("BatchNorm", mode.get(facts["batchnorm"], plain(facts["batchnorm"]))))
     perturbation = cli.get("perturbation")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -44,6 +45,19 @@ def spread(estimate: dict[str, Any]) -> str:
     if half < 1e-9:  # rounding alone: nothing random reaches this parameter
         return "exact"
     return f"±{half:.2g}%" if half < 1000 else ">1000%"
+
+
+def loss(facts: Mapping[str, Any]) -> str:
+    """The loss of a `provenance` with its options, as far as these are told."""
+    name, options = str(facts.get("loss", "?")), facts.get("loss_options") or {}
+    told = ", ".join(f"{key}={_setting(item)}" for key, item in options.items())
+    return plain(f"{name} ({told})" if told else name)
+
+
+def _setting(item: Any) -> str:
+    if isinstance(item, (list, tuple)):
+        return f"[{', '.join(map(_setting, item))}]"
+    return value(item, 6) if isinstance(item, float) else str(item)
 
 
 def percent(ratio: dict[str, Any] | None) -> str:
