@@ -31,6 +31,7 @@ from hessdiag.cli.options import (
 )
 from hessdiag.cli.request import Request
 from hessdiag.data import DataSet, NamedDataSet, load_named
+from hessdiag.data.dataset import GREY
 from hessdiag.errors import (
     CheckpointError,
     ConfigurationError,
@@ -229,9 +230,19 @@ def instead(error: Exception, data: DataSet | NamedDataSet) -> str:
     """What to try when the model does not take the data."""
     if isinstance(data, NamedDataSet) and isinstance(error, TypeError):
         return "its arguments have other names: --inputs chooses arrays, --forward positions calls by place"
+    arrays = list(data.inputs.values()) if isinstance(data, NamedDataSet) else [data.inputs]
+    if "indices" in str(error) and any(x.dtype == torch.uint8 for x in arrays):
+        return (
+            "uint8 is read as pixels and divided by 255: store tokens as int64, under a name of their own (input_ids)"
+        )
     if isinstance(error, TypeError) and "argument" in str(error):
         return "it takes several inputs: store them by name (npz), or say --forward package.module:function"
     shape = [] if isinstance(data, NamedDataSet) else list(data.inputs.shape)
+    if GREY in data.notes:
+        return (
+            f"its uint8 array [N, {shape[2]}, {shape[3]}] was read as grey images, which have one channel: if it is "
+            "none, store floats"
+        )
     if len(shape) == 4 and shape[3] in CHANNELS and shape[1] not in CHANNELS:
         return "channels last? images are [N, C, H, W]: store inputs.transpose(0, 3, 1, 2)"
     if len(shape) == 3:

@@ -1,9 +1,8 @@
-"""Arrays out of .npz and .safetensors files, and how images in them are turned into [N, C, H, W]."""
+"""Arrays out of .npz and .safetensors files."""
 
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 from pathlib import Path
 from zipfile import ZipInfo
 
@@ -38,7 +37,7 @@ def load_npz(path: Path, name: str, arrays: Arrays) -> DataSet | NamedDataSet:
         found = _unpacked(data, table, [*which[0], which[1], COUNT])
     except BadFileError as reason:
         raise DataError(f"{path}: {reason}") from None
-    return _data_set(found, which, name, arrays)
+    return of_table(found, which, name=name, split="all", reading=arrays.reading)
 
 
 def load_safetensors(path: Path, name: str, arrays: Arrays) -> DataSet | NamedDataSet:
@@ -47,7 +46,7 @@ def load_safetensors(path: Path, name: str, arrays: Arrays) -> DataSet | NamedDa
         data = read_bytes(path, budget=FILE_BUDGET)
         facts, _ = tensorfiles.read_header(data)
         which = arrays.choose(facts, str(path))
-        return _data_set(tensorfiles.read_tensors(data), which, name, arrays)
+        return of_table(tensorfiles.read_tensors(data), which, name=name, split="all", reading=arrays.reading)
     except BadFileError as reason:
         raise DataError(f"{path}: {reason}") from None
 
@@ -106,35 +105,3 @@ def parse_npy(data: bytes | memoryview, key: str) -> np.ndarray:
         )
     flat = np.frombuffer(data, dtype=dtype, offset=stream.tell()).astype(dtype.newbyteorder("="))
     return flat.reshape(shape, order="F" if fortran else "C")
-
-
-def to_images(inputs: Tensor, name: str) -> tuple[Tensor, tuple[str, ...]]:
-    """uint8 images as [N, C, H, W]: [N, H, W] gains a channel, [N, H, W, C] turned if only that can be meant.
-
-    C is 1 or 3. Where both the second and the last dimension could be channels, nothing is guessed. Floats
-    are not touched: they may be features, so they are taken as they stand.
-    """
-    if inputs.dtype != torch.uint8 or inputs.ndim not in (3, 4):
-        return inputs, ()
-    if inputs.ndim == 3:
-        return inputs[:, None], ("grey images [N, H, W] were read as [N, 1, H, W]",)
-    first, last = inputs.shape[1] in (1, 3), inputs.shape[3] in (1, 3)
-    if first and last:
-        raise DataError(
-            f"{name}: uint8 images of shape {tuple(inputs.shape)} may have their channels second or last; "
-            "store them as [N, C, H, W] floats in [0, 1]"
-        )
-    if last:
-        return inputs.permute(0, 3, 1, 2).contiguous(), ("channels-last images were turned to [N, C, H, W]",)
-    return inputs, ()
-
-
-def _data_set(
-    table: dict[str, Tensor], which: tuple[tuple[str, ...], str], name: str, arrays: Arrays
-) -> DataSet | NamedDataSet:
-    notes: tuple[str, ...] = ()
-    if len(which[0]) == 1:
-        (key,) = which[0]
-        table[key], notes = to_images(table[key], name)
-    found = of_table(table, which, name=name, split="all", reading=arrays.reading)
-    return replace(found, notes=(*notes, *found.notes))

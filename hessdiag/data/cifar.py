@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hessdiag.data.arrays import read_npz, to_images
+from hessdiag.data.arrays import read_npz
 from hessdiag.data.batchfiles import parse
-from hessdiag.data.dataset import DataSet, make
+from hessdiag.data.dataset import DataSet, make, to_images
 from hessdiag.data.published import Layout, Source
 from hessdiag.data.strips import load_parts, parts
 from hessdiag.errors import DataError

@@ -24,15 +24,18 @@ from hessdiag.problem.losses import IGNORE, LOSSES
 
 @dataclass(frozen=True)
 class Reading:
-    """How a loss reads targets: integers as class numbers, of which `ignored` does not count, or as plain values."""
+    """How a loss reads targets: integers as class numbers, of which `ignored` does not count, or as plain values; what
+    a loss of the user's `own` wants of them nobody knows.
+    """
 
     values: bool = False
     ignored: int = IGNORE
+    own: bool = False
 
     @classmethod
     def of(cls, loss: str, ignore_index: int = IGNORE) -> Reading:
         """The reading of a loss by its name; one of the user's own may want class numbers."""
-        return cls(loss in LOSSES and loss != "cross_entropy", ignore_index)
+        return cls(loss in LOSSES and loss != "cross_entropy", ignore_index, loss not in LOSSES)
 
 
 CLASSES = Reading()
@@ -117,6 +120,30 @@ def check_batches(batch_size: int, dtype: torch.dtype) -> None:
 def scaled(inputs: Tensor, dtype: torch.dtype) -> Tensor:
     """Pixels in [0, 1], divided in the wanted type: float64 batches carry k/255 to the last bit. All else as it is."""
     return inputs.to(dtype).div_(255) if inputs.dtype == torch.uint8 else inputs
+
+
+GREY = "grey images [N, H, W] were read as [N, 1, H, W]"
+
+
+def to_images(inputs: Tensor, name: str) -> tuple[Tensor, tuple[str, ...]]:
+    """uint8 images as [N, C, H, W]: [N, H, W] gains a channel, [N, H, W, C] turned if only that can be meant.
+
+    C is 1 or 3. Where both the second and the last dimension could be channels, nothing is guessed. Floats
+    are not touched: they may be features, so they are taken as they stand.
+    """
+    if inputs.dtype != torch.uint8 or inputs.ndim not in (3, 4):
+        return inputs, ()
+    if inputs.ndim == 3:
+        return inputs[:, None], (GREY,)
+    first, last = inputs.shape[1] in (1, 3), inputs.shape[3] in (1, 3)
+    if first and last:
+        raise DataError(
+            f"{name}: uint8 images of shape {tuple(inputs.shape)} may have their channels second or last; "
+            "store them as [N, C, H, W] floats in [0, 1]"
+        )
+    if last:
+        return inputs.permute(0, 3, 1, 2).contiguous(), ("channels-last images were turned to [N, C, H, W]",)
+    return inputs, ()
 
 
 class _Rows(Protocol):

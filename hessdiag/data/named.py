@@ -24,8 +24,9 @@ from hessdiag.data.dataset import (
     make_targets,
     refuse_non_finite,
     scaled,
+    to_images,
 )
-from hessdiag.errors import ConfigurationError, DataError, nearest
+from hessdiag.errors import ConfigurationError, DataError, TargetError, nearest
 from hessdiag.feed import NAMES
 from hessdiag.store.files import shown
 
@@ -162,9 +163,15 @@ def of_table(
     inputs, targets = which
     count = class_count(table.get(COUNT), name)
     first = table[inputs[0]]
+    pixels = any(table[key].dtype == torch.uint8 for key in inputs)
+    more = _bytes_as_targets(table[targets], pixels, reading, name)
     if len(inputs) == 1 and (first.is_floating_point() or first.dtype == torch.uint8 or inputs[0] in _CONVENTIONAL):
-        return make(first, table[targets], name=name, split=split, num_classes=count, reading=reading)
+        divided = _pixels(first, f"{name}: input {inputs[0]!r}") if pixels else ()
+        first, notes = to_images(first, name)
+        notes += divided + more
+        return make(first, table[targets], name=name, split=split, num_classes=count, notes=notes, reading=reading)
     found, classes, notes = make_targets(table[targets], count, name, reading)
+    notes += more
     named: dict[str, Tensor] = {}
     for key in inputs:
         named[key], more = _input(table[key], f"{name}: input {key!r}", len(found))
@@ -184,6 +191,31 @@ def class_count(value: Tensor | None, where: str) -> int | None:
 _CONVENTIONAL = tuple(pair[0] for pair in PAIRS)
 
 
+def _pixels(value: Tensor, what: str) -> tuple[str, ...]:
+    """What is said of bytes that become pixels; those that can be none are refused."""
+    if value.numel() and int(value.max()) <= 1:
+        raise DataError(
+            f"{what} is uint8 of 0 and 1, which as pixels would be black: store a mask as bool or int64, features as "
+            "floats"
+        )
+    return (f"{what.rpartition(': ')[2]} is uint8 and divided by 255",)
+
+
+def _bytes_as_targets(targets: Tensor, pixels: bool, reading: Reading, name: str) -> tuple[str, ...]:
+    """What is said of bytes that are the loss's values, which nothing divides; refused where they look like pixels:
+    they are images, or the inputs are bytes, `pixels`, and are divided.
+    """
+    values = reading.values or (reading.own and targets.ndim > 1)
+    if not values or targets.dtype != torch.uint8 or targets.numel() == 0 or int(targets.max()) <= 1:
+        return ()
+    if reading.values and (pixels or targets.ndim > 2):
+        raise TargetError(
+            f"{name}: targets are uint8 up to {int(targets.max())}, and targets are not divided by 255 as inputs are: "
+            "store floats in [0, 1] if they are pixels, int64 if they are numbers as they stand"
+        )
+    return ("targets are uint8 and taken as they stand, not divided by 255",)
+
+
 def _input(value: Tensor, what: str, rows: int) -> tuple[Tensor, tuple[str, ...]]:
     """One array by name, refused where it cannot be what a model takes."""
     value = value.detach().cpu()
@@ -191,11 +223,7 @@ def _input(value: Tensor, what: str, rows: int) -> tuple[Tensor, tuple[str, ...]
         held = f"{len(value)} rows" if value.ndim else "one number"
         raise DataError(f"{what} has {held}, the targets {rows}: say which arrays are inputs (inputs=, --inputs A,B)")
     if value.dtype == torch.uint8:
-        if value.numel() and int(value.max()) <= 1:
-            raise DataError(
-                f"{what} is uint8 of 0 and 1, which as pixels would be black: store a mask as bool or int64"
-            )
-        return value, (f"{what.rpartition(': ')[2]} is uint8 and divided by 255",)
+        return value, _pixels(value, what)
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
     if value.is_floating_point():

@@ -347,7 +347,7 @@ THEIRS = """
 import numpy as np, torch
 from hessdiag.data import load
 def pair(): return torch.rand(6, 2), torch.arange(6) % 3
-def arrays(): return np.zeros((2, 2), np.uint8), np.array([0, 1])
+def arrays(): return np.full((2, 2), 9, np.uint8), np.array([0, 1])
 def batches(split, seed):
     assert (split, seed) == ("train", 5)
     for i in range(3): yield torch.full((2, 4), i / 3), torch.tensor([i, i])
