@@ -24,7 +24,7 @@ from hessdiag.checkpoint.build import (
 from hessdiag.checkpoint.document import FILE_BUDGET, Document, open_document
 from hessdiag.checkpoint.guess import public_config
 from hessdiag.checkpoint.layout import split_normalisation, translate
-from hessdiag.errors import CheckpointError, ConfigurationError, NonFiniteError
+from hessdiag.errors import CheckpointError, ConfigurationError, HessdiagError, NonFiniteError
 from hessdiag.store.files import BadFileError, PathLike, path_text, shown
 
 
@@ -83,7 +83,12 @@ def load_checkpoint(
             "num_classes": num_classes,
             "normalize": normalize,
         }
-        return _assemble(document, which, notes, given, dict(options or {}), factory)
+        try:
+            return _assemble(document, which, notes, given, options or {}, factory)
+        except (BadFileError, CheckpointError, NonFiniteError) as error:
+            if weights is None and which == "ema" and _plain_fit(document, given, options or {}, factory):
+                raise type(error)(f"{error}{AVERAGED}") from None
+            raise
     except BadFileError as reason:
         raise CheckpointError(f"{path_text(path)}: {reason}") from None
     except CheckpointError as error:
@@ -104,14 +109,34 @@ def _choose(document: Document, weights: str | None) -> tuple[str, tuple[str, ..
     return weights or "model", ()
 
 
+AVERAGED = (
+    "; these are the averaged (ema) weights, which are taken where a file has them: the model's own fit, say "
+    "weights='model' (--weights model)"
+)
+
+
+def _plain_fit(
+    document: Document, given: Mapping[str, Any], options: Mapping[str, Any], factory: Factory | None
+) -> bool:
+    """Whether the weights beside the averaged ones are those of the network."""
+    if "model" not in document.weights:
+        return False
+    try:
+        _assemble(document, "model", (), given, options, factory)
+    except (BadFileError, HessdiagError, MemoryError):
+        return False
+    return True
+
+
 def _assemble(
     document: Document,
     which: str,
     notes: tuple[str, ...],
-    given: dict[str, Any],
-    options: dict[str, Any],
+    given: Mapping[str, Any],
+    options: Mapping[str, Any],
     factory: Factory | None,
 ) -> Checkpoint:
+    given, options = dict(given), dict(options)
     facts: Mapping[str, Any] = document.weights[which]
     if factory is None and document.self_describing:
         agree(document.config, {**given, **options})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hessdiag import networks
 from hessdiag.checkpoint import Checkpoint, inspect_checkpoint, load_checkpoint
-from hessdiag.errors import CheckpointError
+from hessdiag.errors import CheckpointError, NonFiniteError
 from hessdiag.store import pickled, zips
 
 MLP = {"network": "mlp", "activation": "relu"}
@@ -468,3 +468,28 @@ def test_tied_weights_need_to_be_stored_once(tmp_path: Path) -> None:
     found = load_checkpoint(tmp_path / "a.safetensors", factory=Tied).model
     assert torch.equal(found.head.weight, state["embed.weight"])
     assert found.head.weight is found.embed.weight
+
+
+def test_an_average_that_does_not_fit_names_the_weights_that_do(tmp_path: Path) -> None:
+    """An average of the parameters alone has no statistics of BatchNorm."""
+    torch.manual_seed(0)
+    net = Net()
+    state = net.state_dict()
+    averaged = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    path = written(tmp_path / "a.pt", {"model": state, "ema": averaged})
+    hint = r"2 missing \(bn.running_mean, bn.running_var\).*averaged \(ema\) weights.*say weights='model' \(--weights model\)"
+    with pytest.raises(CheckpointError, match=hint) as caught:
+        load_checkpoint(path, factory=Net)
+    assert "\n" not in str(caught.value)
+    assert same(load_checkpoint(path, factory=Net, weights="model"), state)
+    with pytest.raises(CheckpointError, match="2 missing") as told:
+        load_checkpoint(path, factory=Net, weights="ema")
+    assert "--weights model" not in str(told.value)
+    averaged["bn.running_mean"] = torch.full((2,), float("nan"))
+    path = written(tmp_path / "b.pt", {"model": state, "ema": averaged})
+    with pytest.raises(NonFiniteError, match="--weights model"):
+        load_checkpoint(path, factory=Net)
+    path = written(tmp_path / "c.pt", {"model": {"other": torch.ones(1)}, "ema": averaged})
+    with pytest.raises(NonFiniteError) as neither:
+        load_checkpoint(path, factory=Net)
+    assert "--weights model" not in str(neither.value)
