@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from hessdiag.errors import ConfigurationError, EmptyDataError, TargetError, nearest
+from hessdiag.errors import ConfigurationError, DeviceError, DtypeError, EmptyDataError, TargetError, nearest
 
 NAMES = ("labels", "label", "targets", "target", "y")
 """Keys under which dictionaries hold their targets, the first that is there."""
@@ -43,9 +44,9 @@ def batches(
     >>> [(len(x), y.tolist()) for x, y in fed]
     [(2, [0, 1]), (2, [2, 3]), (1, [4])]
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, Integral) or batch_size < 1:
         raise ConfigurationError(f"batch_size={batch_size!r}: a whole number of samples is needed")
-    return Fed(source, targets, batch_size, torch.device(device), dtype)
+    return Fed(source, targets, int(batch_size), _device(device), dtype)
 
 
 class Fed:
@@ -69,16 +70,23 @@ class Fed:
                 yield self._tensors(inputs), self._target(targets, index)
             return
         inputs, targets = whole
+        count = _length(targets)
+        if count is None:
+            raise TargetError(
+                f"the targets are {_one(targets)}, not one for each sample; give an array of as many as inputs"
+            )
         for name, value in inputs.items() if isinstance(inputs, dict) else [("", inputs)]:
             told = f" {name!r}" if name else ""
             if isinstance(value, list) and any(isinstance(part, list) for part in value):
                 raise ConfigurationError(f"the inputs{told} are lists of unequal lengths: pad or crop them to one")
-            if not isinstance(value, Sized) or len(value) != len(targets):
-                held = len(value) if isinstance(value, Sized) else type(value).__name__
-                raise TargetError(f"{held} inputs{told} but {len(targets)} targets")
-        if len(targets) == 0:
+            held = _length(value)
+            if held is None:
+                raise TargetError(f"the inputs{told} are {_one(value)}, not one for each of {count} targets")
+            if held != count:
+                raise TargetError(f"{held} inputs{told} but {count} targets")
+        if count == 0:
             raise EmptyDataError("the arrays hold no samples")
-        for index, start in enumerate(range(0, len(targets), self.batch_size)):
+        for index, start in enumerate(range(0, count, self.batch_size)):
             here = slice(start, start + self.batch_size)
             cut = {key: x[here] for key, x in inputs.items()} if isinstance(inputs, dict) else inputs[here]
             yield self._tensors(cut), self._target(targets[here], index)
@@ -117,16 +125,53 @@ class Fed:
 
     def _tensor(self, value: Any) -> Any:
         if isinstance(value, np.ndarray):
+            if value.dtype.kind not in "biufc":
+                raise DtypeError(
+                    f"inputs are an array of {_kind(value)}: give numbers; of text a tokenizer's input_ids, of "
+                    "categories numpy.unique(x, return_inverse=True)[1]"
+                )
             value = torch.from_numpy(np.ascontiguousarray(value))
         if not isinstance(value, Tensor):
             return value
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
     def _target(self, value: Any, index: int) -> Tensor:
-        found = self._tensor(np.asarray(value) if isinstance(value, (list, tuple)) else value)
+        array = np.asarray(value) if isinstance(value, (list, tuple)) else value
+        if isinstance(array, np.ndarray) and array.dtype.kind not in "biufc":
+            raise TargetError(
+                f"targets of batch {index} are {_kind(array)}, no numbers: number the classes over all data, "
+                "numpy.unique(y, return_inverse=True)[1]"
+            )
+        found = self._tensor(array)
         if not isinstance(found, Tensor):
             raise TargetError(f"targets of batch {index} are a {type(value).__name__}, no array")
         return found.long() if found.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32) else found
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """A device that torch knows and that is there."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise DeviceError(f"device={device!r}: it is 'cpu', 'cuda', 'cuda:1' or another that torch knows") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device={device!r}: this torch sees no CUDA device; say device='cpu'")
+    return found
+
+
+def _length(value: Any) -> int | None:
+    """How many samples it holds, None of what holds one thing."""
+    if isinstance(value, (np.ndarray, Tensor)):
+        return len(value) if value.ndim else None
+    return len(value) if isinstance(value, Sized) else None
+
+
+def _one(value: Any) -> str:
+    return "a single number" if isinstance(value, (np.ndarray, Tensor, int, float)) else f"a {type(value).__name__}"
+
+
+def _kind(array: np.ndarray) -> str:
+    return "text" if array.dtype.kind in "UST" else "Python objects" if array.dtype.kind == "O" else str(array.dtype)
 
 
 def holds_samples(source: Any) -> bool:

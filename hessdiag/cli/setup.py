@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessdiag.checkpoint import Checkpoint, load_checkpoint
 from hessdiag.checkpoint.pretrained import SCHEME, folder_of
@@ -101,7 +103,7 @@ def prepare(request: Request, world: World) -> Prepared:
     objective = made(shift=request.shift or 0, label_smoothing=request.label_smoothing)
     size = request.batch_size or MOST
     batches: Iterable[tuple[Any, Tensor]] = data.batches(size, device=device, dtype=dtype)
-    few = try_out(objective, batches, data)
+    few = try_out(objective, batches, data, own=request.model is not None)
     if request.batch_size is None:
         size = fitting(objective, *few)
         batches = data.batches(size, device=device, dtype=dtype)
@@ -198,8 +200,12 @@ def found(source: str) -> Path:
 
 
 @memory_errors(LOWER)
-def try_out(objective: Objective, batches: Iterable[Any], data: DataSet | NamedDataSet) -> tuple[Any, Tensor]:
-    """One forward pass, so that data of the wrong shape are refused in terms of data; gives the samples it took."""
+def try_out(
+    objective: Objective, batches: Iterable[Any], data: DataSet | NamedDataSet, *, own: bool
+) -> tuple[Any, Tensor]:
+    """One forward pass, so that data of the wrong shape are refused in terms of data; gives the samples it took.
+    `own`: the network is not one of this package.
+    """
     inputs, targets = objective.check_batch(next(iter(batches)), 0)
     few, labels = mapped(inputs, lambda x: x[:2]), targets[:2]
     try:
@@ -211,8 +217,9 @@ def try_out(objective: Objective, batches: Iterable[Any], data: DataSet | NamedD
         if ran_out(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        advice = lacking(error, objective.model, data) or instead(error, data, own=own)
         raise DataError(
-            f"the model does not take {data.name} (inputs of shape {told(data)}): {reason}; {instead(error, data)}"
+            f"the model does not take {data.name} (inputs of shape {told(data)}): {reason}; {advice}"
         ) from error
     with torch.no_grad():
         objective.summed_loss(few, labels)
@@ -226,7 +233,30 @@ def told(data: DataSet | NamedDataSet) -> str:
     return str(list(data.inputs.shape[1:]))
 
 
-def instead(error: Exception, data: DataSet | NamedDataSet) -> str:
+def lacking(error: Exception, model: nn.Module, data: DataSet | NamedDataSet) -> str | None:
+    """What to store besides, where the model asks by name for optional arguments that the data do not have."""
+    if isinstance(error, TypeError) or not isinstance(data, NamedDataSet):
+        return None
+    words, known = list(dict.fromkeys(re.findall(r"\w+", str(error)))), optional(model)
+    wanted = [name for name in words if name in known and name not in data.inputs]
+    if not wanted or any(name in data.inputs for name in words):
+        return None
+    right = "decoder_input_ids: of targets, these one place to the right, after the start token"
+    return f"store {' or '.join(wanted[:4])} as well, under that name" + (
+        f" ({right})" if "decoder_input_ids" in wanted else ""
+    )
+
+
+def optional(model: nn.Module) -> set[str]:
+    """The names of what it can be called with and without."""
+    try:
+        found = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return set()
+    return {name for name, one in found.items() if one.default is not one.empty}
+
+
+def instead(error: Exception, data: DataSet | NamedDataSet, *, own: bool) -> str:
     """What to try when the model does not take the data."""
     if isinstance(data, NamedDataSet) and isinstance(error, TypeError):
         return "its arguments have other names: --inputs chooses arrays, --forward positions calls by place"
@@ -247,7 +277,7 @@ def instead(error: Exception, data: DataSet | NamedDataSet) -> str:
         return "channels last? images are [N, C, H, W]: store inputs.transpose(0, 3, 1, 2)"
     if len(shape) == 3:
         return "images without channels? they are [N, C, H, W]: store inputs[:, None]"
-    return "choose other --data, or the --network that fits"
+    return "choose other --data, or the model that fits" if own else "choose other --data, or the --network that fits"
 
 
 @memory_errors(LOWER)

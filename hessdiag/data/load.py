@@ -18,7 +18,7 @@ from hessdiag.data.published import SOURCES
 from hessdiag.errors import ConfigurationError, DataError, UnknownNameError, nearest
 from hessdiag.problem.handing_back import memory_errors
 from hessdiag.problem.losses import IGNORE
-from hessdiag.store.factories import is_factory_name
+from hessdiag.store.factories import is_factory_name, module_of_file
 from hessdiag.store.files import nearest_file, shown
 
 NAMES = ("digits", *SOURCES)
@@ -109,6 +109,8 @@ def _whole(name: str, split: str, seed: int, root: Path, arrays: Arrays) -> Data
         )
     if is_factory_name(name):
         return load_custom(name, split=split, seed=seed, arrays=arrays)
+    if ".py:" in name:
+        raise UnknownNameError(f"no data set {name!r}{module_of_file(name)}")
     path = Path(name).expanduser()
     meant = {".npz": "npz", ".safetensors": "safetensors"}.get(path.suffix.lower(), "folder" if path.is_dir() else None)
     if meant:

@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,7 @@ from hessdiag.norm.estimates import check_confidence
 from hessdiag.problem.handing_back import as_it_was, memory_errors
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import CallableLoss
+from hessdiag.store.files import shown
 
 POPULATION = "population"
 ADVICE = "lower the batch size, choose fewer parameters (parameters=...), or a method that needs less (propagation)"
@@ -69,7 +72,7 @@ def measure(
     max_replicates: int = 1000,
     max_seconds: float | None = None,
     target: str = "data",
-    plan: Plan | None = None,
+    plan: Plan | Mapping[str, Any] | None = None,
     budget: float | None = EXACT_BUDGET,
     deterministic_check: bool = True,
     audit_model: bool = True,
@@ -84,7 +87,8 @@ def measure(
 
     `method`: "exact", "propagation", "hutchinson", "reference", one that was registered, or "auto" - exact where it is
     cheap, propagation where the site identity covers the model, Hutchinson where it does not; the notes say which and
-    why. `plan` gives method and all its choices, as an earlier measurement's `plan` does, in place of a pilot.
+    why. `plan` gives method and all its choices, as an earlier measurement's `plan` does, or the table of it that a
+    file holds (`read_result(path).content["plan"]`), in place of a pilot.
 
     Replicates are drawn by `seed` (the same seed, plan, dtype and number of threads give the same bits) until half the
     interval at `confidence` is within `rtol` of the norm: at least `min_replicates`, at most `max_replicates`, and none
@@ -103,8 +107,9 @@ def measure(
     measurement goes on from there to the same bits.
     """
     begun = time.monotonic()
-    _check_basics(objective, method, seed)
+    seed, plan = _basics(objective, method, seed, plan)
     _check_arguments(rtol, confidence, min_replicates, max_replicates, max_seconds, target)
+    min_replicates, max_replicates = int(min_replicates), int(max_replicates)
     if target == POPULATION and resume is not None:
         raise ConfigurationError("resume serves target='data' only: the population target is one pass")
     with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
@@ -153,7 +158,7 @@ def diagonal(
     method: str = "exact",
     seed: int = 0,
     replicates: int = 16,
-    plan: Plan | None = None,
+    plan: Plan | Mapping[str, Any] | None = None,
     per_sample: bool = False,
     budget: float | None = EXACT_BUDGET,
     deterministic_check: bool = True,
@@ -168,9 +173,10 @@ def diagonal(
     mean is the diagonal only where every weight is 1. `budget`, `deterministic_check`, `audit_model` and `progress` are
     those of `measure`.
     """
-    _check_basics(objective, method, seed)
-    if not isinstance(replicates, int) or replicates < 2:
+    seed, plan = _basics(objective, method, seed, plan)
+    if not isinstance(replicates, Integral) or replicates < 2:
         raise ConfigurationError(f"replicates={replicates!r}: at least 2 are needed for an error")
+    replicates = int(replicates)
     with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
         case = _case(objective, batches, plan.method if plan else method, seed, deterministic_check, audit_model)
         if plan is None:
@@ -246,19 +252,35 @@ def _everywhere(case: Case, plan: Plan) -> Plan:
     return Plan.from_dict(json.loads(told))
 
 
-def _check_basics(objective: Objective, method: str, seed: int) -> None:
+def _basics(
+    objective: Objective, method: str, seed: int, plan: Plan | Mapping[str, Any] | None
+) -> tuple[int, Plan | None]:
+    """(seed, plan) as they are used, whatever holds a whole number and a plan."""
     if not isinstance(objective, Objective):
         raise ConfigurationError(f"an Objective(model, loss) is needed first, not a {type(objective).__name__}")
     known(method)
-    if not isinstance(seed, int):
+    if not isinstance(seed, Integral):
         raise ConfigurationError(f"seed={seed!r}: an integer is needed")
+    if plan is None or isinstance(plan, Plan):
+        return int(seed), plan
+    if not isinstance(plan, Mapping):
+        raise ConfigurationError(
+            f"plan is a {type(plan).__name__}: give the plan of a measurement, m.plan, or the table that a file holds, "
+            "read_result(path).content['plan']"
+        )
+    try:
+        return int(seed), Plan.from_dict(plan)
+    except HessdiagError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigurationError(f"plan={shown(str(dict(plan)))} holds no plan ({error})") from None
 
 
 def _check_arguments(rtol: float, confidence: float, low: int, high: int, seconds: float | None, target: str) -> None:
     if not (isinstance(rtol, (int, float)) and 0.0 < rtol < float("inf")):
         raise ConfigurationError(f"rtol={rtol!r}: a positive number is needed, e.g. 0.05 for five per cent")
     check_confidence(confidence)
-    whole = isinstance(low, int) and isinstance(high, int)
+    whole = isinstance(low, Integral) and isinstance(high, Integral)
     if not whole or low < 2 or high < 2 or high < low:
         raise ConfigurationError(f"min_replicates={low}, max_replicates={high}: whole numbers from 2 on, min <= max")
     if seconds is not None and not seconds > 0:

@@ -26,9 +26,7 @@ def import_object(text: str) -> Any:
     This runs the user's code, so only ever call it with what the user typed, never with a name out of a file.
     """
     if not is_factory_name(text):
-        module = text.removesuffix(".py").replace(os.sep, ".").strip(".")
-        hint = f"; did you mean {module}:NAME, NAME being a function in it?" if is_factory_name(f"{module}:x") else ""
-        raise ConfigurationError(f"{text!r} does not name an object as package.module:name{hint}")
+        raise ConfigurationError(f"{text!r} does not name an object as package.module:name{module_of_file(text)}")
     module_name, _, attribute = text.partition(":")
     here = os.getcwd()
     added = here not in sys.path and "" not in sys.path
@@ -53,6 +51,20 @@ def import_object(text: str) -> Any:
             raise ConfigurationError(f"{text}: {module_name} has no attribute {attribute!r}{hint}")
         found = getattr(found, part)
     return found
+
+
+def module_of_file(text: str) -> str:
+    """What is meant by a file, or by an object in a file, PATH.py:name: its module, and where that has to be found."""
+    place, _, name = text.partition(":")
+    here = os.getcwd()
+    path = os.path.normpath(os.path.join(here, os.path.expanduser(place.removesuffix(".py"))))
+    within = path.startswith(os.path.join(here, ""))
+    module = os.path.relpath(path, here).replace(os.sep, ".") if within else os.path.basename(path)
+    meant = f"{module}:{name or 'NAME'}"
+    if not is_factory_name(meant):
+        return ""
+    where = "" if within else f" with PYTHONPATH={os.path.dirname(path)}"
+    return f"; did you mean {meant}{where}{'' if name else ', NAME being a function in it'}?"
 
 
 def _module_meant(text: str) -> str:

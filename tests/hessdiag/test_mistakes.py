@@ -50,6 +50,9 @@ class Tokens(nn.Module):
         self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(6, 3)
     def forward(self, ids):
         return self.fc2(torch.tanh(self.fc1(nn.functional.one_hot(ids, 4).double().to(self.fc1.weight.dtype))))
+class Asks(Net):
+    def forward(self, ids, decoder_input_ids=None, decoder_inputs_embeds=None):
+        raise ValueError("ask for decoder_input_ids or decoder_inputs_embeds")
 def make():
     return Net()
 def call(model, inputs):
@@ -65,6 +68,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a stranger has: code, weights and arrays of their own."""
     home = tmp_path_factory.mktemp("home")
     (home / "nets.py").write_text(NETS)
+    (home / "sub").mkdir()
+    (home / "sub" / "more.py").write_text(NETS)
     torch.manual_seed(0)
     net = nn.Module()
     net.fc1, net.fc2 = nn.Linear(4, 6), nn.Linear(6, 3)
@@ -134,6 +139,33 @@ MISTAKES: list[tuple[str, int, str, str | None]] = [
     ("measure w.pt --model nets --data npz:d.npz", 2, "did you mean nets:NAME", W),
     ("measure w.pt --model nets.py:make --data npz:d.npz", 2, "did you mean nets:make", W),
     ("measure w.pt --model netz:make --data npz:d.npz", 2, "did you mean nets:make", W),
+    (
+        "measure w.pt --model sub/more.py:make --data npz:d.npz",
+        2,
+        "did you mean sub.more:make?",
+        W.replace("nets", "sub.more"),
+    ),
+    (
+        "measure w.pt --model /else/where/nets.py:make --data npz:d.npz",
+        2,
+        "mean nets:make with PYTHONPATH=/else/where?",
+        None,
+    ),
+    (
+        "measure w.pt --model /else/where/nets.py --data npz:d.npz",
+        2,
+        "PYTHONPATH=/else/where, NAME being a function",
+        None,
+    ),
+    ("measure w.pt --model nets:make --data ./sets.py:make", 2, "did you mean sets:make?", None),
+    ("measure w.pt --model nets:make --data npz:wide.npz", 3, "choose other --data, or the model that fits", None),
+    (
+        "measure w.pt --model nets:Asks --data npz:ids.npz",
+        3,
+        "ask for decoder_input_ids or decoder_inputs_embeds; store decoder_input_ids or decoder_inputs_embeds as well, "
+        "under that name (decoder_input_ids: of targets, these one place to the right, after the start token)",
+        None,
+    ),
     ("measure w.pt --model nets:mak --data npz:d.npz", 2, "did you mean 'make'", W),
     ("measure w.pt --model nets:number --data npz:d.npz", 2, "neither a function nor a module", W),
     ("measure w.pt --model nets:make --data d.csv", 2, "numpy.savez('d.npz', inputs=..., targets=...)", W),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hessdiag as hd
 from hessdiag import feed
-from hessdiag.errors import ConfigurationError, EmptyDataError, TargetError
+from hessdiag.errors import ConfigurationError, DeviceError, DtypeError, EmptyDataError, TargetError
 from hessdiag.graph.saved import constant
 from hessdiag.measuring.spread import spread
 from hessdiag.problem.forward import InDouble
@@ -227,13 +229,71 @@ def test_refusals_of_the_feed() -> None:
         ),
         ((x, y[:3]), TargetError, "20 inputs but 3"),
         ((x[:0], y[:0]), EmptyDataError, "no samples"),
+        ((np.array([["a"]] * 20), y), DtypeError, "inputs are an array of text: give numbers; of text a tokenizer's"),
+        (
+            (x, np.array(["cat"] * 20)),
+            TargetError,
+            r"targets of batch 0 are text.*numpy.unique\(y, return_inverse=True",
+        ),
+        ([(x, ["cat"] * 20)], TargetError, "targets of batch 0 are text"),
+        ((x, np.array([None] * 20)), TargetError, "targets of batch 0 are Python objects"),
+        ((x, torch.tensor(3)), TargetError, "the targets are a single number, not one for each sample"),
+        ({"x": x, "y": 3}, TargetError, "the targets are a single number"),
+        ((np.float64(3.0) * np.ones(()), y), TargetError, "the inputs are a single number, not one for each of 20"),
     ):
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=words) as caught:
             list(feed.batches(source))
+        assert "\n" not in str(caught.value)
+    for device in ("gpu", 3.5):
+        with pytest.raises(DeviceError, match=r"it is 'cpu', 'cuda'"):
+            feed.batches((x, y), device=device)  # type: ignore[arg-type]
+    for size in (0, 2.0, "8", None):
+        with pytest.raises(ConfigurationError, match="a whole number of samples"):
+            feed.batches((x, y), batch_size=size)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="did you mean 'labels'"):
         list(feed.batches([{"x": x, "labels": y}], targets="label"))
     with pytest.raises(ConfigurationError, match=r"feed.batches\(data"):
         hd.measure(hd.Objective(_core()), [{"x": x, "labels": y}])
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers(truth: float) -> None:
+    x, y = _data()
+    fed = feed.batches((x, y), batch_size=np.int64(7), dtype=torch.float64)  # type: ignore[arg-type]
+    assert [len(labels) for _, labels in fed] == [7, 7, 6]
+    own = {"seed": 3, "min_replicates": 4, "max_replicates": 6}
+    theirs = {key: np.int64(value) for key, value in own.items()}
+    found = [hd.measure(hd.Objective(_core()), fed, method="hutchinson", **o) for o in (own, theirs)]  # type: ignore[arg-type]
+    assert found[0].rms == found[1].rms
+    assert found[0].provenance["seed"] == found[1].provenance["seed"] == 3
+    json.dumps(found[1].to_dict())
+    two = [hd.diagonal(hd.Objective(_core()), fed, method="hutchinson", replicates=n) for n in (4, np.int32(4))]  # type: ignore[arg-type]
+    assert all(torch.equal(two[0].total[name], two[1].total[name]) for name in two[0].total)
+
+
+def test_a_plan_may_be_the_table_of_a_file(tmp_path: Path) -> None:
+    x, y = _data()
+    objective = hd.Objective(_core())
+    first = hd.measure(objective, [(x, y)], method="propagation", min_replicates=4, max_replicates=6)
+    first.save_json(tmp_path / "a.json")
+    table = hd.read_result(tmp_path / "a.json").content["plan"]
+    for plan in (table, first.plan):
+        again = hd.measure(objective, [(x, y)], plan=plan, min_replicates=4, max_replicates=6)
+        assert again.rms == first.rms
+        assert again.plan == first.plan
+    assert torch.equal(
+        hd.diagonal(objective, [(x, y)], plan=table, replicates=4).total["fc1.weight"],
+        hd.diagonal(objective, [(x, y)], plan=first.plan, replicates=4).total["fc1.weight"],
+    )
+    for plan, words in (
+        ({}, "holds no plan"),
+        ({**table, "sample_groups": [3]}, "holds no plan"),
+        ({**table, "metod": "exact"}, "unknown key 'metod'"),
+        (first, r"plan is a Measurement: give the plan of a measurement, m\.plan"),
+        (str(tmp_path / "a.json"), r"read_result\(path\)\.content\['plan'\]"),
+    ):
+        with pytest.raises(ConfigurationError, match=words) as caught:
+            hd.measure(objective, [(x, y)], plan=plan)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
 
 
 def test_class_numbers_stored_as_floats_are_told() -> None:
