@@ -58,6 +58,8 @@ from hessdiag.store.files import nearest_file
 LOWER = "lower --batch-size"
 CHANNELS = (1, 3, 4)
 """How many an image has."""
+DECODER = "decoder_input_ids"
+"""What transformers call the tokens that a decoder reads."""
 
 
 @dataclass(frozen=True)
@@ -234,17 +236,17 @@ def told(data: DataSet | NamedDataSet) -> str:
 
 
 def lacking(error: Exception, model: nn.Module, data: DataSet | NamedDataSet) -> str | None:
-    """What to store besides, where the model asks by name for optional arguments that the data do not have."""
+    """What to store besides: what a decoder reads, if there is one, or the optional argument that the model asks for."""
     if isinstance(error, TypeError) or not isinstance(data, NamedDataSet):
         return None
-    words, known = list(dict.fromkeys(re.findall(r"\w+", str(error)))), optional(model)
-    wanted = [name for name in words if name in known and name not in data.inputs]
+    known = optional(model) - set(data.inputs)
+    if DECODER in known and not any(name.startswith("decoder_") for name in data.inputs):
+        return f"store {DECODER} as well: of targets, these one place to the right, after the start token"
+    words = re.findall(r"\w+", str(error))
+    wanted = [name for name in dict.fromkeys(words) if name in known]
     if not wanted or any(name in data.inputs for name in words):
         return None
-    right = "decoder_input_ids: of targets, these one place to the right, after the start token"
-    return f"store {' or '.join(wanted[:4])} as well, under that name" + (
-        f" ({right})" if "decoder_input_ids" in wanted else ""
-    )
+    return f"store {' or '.join(wanted[:4])} as well, under that name"
 
 
 def optional(model: nn.Module) -> set[str]:

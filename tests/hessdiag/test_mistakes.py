@@ -51,8 +51,11 @@ class Tokens(nn.Module):
     def forward(self, ids):
         return self.fc2(torch.tanh(self.fc1(nn.functional.one_hot(ids, 4).double().to(self.fc1.weight.dtype))))
 class Asks(Net):
-    def forward(self, ids, decoder_input_ids=None, decoder_inputs_embeds=None):
-        raise ValueError("ask for decoder_input_ids or decoder_inputs_embeds")
+    def forward(self, ids, decoder_input_ids=None):
+        raise ValueError("exactly one of ids")
+class Sees(Net):
+    def forward(self, ids, pixel_values=None):
+        raise ValueError("You have to specify pixel_values")
 def make():
     return Net()
 def call(model, inputs):
@@ -160,10 +163,15 @@ MISTAKES: list[tuple[str, int, str, str | None]] = [
     ("measure w.pt --model nets:make --data ./sets.py:make", 2, "did you mean sets:make?", None),
     ("measure w.pt --model nets:make --data npz:wide.npz", 3, "choose other --data, or the model that fits", None),
     (
+        "measure w.pt --model nets:Sees --data npz:ids.npz",
+        3,
+        "specify pixel_values; store pixel_values as well, under that name",
+        None,
+    ),
+    (
         "measure w.pt --model nets:Asks --data npz:ids.npz",
         3,
-        "ask for decoder_input_ids or decoder_inputs_embeds; store decoder_input_ids or decoder_inputs_embeds as well, "
-        "under that name (decoder_input_ids: of targets, these one place to the right, after the start token)",
+        "exactly one of ids; store decoder_input_ids as well: of targets, these one place to the right, after the start",
         None,
     ),
     ("measure w.pt --model nets:mak --data npz:d.npz", 2, "did you mean 'make'", W),
