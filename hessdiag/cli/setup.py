@@ -236,7 +236,7 @@ def told(data: DataSet | NamedDataSet) -> str:
 
 
 def lacking(error: Exception, model: nn.Module, data: DataSet | NamedDataSet) -> str | None:
-    """What to store besides: what a decoder reads, if there is one, or the optional argument that the model asks for."""
+    """What to store besides: what a decoder reads, if there is one, or the optional argument that is asked for."""
     if isinstance(error, TypeError) or not isinstance(data, NamedDataSet):
         return None
     known = optional(model) - set(data.inputs)
