@@ -40,6 +40,7 @@ def provenance(case: Case, *, target: str) -> dict[str, Any]:
         "batches": survey.batches,
         "largest_batch": survey.largest,
         "data_fingerprint": survey.data,
+        "data_order": survey.order,
         "batchnorm": "none" if not modes else "eval",
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -189,7 +189,7 @@ MEASUREMENT = fields(
                 **dict.fromkeys(("loss", "target", "dtype"), text),
                 "loss_options": table(setting),
                 "l2": number(0),
-                "data_fingerprint": number(),
+                **dict.fromkeys(("data_fingerprint", "data_order"), number()),
             },
         ),
     },

@@ -125,7 +125,7 @@ def test_results_of_before_there_were_options(folder: Path) -> None:
     """Read, compared, and told to differ only where the other file has options."""
     new = folder / "plain.json"
     content = json.loads(new.read_text())
-    del content["provenance"]["loss_options"]
+    del content["provenance"]["loss_options"], content["provenance"]["data_order"]
     for key in ("loss", "output", "forward", "key", "prefix", "inputs", "targets"):
         del content["cli"][key]
     old = folder / "old.json"
@@ -168,11 +168,15 @@ def test_equal_data_of_the_command_line_and_of_python(folder: Path) -> None:
         assert unpaired(stored, line) is None
         assert differences(line, stored) == []
         assert hd.read_result(path).ratio(hd.read_result(folder / "plain.json")).paired
+    turned = [(x.flip(0), y.flip(0)) for x, y in load("digits", samples=40).batches(40)]
+    model = hd.load_checkpoint(example_path("digits-example")).model
+    plan = hd.Plan.from_dict(line["plan"])
+    other = hd.measure(hd.Objective(model), turned, plan=plan, min_replicates=8, max_replicates=8)
+    assert unpaired(line, other.to_dict()) == "the data come in another order"
+    assert differences(line, other.to_dict()) == []
     attacked = measured(folder, "attacked", "--attack", "pgd:eps=1/255,steps=1")
     assert unpaired(attacked, stored) == "the data differ"
     moved = [(x + 1e-6, y) for x, y in load("digits", samples=40).batches(40)]
-    model = hd.load_checkpoint(example_path("digits-example")).model
-    plan = hd.Plan.from_dict(line["plan"])
     other = hd.measure(hd.Objective(model), moved, plan=plan, min_replicates=8, max_replicates=8)
     assert unpaired(line, other.to_dict()) == "the data differ"
     assert differences(line, other.to_dict()) == ["data or perturbation"]
