@@ -30,6 +30,7 @@ from hessdiag.methods.batches import Numbered, survey
 from hessdiag.problem.forward import InDouble, mapped
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import CallableLoss
+from hessdiag.problem.sparse import is_dense
 from hessdiag.signs import Signs, cpu_generator
 
 SAMPLES = 2
@@ -294,7 +295,10 @@ def double_copy(objective: Objective) -> Objective:
         raise UncoveredModelError("a copy of scripted code is compiled anew, and shares no graph with the original")
     twin = copy.copy(objective)
     # Handed to deepcopy in double, so that nothing is copied twice.
-    known = {id(p): nn.Parameter(p.detach().double()) for p in objective.model.parameters() if _plain(p)}
+    known: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().double()) for p in objective.model.parameters() if _plain(p)
+    }
+    known |= {id(b): b.detach().clone() for b in objective.model.buffers() if not is_dense(b)}  # some have no deepcopy
     twin.model = copy.deepcopy(objective.model, known).double()
     everything = dict(twin.model.named_parameters())
     twin.parameters = {name: everything[name] for name in objective.parameters}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hessdiag.errors import HessdiagError, OutOfMemoryError, UncoveredModelError, ran_out
 from hessdiag.problem.denormals import denormals_are_zero
 from hessdiag.problem.full_float32 import full_float32
+from hessdiag.problem.sparse import unchanged
 
 AUTOCAST_OFF = "autocast was on and is switched off for the measurement: what is measured is not rounded to bfloat16"
 
@@ -67,7 +68,7 @@ def as_it_was(model: nn.Module) -> Iterator[list[str]]:
             parameter.requires_grad_(requires)
         for buffer, value in values:
             with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                if not torch.equal(buffer, value):
+                if not unchanged(buffer, value):
                     buffer.copy_(value)
         torch.set_rng_state(states[0])
         for device, state in states[1]:
