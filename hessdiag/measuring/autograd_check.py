@@ -17,7 +17,6 @@ constant, and not moved.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +31,7 @@ from hessdiag.kernels.products import Products
 from hessdiag.measuring.rounding import ROUNDINGS, Uncancelled, length, shortest
 from hessdiag.methods.batches import Numbered
 from hessdiag.problem.objective import Objective
-from hessdiag.problem.persample import CallableLoss, Loss, as_rows
+from hessdiag.problem.persample import CallableLoss, Curvature, Loss, as_rows
 
 STEPS = ((1e-7, 0.0), (1e-7, -1e-7), (1e-8, -1e-8), (1e-6, -1e-6))
 """The ends of relative steps; so small that no unit of a piecewise-linear network changes sides, or none at one."""
@@ -216,28 +215,35 @@ def loss_quotients(loss: Loss, outputs: Tensor, targets: Tensor) -> float:
     if not isinstance(loss, CallableLoss):
         return 0.0
     for f in (outputs.detach().double(), outputs.detach()):
-        with contextlib.suppress(HessdiagError, RuntimeError), torch.enable_grad():
-            dtype = shortest(loss.in_double(f.requires_grad_(True), targets)[1])
-            return _loss_quotients(loss, f.detach(), targets, dtype)
+        size = max(float(f.double().square().mean().sqrt()), 1e-3)
+        wave = torch.cos(torch.arange(f.numel(), dtype=torch.float64, device=f.device) * 1.3 + 0.4).reshape(f.shape)
+        try:
+            with torch.enable_grad():
+                dtype = shortest(loss.in_double(f.clone().requires_grad_(True), targets)[1])
+            places = [
+                [
+                    loss.curvature((f.double() + size * (moved * wave.flip(0).sin() + end * wave)).to(f), targets)
+                    for end in (0.0, step, -step)
+                ]
+                for step, moved in LOSS_STEPS[dtype]
+            ]
+        except (HessdiagError, RuntimeError):
+            continue
+        u, eps = as_rows(size * wave), torch.finfo(dtype).eps
+        found = [_loss_off(ends, u, size, step, eps) for ends, (step, _) in zip(places, LOSS_STEPS[dtype])]
+        return max(min(slope for slope, _ in found), min(curved for _, curved in found))
     return 0.0
 
 
-def _loss_quotients(loss: CallableLoss, f: Tensor, targets: Tensor, dtype: torch.dtype) -> float:
-    """Of each derivative the least deviation over the steps and places for this `dtype`."""
-    size = max(float(f.double().square().mean().sqrt()), 1e-3)
-    wave = torch.cos(torch.arange(f.numel(), dtype=torch.float64, device=f.device) * 1.3 + 0.4).reshape(f.shape)
-    along, u = size * wave, as_rows(size * wave)
+def _loss_off(ends: Sequence[Curvature], u: Tensor, size: float, step: float, eps: float) -> tuple[float, float]:
+    """How far the loss's slope along `u` and its Hessian's product with it are off quotients, beyond rounding."""
+    middle, high, low = ends
     found = []
-    for step, moved in LOSS_STEPS[dtype]:
-        here = f.double() + moved * size * wave.flip(0).sin()
-        middle, high, low = (loss.curvature((here + end * along).to(f), targets) for end in (0.0, step, -step))
-        offs = []
-        for quotient, mine, noise in (
-            ((high.loss - low.loss) / (2 * step), (middle.gradient * u).sum(1), middle.loss),
-            ((high.gradient - low.gradient) / (2 * step), middle.times(u), middle.gradient),
-        ):
-            floor = ROUNDINGS * torch.finfo(dtype).eps * (length(noise) + size) / step
-            off = max(length(quotient - mine) - floor, 0.0)
-            offs.append(off / max(length(quotient), length(mine)) if off else 0.0)
-        found.append(offs)
-    return max(map(min, zip(*found)))
+    for quotient, mine, noise in (
+        ((high.loss - low.loss) / (2 * step), (middle.gradient * u).sum(1), middle.loss),
+        ((high.gradient - low.gradient) / (2 * step), middle.times(u), middle.gradient),
+    ):
+        floor = ROUNDINGS * eps * (length(noise) + size) / step
+        off = max(length(quotient - mine) - floor, 0.0)
+        found.append(off / max(length(quotient), length(mine)) if off else 0.0)
+    return found[0], found[1]

@@ -46,7 +46,7 @@ def _below(module: nn.Module) -> Callable[..., Any] | None:
             return None
         seen.add(made_by)
         link = _function(link.__wrapped__)
-    return kept if WRAPPERS[0] in seen else None  # type: ignore[no-any-return]
+    return kept if WRAPPERS[0] in seen else None
 
 
 def _function(method: Any) -> Any:
