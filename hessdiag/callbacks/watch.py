@@ -79,7 +79,7 @@ class Watch:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Measure the model as it stands; nothing where that cannot be done, with a warning that says why."""
         try:
-            with as_it_was(model), unmoved(self.data):
+            with as_it_was(model) as told, unmoved(self.data):
                 model.eval()
                 found = self._measured(self.objective(model), model)
         except Exception as error:  # whatever it is, hours of training are worth more
@@ -89,7 +89,7 @@ class Watch:
             raise KeyboardInterrupt
         if found.status not in ("ok", "exact"):
             self._tell(f"measured, but {found.status}")
-        self.last, self._plan = replace(found, notes=(*found.notes, *self.notes)), found.plan
+        self.last, self._plan = replace(found, notes=(*found.notes, *told, *self.notes)), found.plan
         values = {"rms": found.rms, "rms_low": found.interval[0], "rms_high": found.interval[1]}
         return {f"{self.name}_{key}": value for key, value in (values | {"seconds": found.seconds}).items()}
 

@@ -46,6 +46,7 @@ from hessdiag.graph.nodes import (
 )
 from hessdiag.graph.sites import SiteKind
 from hessdiag.graph.sites.tested import Tested
+from hessdiag.problem.sparse import stored
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ class Graph(Live):
             if kind is not None and shape and shape[0] % samples == 0:
                 constant = kind.constant(node)
                 nodes.append(node)
-                given.add(id(node) if constant is None else constant.untyped_storage().data_ptr())
+                given.add(id(node) if constant is None else stored(constant)[0].untyped_storage().data_ptr())
         if len(given) < 2:
             return set()
         halves = [self._reached(nodes, part) for part in self._halves()]

@@ -118,11 +118,13 @@ class Side:
 
     def forward(self, steps: Sequence[Tensor | None]) -> list[Tensor]:
         """dz (or dw) of every site for steps of the layers' outputs."""
-        pairs = [(f, step) for f, step in zip(self._forward, steps) if f is not None and step is not None]
-        with _double():
-            moved: Sequence[Tensor | None] = torch.autograd.grad(
-                [f for f, _ in pairs], self._blanks, [step for _, step in pairs], retain_graph=True, allow_unused=True
-            )
+        ends = zip(self._forward, steps)
+        pairs = [(f, step) for f, step in ends if f is not None and f.requires_grad and step is not None]
+        moved: Sequence[Tensor | None] = [None] * len(self._blanks)
+        if pairs:  # else every layer stands behind a step (sign, round, floor)
+            roots, along = [f for f, _ in pairs], [step for _, step in pairs]
+            with _double():
+                moved = torch.autograd.grad(roots, self._blanks, along, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(root) if m is None else m.clone() for root, m in zip(self.roots, moved)]
 
 

@@ -101,8 +101,11 @@ class Products:
     def push(self, vector: Tensors) -> Tensor:
         """J v, the change of the outputs along v, [N, ...]."""
         assert self._dummy is not None
-        pairs = [(g, vector[n]) for g, n in zip(self._pulled, self.names) if g is not None]
-        (pushed,) = torch.autograd.grad([g for g, _ in pairs], self._dummy, [v for _, v in pairs], retain_graph=True)
+        pairs = [(g, vector[n]) for g, n in zip(self._pulled, self.names) if g is not None and g.requires_grad]
+        if not pairs:  # J is zero: all parameters stand behind a step (sign, round, floor)
+            return torch.zeros_like(self._dummy)
+        roots, along = [g for g, _ in pairs], [v for _, v in pairs]
+        (pushed,) = torch.autograd.grad(roots, self._dummy, along, retain_graph=True, materialize_grads=True)
         return pushed
 
     def gauss_newton(self, vector: Tensors) -> Tensors:

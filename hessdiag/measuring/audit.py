@@ -18,18 +18,19 @@ from torch import Tensor, nn
 
 from hessdiag.errors import AuditError, HessdiagError, UncoveredModelError
 from hessdiag.graph import Layer, Linearisation
-from hessdiag.graph.nodes import forward_order, is_leaf
 from hessdiag.kernels.products import Products
 from hessdiag.kernels.tensors import Tensors
 from hessdiag.measuring import comparisons
 from hessdiag.measuring.autograd_check import Moved, Probe, loss_quotients
 from hessdiag.measuring.comparisons import AuditEntry
 from hessdiag.measuring.ranks import World
+from hessdiag.measuring.rounding import shortest
 from hessdiag.methods import Aim, Case, Method, find
 from hessdiag.methods.batches import Numbered, survey
 from hessdiag.problem.forward import InDouble, mapped
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import CallableLoss
+from hessdiag.problem.sparse import is_dense
 from hessdiag.signs import Signs, cpu_generator
 
 SAMPLES = 2
@@ -224,7 +225,8 @@ def audit(objective: Objective, first: Numbered, *, method: str, seed: int) -> A
 def _twin(objective: Objective, few: Numbered, signs: Signs) -> _Twin:
     """The first of these that runs: in double throughout, in double with shorter parts, or the model as it is.
 
-    Where only the loss insists on another dtype, derivatives of the model are still compared in double.
+    Conversions to float32, in the model or in a loss of the user's own, are lifted where that is what they need to be
+    in double. Where only the loss insists on another dtype, derivatives of the model are still compared in double.
     """
     own = _Twin(objective, few, nullcontext, objective.dtype)
     try:
@@ -236,22 +238,42 @@ def _twin(objective: Objective, few: Numbered, signs: Signs) -> _Twin:
         outputs = _run(probe, double)
     except (HessdiagError, RuntimeError, TypeError, NotImplementedError):
         return own
-    shortest = _shortest(outputs)
-    arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
-    if shortest != torch.float64:  # norms computed in float32, and the like
+    dtype = shortest(outputs)
+    ways: list[Callable[[], AbstractContextManager[Any]]] = [nullcontext, InDouble]
+    if dtype != torch.float64:  # norms computed in float32, and the like
+        ways = [nullcontext]
         with contextlib.suppress(HessdiagError, RuntimeError, TypeError), InDouble():  # type: ignore[no-untyped-call]
             outputs = _run(probe, double)
-            shortest = _shortest(outputs)
-            arithmetic = InDouble
+            dtype = shortest(outputs)
+            ways = [InDouble]
     moved.outputs = outputs
-    compared = moved if shortest == torch.float64 else None
-    try:
-        with torch.no_grad():
+    compared = moved if dtype == torch.float64 else None
+    found = _of_loss(copied, double, outputs, ways)
+    if found is None:
+        return replace(own, moved=None if ways == [InDouble] else compared)
+    arithmetic, lossy = found
+    return _Twin(copied, double, arithmetic, dtype if lossy == torch.float64 else lossy, compared, outputs)
+
+
+def _of_loss(
+    copied: Objective, double: Numbered, outputs: Tensor, ways: list[Callable[[], AbstractContextManager[Any]]]
+) -> tuple[Callable[[], AbstractContextManager[Any]], torch.dtype] | None:
+    """The first of `ways` in which the loss of double outputs is computed in double, or else in which it runs at all.
+
+    A loss known by name is computed in the dtype of what it is given; of a callable's the graph says what it rounds.
+    """
+    found, recorded = None, isinstance(copied.loss, CallableLoss)
+    for way in ways:
+        with contextlib.suppress(HessdiagError, RuntimeError, TypeError), way(), torch.set_grad_enabled(recorded):
             copied.loss.check(outputs, double.targets)
-            copied.summed_losses(outputs.detach(), double.targets, index=double.index)
-    except (HessdiagError, RuntimeError, TypeError):
-        return replace(own, moved=compared if arithmetic is nullcontext else None)
-    return _Twin(copied, double, arithmetic, shortest, compared, outputs)
+            losses, _ = copied.summed_losses(
+                outputs.detach().requires_grad_(recorded), double.targets, index=double.index
+            )
+            dtype = shortest(losses)
+            found = found or (way, dtype)
+            if dtype == torch.float64:
+                return way, dtype
+    return found
 
 
 PERIOD = 4099
@@ -273,7 +295,10 @@ def double_copy(objective: Objective) -> Objective:
         raise UncoveredModelError("a copy of scripted code is compiled anew, and shares no graph with the original")
     twin = copy.copy(objective)
     # Handed to deepcopy in double, so that nothing is copied twice.
-    known = {id(p): nn.Parameter(p.detach().double()) for p in objective.model.parameters() if _plain(p)}
+    known: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().double()) for p in objective.model.parameters() if _plain(p)
+    }
+    known |= {id(b): b.detach().clone() for b in objective.model.buffers() if not is_dense(b)}  # some have no deepcopy
     twin.model = copy.deepcopy(objective.model, known).double()
     everything = dict(twin.model.named_parameters())
     twin.parameters = {name: everything[name] for name in objective.parameters}
@@ -294,13 +319,6 @@ def _run(objective: Objective, few: Numbered) -> Tensor:
     """Outputs with their graph, fit for two derivatives."""
     with torch.enable_grad():
         return objective.outputs(few.inputs, few.targets, index=few.index)
-
-
-def _shortest(outputs: Tensor) -> torch.dtype:
-    """The shortest dtype among the nodes of a model's graph, float32 at the least."""
-    inner = [node for node in forward_order(outputs.grad_fn) if not is_leaf(node)]
-    found = {meta.dtype for node in inner for meta in node._input_metadata}
-    return torch.float32 if found & {torch.float32, torch.float16, torch.bfloat16} else torch.float64
 
 
 def choose_layers(linear: Linearisation, signs: Signs) -> list[Layer]:

@@ -28,15 +28,21 @@ from hessdiag.errors import HessdiagError
 from hessdiag.graph import saved
 from hessdiag.graph.nodes import forward_order, is_leaf
 from hessdiag.kernels.products import Products
-from hessdiag.measuring.rounding import ROUNDINGS, Uncancelled, length
+from hessdiag.measuring.rounding import ROUNDINGS, Uncancelled, length, shortest
 from hessdiag.methods.batches import Numbered
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import CallableLoss, Curvature, Loss, as_rows
 
 STEPS = ((1e-7, 0.0), (1e-7, -1e-7), (1e-8, -1e-8), (1e-6, -1e-6))
 """The ends of relative steps; so small that no unit of a piecewise-linear network changes sides, or none at one."""
-LOSS_STEP = 1e-6
 MOVED = 1e-3
+LOSS_STEPS = {
+    torch.float64: ((1e-6, MOVED),),
+    torch.float32: ((1e-2, MOVED), (1e-3, 0.05), (1e-3, -0.05)),
+}
+"""Relative steps in the outputs, both ways, and how far off their place: where step and rounding are not far apart, a
+kink may lie between the ends, and is not at several places.
+"""
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -203,32 +209,41 @@ def _padding(outputs: Tensor) -> list[tuple[Any, int]]:
 def loss_quotients(loss: Loss, outputs: Tensor, targets: Tensor) -> float:
     """Gradient and Hessian of a callable loss against quotients, the larger deviation; 0 for losses known by name.
 
-    Nothing is said where the loss does not run in float64.
+    In double where the loss runs so, else with the steps and the rounding of float32. Nothing is said where it does not
+    run twice.
     """
     if not isinstance(loss, CallableLoss):
         return 0.0
-    f = outputs.detach().double()
-    size = max(float(f.square().mean().sqrt()), 1e-3)
-    wave = torch.cos(torch.arange(f.numel(), dtype=torch.float64, device=f.device) * 1.3 + 0.4).reshape(f.shape)
-    f = f + MOVED * size * wave.flip(0).sin()
-    along = size * wave
-    ends: list[Curvature] = []
-    try:
-        if loss.in_double(f, targets)[0].dtype != torch.float64:
-            return 0.0
-        middle = loss.curvature(f, targets)
-        ends = [loss.curvature(f + sign * LOSS_STEP * along, targets) for sign in (1.0, -1.0)]
-    except (HessdiagError, RuntimeError):
-        return 0.0
-    u = as_rows(along)
-    curved = middle.times(u)
-    slope = (middle.gradient * u).sum(1)
-    worst = 0.0
+    for f in (outputs.detach().double(), outputs.detach()):
+        size = max(float(f.double().square().mean().sqrt()), 1e-3)
+        wave = torch.cos(torch.arange(f.numel(), dtype=torch.float64, device=f.device) * 1.3 + 0.4).reshape(f.shape)
+        try:
+            with torch.enable_grad():
+                dtype = shortest(loss.in_double(f.clone().requires_grad_(True), targets)[1])
+            places = [
+                [
+                    loss.curvature((f.double() + size * (moved * wave.flip(0).sin() + end * wave)).to(f), targets)
+                    for end in (0.0, step, -step)
+                ]
+                for step, moved in LOSS_STEPS[dtype]
+            ]
+        except (HessdiagError, RuntimeError):
+            continue
+        u, eps = as_rows(size * wave), torch.finfo(dtype).eps
+        found = [_loss_off(ends, u, size, step, eps) for ends, (step, _) in zip(places, LOSS_STEPS[dtype])]
+        return max(min(slope for slope, _ in found), min(curved for _, curved in found))
+    return 0.0
+
+
+def _loss_off(ends: Sequence[Curvature], u: Tensor, size: float, step: float, eps: float) -> tuple[float, float]:
+    """How far the loss's slope along `u` and its Hessian's product with it are off quotients, beyond rounding."""
+    middle, high, low = ends
+    found = []
     for quotient, mine, noise in (
-        ((ends[0].loss - ends[1].loss) / (2 * LOSS_STEP), slope, middle.loss),
-        ((ends[0].gradient - ends[1].gradient) / (2 * LOSS_STEP), curved, middle.gradient),
+        ((high.loss - low.loss) / (2 * step), (middle.gradient * u).sum(1), middle.loss),
+        ((high.gradient - low.gradient) / (2 * step), middle.times(u), middle.gradient),
     ):
-        floor = ROUNDINGS * _EPS * (length(noise) + size) / LOSS_STEP
+        floor = ROUNDINGS * eps * (length(noise) + size) / step
         off = max(length(quotient - mine) - floor, 0.0)
-        worst = max(worst, off / max(length(quotient), length(mine)) if off else 0.0)
-    return worst
+        found.append(off / max(length(quotient), length(mine)) if off else 0.0)
+    return found[0], found[1]

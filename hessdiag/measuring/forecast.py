@@ -22,6 +22,7 @@ from hessdiag.methods import METHODS, Case, FirstPass, Forecast
 from hessdiag.methods.batches import Batches, Numbered, Survey, numbered
 from hessdiag.problem.forward import forward
 from hessdiag.problem.objective import Objective
+from hessdiag.problem.sparse import stored
 
 
 def forecast(objective: Objective, batches: Batches) -> tuple[Forecast, ...]:
@@ -51,7 +52,7 @@ def fitting(objective: Objective, inputs: Any, targets: Tensor) -> int:
     held: dict[int, int] = {}
     with torch.enable_grad(), _holding(held):
         outputs = objective.outputs(inputs, targets, index=0)
-    own = {p.untyped_storage().data_ptr() for p in objective.model.parameters()}
+    own = {part.untyped_storage().data_ptr() for p in objective.model.parameters() for part in stored(p.detach())}
     each = OF_SAMPLE * sum(size for key, size in held.items() if key not in own) / len(targets)
     del outputs
     room = MEMORY - OF_PROGRAM - OF_PARAMETER * objective.size
@@ -65,7 +66,8 @@ def _holding(held: dict[int, int]) -> torch.autograd.graph.saved_tensors_hooks:
     """Fill in the bytes of every storage that autograd saves."""
 
     def keep(tensor: Tensor) -> Tensor:
-        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        for storage in (part.untyped_storage() for part in stored(tensor)):
+            held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     return torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)

@@ -32,6 +32,13 @@ def length(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
 
 
+def shortest(tensor: Tensor) -> torch.dtype:
+    """The shortest dtype in the graph behind `tensor` and in itself, float32 at the least."""
+    inner = [node for node in forward_order(tensor.grad_fn) if not is_leaf(node)] if tensor.grad_fn else []
+    found = {tensor.dtype} | {meta.dtype for node in inner for meta in node._input_metadata}
+    return torch.float32 if found & {torch.float32, torch.float16, torch.bfloat16} else torch.float64
+
+
 class _UnitLoss(Loss):
     """The loss with a gradient of random signs and a Hessian of ones, both as large as the outputs."""
 

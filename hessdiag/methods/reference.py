@@ -123,10 +123,11 @@ def _own_entries(products: Products, position: int, units: Tensor, low: int) -> 
 def _quadratic_forms(products: Products, position: int, units: Tensor) -> Tensor:
     pulled = products._pulled[position]
     count = len(units)
-    if pulled is None or products._dummy is None:
+    pushed = None
+    if pulled is not None and pulled.requires_grad and products._dummy is not None:
+        pushed = _grad_batched(pulled, products._dummy, units)
+    if pushed is None:  # no path, or one through steps alone
         return torch.zeros(count, dtype=torch.float64, device=units.device)
-    pushed = _grad_batched(pulled, products._dummy, units)
-    assert pushed is not None
     flat = pushed.double().reshape(count, products.samples, -1)
     curvature = products._curvature
     return torch.stack([(v * curvature.times(v)).sum() for v in flat])

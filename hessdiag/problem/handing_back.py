@@ -1,9 +1,10 @@
 """The user's model is handed back as it came, also after an error: modes, gradients, buffers, flags and hooks; and so
 are the random states of torch, numpy and python, which a loader that shuffles or augments draws from.
 
-Autocast is off meanwhile. What is measured is the function in the dtype of its parameters: under autocast it would be
-that of bfloat16, 2e-4 off for a small net, and its casts are no part of the sites' allow-list. float32 has all its
-bits (`full_float32`), and denormal numbers are zero (`denormals`).
+Autocast is off meanwhile, around the model and where accelerate puts it around the model's forward (`mixed`). What is
+measured is the function in the dtype of its parameters: under autocast it would be that of bfloat16, 2e-4 off for a
+small net, and its casts are no part of the sites' allow-list. float32 has all its bits (`full_float32`), and denormal
+numbers are zero (`denormals`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ from torch import Tensor, nn
 from hessdiag.errors import HessdiagError, OutOfMemoryError, UncoveredModelError, ran_out
 from hessdiag.problem.denormals import denormals_are_zero
 from hessdiag.problem.full_float32 import full_float32
+from hessdiag.problem.mixed import without_mixed_precision
+from hessdiag.problem.sparse import unchanged
 
 AUTOCAST_OFF = "autocast was on and is switched off for the measurement: what is measured is not rounded to bfloat16"
+MIXED_OFF = (
+    "accelerate's mixed precision is taken off for the measurement: what is measured is the function of the weights in "
+    "their own precision"
+)
 
 
 @contextmanager
@@ -53,7 +60,8 @@ def as_it_was(model: nn.Module) -> Iterator[list[str]]:
             rounded = autocast_on(model)
             for kind in rounded:
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            yield [AUTOCAST_OFF] if rounded else []
+            mixed = stack.enter_context(without_mixed_precision(model))
+            yield [note for note, given in ((AUTOCAST_OFF, rounded), (MIXED_OFF, mixed)) if given]
     finally:
         for found, before in hooks:
             found.update(before)
@@ -67,7 +75,7 @@ def as_it_was(model: nn.Module) -> Iterator[list[str]]:
             parameter.requires_grad_(requires)
         for buffer, value in values:
             with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                if not torch.equal(buffer, value):
+                if not unchanged(buffer, value):
                     buffer.copy_(value)
         torch.set_rng_state(states[0])
         for device, state in states[1]:

@@ -25,6 +25,7 @@ from hessdiag.errors import (
     NoParametersError,
     StochasticModeError,
     TargetError,
+    UncoveredModelError,
     ran_out,
 )
 from hessdiag.problem.finite import all_finite
@@ -33,6 +34,7 @@ from hessdiag.problem.losses import IGNORE, make_loss
 from hessdiag.problem.outputs import Output, advice, meant
 from hessdiag.problem.persample import Loss, PerSample
 from hessdiag.problem.selection import choose
+from hessdiag.problem.sparse import instead_of, is_dense, stored
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _DROPOUT = nn.modules.dropout._DropoutNd
@@ -134,6 +136,9 @@ class Objective:
                 f"targets of batch {index} are no tensor but {_describe(targets)}; hessdiag.feed.batches(data) makes "
                 "batches of Datasets and arrays"
             )
+        for leaf in (*leaves(inputs), targets):
+            if isinstance(leaf, Tensor) and not is_dense(leaf):
+                raise ConfigurationError(f"batch {index} holds a {instead_of(leaf)}")
         if targets.ndim == 0 or (isinstance(inputs, Tensor) and inputs.ndim == 0):
             raise TargetError(
                 f"batch {index} is a single sample, not a batch of samples; DataLoader(dataset, batch_size=...) or "
@@ -202,6 +207,11 @@ class Objective:
                     f"parameter {name!r} is complex: curvature is that along real numbers; keep its torch.view_as_real "
                     "as the parameter and take torch.view_as_complex of that in forward"
                 )
+            if not is_dense(parameter):
+                raise UncoveredModelError(
+                    f"parameter {name!r} is sparse ({parameter.layout}): keep its values as the parameter, a dense "
+                    "tensor, and make the sparse one of them in forward"
+                )
             if parameter.device != self.device:
                 raise DeviceError(f"parameter {name!r} is on {parameter.device}, others on {self.device}")
             if parameter.dtype not in (torch.float32, torch.float64):
@@ -218,7 +228,7 @@ class Objective:
                     f"{name!r} is on the device 'meta', where tensors hold no numbers: load the weights first, e.g. by "
                     "load_state_dict(..., assign=True)"
                 )
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+            if tensor.is_floating_point() and not bool(torch.isfinite(stored(tensor.detach())[0]).all()):
                 raise NonFiniteError(f"{name!r} holds NaN or Inf: the model cannot be measured; reload or retrain it")
 
     def _failure(self, error: Exception, inputs: Any, index: int) -> HessdiagError:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import beyond_in_the_mean
+from models import beyond_in_the_mean, dense_diagonal
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -557,6 +557,71 @@ def test_altered_derivatives_are_refused_alike(name: str, method: str, dtype: to
     expected = f"{message}|Half|Forgetful" if custom and method in ("exact", "propagation") else message
     with pytest.raises((AuditError, UncoveredModelError), match=expected):
         hd.measure(hd.Objective(net(body, dtype=dtype, **PARTS)), [data(dtype=dtype)], method=method)
+
+
+STEPPED: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, Callable[[], Any]]]] = {
+    "sign": (
+        lambda s, x: s.b(torch.sign(s.a(x))) + s.c(torch.tanh(x)),
+        lambda s, x: s.b(torch.sign(s.a(x).detach())) + s.c(torch.tanh(x)),
+        {"a": lambda: L(5, 4), "b": lambda: L(4, 3), "c": lambda: L(5, 3)}),
+    "round": (
+        lambda s, x: s.b(torch.tanh(s.c(torch.round(3 * s.a(x))))),
+        lambda s, x: s.b(torch.tanh(s.c(torch.round(3 * s.a(x).detach())))),
+        {"a": lambda: L(5, 4), "b": lambda: L(4, 3), "c": lambda: L(4, 4)}),
+    "a learned threshold": (
+        lambda s, x: s.b(s.c(x).tanh() * (torch.sign(s.c(x).tanh() - s.t) + 1) / 2),
+        lambda s, x: s.b(s.c(x).tanh() * (torch.sign(s.c(x).tanh() - s.t).detach() + 1) / 2),
+        {"b": lambda: L(4, 3), "c": lambda: L(5, 4), "t": lambda: torch.tensor(0.1)}),
+    "bins of a learned width": (
+        lambda s, x: s.b(s.c(x).tanh() + torch.floor(x[:, :4] * s.t)),
+        lambda s, x: s.b(s.c(x).tanh() + torch.floor(x[:, :4] * s.t.detach())),
+        {"b": lambda: L(4, 3), "c": lambda: L(5, 4), "t": lambda: torch.tensor(1.3)}),
+    "binary weights": (
+        lambda s, x: s.b(torch.tanh(x @ torch.sign(s.w))),
+        lambda s, x: s.b(torch.tanh(x @ torch.sign(s.w.detach()))),
+        {"b": lambda: L(4, 3), "w": lambda: torch.randn(5, 4)}),
+    "all of them": (
+        lambda s, x: torch.round(5 * s.a(x)), lambda s, x: torch.round(5 * s.a(x)).detach() + 0 * s.a(x),
+        {"a": lambda: L(5, 3)}),
+    "beside what is not covered": (
+        lambda s, x: s.b(torch.fft.irfft(torch.fft.rfft(torch.tanh(s.c(x))) ** 2, n=4) + torch.sign(s.a(x))),
+        lambda s, x: s.b(torch.fft.irfft(torch.fft.rfft(torch.tanh(s.c(x))) ** 2, n=4) + torch.sign(s.a(x)).detach()),
+        {"a": lambda: L(5, 4), "b": lambda: L(4, 3), "c": lambda: L(5, 4)}),
+}  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_gradient_that_a_step_makes_zero_is_zero(name: str, method: str, dtype: torch.dtype) -> None:
+    """The reference is the dense Hessian of the model with the step detached."""
+    body, detached, parts = STEPPED[name]
+    batch, uncovered = data(dtype=dtype), "not covered" in name
+    objective = hd.Objective(net(body, dtype=dtype, **parts))
+    if uncovered and method in ("exact", "propagation"):
+        with pytest.raises(UncoveredModelError, match="Pow"):
+            hd.measure(objective, [batch], method=method)
+        return
+    truth = dense_diagonal(
+        net(detached, dtype=dtype, **parts).double(),
+        lambda f, y: F.cross_entropy(f, y, reduction="none"),
+        batch[0].double(),
+        batch[1],
+    )
+    measured = hd.measure(objective, [batch], method=method, max_replicates=20)
+    assert measured.plan.method == ("hutchinson" if uncovered and method == "auto" else measured.plan.method)
+    found = hd.diagonal(objective, [batch], method=method, replicates=200)
+    if found.method in ("exact", "reference"):
+        agree(found.total, truth, TOLERANCE[dtype])
+    else:
+        size = max(float(wanted.abs().max()) for wanted in truth.values())
+        for key, wanted in truth.items():
+            off = (found.total[key].double() - wanted).abs()
+            assert bool((off <= 6 * found.standard_errors[key] + 1e-5 * size).all()), key
+    for part in (found.total, found.gauss_newton, found.functional):
+        for key, wanted in truth.items():
+            if not bool(wanted.any()):
+                assert not bool(part[key].any()), key
 
 
 @DTYPES

@@ -87,7 +87,10 @@ class Linear(PositionWise):
             graph.refuse(
                 node,
                 "both matrices depend on the inputs and on parameters, and neither has an axis of samples (samples one "
-                "by one in a loop, or a batch times itself)",
+                "by one in a loop, or a batch times itself)"
+                if graph.is_live(edges[left][0])
+                else "a constant matrix is applied from the left, where the samples should stand (write h @ A.T, the "
+                "samples first, or torch.sparse.mm(A, h))",
             )
         turned = _turned(edges[right][0], graph)
         weight = graph.apply(turned) if turned is not None else graph.direct(node, right)
