@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from experiments import methods
 from experiments.fields import digest, merged, plain, read
@@ -216,13 +216,14 @@ def moved(table: Mapping[str, Any], epochs: Any) -> dict[str, Any]:
     awp, schedule = table.get("awp"), table.get("schedule")
     if isinstance(awp, Mapping) and _counts(awp.get("start")):
         found["awp"] = {**awp, "start": max(1, -(-awp["start"] * epochs // of))}
-    milestones = schedule.get("milestones") if isinstance(schedule, Mapping) else None
-    if schedule and isinstance(milestones, list | tuple) and all(isinstance(m, int | float) for m in milestones):
-        found["schedule"] = {**schedule, "milestones": [_moved_milestone(m, of, epochs) for m in milestones]}
+    if isinstance(schedule, Mapping):
+        there = schedule.get("milestones")
+        if isinstance(there, list | tuple) and all(isinstance(m, int | float) for m in there):
+            found["schedule"] = {**schedule, "milestones": [_moved_milestone(m, of, epochs) for m in there]}
     return found
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and value >= 1
 
 

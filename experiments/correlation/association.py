@@ -87,8 +87,9 @@ def shuffled(x: Array, y: Array, *, number: int = SHUFFLES, seed: int = 0) -> fl
 
 def _left(values: Array) -> Array:
     """What the means of seeds and cells leave of [..., seeds, cells]."""
-    found: Array = values - values.mean(-1, keepdims=True) - values.mean(-2, keepdims=True)
-    return found + values.mean((-1, -2), keepdims=True)
+    whole = values.mean((-1, -2), keepdims=True)
+    found: Array = values - values.mean(-1, keepdims=True) - values.mean(-2, keepdims=True) + whole
+    return found
 
 
 def _correlation(a: Array, b: Array) -> Array:
