@@ -20,6 +20,7 @@ from hessdiag.errors import ConfigurationError, HessdiagError, UnknownNameError,
 from hessdiag.graph import Linearisation
 from hessdiag.graph.reading import rounding_guard
 from hessdiag.kernels.tensors import Tensors, hold_freed_memory
+from hessdiag.measuring.agreement import agreed
 from hessdiag.measuring.choose import EXACT_BUDGET, check_budget, check_given, decide, stored_plan
 from hessdiag.measuring.diagonal import Diagonal
 from hessdiag.measuring.loop import Callback, Loop
@@ -45,6 +46,7 @@ from hessdiag.methods.batches import (
     Numbered,
     Pass,
     Stamp,
+    Survey,
     check_apart,
     check_deterministic,
     numbered,
@@ -113,7 +115,8 @@ def measure(
     if target == POPULATION and resume is not None:
         raise ConfigurationError("resume serves target='data' only: the population target is one pass")
     with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
-        case = _case(objective, batches, plan.method if plan else method, seed, deterministic_check, audit_model)
+        asked = plan.method if plan else method
+        case = _case(objective, batches, asked, seed, deterministic_check, audit_model, World.current())
         path, checked = None if resume is None else Path(resume), None
         if plan is None and path is not None and path.exists():
             plan = stored_plan(path, method)
@@ -178,12 +181,14 @@ def diagonal(
         raise ConfigurationError(f"replicates={replicates!r}: at least 2 are needed for an error")
     replicates = int(replicates)
     with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
-        case = _case(objective, batches, plan.method if plan else method, seed, deterministic_check, audit_model)
+        world = World() if per_sample else World.current()  # samples one by one are nothing to share
+        asked = plan.method if plan else method
+        case = _case(objective, batches, asked, seed, deterministic_check, audit_model, world)
         if plan is None:
             plan, _ = decide(case, method, Aim(replicates=replicates), audit_model=audit_model)
         else:
             check_given(case, plan, audit_model=audit_model)
-        case.chosen = plan
+        case.chosen = _everywhere(case, plan)
         check_budget(case, budget)
         if per_sample:
             return _per_sample(case, [*_left_out(objective), *told])
@@ -200,10 +205,13 @@ def diagonal(
         return found
 
 
-def _case(objective: Objective, batches: Batches, method: str, seed: int, twice: bool, apart: bool) -> Case:
+def _case(
+    objective: Objective, batches: Batches, method: str, seed: int, twice: bool, apart: bool, world: World
+) -> Case:
     """What is known of the data before any method is chosen, and their first batch, linearised if that may be used.
 
-    `twice` goes through the data again, `apart` holds at least the first batch against its parts.
+    `twice` goes through the data again, `apart` holds at least the first batch against its parts. All processes of the
+    `world` must find the same.
     """
     hold_freed_memory()
     sites = method not in METHODS or METHODS[method].sites
@@ -224,15 +232,18 @@ def _case(objective: Objective, batches: Batches, method: str, seed: int, twice:
         found.append((first, outputs, read, Stamp(first)))
         return None if outputs is None else outputs.detach()
 
-    if twice:
-        facts = check_deterministic(objective, batches, coverage=sites, read=look)
-    else:
+    def looked() -> Survey:
+        if twice:
+            return check_deterministic(objective, batches, coverage=sites, read=look)
         seen = Pass() if apart else None
         facts = survey(objective, batches, coverage=sites, read=look, keep=seen)
         if seen is not None:
             check_apart(objective, found[0][0], seen)
+        return facts
+
+    facts = agreed(looked, world, objective, seed)
     first, outputs, read, stamp = found[0]
-    return Case(objective, batches, facts, first, seed, World.current(), outputs, stamp, read)
+    return Case(objective, batches, facts, first, seed, world, outputs, stamp, read)
 
 
 def _refuse_rounding(objective: Objective, outputs: Tensor, first: Numbered) -> None:

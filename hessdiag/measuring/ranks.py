@@ -89,6 +89,13 @@ class World:
         self.sum_([total])
         return [float(value) for value in total]
 
+    def gather(self, values: list[float], device: torch.device) -> list[list[float]]:
+        """The few numbers of every process, by rank, everywhere: a table in which each adds its row to zeros."""
+        table = torch.zeros(self.size, len(values), dtype=torch.float64, device=device)
+        table[self.rank] = torch.tensor(values, dtype=torch.float64)
+        self.sum_([table])
+        return table.tolist()  # type: ignore[no-any-return]
+
     def _lost(self, when: str) -> DistributedError:
         return DistributedError(
             f"process {self.rank} of {self.size} lost another one {when}; start the job again "

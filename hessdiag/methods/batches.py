@@ -34,6 +34,8 @@ from hessdiag.problem.persample import CallableLoss
 from hessdiag.signs import cpu_generator
 
 Batches = Iterable[Any]
+NEAR = 1e-9
+"""Two sums of fingerprints are the same data if they differ by less, relative to the sum of sizes."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Survey:
     checked: bool = False
     uncovered: str | None = None
     """Why the site identity does not serve some batch, if that was looked at."""
+    loss_off: float = 0.0
+    """What rounding may change of `loss` where the samples come in another order, or on another machine."""
 
     @property
     def mean_loss(self) -> float:
@@ -182,7 +186,7 @@ def survey(
     """
     objective.check_modes()
     samples = count = largest = counted = 0
-    weight = loss = data = size = order = 0.0
+    weight = loss = data = size = order = noise = 0.0
     uncovered: str | None = None
     with torch.no_grad():
         if against is None:
@@ -191,17 +195,18 @@ def survey(
             passed = _in_two(objective, numbered(objective, batches), against, coverage)
         for batch, marks, outputs, refusal in passed:
             uncovered = uncovered or refusal
+            largest_entry = _largest(outputs)
             if keep is not None:
-                keep.append(marks, fingerprint(outputs, batch.targets, targets=False), _largest(outputs))
+                keep.append(marks, fingerprint(outputs, batch.targets, targets=False), largest_entry)
             batch_loss, batch_weight = objective.summed_losses(outputs, batch.targets, index=batch.index)
             if against is None:
                 check_loss(objective, outputs, batch)
             loss += float(batch_loss.double())
             weight += float(batch_weight)
-            place = torch.arange(batch.start, batch.start + len(marks), dtype=torch.float64, device=marks.device)
+            noise += largest_entry * len(marks)  # of a fitted loss all is rounding of the outputs
             data += float(marks.sum())
             size += float(marks.abs().sum())
-            order += float((marks * torch.cos(place)).sum())
+            order += in_order(batch)
             samples += len(batch.targets)
             counted += int(objective.loss.counted(batch.targets).sum())
             count += 1
@@ -210,7 +215,9 @@ def survey(
         raise EmptyDataError("the data hold no batches; a generator that was used up gives none either")
     if weight <= 0:
         raise EmptyDataError("all samples have class weight zero: the mean loss is 0/0")
-    return Survey(samples, count, largest, weight, loss, data, size, order, counted, uncovered=uncovered)
+    off, unit = (1e-10, 1e-14) if objective.dtype == torch.float64 else (1e-5, 1e-5)
+    found = Survey(samples, count, largest, weight, loss, data, size, order, counted, uncovered=uncovered)
+    return replace(found, loss_off=off * abs(loss) + unit * noise + 1e-30)
 
 
 def check_deterministic(
@@ -228,19 +235,17 @@ def check_deterministic(
         raise NotDeterministicError(
             f"two passes over the data gave {first.samples} and {second.samples} samples; pass a fixed set of batches"
         )
-    if abs(first.data - second.data) > 1e-9 * (first.data_size + 1e-300):
+    if abs(first.data - second.data) > NEAR * (first.data_size + 1e-300):
         raise NotDeterministicError(
             "the data differ between two passes (random augmentation, or shuffling with drop_last): "
             "fix them, e.g. batches = list(loader)"
         )
-    double = objective.dtype == torch.float64
-    noise = (1e-14 if double else 1e-5) * sum(one.size * len(one.marks) for one in seen)  # a fitted loss is that
-    if abs(first.loss - second.loss) > (1e-10 if double else 1e-5) * abs(first.loss) + noise + 1e-30:
+    if abs(first.loss - second.loss) > first.loss_off:
         raise NotDeterministicError(
             f"the model is random: the same data gave losses {first.mean_loss:.9g} and {second.mean_loss:.9g} "
             "(functional dropout, noise, batch statistics); make it deterministic, e.g. by model.eval()"
         )
-    shuffled = abs(first.order - second.order) > 1e-9 * (first.data_size + 1e-300)
+    shuffled = abs(first.order - second.order) > NEAR * (first.data_size + 1e-300)
     return replace(first, shuffled=shuffled, checked=True, uncovered=second.uncovered)
 
 
@@ -252,12 +257,19 @@ def watch(facts: Survey, batches: Iterable[Numbered]) -> Iterator[Numbered]:
         samples += len(batch.targets)
         if facts.checked:
             data += float(batch.marks.sum())
-    changed = facts.checked and abs(data - facts.data) > 1e-9 * (facts.data_size + 1e-300)
+    changed = facts.checked and abs(data - facts.data) > NEAR * (facts.data_size + 1e-300)
     if samples != facts.samples or changed:
         what = f"{samples} samples, not {facts.samples}" if samples != facts.samples else "other values"
         raise NotDeterministicError(
             f"the data changed during the measurement: a later pass gave {what}; pass a fixed set of batches"
         )
+
+
+def in_order(batch: Numbered) -> float:
+    """A sum of the fingerprints of a batch that tells in which places of the data its samples stand."""
+    marks = batch.marks
+    places = torch.arange(batch.start, batch.start + len(marks), dtype=torch.float64, device=marks.device)
+    return float((marks * torch.cos(places)).sum())
 
 
 class Stamp:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import hessdiag as hd
@@ -157,6 +159,86 @@ def test_state_of_one_process_is_taken_up_by_two(checkpoint: Path, tmp_path: Pat
     _, err = group.communicate()
     assert many.exists(), err
     assert_same(json.loads(whole.read_text()), json.loads(many.read_text()))
+
+
+DIFFERENT = """
+import datetime, json, os, sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+import hessdiag as hd
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=3600))
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double().eval()
+x = torch.randn(48, 5).double() * torch.linspace(0.1, 4, 48).double()[:, None]
+y = torch.randint(0, 3, (48,))
+data, o = TensorDataset(x, y), hd.Objective(model)
+plain = list(DataLoader(data, batch_size=8))
+told = {}
+def tell(name, act):
+    torch.manual_seed(100 + rank)  # as scripts of several processes do
+    try:
+        found = act()
+        told[name] = found.rms if hasattr(found, "rms") else [float(t.sum()) for t in found.total.values()]
+    except hd.errors.HessdiagError as error:
+        told[name] = f"{type(error).__name__}: {error}"
+tell("list", lambda: hd.measure(o, plain, method="exact"))
+tell("seed of each", lambda: hd.measure(o, DataLoader(data, batch_size=8, shuffle=True), method="exact"))
+tell("unchecked", lambda: hd.measure(
+    o, DataLoader(data, batch_size=8, shuffle=True), method="hutchinson", deterministic_check=False))
+tell("seed of all", lambda: hd.measure(
+    o, DataLoader(data, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(1)), method="exact"))
+tell("list, shuffled", lambda: hd.diagonal(o, list(DataLoader(data, batch_size=8, shuffle=True))))
+tell("sampler", lambda: hd.measure(
+    o, DataLoader(data, batch_size=8, sampler=DistributedSampler(data, 2, rank, shuffle=False)), method="exact"))
+tell("one short", lambda: hd.measure(o, plain[:6 - rank], method="exact"))
+tell("targets", lambda: hd.measure(o, [(a, (b + rank) % 3) for a, b in plain], method="exact"))
+tell("seeds", lambda: hd.measure(o, plain, method="hutchinson", seed=rank))
+tell("l2", lambda: hd.measure(hd.Objective(model, l2=0.1 * rank), plain, method="exact"))
+tell("one refuses", lambda: hd.measure(o, [(a * (float("nan") if rank else 1.0), b) for a, b in plain], method="exact"))
+tell("of its own", lambda: hd.diagonal(o, plain[3 * rank:3 * rank + 3], per_sample=True))
+model[1].running_mean += 1e-9 * rank  # as the last step of training leaves them
+tell("buffers", lambda: hd.measure(o, plain, method="exact"))
+print(json.dumps(told))
+dist.destroy_process_group()
+"""
+
+
+def test_processes_that_do_not_see_the_same_are_refused_in_every_one() -> None:
+    """Against the measurement of one process, and the diagonals of single samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double().eval()
+    x = torch.randn(48, 5).double() * torch.linspace(0.1, 4, 48).double()[:, None]
+    y = torch.randint(0, 3, (48,))
+    group = pair(["-c", DIFFERENT])
+    said = [process.communicate() for process in group]
+    assert [process.returncode for process in group] == [0, 0], said
+    ranks = [json.loads(out) for out, _ in said]
+    alone = hd.measure(hd.Objective(model), [(x, y)], method="exact").rms
+    wanted = {
+        "seed of each": "NotDeterministicError: the data come in another order in every pass",
+        "unchecked": "ConfigurationError: the orders of the samples differ between processes 0 and 1",
+        "seed of all": "NotDeterministicError: the data come in another order in every pass",
+        "list, shuffled": "ConfigurationError: the orders of the samples differ",
+        "sampler": "ConfigurationError: the samples themselves differ",
+        "one short": "ConfigurationError: the numbers of samples differ between processes 0 and 1 (48 and 40)",
+        "targets": "ConfigurationError: the samples themselves differ",
+        "seeds": "ConfigurationError: seeds differ",
+        "l2": "ConfigurationError: the loss's name or l2 differ",
+        "buffers": "ConfigurationError: the models differ",
+    }
+    for rank, told in enumerate(ranks):
+        assert told["list"] == pytest.approx(alone, rel=1e-12)
+        for name, text in wanted.items():
+            assert str(told[name]).startswith(text), (name, told[name])
+        for name in ("seed of each", "unchecked", "list, shuffled", "sampler", "one short"):
+            assert "the same list of batches, in the same order, without DistributedSampler" in told[name]
+        refused = "NonFiniteError" if rank else "DistributedError: process 1 refused its data or model"
+        assert told["one refuses"].startswith(refused), told["one refuses"]
+        part = slice(24 * rank, 24 * rank + 24)
+        own = hd.diagonal(hd.Objective(model), [(x[part], y[part])], per_sample=True)
+        assert told["of its own"] == pytest.approx([float(t.sum()) for t in own.total.values()], rel=1e-12)
 
 
 STOPPED = """
