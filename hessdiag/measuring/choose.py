@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hessdiag.errors import AuditError, BudgetError, ResumeError, UncoveredModelError
 from hessdiag.kernels import exact_batch as exact
 from hessdiag.measuring.audit import Audit, audit
-from hessdiag.measuring.resume import restore
 from hessdiag.methods import METHODS, Aim, Case, Plan, find
 from hessdiag.methods.base import AUTO
 
@@ -87,10 +88,9 @@ def check_given(case: Case, plan: Plan, *, audit_model: bool) -> Audit | None:
     return checked
 
 
-def stored_plan(path: Path, method: str) -> Plan:
+def stored_plan(path: Path, stored: Mapping[str, Any], method: str) -> Plan:
     """The plan of a measurement that was begun: a pilot repeated might choose otherwise."""
-    _, progress, _ = restore(path, identity=None)
-    plan = Plan.from_dict(progress["plan"])
+    plan = Plan.from_dict(stored)
     if method not in (AUTO, plan.method):
         raise ResumeError(f"{path}: was begun with method {plan.method!r}, not {method!r}; remove it to start anew")
     return plan

@@ -23,12 +23,13 @@ from hessdiag.kernels.tensors import Tensors, hold_freed_memory
 from hessdiag.measuring.agreement import agreed
 from hessdiag.measuring.choose import EXACT_BUDGET, check_budget, check_given, decide, stored_plan
 from hessdiag.measuring.diagonal import Diagonal
-from hessdiag.measuring.loop import Callback, Loop
+from hessdiag.measuring.loop import Callback, Loop, first_states
 from hessdiag.measuring.population import estimated, shards_of
 from hessdiag.measuring.progress import reporting
 from hessdiag.measuring.provenance import provenance
 from hessdiag.measuring.ranks import World
 from hessdiag.measuring.result import Measurement
+from hessdiag.measuring.resume import restore
 from hessdiag.measuring.stopping import run
 from hessdiag.measuring.summary import (
     Course,
@@ -106,7 +107,9 @@ def measure(
     model and data are known to be right. `keep_diagonal` keeps the diagonal in the result (of a population, its
     estimate and standard errors). `progress` is True for a bar on a terminal or a line in a notebook, or a function of
     an `Event`. `resume` names a file that the state is written to as it goes; started again with the same file, the
-    measurement goes on from there to the same bits.
+    measurement goes on from there to the same bits. A loader that shuffles is put back to where it was, if it draws from
+    torch's, numpy's or python's random state or its own generator; if from elsewhere, the pass that was interrupted
+    begins anew, and the bits are those of another order.
     """
     begun = time.monotonic()
     seed, plan = _basics(objective, method, seed, plan)
@@ -116,10 +119,12 @@ def measure(
         raise ConfigurationError("resume serves target='data' only: the population target is one pass")
     with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
         asked = plan.method if plan else method
-        case = _case(objective, batches, asked, seed, deterministic_check, audit_model, World.current())
         path, checked = None if resume is None else Path(resume), None
-        if plan is None and path is not None and path.exists():
-            plan = stored_plan(path, method)
+        kept = restore(path, identity=None)[1] if path is not None and path.exists() else None
+        drawn = None if path is None else first_states(path, kept or {}, batches)
+        case = _case(objective, batches, asked, seed, deterministic_check, audit_model, World.current())
+        if plan is None and path is not None and kept is not None:
+            plan = stored_plan(path, kept["plan"], method)
         if plan is None:
             plan, checked = decide(case, method, Aim(rtol), audit_model=audit_model)
         else:
@@ -140,7 +145,7 @@ def measure(
             norms = reports_of_shards(objective, stream, confidence)
             kept = partial(estimated, case, stream) if keep_diagonal else None
             return summarise(case, norms, replace(course, status=norms.total.total.status, diagonal=kept))
-        loop = Loop(case, progress=callback, resume=path)
+        loop = Loop(case, progress=callback, resume=path, drawn=drawn)
         if path is not None and not path.exists():
             loop.save()  # the plan first: a pilot repeated might choose otherwise
         status = run(loop, rtol, confidence, min_replicates, max_replicates, max_seconds)

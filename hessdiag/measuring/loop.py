@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -25,9 +26,10 @@ from hessdiag.measuring.ranks import World
 from hessdiag.measuring.resume import identity_of
 from hessdiag.measuring.totals import Sums
 from hessdiag.methods import Case
-from hessdiag.methods.batches import Numbered, numbered, watch
+from hessdiag.methods.batches import NEAR, Batches, Numbered, in_order, numbered, watch
 from hessdiag.norm import NormEstimate
 from hessdiag.problem.finite import all_finite
+from hessdiag.problem.random_states import RandomStates
 
 SAVE_EVERY = 2.0
 """Seconds between two writes of the resume file, at least: a write that takes long is made more rarely."""
@@ -62,6 +64,7 @@ class Loop(Sums):
         invariant: bool = True,
         progress: Callback | None = None,
         resume: Path | None = None,
+        drawn: RandomStates | None = None,
     ) -> None:
         super().__init__(case, invariant=invariant)
         if not self.method.sites:
@@ -75,6 +78,11 @@ class Loop(Sums):
         """Why the resume file is older than what was done, if it is."""
         self._pause = SAVE_EVERY
         self._met, self._turns, self._stride = self.begun, 0, 1
+        self._first = drawn if case.survey.shuffled or not case.survey.checked else None
+        self._next = None if self._first is None else RandomStates.now(self.batches)
+        """Of the pass under way at its begin: what a loader that shuffles draws its order from."""
+        self._trails: dict[int, float] = {}
+        """Of this place, and of the next: a sum over the batches before it that tells their order."""
         self._kept = resume is not None and resume.exists()
         if self._kept:
             self._restore()
@@ -113,7 +121,8 @@ class Loop(Sums):
                         raise NonFiniteError(
                             f"the diagonal of {name!r} holds NaN or Inf: overflow in {self.objective.dtype}"
                         )
-            self.known_done, self._position = True, 0
+            self.known_done = True
+            self._pass_done()
         self.case.outputs = None  # whether somebody took them or not
         self._stride = 1  # a batch of the rounds takes another time
         self.save()
@@ -144,7 +153,7 @@ class Loop(Sums):
                     replicates.add(sums, r)
             self.done = numbers.stop
             self.case.outputs = None
-            self._position = 0
+            self._pass_done()
 
     def abandon_round(self) -> None:
         """Forget a round that was interrupted, and the graph that served it."""
@@ -195,10 +204,9 @@ class Loop(Sums):
         """Batches of this process that are not yet in the sums; after each turn of all processes they may meet."""
         size, count = self.world.size, self.survey.batches
         each = size == 1 or (count < size and self.known_done)
-        watched = watch(self.survey, numbered(self.objective, self.batches, align=self.plan.align))
-        for position, batch in enumerate(watched):
-            if position < self._position:
-                continue
+        if self._next is not None:
+            self._next.put(self.batches)
+        for position, batch in self._unsummed():
             if each or self.world.mine(position, count):
                 yield position, batch
             self._position = position + 1
@@ -206,6 +214,38 @@ class Loop(Sums):
                 self._turns += 1
                 if self._turns >= self._stride:
                     self.meet()
+
+    def _unsummed(self) -> Iterator[tuple[int, Numbered]]:
+        """Batches that are not yet in the sums: those after the first so many, if these are the ones that are in them.
+
+        Else, as where the order comes from nowhere that is known, the pass begins anew: its sums from zero.
+        """
+        begun, wanted, trail = self._position, self._trails.get(self._position), 0.0
+        watched = watch(self.survey, numbered(self.objective, self.batches, align=self.plan.align))
+        for position, batch in enumerate(watched):
+            before, trail = trail, trail if self._resume is None else trail + in_order(batch)
+            if position >= begun:
+                self._trails = {position: before, position + 1: trail}
+                yield position, batch
+            elif position + 1 == begun:
+                other = wanted is None or abs(trail - wanted) > NEAR * self.survey.data_size
+                if self.world.agree(other, self.objective.device):
+                    self._begin_pass_anew()
+                    yield from self._unsummed()
+                    return
+
+    def _begin_pass_anew(self) -> None:
+        self._position = 0
+        if not self.known_done:
+            self.known = {}
+        for part in self._partial.values():
+            for tensor in part.values():
+                tensor.zero_()
+
+    def _pass_done(self) -> None:
+        self._position, self._trails = 0, {}
+        if self._next is not None:
+            self._next = RandomStates.now(self.batches)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -251,6 +291,10 @@ class Loop(Sums):
             return
         begun, alone = begun or time.monotonic(), self.world.size == 1
         place = self.place(partial=alone or met is not None)
+        if place["position"]:
+            place["trail"] = self._trails[self._position]
+        if self._first is not None and self._next is not None:
+            place["random"] = {"first": self._first.plain(), "next": self._next.plain()}
         tensors = self.tensors(partial=alone) | dict(met or {})
         try:
             files.store(self._resume, identity=self._identity, progress=place, tensors=tensors)
@@ -264,13 +308,17 @@ class Loop(Sums):
 
     def _restore(self) -> None:
         assert self._resume is not None
-        _, place, tensors = files.restore(self._resume, identity=self._identity)
+        _, place, tensors = files.restore(self._resume, identity=self._identity, off=files.off_by(self.case))
         try:
             self.load(tensors, place)
+            if "trail" in place:
+                self._trails = {self._position: place["trail"]}
         except (KeyError, TypeError, RuntimeError) as error:
             raise ResumeError(
                 f"{self._resume}: does not hold what this measurement needs ({error}); remove it"
             ) from None
+        if self._next is not None and "random" in place:
+            self._next = put_back(self._resume, place["random"]["next"], self.batches)
         if self.world.rank:  # what one process had begun is counted once: by the first
             if not self.known_done:
                 self.known = {}
@@ -286,6 +334,23 @@ class Loop(Sums):
         first = self.world.text_from_first(mine, self.objective.device)
         if self.world.agree(mine != first, self.objective.device):
             raise ResumeError(f"{self._resume}: not every process reads the same file; put it where all can")
+
+
+def first_states(path: Path, progress: Mapping[str, Any], batches: Batches) -> RandomStates:
+    """What a loader that shuffles draws from at the begin, set back to what it was when the file was begun."""
+    if "random" in progress:
+        return put_back(path, progress["random"].get("first"), batches)
+    return RandomStates.now(batches)
+
+
+def put_back(path: Path, stored: Any, batches: Batches) -> RandomStates:
+    """Random states from a file, set."""
+    try:
+        states = RandomStates.from_plain(stored)
+        states.put(batches)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ResumeError(f"{path}: damaged: its random states are none ({error}); remove it") from None
+    return states
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from hessdiag.errors import ResumeError
 from hessdiag.methods import Case
 from hessdiag.methods.base import find
+from hessdiag.methods.batches import NEAR
 from hessdiag.store.files import BadFileError
 from hessdiag.store.states import digest, read_state, write_state
 
@@ -33,20 +35,24 @@ def store(
 
 
 def restore(
-    path: Path, *, identity: Mapping[str, Any] | None
+    path: Path, *, identity: Mapping[str, Any] | None, off: Mapping[str, float] = MappingProxyType({})
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """(identity, progress, tensors) of a file, which must be of the same measurement where `identity` is given."""
+    """(identity, progress, tensors) of a file, which must be of the same measurement where `identity` is given.
+
+    Sums over samples may differ from the file's by what is `off` in them: they may have come in another order.
+    """
     try:
         content = read_state(path, FORMAT)
         found, progress, tensors = content["identity"], content["progress"], content["tensors"]
         _check_ranges(found, progress, tensors)
+        found = {SAMPLE_GROUPS: progress["plan"]["sample_groups"], **found}  # which older files have there only
     except (BadFileError, KeyError, TypeError, AttributeError) as error:
         raise ResumeError(f"{path}: {error}; remove it or give another file to resume from") from None
     if identity is not None:
         wanted = json.loads(json.dumps(identity, sort_keys=True))
         found = json.loads(json.dumps(found, sort_keys=True))
         for key in sorted(set(found) | set(wanted)):
-            if found.get(key) != wanted.get(key):
+            if found.get(key) != wanted.get(key) and not _near(found.get(key), wanted.get(key), off.get(key)):
                 raise ResumeError(
                     f"{path}: was made with {key}={_short(found.get(key))}, now {_short(wanted.get(key))}; "
                     "remove it to start anew"
@@ -63,6 +69,8 @@ def _check_ranges(found: Mapping[str, Any], progress: Mapping[str, Any], tensors
             raise BadFileError(f"damaged: {key} is {_short(progress[key])}, not in 0 to {most}")
     if type(progress["known_done"]) is not bool or not isinstance(progress["partial"], list):
         raise BadFileError("damaged: it does not say what is done")
+    if not isinstance(progress.get("trail", 0.0), float) or not isinstance(progress.get("random", {}), dict):
+        raise BadFileError("damaged: it does not say which batches are in the sums")
     for row in progress["history"]:
         done, *norms = row
         if type(done) is not int or len(norms) != 3 or not all(math.isnan(x) or x >= 0 for x in norms):
@@ -72,11 +80,16 @@ def _check_ranges(found: Mapping[str, Any], progress: Mapping[str, Any], tensors
             raise BadFileError(f"damaged: {name} holds NaN or infinite values")
 
 
+def _near(found: Any, wanted: Any, off: float | None) -> bool:
+    return off is not None and isinstance(found, float) and isinstance(wanted, float) and abs(found - wanted) <= off
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+SAMPLE_GROUPS = "sample groups"
 DRAWN = 2
 """How signs are drawn, and products at outputs; what was drawn in another way cannot be taken up."""
 
@@ -100,6 +113,7 @@ def identity_of(case: Case) -> dict[str, Any]:
         "gauss_newton": plan.gauss_newton,
         "parts": [*method.known(plan), "drawn", *method.streams(plan)],
         "groups": plan.groups,
+        SAMPLE_GROUPS: dict(plan.sample_groups),
         "block": plan.block,
         "deflate": plan.deflate,
         "order": facts.order if plan.ordered else None,
@@ -111,3 +125,9 @@ def identity_of(case: Case) -> dict[str, Any]:
     if method.streams(plan):
         identity["way of drawing"] = DRAWN
     return identity
+
+
+def off_by(case: Case) -> dict[str, float]:
+    """What rounding may change of an identity where the samples come in another order."""
+    size = NEAR * case.survey.data_size
+    return {"data": size, "order": size, "loss": case.survey.loss_off}

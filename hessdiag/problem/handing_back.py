@@ -9,19 +9,18 @@ numbers are zero (`denormals`).
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hessdiag.errors import HessdiagError, OutOfMemoryError, UncoveredModelError, ran_out
 from hessdiag.problem.denormals import denormals_are_zero
 from hessdiag.problem.full_float32 import full_float32
 from hessdiag.problem.mixed import without_mixed_precision
+from hessdiag.problem.random_states import RandomStates
 from hessdiag.problem.sparse import unchanged
 
 AUTOCAST_OFF = "autocast was on and is switched off for the measurement: what is measured is not rounded to bfloat16"
@@ -48,8 +47,8 @@ def as_it_was(model: nn.Module) -> Iterator[list[str]]:
     gradients = [(p, p.grad, p.requires_grad) for p in parameters]
     values = [(b, b.detach().clone()) for b in model.buffers()]
     hooks = [(found, dict(found)) for found in _gradient_hooks(modules, parameters) if found]
-    states = _random_states(parameters)
-    kept = random.getstate(), numpy.random.get_state()  # noqa: NPY002 (the global state is what loaders draw from)
+    cards = {p.device for p in parameters if p.device.type == "cuda"}
+    states, on_cards = RandomStates.now(), [(device, torch.cuda.get_rng_state(device)) for device in cards]
     try:
         for found, _ in hooks:  # they change gradients, hence the Hessian that autograd shows, not the loss
             found.clear()
@@ -77,11 +76,9 @@ def as_it_was(model: nn.Module) -> Iterator[list[str]]:
             with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                 if not unchanged(buffer, value):
                     buffer.copy_(value)
-        torch.set_rng_state(states[0])
-        for device, state in states[1]:
+        states.put()
+        for device, state in on_cards:
             torch.cuda.set_rng_state(state, device)
-        random.setstate(kept[0])
-        numpy.random.set_state(kept[1])  # noqa: NPY002
 
 
 def autocast_on(model: nn.Module) -> list[str]:
@@ -97,12 +94,6 @@ def _gradient_hooks(modules: Iterable[nn.Module], parameters: Iterable[nn.Parame
         if not isinstance(module, torch.jit.ScriptModule):
             yield module._backward_hooks
             yield module._backward_pre_hooks
-
-
-def _random_states(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, list[tuple[torch.device, Tensor]]]:
-    """Global random states, which a shuffling loader or the model itself may draw from."""
-    devices = {p.device for p in parameters if p.device.type == "cuda"}
-    return torch.get_rng_state(), [(device, torch.cuda.get_rng_state(device)) for device in devices]
 
 
 @contextmanager

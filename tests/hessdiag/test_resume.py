@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 import hessdiag as hd
@@ -190,6 +193,148 @@ def test_another_measurement_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ResumeError):
         measured(method="hutchinson", resume=path)
+
+
+class Shuffled:
+    """Batches in another order in every pass, by a generator that nobody else knows, or by python's or numpy's."""
+
+    def __init__(self, x: Tensor, y: Tensor, shuffle: Callable[[list[int]], object]) -> None:
+        self.x, self.y, self.shuffle = x, y, shuffle
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = list(range(len(self.y)))
+        self.shuffle(order)
+        for some in torch.tensor(order).split(8):
+            yield self.x[some], self.y[some]
+
+
+def uneven(dtype: torch.dtype = torch.float64) -> tuple[hd.Objective, Tensor, Tensor]:
+    """Samples of very different curvature, so that one that is left out or counted twice is seen."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype).eval()
+        x = torch.randn(40, 5, dtype=dtype) * torch.linspace(0.1, 4, 40, dtype=dtype)[:, None]
+        return hd.Objective(model), x, torch.randint(0, 3, (40,))
+
+
+def loader(kind: str, x: Tensor, y: Tensor, seed: int) -> Any:
+    """A loader that shuffles, and the state that it shuffles by set to `seed`."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (as loaders use it)
+    if kind == "python":
+        return Shuffled(x, y, random.shuffle)
+    if kind == "numpy":
+        return Shuffled(x, y, np.random.shuffle)
+    if kind == "nobody knows":
+        return Shuffled(x, y, random.Random(seed).shuffle)
+    own = torch.Generator().manual_seed(seed) if kind == "own" else None
+    return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, generator=own)
+
+
+def sittings(
+    kind: str, path: Path, *, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[hd.Measurement, int]:
+    """Killed after every few events and begun again, in a process whose random states are others each time."""
+    objective, x, y = uneven(dtype)
+    rng, kills = random.Random(3), 0
+    while True:
+        try:
+            batches = loader(kind, x, y, 5 + kills)
+            return hd.measure(
+                objective, batches, resume=path, progress=killer(rng.randrange(3, 7) + kills), **options
+            ), kills
+        except Killed:
+            kills += 1
+            assert kills < 200
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("kind", ["torch", "own", "python", "numpy"])
+def test_a_loader_that_shuffles_is_put_back_to_where_it_was(
+    kind: str, checked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as without interruption, in the exact pass and among replicates."""
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_SHARE", 0.0)
+    objective, x, y = uneven()
+    rounds: dict[str, Any] = {"min_replicates": 11, "max_replicates": 11, "rtol": 1e-9, "deterministic_check": checked}
+    for method in ("exact", "hutchinson"):
+        whole = plain(hd.measure(objective, loader(kind, x, y, 5), method=method, **rounds))
+        found, kills = sittings(kind, tmp_path / method, method=method, **rounds)
+        assert kills
+        assert plain(found) == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_pass_whose_order_nobody_knows_begins_anew(
+    checked: bool, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short within the exact pass, again and again: the number is that of all samples in one batch."""
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_SHARE", 0.0)
+    objective, x, y = uneven(dtype)
+    truth = hd.measure(objective, [(x, y)], method="exact")
+    close = 1e-12 if dtype == torch.float64 else 1e-5
+    begun: list[int] = []
+    honest = Loop._begin_pass_anew
+
+    def anew(self: Loop) -> None:
+        begun.append(self._position)
+        honest(self)
+
+    monkeypatch.setattr(Loop, "_begin_pass_anew", anew)
+    found, kills = sittings("nobody knows", tmp_path / "r", dtype=dtype, method="exact", deterministic_check=checked)
+    assert kills
+    assert min(begun) > 0
+    assert found.rms == pytest.approx(truth.rms, rel=close)
+    rounds: dict[str, Any] = {"min_replicates": 12, "max_replicates": 12, "rtol": 1e-9}
+    plan = Plan("hutchinson", block=0, at_once=3)
+    found, _ = sittings("nobody knows", tmp_path / "s", dtype=dtype, plan=plan, deterministic_check=checked, **rounds)
+    assert found.replicates == 12
+    same = hd.measure(objective, [(x, y)], plan=plan, **rounds)  # one probe serves all samples, in whichever order
+    assert same.rms == pytest.approx(found.rms, rel=close)
+
+
+def test_a_list_in_another_order_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_SHARE", 0.0)
+    objective, x, y = uneven()
+    batches = [(x[k : k + 8], y[k : k + 8]) for k in range(0, 40, 8)]
+    with pytest.raises(Killed):
+        hd.measure(objective, batches, method="exact", resume=tmp_path / "r", progress=killer(4))
+    assert restore(tmp_path / "r", identity=None)[1]["position"] > 1
+    found = hd.measure(objective, batches[::-1], method="exact", resume=tmp_path / "r")
+    assert found.rms == pytest.approx(hd.measure(objective, [(x, y)], method="exact").rms, rel=1e-12)
+
+
+def test_other_groups_of_samples_are_another_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cut the batches anew, and the place in the pass counts those. Files from before this was said say it, too."""
+    from hessdiag.measuring.resume import FORMAT
+    from hessdiag.store.states import read_state, write_state
+
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_SHARE", 0.0)
+    objective, batches = setting("small_resnet")
+    name = next(n for n, p in objective.parameters.items() if p.ndim == 4).removesuffix(".weight")
+    plans = [Plan("propagation"), Plan("propagation", sample_groups={name: 4})]
+    path = tmp_path / "r.st"
+    rounds: dict[str, Any] = {"min_replicates": 12, "max_replicates": 12, "rtol": 1e-9}
+    whole = [plain(hd.measure(objective, batches, plan=plan, **rounds)) for plan in plans]
+    for own, other in (plans, plans[::-1]):
+        path.unlink(missing_ok=True)
+        with pytest.raises(Killed):
+            hd.measure(objective, batches, plan=own, resume=path, progress=killer(3), **rounds)
+        content = read_state(path, FORMAT)
+        assert content["progress"]["position"] > 1
+        for older in (False, True):
+            if older:
+                del content["identity"]["sample groups"], content["progress"]["trail"]
+                write_state(path, FORMAT, content)
+            with pytest.raises(ResumeError, match="was made with sample groups="):
+                hd.measure(objective, batches, plan=other, resume=path, **rounds)
+        assert plain(hd.measure(objective, batches, plan=own, resume=path, **rounds)) == whole[plans.index(own)]
 
 
 def test_a_plan_whose_parts_are_other_is_refused(tmp_path: Path) -> None:
