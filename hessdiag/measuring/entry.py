@@ -54,6 +54,8 @@ from hessdiag.methods.batches import (
     survey,
 )
 from hessdiag.norm.estimates import check_confidence
+from hessdiag.norm.replicates import CAPACITY
+from hessdiag.problem.compared import check_mended
 from hessdiag.problem.handing_back import as_it_was, memory_errors
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import CallableLoss
@@ -107,9 +109,9 @@ def measure(
     model and data are known to be right. `keep_diagonal` keeps the diagonal in the result (of a population, its
     estimate and standard errors). `progress` is True for a bar on a terminal or a line in a notebook, or a function of
     an `Event`. `resume` names a file that the state is written to as it goes; started again with the same file, the
-    measurement goes on from there to the same bits. A loader that shuffles is put back to where it was, if it draws from
-    torch's, numpy's or python's random state or its own generator; if from elsewhere, the pass that was interrupted
-    begins anew, and the bits are those of another order.
+    measurement goes on from there to the same bits. A loader that shuffles is put back to where it was, if it draws
+    from torch's, numpy's or python's random state or its own generator; if from elsewhere, the pass that was
+    interrupted begins anew, and the bits are those of another order.
     """
     begun = time.monotonic()
     seed, plan = _basics(objective, method, seed, plan)
@@ -182,8 +184,8 @@ def diagonal(
     those of `measure`.
     """
     seed, plan = _basics(objective, method, seed, plan)
-    if not isinstance(replicates, Integral) or replicates < 2:
-        raise ConfigurationError(f"replicates={replicates!r}: at least 2 are needed for an error")
+    if not isinstance(replicates, Integral) or not 2 <= replicates <= CAPACITY:
+        raise ConfigurationError(f"replicates={replicates!r}: at least 2 are needed for an error, at most {CAPACITY}")
     replicates = int(replicates)
     with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
         world = World() if per_sample else World.current()  # samples one by one are nothing to share
@@ -215,8 +217,8 @@ def _case(
 ) -> Case:
     """What is known of the data before any method is chosen, and their first batch, linearised if that may be used.
 
-    `twice` goes through the data again, `apart` holds at least the first batch against its parts. All processes of the
-    `world` must find the same.
+    `twice` goes through the data again, `apart` holds at least the first batch against its parts, and functions that
+    are mended against torch's. All processes of the `world` must find the same.
     """
     hold_freed_memory()
     sites = method not in METHODS or METHODS[method].sites
@@ -239,11 +241,14 @@ def _case(
 
     def looked() -> Survey:
         if twice:
-            return check_deterministic(objective, batches, coverage=sites, read=look)
-        seen = Pass() if apart else None
-        facts = survey(objective, batches, coverage=sites, read=look, keep=seen)
-        if seen is not None:
-            check_apart(objective, found[0][0], seen)
+            facts = check_deterministic(objective, batches, coverage=sites, read=look)
+        else:
+            seen = Pass() if apart else None
+            facts = survey(objective, batches, coverage=sites, read=look, keep=seen)
+            if seen is not None:
+                check_apart(objective, found[0][0], seen)
+        if apart:
+            check_mended(objective.model, found[0][0].few(2).inputs, objective.call)
         return facts
 
     facts = agreed(looked, world, objective, seed)
@@ -299,6 +304,8 @@ def _check_arguments(rtol: float, confidence: float, low: int, high: int, second
     whole = isinstance(low, Integral) and isinstance(high, Integral)
     if not whole or low < 2 or high < 2 or high < low:
         raise ConfigurationError(f"min_replicates={low}, max_replicates={high}: whole numbers from 2 on, min <= max")
+    if low > CAPACITY:
+        raise ConfigurationError(f"min_replicates={low}: a measurement counts at most {CAPACITY} replicates")
     if seconds is not None and not seconds > 0:
         raise ConfigurationError(f"max_seconds={seconds!r} must be positive")
     if target not in ("data", POPULATION):

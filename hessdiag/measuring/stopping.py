@@ -5,11 +5,12 @@ from __future__ import annotations
 from hessdiag.measuring.loop import Loop
 from hessdiag.measuring.ranks import World
 from hessdiag.norm import enough
+from hessdiag.norm.replicates import CAPACITY
 
 
 def run(loop: Loop, rtol: float, confidence: float, low: int, high: int, seconds: float | None) -> str:
     """The loop to its end; returns the status."""
-    World.stops_together = loop.world.size > 1
+    World.stops_together, high = loop.world.size > 1, min(high, CAPACITY)
     try:
         loop.run_known()
         check_at = _first_check(loop.done, low)
@@ -21,7 +22,8 @@ def run(loop: Loop, rtol: float, confidence: float, low: int, high: int, seconds
                 if enough(norm, rtol=rtol, min_replicates=low):
                     return norm.status
                 if loop.done >= high:
-                    return f"{norm.status}; stopped at {loop.done} replicates before rtol={rtol:g} was reached"
+                    most = ", the most there can be," if high == CAPACITY else ""
+                    return f"{norm.status}; stopped at {loop.done} replicates{most} before rtol={rtol:g} was reached"
                 check_at = _next_check(loop.done)
             late = loop.meet(seconds is not None and loop.seconds > seconds)
             if late and loop.done >= 2:

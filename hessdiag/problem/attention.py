@@ -46,8 +46,9 @@ def multi_head(
     random, hinted = training and dropout_p > 0, is_causal and attn_mask is None
     if extras or random or hinted or query.ndim != 3 or query.shape[2] != embed_dim_to_check:
         return F.multi_head_attention_forward(**given)
+    causal = is_causal and key_padding_mask is None and not need_weights  # then torch drops the mask it is given
     q, k, v = _projected(given)
-    width, bias, tokens = q.shape[-1], _bias(given), k.shape[1]
+    width, bias, tokens = q.shape[-1], None if causal else _bias(given), k.shape[1]
     if bias_k is not None and bias_v is not None:
         k, v = (torch.cat([part, own.expand(len(part), -1, -1)], 1) for part, own in ((k, bias_k), (v, bias_v)))
     if add_zero_attn:
@@ -61,7 +62,7 @@ def multi_head(
         mixed = weights @ v
         weights = weights.mean(1) if average_attn_weights else weights
     else:
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
     out = F.linear(mixed.transpose(1, 2).flatten(-2), out_proj_weight, out_proj_bias)
     return out.transpose(0, 1), weights
 

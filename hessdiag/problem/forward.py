@@ -30,15 +30,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hessdiag.errors import UncoveredModelError
 from hessdiag.problem.mended import MENDED
 
+Call = Callable[[nn.Module, Any], Any]
 
-def forward(model: nn.Module, inputs: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> Any:
-    """What the model gives for a copy of the inputs, called as `call` says."""
+
+def forward(
+    model: nn.Module, inputs: Any, call: Call | None = None, *, mode: Callable[..., TorchFunctionMode] | None = None
+) -> Any:
+    """What the model gives for a copy of the inputs, called as `call` says; `mode` looks on as functions are mended."""
     watch = _Rounding() if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()) else None
     with ExitStack() as stack:
         if watch is not None:
             stack.enter_context(watch)
         stack.enter_context(twice_differentiable())
-        stack.enter_context(as_written({p.device.type for p in model.parameters()}))
+        stack.enter_context(as_written({p.device.type for p in model.parameters()}, mode))
 
         def run(derived: bool) -> Any:
             own = mapped(inputs, lambda x: x.detach().clone().requires_grad_(derived and x.is_floating_point()))
@@ -64,12 +68,12 @@ def _derived(run: Callable[[bool], Any]) -> Any:
 
 
 @contextmanager
-def as_written(kinds: Iterable[str]) -> Iterator[None]:
+def as_written(kinds: Iterable[str], mode: Callable[..., TorchFunctionMode] | None = None) -> Iterator[None]:
     """What is called in here runs call by call: nothing compiled, slips mended, autocast on these devices refused."""
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled; not imported for this
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_Mending(kinds))
+        stack.enter_context((mode or Mending)(kinds))
         stack.enter_context(scripts_by_operation())
         stack.enter_context(_kept_in_full())
         yield
@@ -156,7 +160,9 @@ AUTOCAST = (
 )
 
 
-class _Mending(TorchFunctionMode):
+class Mending(TorchFunctionMode):
+    """Mended functions in the places of torch's."""
+
     def __init__(self, kinds: Iterable[str]) -> None:
         super().__init__()
         self._kinds = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
@@ -172,6 +178,10 @@ class _Mending(TorchFunctionMode):
             return func(*args, **named)
         if not args and "input" in named:  # torch's name for what comes first
             args = (named.pop("input"),)
+        return self.run(func, mended, args, named)
+
+    def run(self, _func: Any, mended: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """What takes the place of a call of torch's function."""
         return mended(*args, **named)
 
 

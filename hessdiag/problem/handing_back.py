@@ -94,6 +94,8 @@ def _gradient_hooks(modules: Iterable[nn.Module], parameters: Iterable[nn.Parame
         if not isinstance(module, torch.jit.ScriptModule):
             yield module._backward_hooks
             yield module._backward_pre_hooks
+    yield nn.modules.module._global_backward_hooks  # of all modules, in whichever model
+    yield nn.modules.module._global_backward_pre_hooks
 
 
 @contextmanager

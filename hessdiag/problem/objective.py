@@ -75,7 +75,7 @@ class Objective:
             raise ConfigurationError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         if not (isinstance(l2, (int, float)) and 0.0 <= l2 < float("inf")):
             raise ConfigurationError(f"l2 must be a finite number >= 0, not {l2!r}")
-        weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float64)
+        weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float64).detach()
         if forward is not None and not callable(forward):
             raise ConfigurationError("forward must be a function (model, inputs) -> outputs")
         self.model = model = unwrapped(model)
@@ -159,7 +159,7 @@ class Objective:
             raise DeviceError(f"targets of batch {index} are on {targets.device}, the model on {self.device}")
         if len(targets) == 0:
             raise EmptyDataError(f"batch {index} holds no samples")
-        return inputs, targets
+        return inputs, targets.detach()  # constants, also where the model itself predicts them
 
     def outputs(self, inputs: Any, targets: Tensor, *, index: int) -> Tensor:
         """The model's outputs for checked `inputs`, themselves checked against the `targets` of batch `index`."""

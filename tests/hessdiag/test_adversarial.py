@@ -251,6 +251,32 @@ def test_hooks_on_parameters_change_no_hessian_and_are_kept() -> None:
     assert not bool(weight.grad.any())
 
 
+@pytest.mark.parametrize("kind", ["register_module_full_backward_hook", "register_module_full_backward_pre_hook"])
+@pytest.mark.parametrize("doubling", [False, True])
+def test_hooks_on_every_module_change_no_hessian_and_are_kept(kind: str, doubling: bool) -> None:
+    """Those that only look hide the layers behind nodes of their own; those that change gradients, the Hessian."""
+    x, y = data(5)
+    truth = dense_diagonal(mlp(), cross_entropy, x, y)
+    model, calls = mlp(), [0]
+
+    def hook(_module: nn.Module, *gradients: tuple[Tensor | None, ...]) -> Any:
+        calls[0] += 1
+        return tuple(None if g is None else 2 * g for g in gradients[0]) if doubling else None
+
+    handle = getattr(nn.modules.module, kind)(hook)
+    try:
+        for method in ("exact", "reference"):
+            found = hd.diagonal(hd.Objective(model), [(x, y)], method=method).total
+            for name, entries in truth.items():
+                assert torch.allclose(found[name], entries, rtol=1e-9, atol=1e-15)
+        assert hd.measure(hd.Objective(model), [(x, y)], method="propagation", max_replicates=10).plan.method
+        assert not calls[0]
+        cross_entropy(model(x), y).sum().backward()
+        assert calls[0]
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("method", ["exact", "propagation", "hutchinson", "reference"])
 def test_default_device_and_dtype_do_not_matter(method: str) -> None:
     x, y = data(5)

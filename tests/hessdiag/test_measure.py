@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessdiag as hd
-from hessdiag.errors import AuditError, BudgetError, ResumeError, UnknownNameError
+from hessdiag.errors import AuditError, BudgetError, ConfigurationError, ResumeError, UnknownNameError
 from hessdiag.graph import LayerKind
 from hessdiag.graph.sites.elementwise import Elementwise
 from hessdiag.measuring import audit as audit_module
@@ -194,6 +194,26 @@ def test_limits_say_that_the_tolerance_was_not_reached(model: nn.Module) -> None
     assert m.replicates == 11
     m = hd.measure(hd.Objective(model), BATCHES, method="propagation", rtol=1e-6, max_seconds=1e-3)
     assert "before rtol=1e-06 was reached" in m.status
+
+
+def test_more_replicates_than_can_be_told_apart_are_not_begun(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is that of the most there can be, and says so."""
+    options = {"method": "hutchinson", "rtol": 1e-9}
+    most = hd.measure(hd.Objective(model), BATCHES, max_replicates=20, **options)
+    for place in ("hessdiag.norm.replicates", "hessdiag.measuring.stopping"):
+        monkeypatch.setattr(f"{place}.CAPACITY", 20)
+    found = hd.measure(hd.Objective(model), BATCHES, max_replicates=40, **options)
+    assert found.replicates == 20
+    assert (found.rms, found.interval) == (most.rms, most.interval)
+    assert found.status.endswith("stopped at 20 replicates, the most there can be, before rtol=1e-09 was reached")
+    for refused in (
+        lambda: hd.measure(hd.Objective(model), BATCHES, min_replicates=65537, max_replicates=65537),
+        lambda: hd.diagonal(hd.Objective(model), BATCHES, method="hutchinson", replicates=65537),
+    ):
+        with pytest.raises(ConfigurationError, match="65536"):
+            refused()
 
 
 def test_accumulators_do_not_grow_with_replicates(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

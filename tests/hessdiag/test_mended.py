@@ -12,12 +12,15 @@ from gate import gate
 from test_uses import Net, X, Y, inputs
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import hessdiag as hd
-from hessdiag.errors import UncoveredModelError
+from hessdiag.errors import NotDeterministicError, UncoveredModelError
 from hessdiag.graph import Linearisation
+from hessdiag.problem.compared import check_mended
 from hessdiag.problem.forward import as_written
+from hessdiag.problem.mended import MENDED
 
 torch.set_num_threads(1)
 
@@ -95,6 +98,136 @@ def test_attention_to_keys_of_its_own(bias: bool, zero: bool, weights: bool, mas
         lambda x, *_: net(x, x, x, need_weights=weights, key_padding_mask=out, attn_mask=causal)[0],
         inputs(2, 3, 4), *net.parameters(),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", ["causal", "none masked", "own key last", "truth values"])
+@pytest.mark.parametrize(("bias", "zero"), [(False, False), (True, False), (False, True), (True, True)])
+def test_attention_under_the_hint_that_it_is_causal(bias: bool, zero: bool, mask: str) -> None:
+    """Without weights and padding torch goes by the hint: the mask that is given is not looked at, nor the own key."""
+    torch.manual_seed(0)
+    net = nn.MultiheadAttention(4, 2, add_bias_kv=bias, add_zero_attn=zero, batch_first=True).double()
+    given = {
+        "causal": nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64),
+        "none masked": torch.zeros(3, 3, dtype=torch.float64),
+        "own key last": torch.eye(3, dtype=torch.float64).log(),
+        "truth values": torch.ones(3, 3, dtype=torch.bool).triu(1),
+    }[mask]
+    for weights in (False, True):
+        compare(
+            lambda x, *_, w=weights: net(x, x, x, attn_mask=given, is_causal=True, need_weights=w)[0],
+            inputs(2, 3, 4), *net.parameters(),
+        )  # fmt: skip
+
+
+class Causal(nn.Module):
+    """Attention by torch's own forward under the hint, to a key of its own as well."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.mix, self.head = nn.MultiheadAttention(4, 2, batch_first=True, **options), nn.Linear(4, 3)
+        self.mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(x, x, x, attn_mask=self.mask, is_causal=True, need_weights=False)[0][:, 1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}])
+def test_the_loss_of_attention_to_keys_of_its_own_is_the_models(options: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    net, x, y = Causal(**options).double().eval(), inputs(4, 5, 4), torch.tensor([0, 1, 2, 0])
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = F.cross_entropy(net(x), y)
+        gradients = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+        truth = {
+            name: torch.stack([torch.autograd.grad(g, p, retain_graph=True)[0].flatten() for g in gradient.flatten()])
+            for (name, p), gradient in zip(net.named_parameters(), gradients)
+        }
+    for method in ("exact", "reference"):
+        found = hd.measure(hd.Objective(net), [(x, y)], method=method, keep_diagonal=True)
+        assert found.loss == pytest.approx(loss.item(), rel=1e-12)
+        assert found.diagonal is not None
+        for name, rows in truth.items():
+            entries = rows.diagonal().reshape(found.diagonal.total[name].shape)
+            torch.testing.assert_close(found.diagonal.total[name], entries, rtol=1e-9, atol=1e-14)
+
+
+WRONG: dict[str, tuple[Any, Callable[..., Any], Callable[[Tensor], Tensor]]] = {
+    "celu": (F.celu, lambda x, *_, **__: F.elu(x, 1.01), F.celu),
+    "hardsigmoid": (F.hardsigmoid, lambda x, *_, **__: F.relu6(x + 3.0) / 6.0 + 1e-3, F.hardsigmoid),
+    "mul": (torch.mul, lambda x, y: x * y + 1e-4, lambda x: torch.mul(x, x)),
+    "multi_head_attention_forward": (
+        F.multi_head_attention_forward,
+        lambda *args, **named: F.multi_head_attention_forward(*args, **{**named, "attn_mask": None}),
+        nn.MultiheadAttention(4, 2, batch_first=True).double().requires_grad_(False),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", WRONG)
+def test_another_function_in_the_place_of_torchs_is_refused_by_name(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One wrong mended function after the other; the right ones of the same models pass."""
+    function, wrong, used = WRONG[name]
+    torch.manual_seed(0)
+    mask = torch.ones(3, 3, dtype=torch.bool).triu(1)
+
+    class Using(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            h = attention(h, h, h, attn_mask=mask)[0] if isinstance(used, nn.Module) else used(h)
+            return self.last(h).mean(1)  # type: ignore[no-any-return]
+
+    attention = copy.deepcopy(used).to(dtype) if isinstance(used, nn.Module) else None
+    objective, batch = hd.Objective(Using().to(dtype)), (inputs(4, 3, 4).to(dtype), torch.tensor([0, 1, 2, 0]))
+    hd.measure(objective, [batch], method="reference")
+    monkeypatch.setitem(MENDED, function, wrong)
+    for method in ("exact", "propagation", "hutchinson", "reference", "auto"):
+        with pytest.raises(UncoveredModelError, match=f"{name} is computed by other operations here"):
+            hd.measure(objective, [batch], method=method)
+    hd.measure(objective, [batch], method="reference", audit_model=False)
+
+
+def test_what_is_drawn_at_random_is_not_called_another_function() -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.head = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.mix(x, x, x, need_weights=False)[0]).mean(1)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    x, net = inputs(4, 3, 4), Dropping().double().train()
+    check_mended(net, x)
+    with pytest.raises(NotDeterministicError):
+        hd.measure(hd.Objective(net), [(x, torch.tensor([0, 1, 2, 0]))], method="reference")
+
+
+def test_the_comparison_changes_nothing_of_the_model() -> None:
+    """Tables and tensors that are changed in place are compared on copies; random states stay as they were."""
+
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(6, 4, max_norm=50.0), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.table(x) + 0.0
+            return self.head(torch.celu_(h).div_(1.0 + h.detach().abs()).mean(1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    net, x = Changing().double(), torch.tensor([[0, 1], [2, 3]])
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    wanted = net(x)
+    check_mended(net, x)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert torch.equal(net(x), wanted)
 
 
 def test_shapes_that_do_not_fit_are_torchs_to_refuse() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import hessdiag as hd
@@ -40,6 +41,55 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("pixels", "words", "logits", "logit"):
             torch.save(getattr(import_module("their_nets"), name)().state_dict(), found / f"{name}.pt")
         yield found
+
+
+def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().sum(1)
+
+
+PREDICTED: dict[str, Any] = {
+    "mse": ("mse", lambda f: f, lambda f, y: F.mse_loss(f, y)),
+    "bce": ("bce", torch.sigmoid, lambda f, y: F.binary_cross_entropy_with_logits(f, y)),
+    "cross_entropy": ("cross_entropy", lambda f: torch.softmax(f, 1), F.cross_entropy),
+    "callable": (squares, lambda f: f, lambda f, y: squares(f, y).mean()),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+def test_targets_that_the_model_itself_predicts_are_constants(name: str) -> None:
+    """Made without no_grad, as in self-distillation. Against the second derivatives by autograd, targets held fixed."""
+    loss, meant, plain = PREDICTED[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double().eval()
+    x, other = torch.randn(6, 5).double(), torch.softmax(torch.randn(6, 3), 1).double()
+    drawn = 0.5 * meant(model(x)) + 0.5 * other
+    fixed = drawn.detach().clone()
+    gradients = torch.autograd.grad(plain(model(x), fixed), list(model.parameters()), create_graph=True)
+    truth = {}
+    for (key, parameter), gradient in zip(model.named_parameters(), gradients):
+        rows = [torch.autograd.grad(g, parameter, retain_graph=True)[0].flatten() for g in gradient.flatten()]
+        truth[key] = torch.stack(rows).diagonal().reshape(parameter.shape)
+    for method in ("exact", "reference"):
+        found = hd.diagonal(hd.Objective(model, loss=loss), [(x, drawn)], method=method)
+        for key, entries in truth.items():
+            torch.testing.assert_close(found.total[key], entries, rtol=1e-10, atol=1e-13)
+    for method in ("propagation", "hutchinson"):
+        pair = [hd.diagonal(hd.Objective(model, loss=loss), [(x, y)], method=method).total for y in (drawn, fixed)]
+        assert all(torch.equal(pair[0][key], pair[1][key]) for key in truth)
+    assert drawn.requires_grad
+
+
+def test_class_weights_with_a_graph_are_constants() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double().eval()
+    batch, weights = (torch.randn(6, 5).double(), torch.tensor([0, 1, 2, 0, 1, 2])), torch.rand(3).double() + 0.5
+    drawn = weights.clone() * model(batch[0]).mean().exp() / model(batch[0]).mean().exp().detach()
+    for method in ("exact", "reference"):
+        found = [
+            hd.measure(hd.Objective(model, class_weights=own), [batch], method=method).rms
+            for own in (drawn, drawn.detach().clone())
+        ]
+        assert found[0] == found[1]
 
 
 def _net(folder: Path, name: str) -> nn.Module:
