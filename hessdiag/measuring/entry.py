@@ -122,11 +122,11 @@ def measure(
     with as_it_was(objective.model) as told, memory_errors(ADVICE), reporting(progress) as callback:
         asked = plan.method if plan else method
         path, checked = None if resume is None else Path(resume), None
-        kept = restore(path, identity=None)[1] if path is not None and path.exists() else None
-        drawn = None if path is None else first_states(path, kept or {}, batches)
+        stored = restore(path, identity=None)[1] if path is not None and path.exists() else None
+        drawn = None if path is None else first_states(path, stored or {}, batches)
         case = _case(objective, batches, asked, seed, deterministic_check, audit_model, World.current())
-        if plan is None and path is not None and kept is not None:
-            plan = stored_plan(path, kept["plan"], method)
+        if plan is None and path is not None and stored is not None:
+            plan = stored_plan(path, stored["plan"], method)
         if plan is None:
             plan, checked = decide(case, method, Aim(rtol), audit_model=audit_model)
         else:

@@ -94,7 +94,7 @@ class World:
         table = torch.zeros(self.size, len(values), dtype=torch.float64, device=device)
         table[self.rank] = torch.tensor(values, dtype=torch.float64)
         self.sum_([table])
-        return table.tolist()  # type: ignore[no-any-return]
+        return table.tolist()
 
     def _lost(self, when: str) -> DistributedError:
         return DistributedError(
