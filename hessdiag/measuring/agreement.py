@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-from hessdiag.errors import ConfigurationError, DistributedError, NotDeterministicError
+from hessdiag import errors
+from hessdiag.errors import ConfigurationError, DistributedError, HessdiagError, NotDeterministicError
 from hessdiag.measuring.ranks import World
 from hessdiag.methods.batches import NEAR, Survey
 from hessdiag.problem.objective import Objective
@@ -38,37 +39,42 @@ class _Fact(NamedTuple):
 def agreed(look: Callable[[], Survey], world: World, objective: Objective, seed: int) -> Survey:
     """What `look` finds of the data, the same in every process: else refused, as is an order that changes.
 
-    Where one process refuses its data or model by itself, the others end as well, instead of waiting for it.
+    Where one process refuses its data or model by itself, the others end as well, instead of waiting for it, with an
+    error of its kind: what is tried again is so in all.
     """
     if world.size == 1:
         return look()
     try:
         facts = look()
-    except Exception:
+    except Exception as error:
+        kind = type(error) if type(error) in _KINDS else DistributedError
         with suppress(DistributedError):
-            world.gather([_REFUSED, *[0.0] * _COUNT], objective.device)
+            world.gather([_REFUSED + _KINDS.index(kind), *[0.0] * 2 * _COUNT], objective.device)
         raise
     own = _facts(objective, facts, seed)
     assert len(own) == _COUNT
-    rows = world.gather([_SHUFFLED if facts.shuffled else _FOUND, *(fact.value for fact in own)], objective.device)
+    state = _SHUFFLED if facts.shuffled else _FOUND
+    rows = world.gather([state, *(fact.value for fact in own), *(fact.off for fact in own)], objective.device)
     states = [state for state, *_ in rows]
-    if _REFUSED in states:
-        rank = states.index(_REFUSED)
-        raise DistributedError(f"process {rank} refused its data or model, and says why; the others end with it")
+    for rank, state in enumerate(states):
+        if state >= _REFUSED:
+            kind = _KINDS[int(state - _REFUSED)]
+            raise kind(f"process {rank} refused its data or model, and says why; the others end with it")
     if _SHUFFLED in states:
         raise NotDeterministicError(
             f"the data come in another order in every pass, which {world.size} processes cannot share; {SAME_BATCHES}"
         )
     for place, fact in enumerate(own, 1):
-        first = rows[0][place]
+        first, off = rows[0][place], min(row[place + _COUNT] for row in rows)
         for rank, row in enumerate(rows):
-            if not abs(row[place] - first) <= fact.off:
+            if not abs(row[place] - first) <= off:
                 told = f" ({first:.17g} and {row[place]:.17g})" if fact.advice is SAME_BATCHES else ""
                 raise ConfigurationError(f"{fact.name} differ between processes 0 and {rank}{told}; {fact.advice}")
     return facts
 
 
 _FOUND, _SHUFFLED, _REFUSED = 0.0, 1.0, 2.0
+_KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HessdiagError)]
 _COUNT = 11
 """Of facts, which one that refuses does not have."""
 
@@ -76,11 +82,12 @@ _COUNT = 11
 def _facts(objective: Objective, facts: Survey, seed: int) -> list[_Fact]:
     """Those of the data to rounding, all others exactly."""
     state = {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())}
+    question = [objective.loss.name, objective.loss.options, objective.l2]
     size = NEAR * facts.data_size
     return [
         _Fact("seeds", _number(json.dumps(seed)), 0.0, SAME_CALL),
         _Fact("the names of the chosen parameters", _number(json.dumps(list(objective.parameters))), 0.0, SAME_CALL),
-        _Fact("the loss's name or l2", _number(json.dumps([objective.loss.name, objective.l2])), 0.0, SAME_CALL),
+        _Fact("the losses' names or options, or l2", _number(json.dumps(question)), 0.0, SAME_CALL),
         _Fact("the models", _number(digest(*state.values(), text=" ".join(state))), 0.0, SAME_MODEL),
         _Fact("the numbers of samples", facts.samples, 0.0, SAME_BATCHES),
         _Fact("the numbers of batches", facts.batches, 0.0, SAME_BATCHES),

@@ -49,6 +49,7 @@ def restore(
     except (BadFileError, KeyError, TypeError, AttributeError) as error:
         raise ResumeError(f"{path}: {error}; remove it or give another file to resume from") from None
     if identity is not None:
+        found = {LOSS_OPTIONS: identity.get(LOSS_OPTIONS), **found}  # of older files the loss itself tells
         wanted = json.loads(json.dumps(identity, sort_keys=True))
         found = json.loads(json.dumps(found, sort_keys=True))
         for key in sorted(set(found) | set(wanted)):
@@ -89,7 +90,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-SAMPLE_GROUPS = "sample groups"
+SAMPLE_GROUPS, LOSS_OPTIONS = "sample groups", "loss options"
 DRAWN = 2
 """How signs are drawn, and products at outputs; what was drawn in another way cannot be taken up."""
 
@@ -106,6 +107,7 @@ def identity_of(case: Case) -> dict[str, Any]:
         "data": facts.data,
         "loss": facts.loss,
         "loss name": objective.loss.name,
+        LOSS_OPTIONS: objective.loss.options,
         "l2": objective.l2,
         "parameters": list(objective.parameters),
         "weights": digest(*state.values(), text=" ".join(state)),

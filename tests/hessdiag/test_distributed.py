@@ -181,7 +181,7 @@ def tell(name, act):
     try:
         found = act()
         told[name] = found.rms if hasattr(found, "rms") else [float(t.sum()) for t in found.total.values()]
-    except hd.errors.HessdiagError as error:
+    except Exception as error:
         told[name] = f"{type(error).__name__}: {error}"
 tell("list", lambda: hd.measure(o, plain, method="exact"))
 tell("seed of each", lambda: hd.measure(o, DataLoader(data, batch_size=8, shuffle=True), method="exact"))
@@ -197,6 +197,11 @@ tell("targets", lambda: hd.measure(o, [(a, (b + rank) % 3) for a, b in plain], m
 tell("seeds", lambda: hd.measure(o, plain, method="hutchinson", seed=rank))
 tell("l2", lambda: hd.measure(hd.Objective(model, l2=0.1 * rank), plain, method="exact"))
 tell("one refuses", lambda: hd.measure(o, [(a * (float("nan") if rank else 1.0), b) for a, b in plain], method="exact"))
+class Broken(list):
+    def __iter__(self):
+        yield from super().__iter__()
+        if rank: raise IndexError("a file is missing")
+tell("one breaks", lambda: hd.measure(o, Broken(plain), method="exact"))
 tell("of its own", lambda: hd.diagonal(o, plain[3 * rank:3 * rank + 3], per_sample=True))
 model[1].running_mean += 1e-9 * rank  # as the last step of training leaves them
 tell("buffers", lambda: hd.measure(o, plain, method="exact"))
@@ -225,7 +230,7 @@ def test_processes_that_do_not_see_the_same_are_refused_in_every_one() -> None:
         "one short": "ConfigurationError: the numbers of samples differ between processes 0 and 1 (48 and 40)",
         "targets": "ConfigurationError: the samples themselves differ",
         "seeds": "ConfigurationError: seeds differ",
-        "l2": "ConfigurationError: the loss's name or l2 differ",
+        "l2": "ConfigurationError: the losses' names or options, or l2 differ",
         "buffers": "ConfigurationError: the models differ",
     }
     for rank, told in enumerate(ranks):
@@ -234,8 +239,10 @@ def test_processes_that_do_not_see_the_same_are_refused_in_every_one() -> None:
             assert str(told[name]).startswith(text), (name, told[name])
         for name in ("seed of each", "unchecked", "list, shuffled", "sampler", "one short"):
             assert "the same list of batches, in the same order, without DistributedSampler" in told[name]
-        refused = "NonFiniteError" if rank else "DistributedError: process 1 refused its data or model"
+        refused = "NonFiniteError: batch 0" if rank else "NonFiniteError: process 1 refused its data or model"
         assert told["one refuses"].startswith(refused), told["one refuses"]
+        broken = "IndexError" if rank else "DistributedError: process 1 refused its data or model"
+        assert told["one breaks"].startswith(broken), told["one breaks"]
         part = slice(24 * rank, 24 * rank + 24)
         own = hd.diagonal(hd.Objective(model), [(x[part], y[part])], per_sample=True)
         assert told["of its own"] == pytest.approx([float(t.sum()) for t in own.total.values()], rel=1e-12)
