@@ -47,7 +47,7 @@ def agreed(look: Callable[[], Survey], world: World, objective: Objective, seed:
     try:
         facts = look()
     except Exception as error:
-        kind = type(error) if type(error) in _KINDS else DistributedError
+        kind = next((kind for kind in _KINDS if kind is type(error)), DistributedError)
         with suppress(DistributedError):
             world.gather([_REFUSED + _KINDS.index(kind), *[0.0] * 2 * _COUNT], objective.device)
         raise
