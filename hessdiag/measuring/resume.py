@@ -15,6 +15,7 @@ from hessdiag.errors import ResumeError
 from hessdiag.methods import Case
 from hessdiag.methods.base import find
 from hessdiag.methods.batches import NEAR
+from hessdiag.problem.sparse import stored
 from hessdiag.store.files import BadFileError
 from hessdiag.store.states import digest, read_state, write_state
 
@@ -100,6 +101,7 @@ def identity_of(case: Case) -> dict[str, Any]:
     objective, facts, plan = case.objective, case.survey, case.plan
     method = find(plan.method)
     state = objective.model.state_dict()
+    held = [part for tensor in state.values() if isinstance(tensor, Tensor) for part in stored(tensor)]
     identity: dict[str, Any] = {
         "seed": case.seed,
         "samples": facts.samples,
@@ -110,7 +112,7 @@ def identity_of(case: Case) -> dict[str, Any]:
         LOSS_OPTIONS: objective.loss.options,
         "l2": objective.l2,
         "parameters": list(objective.parameters),
-        "weights": digest(*state.values(), text=" ".join(state)),
+        "weights": digest(*held, text=" ".join(state)),
         "method": plan.method,
         "gauss_newton": plan.gauss_newton,
         "parts": [*method.known(plan), "drawn", *method.streams(plan)],

@@ -18,6 +18,7 @@ from torch.utils import _pytree
 
 from hessdiag.errors import UncoveredModelError
 from hessdiag.problem.forward import Call, Mending, forward
+from hessdiag.problem.sparse import is_dense
 
 OFF = 1e-6
 """Of the largest entry that comes out: torch keeps 1/6 and 1/alpha of some activations in float32."""
@@ -98,8 +99,8 @@ def _double(given: Any, *, derived: bool) -> Any:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """Those that hold real or complex numbers, as real ones."""
-    found = [x.detach() for x in _pytree.tree_leaves(values) if isinstance(x, Tensor)]
+    """Those that hold real or complex numbers, every entry, as real ones."""
+    found = [x.detach() for x in _pytree.tree_leaves(values) if isinstance(x, Tensor) and is_dense(x)]
     found = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
     return [x for x in found if x.is_floating_point()]
 

@@ -337,6 +337,27 @@ def test_other_groups_of_samples_are_another_measurement(tmp_path: Path, monkeyp
         assert plain(hd.measure(objective, batches, plan=own, resume=path, **rounds)) == whole[plans.index(own)]
 
 
+def test_a_model_with_a_sparse_buffer_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
+
+    class Brought(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.sparse.mm(self.adjacency, x.T).T)  # type: ignore[no-any-return]
+
+    _, x, y = uneven()
+    torch.manual_seed(0)
+    model = Brought(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    model.register_buffer("adjacency", torch.eye(5).double().roll(1, 0).to_sparse())
+    options: dict[str, Any] = {"method": "hutchinson", "min_replicates": 12, "max_replicates": 12, "rtol": 1e-9}
+    whole = plain(hd.measure(hd.Objective(model), [(x, y)], **options))
+    with pytest.raises(Killed):
+        hd.measure(hd.Objective(model), [(x, y)], resume=tmp_path / "r", progress=killer(5), **options)
+    assert plain(hd.measure(hd.Objective(model), [(x, y)], resume=tmp_path / "r", **options)) == whole
+    model.get_buffer("adjacency")._values().mul_(1.01)
+    with pytest.raises(ResumeError, match=r"made with (loss|weights)="):
+        hd.measure(hd.Objective(model), [(x, y)], resume=tmp_path / "r", **options)
+
+
 def test_a_plan_whose_parts_are_other_is_refused(tmp_path: Path) -> None:
     """A file by signs holds the head's share of the Gauss-Newton part alone, under the name of the whole."""
     objective, batches = setting()
