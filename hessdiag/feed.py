@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from hessdiag.errors import ConfigurationError, DeviceError, DtypeError, EmptyDataError, TargetError, nearest
+from hessdiag.problem.forward import mapped
 
 NAMES = ("labels", "label", "targets", "target", "y")
 """Keys under which dictionaries hold their targets, the first that is there."""
@@ -121,7 +121,7 @@ class Fed:
         )
 
     def _tensors(self, inputs: Any) -> Any:
-        return _pytree.tree_map(self._tensor, inputs)
+        return mapped(inputs, self._tensor, of=(Tensor, np.ndarray))
 
     def _tensor(self, value: Any) -> Any:
         if isinstance(value, np.ndarray):

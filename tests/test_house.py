@@ -11,12 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
     "errors",
     "signs",
-    "feed",
     "activations",
     "networks",
     "store",
     "checkpoint",
     "problem",
+    "feed",
     "data",
     "examples",
     "graph",

@@ -1,15 +1,23 @@
-"""An activation given as a function and its two derivatives, as one autograd node that saves its input alone."""
+"""An activation given as a function and its two derivatives, as one autograd node that saves its input alone.
+
+The derivatives are held against difference quotients on a grid at the options of every module, once for each set of
+options that is new.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from hessdiag.activations.derivatives import check_elementwise
+from hessdiag.activations.quotients import AGREE, deviation, grid
 from hessdiag.activations.registry import Option
+from hessdiag.errors import ConfigurationError
 
 Formula = Callable[..., Tensor]
 """Of a tensor and the activation's options as keyword arguments; entry by entry."""
@@ -25,6 +33,47 @@ class Activation:
     second: Formula
     max_curvature: Callable[..., float] | None
     function: type[torch.autograd.Function] | None
+
+    def check(self, options: Mapping[str, Option]) -> None:
+        """Refuse derivatives that are not the function's at these options, or no finite value for each entry."""
+        _check(self, *options.items())
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _check(activation: Activation, *items: tuple[str, Option]) -> None:
+    """sigma' against quotients of sigma, sigma'' against quotients of sigma'."""
+    options = dict(items)
+    check_elementwise(lambda x: activation.value(x, **options))
+    x, who = grid(), label(activation.name, options)
+    with torch.no_grad():
+        for what, formula, of in (
+            ("first", activation.first, activation.value),
+            ("second", activation.second, activation.first),
+        ):
+            told = _called(who, what, formula, x, options)
+            off = deviation(told, lambda at, of=of: of(at, **options), x)  # type: ignore[misc]
+            if bool((off > AGREE).any()):
+                at = int(off.argmax())
+                raise ConfigurationError(
+                    f"activation {who!r}: the {what} derivative is not that of "
+                    f"{'the function' if what == 'first' else 'the first'}: at x = {float(x[at]):.4g} "
+                    f"it gives {float(told[at]):.6g}"
+                )
+
+
+def _called(who: str, what: str, formula: Formula, x: Tensor, options: Mapping[str, Option]) -> Tensor:
+    found = formula(x, **options)
+    if not isinstance(found, Tensor) or found.shape != x.shape or found.dtype != x.dtype:
+        raise ConfigurationError(f"activation {who!r}: the {what} derivative of a tensor is not one of the same shape")
+    if not bool(torch.isfinite(found).all()):
+        at = x[~torch.isfinite(found)][0]
+        raise ConfigurationError(f"activation {who!r}: the {what} derivative is not finite at x = {float(at):.4g}")
+    return found
+
+
+def label(name: str, options: Mapping[str, Option]) -> str:
+    """A spec string."""
+    return name + (":" if options else "") + ",".join(f"{key}={value}" for key, value in options.items())
 
 
 class PointwiseFunction(torch.autograd.Function):
@@ -62,8 +111,14 @@ class RegisteredActivation(nn.Module):
 
     def __init__(self, **options: Option) -> None:
         super().__init__()
-        for key, default in self.defaults.items():
-            setattr(self, key, options.get(key, default))
+        vars(self).update({key: options.get(key, default) for key, default in self.defaults.items()})
+        self.activation.check(self.options)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """An option that is changed is one that the derivatives must be right for."""
+        super().__setattr__(key, value)
+        if key in self.defaults:
+            self.activation.check(self.options)
 
     @property
     def options(self) -> dict[str, Option]:

@@ -2,23 +2,24 @@
 
 A registered activation is one node of a model's graph, and its derivatives are those given here. So before it is
 admitted they are held against difference quotients of the values, which know nothing of autograd; a custom autograd
-Function must besides agree with its own formulas. What such a test at the default options cannot see, the audit of
-every measurement can: it compares autograd's derivatives of the whole model with difference quotients.
+Function must besides agree with its own formulas. This is done at the default options here, and at any others when a
+module is given them, or a graph shows them. What a grid cannot see the audit of every measurement may, beyond its
+tolerance: it compares autograd's derivatives of the whole model with difference quotients.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hessdiag.activations.derivatives import check_elementwise
 from hessdiag.activations.functions import CURVES, Curve
-from hessdiag.activations.pointwise import Activation, Formula, PointwiseFunction, RegisteredActivation
-from hessdiag.activations.quotients import AGREE, FLOOR, deviation, grid
+from hessdiag.activations.pointwise import Activation, Formula, PointwiseFunction, RegisteredActivation, label
+from hessdiag.activations.quotients import FLOOR, grid
 from hessdiag.activations.registry import Option, enter
 from hessdiag.activations.supremum import supremum
 from hessdiag.errors import ConfigurationError
@@ -62,7 +63,7 @@ def register_activation(
         second = _by_autograd(first)
     declared = max_curvature if max_curvature is None or callable(max_curvature) else _constant(float(max_curvature))
     activation = Activation(name, value, first, second, declared, function)
-    _check_derivatives(activation, options)
+    activation.check(options)
     curve = None if function is None else _of_function(activation, function, options)
     kind: type[RegisteredActivation] = type(
         name, (RegisteredActivation,), {"activation": activation, "defaults": options, "__doc__": f"Activation {name}."}
@@ -111,36 +112,6 @@ def _by_autograd(formula: Formula) -> Formula:
     return derivative
 
 
-def _check_derivatives(activation: Activation, options: Mapping[str, Option]) -> None:
-    """sigma' against quotients of sigma, sigma'' against quotients of sigma'; elementwise, finite, one value each."""
-    check_elementwise(lambda x: activation.value(x, **options))
-    x = grid()
-    with torch.no_grad():
-        for what, formula, of in (
-            ("first", activation.first, activation.value),
-            ("second", activation.second, activation.first),
-        ):
-            told = _called(activation.name, what, formula, x, options)
-            off = deviation(told, lambda at, of=of: of(at, **options), x)  # type: ignore[misc]
-            if bool((off > AGREE).any()):
-                at = int(off.argmax())
-                raise ConfigurationError(
-                    f"activation {activation.name!r}: the {what} derivative is not that of "
-                    f"{'the function' if what == 'first' else 'the first'}: at x = {float(x[at]):.4g} "
-                    f"it gives {float(told[at]):.6g}"
-                )
-
-
-def _called(name: str, what: str, formula: Formula, x: Tensor, options: Mapping[str, Option]) -> Tensor:
-    found = formula(x, **options)
-    if not isinstance(found, Tensor) or found.shape != x.shape or found.dtype != x.dtype:
-        raise ConfigurationError(f"activation {name!r}: the {what} derivative of a tensor is not one of the same shape")
-    if not bool(torch.isfinite(found).all()):
-        at = x[~torch.isfinite(found)][0]
-        raise ConfigurationError(f"activation {name!r}: the {what} derivative is not finite at x = {float(at):.4g}")
-    return found
-
-
 def _of_function(
     activation: Activation, function: type[torch.autograd.Function], options: Mapping[str, Option]
 ) -> Curve:
@@ -171,7 +142,15 @@ def _of_function(
     def told(node: Any) -> dict[str, Option]:
         return {key: getattr(node, key) for key in options}
 
+    @lru_cache(maxsize=1024, typed=True)
+    def admitted(*values: Option) -> None:
+        here, z = dict(zip(options, values)), grid().requires_grad_()
+        activation.check(here)
+        with torch.enable_grad():
+            _check_backward(activation, function, z, activation.value(z, **here), here)
+
     def derivatives(node: Any) -> tuple[Tensor, Tensor]:
+        admitted(*told(node).values())
         z = node.saved_tensors[place]
         return activation.first(z, **told(node)), activation.second(z, **told(node))
 
@@ -197,14 +176,9 @@ def _check_backward(
         scale = wanted.abs().clamp(min=max(FLOOR * float(wanted.abs().max()), 1e-9))
         if bool(((mine.detach() - wanted).abs() > 1e-6 * scale).any()):
             raise ConfigurationError(
-                f"activation {activation.name!r}: the {what} derivative by {function.__name__}'s backward is another "
-                "than the one given"
+                f"activation {label(activation.name, options)!r}: the {what} derivative by {function.__name__}'s "
+                "backward is another than the one given"
             )
-
-
-def label(name: str, options: Mapping[str, Option]) -> str:
-    """A spec string."""
-    return name + (":" if options else "") + ",".join(f"{key}={value}" for key, value in options.items())
 
 
 def largest(activation: Activation, options: Mapping[str, Option]) -> float:

@@ -16,17 +16,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from hessdiag.errors import AuditError, ConfigurationError, EmptyDataError, HessdiagError, UncoveredModelError
 from hessdiag.feed import Fed, batches
-from hessdiag.measuring.entry import measure
+from hessdiag.measuring.entry import check_arguments, measure
 from hessdiag.measuring.result import Measurement
 from hessdiag.methods import Plan
+from hessdiag.methods.base import known
+from hessdiag.problem.forward import mapped
 from hessdiag.problem.handing_back import as_it_was
 from hessdiag.problem.objective import Objective
 
@@ -64,6 +66,15 @@ class Watch:
         for label, value in (("samples", self.samples), ("every", self.every)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigurationError(f"{label}={value!r}: a whole number from 1 on is needed")
+        if not callable(self.objective):
+            raise ConfigurationError(
+                "objective is a function of the model that is watched, e.g. lambda model: Objective(model, 'mse'), and "
+                f"not of type {type(self.objective).__name__}"
+            )
+        known(self.method)
+        check_arguments(self.rtol, seconds=self.max_seconds)
+        if not isinstance(self.seed, Integral):
+            raise ConfigurationError(f"seed={self.seed!r}: an integer is needed")
         self.last: Measurement | None = None
         """The whole of the last measurement."""
         self._kept: list[Pair] | None = None
@@ -154,7 +165,7 @@ def first(source: Fed, samples: int) -> Iterator[Pair]:
     """The batches that hold the first `samples` samples, the last of them cut."""
     left = samples
     for inputs, targets in source:
-        yield _pytree.tree_map(partial(_cut, held=len(targets), wanted=left), (inputs, targets))
+        yield mapped((inputs, targets), partial(_cut, held=len(targets), wanted=left))
         left -= len(targets)
         if left <= 0:
             return
@@ -162,7 +173,7 @@ def first(source: Fed, samples: int) -> Iterator[Pair]:
         raise EmptyDataError("the data to watch hold no samples")
 
 
-def _cut(value: Any, held: int, wanted: int) -> Any:
+def _cut(value: Tensor, held: int, wanted: int) -> Tensor:
     """The first `wanted` of `held` samples; what is no tensor of samples stays."""
-    of_samples = isinstance(value, Tensor) and value.ndim > 0 and len(value) == held
+    of_samples = value.ndim > 0 and len(value) == held
     return value[:wanted] if of_samples and held > wanted else value

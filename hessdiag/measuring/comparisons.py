@@ -338,9 +338,9 @@ def own(case: Case, method: Method, products: Products, signs: Signs, tolerance:
     Means are looked at one by one, and all together: sum_k h_k d_k against sum_k h_k^2, h by Hessian-vector products.
     """
     work, batch, parts, streams = method.work(case), case.first, method.known(case.plan), method.streams(case.plan)
-    known = work.known(batch, lambda done, total: None) if parts else {}
+    known = work.known_parts(batch, lambda done, total: None) if parts else {}
     stream = "total" if "total" in streams else "functional"
-    drawn = [work.replicate(batch, r)[stream] for r in range(OWN_REPLICATES)] if streams else []
+    drawn = [work.drawn_streams(batch, r)[stream] for r in range(OWN_REPLICATES)] if streams else []
     generator, found = cpu_generator(signs.seed), []
     pooled, square = torch.zeros(max(len(drawn), 1), dtype=torch.float64, device="cpu"), 0.0
     for name, parameter in case.objective.parameters.items():

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def measure(
     """
     begun = time.monotonic()
     seed, plan = _basics(objective, method, seed, plan)
-    _check_arguments(rtol, confidence, min_replicates, max_replicates, max_seconds, target)
+    check_arguments(rtol, confidence, min_replicates, max_replicates, max_seconds, target)
     min_replicates, max_replicates = int(min_replicates), int(max_replicates)
     if target == POPULATION and resume is not None:
         raise ConfigurationError("resume serves target='data' only: the population target is one pass")
@@ -297,7 +297,15 @@ def _basics(
         raise ConfigurationError(f"plan={shown(str(dict(plan)))} holds no plan ({error})") from None
 
 
-def _check_arguments(rtol: float, confidence: float, low: int, high: int, seconds: float | None, target: str) -> None:
+def check_arguments(
+    rtol: float,
+    confidence: float = 0.95,
+    low: int = 2,
+    high: int = 2,
+    seconds: float | None = None,
+    target: str = "data",
+) -> None:
+    """Refuse what no measurement can aim at."""
     if not (isinstance(rtol, (int, float)) and 0.0 < rtol < float("inf")):
         raise ConfigurationError(f"rtol={rtol!r}: a positive number is needed, e.g. 0.05 for five per cent")
     check_confidence(confidence)
@@ -306,8 +314,8 @@ def _check_arguments(rtol: float, confidence: float, low: int, high: int, second
         raise ConfigurationError(f"min_replicates={low}, max_replicates={high}: whole numbers from 2 on, min <= max")
     if low > CAPACITY:
         raise ConfigurationError(f"min_replicates={low}: a measurement counts at most {CAPACITY} replicates")
-    if seconds is not None and not seconds > 0:
-        raise ConfigurationError(f"max_seconds={seconds!r} must be positive")
+    if seconds is not None and not (isinstance(seconds, Real) and seconds > 0):
+        raise ConfigurationError(f"max_seconds={seconds!r}: a positive number of seconds is needed, or None")
     if target not in ("data", POPULATION):
         raise UnknownNameError(f"unknown target {target!r}; {nearest(target, ['data', POPULATION])}")
 

@@ -100,7 +100,7 @@ class Loop(Sums):
             return
         for position, batch in self._mine():
             with self._whole():
-                found = self.work.known(batch, self._inner(self.plan.method))
+                found = self.work.known_parts(batch, self._inner(self.plan.method))
                 self.add_known(found, own=self.work.hands_over)
                 self._after_batch(batch, position + 1)
             self._save_in_time()
@@ -138,7 +138,7 @@ class Loop(Sums):
             with self._whole():
                 for r in numbers:
                     if self.world.mine(position, self.survey.batches, r):
-                        for stream, part in self.work.replicate(batch, r).items():
+                        for stream, part in self.work.drawn_streams(batch, r).items():
                             accumulate(self._partial[f"{r}.{stream}"], part)
                 self._after_batch(batch, position + 1)
             self._save_in_time()

@@ -118,9 +118,9 @@ def _whole(case: Case, work: Work, part: Numbered, shard: int) -> Tensors:
     """One unbiased diagonal summed over the samples of one shard in one batch: what is known and what is drawn."""
     method = find(case.plan.method)
     work.forget()
-    found = dict(work.known(part, lambda done, total: None)) if method.known(case.plan) else {}
+    found = work.known_parts(part, lambda done, total: None) if method.known(case.plan) else {}
     if method.streams(case.plan):
-        for stream, drawn in work.replicate(part, shard).items():
+        for stream, drawn in work.drawn_streams(part, shard).items():
             if stream in found:
                 drawn = {name: drawn[name] + t for name, t in found[stream].items()}
             found[stream] = drawn

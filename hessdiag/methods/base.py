@@ -93,11 +93,54 @@ class Work:
 
     def known(self, batch: Numbered, tell: Tell) -> dict[str, Tensors]:
         """What one pass over `batch` gives exactly, by part of `Method.known`; `tell(done, total)` is progress."""
-        raise NotImplementedError
+        raise ConfigurationError(self._lacks("known(batch, tell)", "deterministic = True"))
 
     def replicate(self, batch: Numbered, r: int) -> dict[str, Tensors]:
         """Replicate `r` of `Method.streams` for `batch`, unbiased, keyed by (seed, r, sample numbers)."""
-        raise NotImplementedError
+        raise ConfigurationError(self._lacks("replicate(batch, r)", "deterministic = False"))
+
+    def known_parts(self, batch: Numbered, tell: Tell) -> dict[str, Tensors]:
+        """`known` of `batch`, with `tell`, where every part has the parameters' names and shapes; else a refusal."""
+        found, wanted = self.known(batch, tell), find(self.case.plan.method).known(self.case.plan)
+        self._check("known(batch, tell)", found, wanted)
+        return {part: found[part] for part in wanted}
+
+    def drawn_streams(self, batch: Numbered, r: int) -> dict[str, Tensors]:
+        """`replicate` `r` of `batch`, where every stream has the parameters' names and shapes; else a refusal."""
+        found, wanted = self.replicate(batch, r), find(self.case.plan.method).streams(self.case.plan)
+        self._check("replicate(batch, r)", found, wanted)
+        return {stream: found[stream] for stream in wanted}
+
+    def _lacks(self, call: str, kind: str) -> str:
+        return f"method {self.case.plan.method!r} has {kind}, and its work {type(self).__name__} no {call}"
+
+    def _check(self, call: str, found: Any, wanted: tuple[str, ...]) -> None:
+        """Refuse what is no dictionary of the `wanted` dictionaries of tensors like the parameters."""
+        who, parameters = f"method {self.case.plan.method!r}: {call} gives", self.case.objective.parameters
+        if not isinstance(found, Mapping) or not set(wanted) <= set(found):
+            told = list(found) if isinstance(found, Mapping) else _kind(found)
+            raise ConfigurationError(
+                f"{who} {told}, where a dictionary with {list(wanted)} is wanted, and in each a tensor by the name of "
+                "every parameter"
+            )
+        for part in wanted:
+            given = found[part]
+            if not isinstance(given, Mapping):
+                raise ConfigurationError(
+                    f"{who} {_kind(given)} as {part!r}, no dictionary of tensors by parameter name"
+                )
+            lacking, unknown = [[n for n in a if n not in b] for a, b in ((parameters, given), (given, parameters))]
+            if lacking or unknown:
+                told = f"nothing for parameter {lacking[0]!r}" if lacking else f"{unknown[0]!r}, no chosen parameter,"
+                raise ConfigurationError(f"{who} {told} in {part!r}; a tensor for each parameter is wanted")
+            for name, parameter in parameters.items():
+                value = given[name]
+                if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                    told = f"shape {list(value.shape)}" if isinstance(value, Tensor) else _kind(value)
+                    raise ConfigurationError(
+                        f"{who} {told} for {name!r} in {part!r}; a tensor of the parameter's shape "
+                        f"{list(parameter.shape)} is wanted"
+                    )
 
     def kept(self, batch: Numbered, make: Callable[[], Any]) -> Any:
         """What `make` prepares of `batch`, kept until `spare` or `forget` lets go of it."""
@@ -189,6 +232,10 @@ class Method:
     def audit(self, checks: Checks) -> list[AuditEntry]:
         """The comparisons of `checks` that are needed; by default of its own numbers with Hessian-vector products."""
         return [checks.symmetry(), *checks.own_entries(self)]
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 _TABLE: dict[str, Method] = {}

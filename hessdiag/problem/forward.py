@@ -129,9 +129,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def mapped(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure with every tensor replaced by `function` of it."""
-    return _pytree.tree_map(lambda x: _leaf(x, function), inputs)
+def mapped(inputs: Any, function: Callable[[Any], Any], *, of: type | tuple[type, ...] = Tensor) -> Any:
+    """The same structure with every tensor, or whatever is `of` some types, replaced by `function` of it."""
+    return _pytree.tree_map(lambda x: _leaf(x, function, of), inputs)
 
 
 def leaves(inputs: Any) -> Iterator[Any]:
@@ -143,13 +143,13 @@ def leaves(inputs: Any) -> Iterator[Any]:
             yield value
 
 
-def _leaf(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
+def _leaf(value: Any, function: Callable[[Any], Any], of: type | tuple[type, ...]) -> Any:
+    if isinstance(value, of):
         return function(value)
     if isinstance(value, MutableMapping):  # of a kind that torch does not look into
         out = copy.copy(value)
         for key in value:
-            out[key] = mapped(value[key], function)
+            out[key] = mapped(value[key], function, of=of)
         return out
     return value
 

@@ -8,7 +8,7 @@ brings (shapes, dtypes, devices, targets), and evaluates model and loss on a bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -251,6 +251,14 @@ class Objective:
         text = (str(error).splitlines() or [""])[0]
         if self.call is not None and isinstance(inputs, Tensor) and isinstance(error, (TypeError, IndexError)):
             text += " (forward was given one tensor: of a dictionary with a single input, that input by itself)"
+        elif self.call is None and isinstance(inputs, (Mapping, tuple, list)):
+            kind, how, star = type(inputs).__name__, "one by one", "*"
+            if isinstance(inputs, Mapping):
+                kind, how, star = "dictionary", "by name", "**"
+            text += (
+                f"; it was given the {kind} of inputs as one argument: if it takes them {how}, say "
+                f"Objective(..., forward=lambda model, x: model({star}x))"
+            )
         return ConfigurationError(f"batch {index}: the model raised {type(error).__name__}: {text}")
 
     def _first_non_finite(self, inputs: Any) -> str:

@@ -236,7 +236,7 @@ class CallableLoss(Loss):
         if loss.shape != (len(outputs),):
             raise ConfigurationError(
                 f"loss {self.name!r} must return one value per sample, shape [{len(outputs)}], not {list(loss.shape)}; "
-                "use reduction='none'"
+                + _one_each(loss, len(outputs))
             )
         return loss
 
@@ -274,6 +274,18 @@ class CallableLoss(Loss):
             if outputs.dtype == torch.float64 or not isinstance(error.__cause__, RuntimeError):
                 raise
         return outputs, self.values(outputs, targets)
+
+
+def _one_each(loss: Tensor, samples: int) -> str:
+    """How a loss of another shape becomes one value per sample."""
+    if loss.ndim == 0 or len(loss) % samples:
+        return "use reduction='none'"
+    if len(loss) > samples:
+        return (
+            f"of a sample's {len(loss) // samples} places take the mean, .reshape(len(outputs), -1).mean(1), or the sum"
+        )
+    mean = ".mean(1)" if loss.ndim == 2 else ".flatten(1).mean(1)"
+    return f"of several values a sample take the mean, {mean}, or the sum"
 
 
 class ByProducts(Curvature):

@@ -6,7 +6,9 @@ import copy
 import math
 import types
 import warnings
+from collections import UserDict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ import hessdiag as hd
 from hessdiag.callbacks import LightningWatch, TrainerWatch, Watch
 from hessdiag.callbacks.transformers import with_logits
 from hessdiag.data import load
-from hessdiag.errors import ConfigurationError
+from hessdiag.errors import ConfigurationError, HessdiagError
 from hessdiag.networks import build
 
 X, Y = next(iter(load("digits", split="train", samples=96).batches(96)))
@@ -206,6 +208,52 @@ def test_mistakes_are_told_before_the_training_begins():
         Watch((X, Y), every="two")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="an iterator gives its batches once"):
         Watch(iter([(X, Y)]))
+    for mistake, words in (
+        ({"method": "hutch"}, "unknown method 'hutch'; did you mean 'hutchinson'"),
+        ({"rtol": -1}, "rtol=-1: a positive number"),
+        ({"rtol": "5%"}, "rtol='5%': a positive number"),
+        ({"seed": 1.5}, "seed=1.5: an integer"),
+        ({"max_seconds": 0}, "max_seconds=0: a positive number of seconds"),
+        ({"max_seconds": "60"}, "max_seconds='60': a positive number of seconds"),
+        ({"objective": hd.Objective(MLP())}, r"lambda model: Objective\(model, 'mse'\), and not of type Objective"),
+        ({"objective": "mse"}, "and not of type str"),
+    ):
+        for kind in (Watch, LightningWatch, lambda data, **options: TrainerWatch(None, data, **options)):
+            with pytest.raises(HessdiagError, match=words):
+                kind((X, Y), **mistake)
+    Watch((X, Y), seed=np.int64(3), max_seconds=None, objective=lambda model: hd.Objective(model, "mse"))
+
+
+class Encoding(UserDict):
+    """A tokenizer's mapping, into which torch does not look."""
+
+
+@pytest.mark.parametrize("kind", [dict, Encoding])
+@pytest.mark.parametrize("arrays", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pairs_whose_inputs_are_a_mapping_are_cut_and_moved(kind, arrays, dtype):
+    """The twelfth sample lies in the second batch; numbers of another dtype, and arrays, become the model's."""
+
+    def batch(low):
+        x = X[low : low + 8].double()
+        inputs = {"x": x, "mask": torch.ones_like(x), "scale": torch.tensor(2.0)}
+        return kind({k: v.numpy() for k, v in inputs.items()} if arrays else inputs), Y[low : low + 8]
+
+    def objective(model):
+        return hd.Objective(model, forward=lambda m, i: i["scale"] * m(i["x"], i["mask"])["logits"])
+
+    model, batches = Names().to(dtype), [batch(0), batch(8)]
+    before = {key: value.copy() if arrays else value.clone() for key, value in batches[1][0].items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch = Watch(batches, objective=objective, samples=12)
+        row = watch(model)
+    twice = hd.Objective(model.eval().net, lambda f, y: F.cross_entropy(2 * f, y, reduction="none"))
+    plain = hd.measure(twice, [(X[:12].to(dtype), Y[:12])])
+    assert watch.last.samples == 12
+    assert row["hessian_rms"] == pytest.approx(plain.rms, rel=1e-6)
+    assert type(watch._kept[1][0]) is kind
+    assert all((batches[1][0][key] == value).all() for key, value in before.items())  # the loader's own stay whole
 
 
 def test_a_part_of_a_parameter_is_no_parameter():

@@ -175,12 +175,47 @@ def test_a_wrong_registration_is_refused(change: dict[str, Any], message: str) -
     assert "squareplus" not in hd.activations.REGISTRY
 
 
+@pytest.mark.parametrize("off", [1.0, 1e-2, 1e-4])
+def test_a_derivative_that_is_right_for_the_defaults_only_is_refused_where_others_are_given(off: float) -> None:
+    """Off by so much at b = 0.3; less than two per cent passed the audit of a measurement, and was called exact."""
+    given = squareplus()
+    right = given["second"]
+    given["second"] = lambda x, b: right(x, b) * (1 + off * (b != 1.0))
+    hd.register_activation("squareplus", **given)
+    module = hd.activations.build("squareplus")
+    words = r"activation 'squareplus:b=0.3': the second derivative is not that of the first: at x = "
+    with pytest.raises(ConfigurationError, match=words):
+        hd.networks.build("mlp", activation="squareplus:b=0.3", in_features=6, num_classes=3)
+    with pytest.raises(ConfigurationError, match=words):
+        module.b = 0.3
+    module.b = 1.0
+    agrees_with_dense(net("squareplus"))
+
+
+def test_derivatives_are_tested_once_for_each_set_of_options() -> None:
+    calls, given = [], squareplus()
+    second = given["second"]
+
+    def counted(x: Tensor, b: float) -> Tensor:
+        calls.append(b)
+        return second(x, b)  # type: ignore[no-any-return]
+
+    hd.register_activation("squareplus", **{**given, "second": counted})
+    assert calls == [1.0]
+    for _ in range(3):
+        hd.networks.build("mlp", activation="squareplus:b=0.5", in_features=6, num_classes=3)
+        hd.networks.build("mlp", activation="squareplus", in_features=6, num_classes=3)
+    assert calls == [1.0, 0.5]
+
+
 @pytest.mark.parametrize("method", ["exact", "propagation", "hutchinson"])
-def test_the_audit_catches_a_derivative_that_is_right_for_the_defaults_only(method: str) -> None:
+def test_the_audit_catches_a_derivative_that_no_grid_was_asked_of(method: str) -> None:
     hd.register_activation("squareplus", **squareplus(wrong=2.0))
-    hd.measure(hd.Objective(net("squareplus")), [(X, Y)], method=method, max_replicates=10)
+    model = net("squareplus")
+    hd.measure(hd.Objective(model), [(X, Y)], method=method, max_replicates=10)
+    vars(model[1])["b"] = 0.3  # type: ignore[index]
     with pytest.raises(AuditError, match="second derivatives are not the model's"):
-        hd.measure(hd.Objective(net("squareplus:b=0.3")), [(X, Y)], method=method)
+        hd.measure(hd.Objective(model), [(X, Y)], method=method)
 
 
 def swish_function(
@@ -257,6 +292,35 @@ def test_a_custom_function_is_known_wherever_the_graph_shows_it() -> None:
 def test_a_custom_function_is_admitted_by_test(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         hd.register_activation("my_swish", **of_swish(swish_function(**options)))
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "propagation", "hutchinson", "reference"])
+def test_formulas_of_a_custom_function_must_be_right_at_the_options_that_a_graph_shows(method: str) -> None:
+    """One per cent off away from the default: what rests on autograd alone does not need them, and is right."""
+    function = swish_function()
+    given = of_swish(function)
+    right = given["first"]
+    given["first"] = lambda x, alpha: right(x, alpha) * (1 + 0.01 * (alpha != 2.0))
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(function.apply(self.a(x), 1.5))  # type: ignore[no-untyped-call,no-any-return]
+
+    torch.manual_seed(0)
+    model = Own().double()
+    truth = hd.measure(hd.Objective(model), [(X, Y)], method="reference").rms
+    hd.register_activation("my_swish", **given)
+    if method in ("auto", "exact", "propagation"):
+        with pytest.raises(ConfigurationError, match=r"my_swish:alpha=1.5.*first derivative"):
+            hd.measure(hd.Objective(model), [(X, Y)], method=method)
+        return
+    found = hd.measure(hd.Objective(model), [(X, Y)], method=method, rtol=0.1, max_replicates=100)
+    low, high = found.interval
+    assert low * (1 - 1e-9) <= truth <= high * (1 + 1e-9)
 
 
 # -- layers and sites

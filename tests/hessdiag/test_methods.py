@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,63 @@ def test_a_stochastic_method_from_outside_is_measured_or_caught(table: None, shi
         return
     with pytest.raises(AuditError, match="own of"):
         hd.measure(objective, batches, method="outside")
+
+
+def _less(parts: Any) -> Any:
+    return {part: {n: t for n, t in given.items() if n != "2.weight"} for part, given in parts.items()}
+
+
+def _every(parts: Any, change: Any) -> Any:
+    return {part: {n: change(t) for n, t in given.items()} for part, given in parts.items()}
+
+
+GIVEN: dict[str, tuple[Any, str]] = {
+    "nothing": (lambda parts: None, "gives None, where a dictionary with "),
+    "a tensor": (lambda parts: torch.ones(3), "gives a Tensor, where a dictionary with "),
+    "another part": (lambda parts: {"totl": parts.popitem()[1]}, r"gives \['totl'\], where a dictionary with "),
+    "tensors alone": (lambda parts: {part: torch.ones(3) for part in parts}, "gives a Tensor as '.*', no dictionary of"),
+    "too few": (_less, "gives nothing for parameter '2.weight' in '"),
+    "too many": (
+        lambda parts: {part: {**given, "more": torch.ones(1)} for part, given in parts.items()},
+        "gives 'more', no chosen parameter, in '"),
+    "flat": (lambda parts: _every(parts, Tensor.flatten), r"gives shape \[20\] for '0.weight' in '.*shape \[4, 5\] is"),
+    "numpy": (lambda parts: _every(parts, Tensor.numpy), "gives a ndarray for '0.weight' in '.*'; a tensor of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ["measure", "measure without an audit", "diagonal", "population"])
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_a_method_gives_must_be_tensors_like_the_parameters(
+    name: str, stochastic: bool, call: str, table: None
+) -> None:
+    """One line that says what came and what is wanted, wherever the method is asked."""
+    change, words = GIVEN[name]
+    own = Gaussian if stochastic else OneByOne
+    which = "replicate" if stochastic else "known"
+
+    def changed(self: hd.Work, *given: Any) -> Any:
+        return change(getattr(own, which)(self, *given))
+
+    hd.register_method(_method(type("Changed", (own,), {which: changed}), deterministic=not stochastic))
+    objective, batches = hd.Objective(small()), [data(200)]
+    calls = {
+        "measure": hd.measure,
+        "measure without an audit": partial(hd.measure, audit_model=False),
+        "diagonal": partial(hd.diagonal, audit_model=False),
+        "population": partial(hd.measure, audit_model=False, target="population"),
+    }
+    with pytest.raises(ConfigurationError, match=rf"^method 'outside': {which}\(batch, \w+\) {words}") as caught:
+        calls[call](objective, batches, method="outside")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_method_without_what_its_kind_needs_is_told(deterministic: bool, table: None) -> None:
+    hd.register_method(_method(type("Idle", (hd.Work,), {}), deterministic=deterministic))
+    wanted = r"deterministic = True, .* no known\(" if deterministic else r"deterministic = False, .* no replicate\("
+    with pytest.raises(ConfigurationError, match=f"method 'outside' has {wanted}"):
+        hd.measure(hd.Objective(small()), [data()], method="outside")
 
 
 def test_what_is_no_method_is_refused(table: None) -> None:

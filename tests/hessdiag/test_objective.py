@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from dataclasses import dataclass
 
 import pytest
@@ -411,3 +412,43 @@ def test_inputs_in_an_object_are_named() -> None:
         hd.measure(objective, [(Pair(x), y)])
     advised = hd.Objective(model, forward=lambda model, inputs: model(Pair(**inputs).x))
     assert hd.measure(advised, [({"x": x}, y)]).rms == hd.measure(hd.Objective(model), [(x, y)]).rms
+
+
+class TwoInputs(nn.Module):
+    """Of two tensors by name or place; in eval mode its outputs are those of one layer on their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.layer(x + z)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "propagation", "hutchinson", "reference"])
+@pytest.mark.parametrize("model", [TwoInputs(), nn.Linear(4, 3)])
+@pytest.mark.parametrize("given", ["dictionary", "UserDict", "tuple", "list"])
+def test_several_inputs_without_forward_lead_to_it(given: str, model: nn.Module, method: str) -> None:
+    """The advice, followed, measures."""
+    x, y = torch.randn(9, 4, generator=torch.Generator().manual_seed(1)), torch.arange(9) % 3
+    by_name = {"x": x, "z": x}
+    inputs = {"dictionary": by_name, "UserDict": UserDict(by_name), "tuple": (x, x), "list": [x, x]}[given]
+    star, how = ("**", "by name") if given in ("dictionary", "UserDict") else ("*", "one by one")
+    kind = "dictionary" if star == "**" else given
+    words = (
+        rf"the {kind} of inputs as one argument: .*{how}, say Objective\(.*, forward=(lambda model, x: model\(.*x\))\)$"
+    )
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        hd.measure(hd.Objective(model), [(inputs, y)], method=method)
+    assert "\n" not in str(caught.value)
+    if isinstance(model, TwoInputs) and method == "exact":
+        advised = eval(str(caught.value).split("forward=")[1][:-1])
+        found = hd.measure(hd.Objective(model, forward=advised), [(inputs, y)])
+        assert found.rms == pytest.approx(hd.measure(hd.Objective(model.layer), [(2 * x, y)]).rms, rel=1e-6)
+
+
+def test_a_models_own_exception_of_one_tensor_is_told_as_it_was() -> None:
+    with pytest.raises(ConfigurationError, match="the model raised RuntimeError: mat1 and mat2") as caught:
+        hd.measure(hd.Objective(nn.Linear(4, 3)), [(torch.randn(9, 5), torch.arange(9) % 3)])
+    assert "forward" not in str(caught.value)

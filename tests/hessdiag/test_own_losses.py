@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessdiag as hd
-from hessdiag.errors import AuditError
+from hessdiag.errors import AuditError, ConfigurationError
 from hessdiag.measuring.audit import audit
 from hessdiag.measuring.autograd_check import loss_quotients
 from hessdiag.methods.batches import Numbered
@@ -252,3 +252,25 @@ def test_a_loss_by_name_costs_no_more_and_one_of_the_users_own_no_pass(monkeypat
     assert plain["passes"] == short["passes"] == named["passes"]
     assert plain["lifted"] == 0
     assert short["losses"] == plain["losses"] + 1
+
+
+SHAPES: dict[str, tuple[Own, str]] = {
+    "one number": (lambda f, y: F.mse_loss(f, y), r"shape \[12\], not \[\]; use reduction='none'$"),
+    "a value per output": (
+        lambda f, y: F.mse_loss(f, y, reduction="none"), r"not \[12, 3\]; of several values a sample take .* \.mean\(1\)"),
+    "places apart": (
+        lambda f, y: F.mse_loss(f[:, :, None], y[:, :, None], reduction="none"),
+        r"not \[12, 3, 1\]; of several .* \.flatten\(1\)\.mean\(1\)"),
+    "places as rows": (
+        lambda f, y: F.mse_loss(f.flatten(), y.flatten(), reduction="none"),
+        r"not \[36\]; of a sample's 3 places take the mean, \.reshape\(len\(outputs\), -1\)\.mean\(1\)"),
+    "another number": (lambda f, y: F.mse_loss(f, y, reduction="none")[:5, 0], r"not \[5\]; use reduction='none'$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_loss_of_another_shape_is_told_how_to_become_one_value_a_sample(name: str, method: str) -> None:
+    loss, words = SHAPES[name]
+    with pytest.raises(ConfigurationError, match=words):
+        hd.measure(hd.Objective(net(torch.float32), loss), [numbers(torch.float32)], method=method)
