@@ -41,11 +41,12 @@ class Activation:
 
 @lru_cache(maxsize=1024, typed=True)
 def _check(activation: Activation, *items: tuple[str, Option]) -> None:
-    """sigma' against quotients of sigma, sigma'' against quotients of sigma'."""
+    """sigma' against quotients of sigma, sigma'' against quotients of sigma': numbers, wherever the module is built."""
     options = dict(items)
-    check_elementwise(lambda x: activation.value(x, **options))
-    x, who = grid(), label(activation.name, options)
-    with torch.no_grad():
+    who = label(activation.name, options)
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        x = grid()
+        check_elementwise(lambda x: activation.value(x, **options))
         for what, formula, of in (
             ("first", activation.first, activation.value),
             ("second", activation.second, activation.first),

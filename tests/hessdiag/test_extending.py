@@ -192,6 +192,24 @@ def test_a_derivative_that_is_right_for_the_defaults_only_is_refused_where_other
     agrees_with_dense(net("squareplus"))
 
 
+@pytest.mark.parametrize("given", ["second", "none"])
+@pytest.mark.parametrize("where", [lambda: torch.device("meta"), torch.inference_mode, torch.no_grad])
+def test_a_module_may_be_built_where_nothing_is_computed(where: Any, given: str) -> None:
+    """On the meta device, as checkpoints are read, and under inference mode; a wrong derivative is refused there, too."""
+    right = squareplus(wrong=2.0 if given == "second" else 1.0)
+    if given == "none":
+        right = {"value": right["value"], "options": right["options"]}
+    hd.register_activation("squareplus", **right)
+    with where():
+        assert repr(hd.activations.build("squareplus")) == "squareplus(b=1.0)"
+    if given == "none":
+        with where():
+            hd.activations.build("squareplus:b=0.3")
+        return
+    with pytest.raises(ConfigurationError, match=r"squareplus:b=0\.3"), where():
+        hd.activations.build("squareplus:b=0.3")
+
+
 def test_derivatives_are_tested_once_for_each_set_of_options() -> None:
     calls, given = [], squareplus()
     second = given["second"]

@@ -84,14 +84,15 @@ class Linear(PositionWise):
         if graph.is_free(edges[left][0]):
             graph.refuse(node, f"parameter {graph.through(edges[left][0])!r} applied from the left")
         if graph.is_live(edges[right][0]) and not graph.is_free(edges[right][0]):
-            graph.refuse(
-                node,
+            both = (
                 "both matrices depend on the inputs and on parameters, and neither has an axis of samples (samples one "
                 "by one in a loop, or a batch times itself)"
-                if graph.is_live(edges[left][0])
-                else "a constant matrix is applied from the left, where the samples should stand (write h @ A.T, the "
-                "samples first, or torch.sparse.mm(A, h))",
             )
+            constant = (
+                "a constant matrix is applied from the left, where the samples should stand (write h @ A.T, the "
+                "samples first, or torch.sparse.mm(A, h))"
+            )
+            graph.refuse(node, both if graph.is_live(edges[left][0]) else constant)
         turned = _turned(edges[right][0], graph)
         weight = graph.apply(turned) if turned is not None else graph.direct(node, right)
         scaled = not is_plain(node) or saved.number(node, "beta", 1.0) != 1
