@@ -228,7 +228,7 @@ class Loop(Sums):
                 self._trails = {position: before, position + 1: trail}
                 yield position, batch
             elif position + 1 == begun:
-                other = wanted is None or abs(trail - wanted) > NEAR * self.survey.data_size
+                other = wanted is None or not abs(trail - wanted) <= NEAR * self.survey.data_size
                 if self.world.agree(other, self.objective.device):
                     self._begin_pass_anew()
                     yield from self._unsummed()
@@ -318,7 +318,7 @@ class Loop(Sums):
                 f"{self._resume}: does not hold what this measurement needs ({error}); remove it"
             ) from None
         if self._next is not None and "random" in place:
-            self._next = put_back(self._resume, place["random"]["next"], self.batches)
+            self._next = put_back(self._resume, place["random"].get("next"), self.batches)
         if self.world.rank:  # what one process had begun is counted once: by the first
             if not self.known_done:
                 self.known = {}

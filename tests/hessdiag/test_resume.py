@@ -466,6 +466,8 @@ def test_a_damaged_resume_file_is_refused_not_measured_with(tmp_path: Path) -> N
         ("progress", "done", -1),
         ("progress", "known_done", "yes"),
         ("progress", "history", [[10, -0.5, 0.1, 0.2]]),
+        ("progress", "trail", "none"),
+        ("progress", "random", {"first": {"torch": "00", "own": [], "python": [3, [], None], "numpy": None}}),
         ("tensors", "stream|total|total", None),
     ):
         path.write_bytes(data)
