@@ -144,7 +144,7 @@ def _assemble(
         public_config(split_normalisation(facts)[0], **given, options=options)
     config: Mapping[str, Any]
     tensors = document.tensors(which)
-    _refuse_non_finite(tensors)
+    _refuse_non_finite(tensors, masks=factory is not None)
     if not document.self_describing:
         notes = (f"read as a {document.layout}", *document.notes, *notes)
     if document.others:
@@ -217,10 +217,12 @@ def _normalisation(
     )
 
 
-def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
+def _refuse_non_finite(tensors: Mapping[str, Tensor], *, masks: bool) -> None:
+    """Of a network that may hold `masks` minus infinity is left to the objective, which knows the parameters."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise NonFiniteError(f"tensor {shown(name)} holds {count} NaN or infinite values of {tensor.numel()}")
+        if tensor.is_floating_point():
+            off = tensor.isnan() | (tensor.isposinf() if masks else tensor.isinf())
+            if count := int(off.sum()):
+                raise NonFiniteError(f"tensor {shown(name)} holds {count} NaN or infinite values of {tensor.numel()}")
         if name.endswith("running_var") and tensor.numel() and float(tensor.min()) < 0:
             raise BadFileError(f"tensor {shown(name)} is a variance below zero")

@@ -220,7 +220,8 @@ class Objective:
                 )
             if parameter.dtype != self.dtype:
                 raise DtypeError(f"parameter {name!r} is {parameter.dtype}, others {self.dtype}; convert with .to()")
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in [*parameters.items(), *self.model.named_buffers()]:
             if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
                 raise ConfigurationError(f"{name!r} has no shape yet: run the model once on a batch")
             if tensor.is_meta:
@@ -228,8 +229,15 @@ class Objective:
                     f"{name!r} is on the device 'meta', where tensors hold no numbers: load the weights first, e.g. by "
                     "load_state_dict(..., assign=True)"
                 )
-            if tensor.is_floating_point() and not bool(torch.isfinite(stored(tensor.detach())[0]).all()):
-                raise NonFiniteError(f"{name!r} holds NaN or Inf: the model cannot be measured; reload or retrain it")
+            if tensor.is_floating_point():
+                held = stored(tensor.detach())[0]
+                finite = torch.isfinite(held)
+                if name not in parameters:
+                    finite |= held.isneginf()  # a mask
+                if not bool(finite.all()):
+                    raise NonFiniteError(
+                        f"{name!r} holds NaN or Inf: the model cannot be measured; reload or retrain it"
+                    )
 
     def _failure(self, error: Exception, inputs: Any, index: int) -> HessdiagError:
         """The model's own exception as one line, with what is visibly wrong with the inputs."""
