@@ -106,8 +106,8 @@ class Side:
             lam = (1.0 / site.lam if second else site.lam) if site.right else 1.0
             root = site.c.abs().sqrt_()
             self.roots.append(root * site.c.sign().mul_(lam) if second else root.mul_(lam))
-        self._blanks = [torch.zeros_like(root, requires_grad=True) for root in self.roots]
-        with _double(), torch.enable_grad():  # linear in its seeds: its gradient along a is the forward product J a
+        self._blanks = [torch.ones_like(root, requires_grad=True) for root in self.roots]
+        with _double(), torch.enable_grad():  # linear in its seeds (any will do): its gradient along a is J a
             self._forward = self.backward(self._blanks, create_graph=True)
 
     def backward(self, seeds: Sequence[Tensor], *, create_graph: bool = False) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,7 @@
 """Products of a vector with the Hessian and with the Gauss-Newton matrix of one batch, by double backward.
 
-H v is the derivative of <gradient, v>; G v = J^T (d2l/df2) J v, with J v the derivative of <J^T u, v> in u.
+H v is the derivative of <gradient, v>; G v = J^T (d2l/df2) J v, with J v the derivative of <J^T u, v> in u, which is
+linear in u: any will do, but some of torch's own (logcumsumexp) have no derivative at zero.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Products:
             self._dummy: Tensor | None = None
             if parts:
                 self._curvature = objective.loss.curvature(outputs, targets)
-                self._dummy = torch.zeros_like(outputs, requires_grad=True)
+                self._dummy = torch.ones_like(outputs, requires_grad=True)
                 self._pulled = torch.autograd.grad(
                     outputs, self._parameters, self._dummy, create_graph=True, allow_unused=True
                 )

@@ -24,7 +24,7 @@ from hessdiag.measuring import comparisons
 from hessdiag.measuring.autograd_check import Moved, Probe, loss_quotients
 from hessdiag.measuring.comparisons import AuditEntry
 from hessdiag.measuring.ranks import World
-from hessdiag.measuring.rounding import shortest
+from hessdiag.measuring.rounding import shortest, uneven
 from hessdiag.methods import Aim, Case, Method, find
 from hessdiag.methods.batches import Numbered, survey
 from hessdiag.problem.forward import InDouble, mapped
@@ -281,10 +281,10 @@ PERIOD = 4099
 
 
 def random_directions(objective: Objective, signs: Signs) -> Tensors:
-    """Random signs for all parameters."""
+    """Random signs for all parameters, each entry of another size: see `uneven`."""
     found = {}
     for number, (name, p) in enumerate(objective.parameters.items()):
-        drawn = signs.plain(p.new_empty(min(p.numel(), PERIOD)), comparisons.AUDIT, number)
+        drawn = uneven(signs.plain(p.new_empty(min(p.numel(), PERIOD)), comparisons.AUDIT, number))
         found[name] = drawn.repeat(-(-p.numel() // PERIOD))[: p.numel()].reshape(p.shape)
     return found
 

@@ -17,6 +17,7 @@ constant, and not moved.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ class Quotients:
 class Moved:
     """A copy of the model in float64, moved off its kinks, with S and its gradient along one direction.
 
-    `directions` are random signs, moved along and then used up. The parameters of `objective`, whose loss is S, are
+    `directions` are random, moved along and then used up. The parameters of `objective`, whose loss is S, are
     moved here and left where the last comparison put them; `outputs` are set by whoever runs it next.
     """
 
@@ -140,8 +141,10 @@ class Moved:
         for name, p in self.parameters.items():
             u, g = self.directions[name], gradient[name]
             size = 0.0 if g is None else length(g)
-            if g is not None and size:
-                u.add_(g, alpha=p.numel() ** 0.5 / size)
+            if (
+                g is not None and size
+            ):  # on the side of u where the two add up: of a single number they could be opposite
+                u.add_(g, alpha=math.copysign(p.numel() ** 0.5 / size, float(g.flatten() @ u.flatten())))
             for leaf, row in fixed:
                 if leaf is p:
                     u[row] = 0

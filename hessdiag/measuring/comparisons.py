@@ -37,7 +37,7 @@ from hessdiag.kernels.products import Products, one_hot
 from hessdiag.kernels.propagator import Propagator
 from hessdiag.kernels.tensors import Tensors, accumulate_new
 from hessdiag.measuring.autograd_check import Moved
-from hessdiag.measuring.rounding import ROUNDINGS, Uncancelled, length, uncancelled, unit
+from hessdiag.measuring.rounding import ROUNDINGS, Uncancelled, length, uncancelled, uneven, unit
 from hessdiag.methods.base import Method
 from hessdiag.methods.case import Case
 from hessdiag.problem.objective import Objective
@@ -103,15 +103,18 @@ def _site_sums(linear: Linearisation, forward: Forward, u: Sequence[Tensor | Non
 
 
 class Forward:
-    """J u as the derivative of <J^T v, u> with respect to v: J^T v is recorded once, for any number of directions u."""
+    """J u as the derivative of <J^T v, u> with respect to v: J^T v is recorded once, for any number of directions u.
+
+    It is linear in v, so any will do; some of torch's own (logcumsumexp) have no derivative at zero.
+    """
 
     def __init__(self, linear: Linearisation, wrt: Sequence[Any]) -> None:
         with torch.enable_grad():
-            self._seeds = [torch.zeros_like(site.c, requires_grad=True) for site in linear.sites]
+            self._seeds = [torch.ones_like(site.c, requires_grad=True) for site in linear.sites]
             self._others = [
-                torch.zeros_like(site.c, requires_grad=True) if site.right else None for site in linear.sites
+                torch.ones_like(site.c, requires_grad=True) if site.right else None for site in linear.sites
             ]
-            self._output = torch.zeros_like(linear.outputs, requires_grad=True)
+            self._output = torch.ones_like(linear.outputs, requires_grad=True)
             self._pulled = linear.backward(self._seeds, self._output, wrt, right=self._others, create_graph=True)
 
     def along(self, u: Sequence[Tensor | None]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -389,8 +392,8 @@ def quotients(moved: Moved) -> list[AuditEntry]:
 
 def symmetry(objective: Objective, products: Products, signs: Signs, tolerance: float) -> AuditEntry:
     """Of the double backward: v^T (H u) against u^T (H v)."""
-    u = {n: signs.plain(p, AUDIT, 3, i) for i, (n, p) in enumerate(objective.parameters.items())}
-    v = {n: signs.plain(p, AUDIT, 4, i) for i, (n, p) in enumerate(objective.parameters.items())}
+    u = {n: uneven(signs.plain(p, AUDIT, 3, i)) for i, (n, p) in enumerate(objective.parameters.items())}
+    v = {n: uneven(signs.plain(p, AUDIT, 4, i)) for i, (n, p) in enumerate(objective.parameters.items())}
     hu, hv = products.hessian(u), products.hessian(v)
     left = sum(float((v[n].double() * hu[n].double()).sum()) for n in u)
     right = sum(float((u[n].double() * hv[n].double()).sum()) for n in u)

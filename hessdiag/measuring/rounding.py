@@ -32,6 +32,18 @@ def length(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
 
 
+def uneven(signs: Tensor) -> Tensor:
+    """Signs times sizes of 1/2 to 3/2, of mean one, no two alike (multiples of the golden ratio, modulo one).
+
+    Below a softmax, entries that all move alike move nothing: signs alone do so for one pair in two.
+    """
+    places = torch.arange(1, signs.numel() + 1, dtype=torch.float64, device=signs.device)
+    return signs * (0.5 + (places * GOLDEN).frac()).to(signs.dtype).reshape(signs.shape)
+
+
+GOLDEN = 0.5 * 5.0**0.5 - 0.5
+
+
 def shortest(tensor: Tensor) -> torch.dtype:
     """The shortest dtype in the graph behind `tensor` and in itself, float32 at the least."""
     inner = [node for node in forward_order(tensor.grad_fn) if not is_leaf(node)] if tensor.grad_fn else []
