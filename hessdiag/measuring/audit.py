@@ -1,6 +1,7 @@
-"""A measurement's own check, on a few samples and in float64 wherever the model can be copied.
+"""A measurement's own check, on a few samples and in float64 wherever the model runs so, copied or lent (see `copies`).
 
 What is compared, and relative to what, stands in `comparisons`; here which comparisons a method needs, and the verdict.
+What could not be compared does not pass: it is named in the result's notes, and refuses nothing.
 """
 
 from __future__ import annotations
@@ -8,29 +9,29 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hessdiag.errors import AuditError, HessdiagError, UncoveredModelError
+from hessdiag.errors import AuditError, HessdiagError
 from hessdiag.graph import Layer, Linearisation
 from hessdiag.kernels.products import Products
 from hessdiag.kernels.tensors import Tensors
 from hessdiag.measuring import comparisons
 from hessdiag.measuring.autograd_check import Moved, Probe, loss_quotients
 from hessdiag.measuring.comparisons import AuditEntry
+from hessdiag.measuring.copies import come_from, copied, is_scripted, lent, set_apart
 from hessdiag.measuring.ranks import World
 from hessdiag.measuring.rounding import shortest, uneven
 from hessdiag.methods import Aim, Case, Method, find
 from hessdiag.methods.batches import Numbered, survey
-from hessdiag.problem.forward import InDouble, mapped
+from hessdiag.problem.forward import in_double, mapped
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import CallableLoss
-from hessdiag.problem.sparse import is_dense
 from hessdiag.signs import Signs, cpu_generator
 
 SAMPLES = 2
@@ -48,16 +49,26 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Whether every comparison agreed."""
+        """Whether every comparison could be made, and agreed."""
         return all(entry.passed for entry in self.entries)
 
     @property
     def worst(self) -> AuditEntry:
-        """The comparison that came nearest to (or went furthest beyond) its tolerance."""
-        return max(
-            self.entries,
-            key=lambda e: float("inf") if e.deviation != e.deviation else e.deviation / e.tolerance,
-        )
+        """The comparison that came nearest to (or went furthest beyond) its tolerance; of those that were made."""
+        return max(self.entries, key=lambda e: -1.0 if e.deviation is None else e.beyond)
+
+    @property
+    def left_out(self) -> tuple[AuditEntry, ...]:
+        """What could not be compared."""
+        return tuple(entry for entry in self.entries if entry.deviation is None)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a result has to say of it, besides."""
+        names = [f"{entry.check} of {entry.layer!r}" for entry in self.left_out]
+        some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        why = "nothing of it runs in float64, and float32 leaves it open"
+        return [f"not compared with difference quotients: {some} ({why})"] if names else []
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -65,15 +76,13 @@ class Audit:
         return {"passed": self.passed, "samples": self.samples, "dtype": self.dtype, "entries": entries}
 
     def require(self) -> None:
-        """Raise AuditError naming the layer, unless everything agreed."""
-        if self.passed:
+        """Raise AuditError naming the layer, unless everything that could be compared agreed."""
+        failed = [entry for entry in self.entries if not entry.passed and entry.deviation is not None]
+        if not failed:
             return
-        failed = [entry for entry in self.entries if not entry.passed]
         first = next((e for check in _DERIVATIVES for e in failed if e.check == check), None)
         worst = (
-            self.worst
-            if first is None
-            else max((e for e in failed if e.check == first.check), key=lambda e: e.deviation / e.tolerance)
+            self.worst if first is None else max((e for e in failed if e.check == first.check), key=lambda e: e.beyond)
         )
         why = (_DERIVATIVES | _METHOD).get(worst.check, "the model is not covered; use method='hutchinson'")
         where = f"layer {worst.layer!r}" if worst.check not in _DERIVATIVES | _METHOD else repr(worst.layer)
@@ -103,22 +112,26 @@ _METHOD = {
 """Of a method by its own numbers."""
 
 
+Arithmetic = Callable[[], AbstractContextManager[Any]]
+
+
 @dataclass(frozen=True)
 class _Twin:
-    """What is audited: a copy in float64 where there can be one, and the arithmetic that keeps it in double.
+    """What is audited: the model in float64 where it runs so, and the arithmetic that keeps it in double.
 
-    The copy's parameters stand a little off the model's (see `autograd_check`), so that one forward pass serves all
+    Its parameters stand a little off the model's (see `autograd_check`), so that one forward pass serves all
     comparisons.
     """
 
     objective: Objective
     few: Numbered
-    arithmetic: Callable[[], AbstractContextManager[Any]]
+    arithmetic: Arithmetic
     dtype: torch.dtype
     moved: Moved | None = None
-    """A copy that runs in double: the parameters of a user's own model are not moved."""
+    """Of a twin, whose quotients are taken in the arithmetic `lifted`; None where there is no twin."""
+    lifted: Arithmetic = nullcontext
     outputs: Tensor | None = None
-    """Of the copy, with their graph."""
+    """Of the twin, with their graph; None where the model itself is looked at."""
 
 
 class Checks:
@@ -209,64 +222,86 @@ class Checks:
 
 def audit(objective: Objective, first: Numbered, *, method: str, seed: int) -> Audit:
     """Check `method` on the first samples of the data."""
-    twin = _twin(objective, first.few(SAMPLES), Signs(seed, objective.device))
-    with twin.arithmetic():
-        checks = Checks(twin, seed)
-        entries = list(find(method).audit(checks))
-        if isinstance(objective.loss, CallableLoss):
-            off = loss_quotients(objective.loss, checks.outputs, twin.few.targets)
-            entries.append(AuditEntry("loss", objective.loss.name, off, comparisons.DIFFERENCE))
-        del checks  # with its graphs
+    few, signs = first.few(SAMPLES), Signs(seed, objective.device)
+    with ExitStack() as held:
+        twin = _twin(objective, few, signs, held)
+        with twin.arithmetic():
+            checks = Checks(twin, seed)
+            entries = list(find(method).audit(checks))
+            if isinstance(objective.loss, CallableLoss):
+                off = loss_quotients(objective.loss, checks.outputs, twin.few.targets)
+                entries.append(AuditEntry("loss", objective.loss.name, off, comparisons.DIFFERENCE))
+            del checks  # with its graphs
         if twin.moved is not None:
-            entries += comparisons.quotients(twin.moved)
+            with twin.lifted():
+                entries += comparisons.quotients(twin.moved)
+    if twin.moved is None:
+        entries += _where_it_stands(objective, few, signs)
     return Audit(tuple(entries), len(twin.few.targets), str(twin.dtype).removeprefix("torch."))
 
 
-def _twin(objective: Objective, few: Numbered, signs: Signs) -> _Twin:
-    """The first of these that runs: in double throughout, in double with shorter parts, or the model as it is.
+_FAILURES = (HessdiagError, RuntimeError, TypeError, NotImplementedError)
 
-    Conversions to float32, in the model or in a loss of the user's own, are lifted where that is what they need to be
-    in double. Where only the loss insists on another dtype, derivatives of the model are still compared in double.
+
+def _twin(objective: Objective, few: Numbered, signs: Signs, held: ExitStack) -> _Twin:
+    """The first of these that runs: a copy in double, the model itself lent in double, the model as it is.
+
+    Conversions to float32 and constants of it, in the model or in a loss of the user's own, are lifted where that is
+    what they need to be in double. Where only the loss insists on another dtype, or a copy shares no graph with the
+    model (scripted code), derivatives of the model are still compared in double. `held` gives the model back.
     """
     own = _Twin(objective, few, nullcontext, objective.dtype)
-    try:
-        copied = double_copy(objective)
-        double = replace(few, inputs=_as_double(few.inputs), targets=_as_double(few.targets))
-        probe = copy.copy(copied)
-        probe.loss = Probe()
-        moved = Moved(probe, double, random_directions(copied, signs))
-        outputs = _run(probe, double)
-    except (HessdiagError, RuntimeError, TypeError, NotImplementedError):
-        return own
-    dtype = shortest(outputs)
-    ways: list[Callable[[], AbstractContextManager[Any]]] = [nullcontext, InDouble]
-    if dtype != torch.float64:  # norms computed in float32, and the like
-        ways = [nullcontext]
-        with contextlib.suppress(HessdiagError, RuntimeError, TypeError), InDouble():  # type: ignore[no-untyped-call]
+    double = replace(few, inputs=_as_double(few.inputs), targets=_as_double(few.targets))
+    originals = list(objective.model.parameters())
+    for way in (copied, lent):
+        with ExitStack() as stack:
+            try:
+                doubled = stack.enter_context(way(objective))
+                probe = copy.copy(doubled)
+                probe.loss = Probe()
+                moved = Moved(probe, double, random_directions(doubled, signs))
+                ran = _run_in_double(probe, double)
+            except _FAILURES:
+                continue
+            if ran is None or come_from(ran[0], originals):
+                continue
+            held.push(stack.pop_all())
+            moved.outputs, lifted = ran
+            found = None if is_scripted(objective.model) else _of_loss(doubled, double, ran[0], lifted)
+            if found is None:
+                return replace(own, moved=moved, lifted=lifted)
+            arithmetic, lossy = found
+            dtype = min(lossy, shortest(moved.outputs), key=lambda one: one.itemsize)
+            return _Twin(doubled, double, arithmetic, dtype, moved, lifted, moved.outputs)
+    return own
+
+
+def _run_in_double(probe: Objective, double: Numbered) -> tuple[Tensor, Arithmetic] | None:
+    """Outputs with their graph, fit for two derivatives, and the arithmetic: the first in which all of it is in double,
+    or else in which it runs at all.
+    """
+    found = None
+    for arithmetic in (nullcontext, in_double):  # norms computed in float32, and the like
+        with contextlib.suppress(*_FAILURES), arithmetic():
             outputs = _run(probe, double)
-            dtype = shortest(outputs)
-            ways = [InDouble]
-    moved.outputs = outputs
-    compared = moved if dtype == torch.float64 else None
-    found = _of_loss(copied, double, outputs, ways)
-    if found is None:
-        return replace(own, moved=None if ways == [InDouble] else compared)
-    arithmetic, lossy = found
-    return _Twin(copied, double, arithmetic, dtype if lossy == torch.float64 else lossy, compared, outputs)
+            if shortest(outputs) == torch.float64:
+                return outputs, arithmetic
+            found = found or (outputs, arithmetic)
+    return found
 
 
 def _of_loss(
-    copied: Objective, double: Numbered, outputs: Tensor, ways: list[Callable[[], AbstractContextManager[Any]]]
-) -> tuple[Callable[[], AbstractContextManager[Any]], torch.dtype] | None:
-    """The first of `ways` in which the loss of double outputs is computed in double, or else in which it runs at all.
+    doubled: Objective, double: Numbered, outputs: Tensor, lifted: Arithmetic
+) -> tuple[Arithmetic, torch.dtype] | None:
+    """How the loss of double outputs is computed in double, or else how it runs at all.
 
     A loss known by name is computed in the dtype of what it is given; of a callable's the graph says what it rounds.
     """
-    found, recorded = None, isinstance(copied.loss, CallableLoss)
-    for way in ways:
-        with contextlib.suppress(HessdiagError, RuntimeError, TypeError), way(), torch.set_grad_enabled(recorded):
-            copied.loss.check(outputs, double.targets)
-            losses, _ = copied.summed_losses(
+    found, recorded = None, isinstance(doubled.loss, CallableLoss)
+    for way in dict.fromkeys((lifted, in_double)):
+        with contextlib.suppress(*_FAILURES), way(), torch.set_grad_enabled(recorded):
+            doubled.loss.check(outputs, double.targets)
+            losses, _ = doubled.summed_losses(
                 outputs.detach().requires_grad_(recorded), double.targets, index=double.index
             )
             dtype = shortest(losses)
@@ -274,6 +309,20 @@ def _of_loss(
             if dtype == torch.float64:
                 return way, dtype
     return found
+
+
+def _where_it_stands(objective: Objective, few: Numbered, signs: Signs) -> list[AuditEntry]:
+    """Quotients of the model itself, whose parameters are moved and put back; what cannot be compared, as such."""
+    probe = copy.copy(objective)
+    probe.loss = Probe()
+    with contextlib.suppress(*_FAILURES), set_apart(objective.parameters):
+        moved = Moved(probe, few, random_directions(objective, signs), whole=True)
+        moved.outputs = _run(probe, few)
+        return comparisons.quotients(moved)
+    names = ["the whole model", *objective.parameters]
+    tolerances = [comparisons.SLOPE] + [comparisons.DIFFERENCE] * len(objective.parameters)
+    checks = ["slope"] + ["difference"] * len(objective.parameters)
+    return [AuditEntry(check, name, None, most) for check, name, most in zip(checks, names, tolerances)]
 
 
 PERIOD = 4099
@@ -287,27 +336,6 @@ def random_directions(objective: Objective, signs: Signs) -> Tensors:
         drawn = uneven(signs.plain(p.new_empty(min(p.numel(), PERIOD)), comparisons.AUDIT, number))
         found[name] = drawn.repeat(-(-p.numel() // PERIOD))[: p.numel()].reshape(p.shape)
     return found
-
-
-def double_copy(objective: Objective) -> Objective:
-    """The same objective on a float64 copy of the model, for checks at float64 accuracy."""
-    if any(isinstance(module, torch.jit.ScriptModule) for module in objective.model.modules()):
-        raise UncoveredModelError("a copy of scripted code is compiled anew, and shares no graph with the original")
-    twin = copy.copy(objective)
-    # Handed to deepcopy in double, so that nothing is copied twice.
-    known: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().double()) for p in objective.model.parameters() if _plain(p)
-    }
-    known |= {id(b): b.detach().clone() for b in objective.model.buffers() if not is_dense(b)}  # some have no deepcopy
-    twin.model = copy.deepcopy(objective.model, known).double()
-    everything = dict(twin.model.named_parameters())
-    twin.parameters = {name: everything[name] for name in objective.parameters}
-    twin.dtype = torch.float64
-    return twin
-
-
-def _plain(parameter: nn.Parameter) -> bool:
-    return type(parameter) is nn.Parameter and parameter.dtype == torch.float32 and parameter.requires_grad
 
 
 def _as_double(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whether autograd's derivatives are the model's and the loss's: held against difference quotients in float64.
+"""Whether autograd's derivatives are the model's and the loss's: held against difference quotients.
 
 A custom function with a wrong backward, a backward that forgets what it depends on, detach(), no_grad() or a
 straight-through estimator give a plausible gradient or Hessian of another function. No method here can do without
@@ -9,6 +9,12 @@ slope       u . grad S by autograd, the mean of two ends, against the quotient (
             tensors add to it, of one sign;
 difference  H u against (grad S(theta + h u) - grad S(theta)) / h, tensor by tensor;
 loss        for a callable loss, both of the loss as a function of the outputs alone.
+
+They are taken in float64, of a copy of the model or of the model itself, lent (see `copies`). What runs in float32
+alone has its own parameters moved, in other memory meanwhile, by steps h of 1/100 to 1/1000 from both sides, along u no
+longer than moves S by its own size. Tolerances are the same, beyond what rounding leaves of a quotient: 256 eps of S,
+or of a tensor's gradient, over h, which is 0.3% to 3%. A slope or tensor of which that is more than half is not
+compared, nor is a difference that is off where such a step may cross a kink, and the audit says so.
 
 What one step leaves in doubt is looked at from both sides, and with other steps. Parameters stand a little off where
 they were: off the kinks that zeros sit on. A row of an embedding that its padding_idx keeps from having a gradient is a
@@ -34,8 +40,12 @@ from hessdiag.methods.batches import Numbered
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import CallableLoss, Curvature, Loss, as_rows
 
-STEPS = ((1e-7, 0.0), (1e-7, -1e-7), (1e-8, -1e-8), (1e-6, -1e-6))
-"""The ends of relative steps; so small that no unit of a piecewise-linear network changes sides, or none at one."""
+STEPS = {
+    torch.float64: ((1e-7, 0.0), (1e-7, -1e-7), (1e-8, -1e-8), (1e-6, -1e-6)),
+    torch.float32: ((1e-2, -1e-2), (3e-3, -3e-3), (1e-3, -1e-3)),
+}
+"""The ends of relative steps: in double so small that no unit of a piecewise-linear network changes sides, or none at
+one; in float32 as large as rounding asks for."""
 MOVED = 1e-3
 LOSS_STEPS = {
     torch.float64: ((1e-6, MOVED),),
@@ -44,7 +54,6 @@ LOSS_STEPS = {
 """Relative steps in the outputs, both ways, and how far off their place: where step and rounding are not far apart, a
 kink may lie between the ends, and is not at several places.
 """
-_EPS = torch.finfo(torch.float64).eps
 
 
 class Probe(Loss):
@@ -61,79 +70,115 @@ class Probe(Loss):
 
 @dataclass(frozen=True)
 class Quotients:
-    """What the comparisons found: `slope` for all, `apart` naming parameters cut off, `difference` for each tensor."""
+    """What the comparisons found: `slope` for all, `apart` naming parameters cut off, `difference` for each tensor.
 
-    slope: float
+    None is what rounding or kinks leave open.
+    """
+
+    slope: float | None
     apart: tuple[str, ...]
-    difference: dict[str, float]
+    difference: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One quotient of one tensor: how far off beyond its noise, and the size of what is compared."""
+
+    beyond: float
+    size: float
+    noise: float
+    step: float
+
+    def above(self, floor: float) -> _Seen:
+        """With what rounding leaves of what cancels."""
+        more = floor / self.step
+        return _Seen(max(self.beyond - more, 0.0), self.size, self.noise + more, self.step)
+
+    @property
+    def tells(self) -> bool:
+        """Whether a derivative that is off by half would be seen; nothing that is zero is off."""
+        return self.noise <= 0.5 * self.size or self.size == 0.0
 
 
 class Moved:
-    """A copy of the model in float64, moved off its kinks, with S and its gradient along one direction.
+    """A model, in float64 as a rule, moved off its kinks, with S and its gradient along one direction.
 
-    `directions` are random, moved along and then used up. The parameters of `objective`, whose loss is S, are
-    moved here and left where the last comparison put them; `outputs` are set by whoever runs it next.
+    `directions` are random, moved along and then used up. The parameters of `objective`, whose loss is S, are moved
+    here, unseen by graphs that are held of them, and left where the last comparison put them; `outputs` are set by
+    whoever runs it next. `whole` keeps graphs that the model itself may hold.
     """
 
     outputs: Tensor
 
-    def __init__(self, objective: Objective, few: Numbered, directions: dict[str, Tensor]) -> None:
+    def __init__(
+        self, objective: Objective, few: Numbered, directions: dict[str, Tensor], *, whole: bool = False
+    ) -> None:
         self.objective, self.directions, self.parameters = objective, directions, objective.parameters
         self.inputs, self.targets, self.index = few.inputs, few.targets, few.index
         self.size = {n: length(p) / p.numel() ** 0.5 or 1e-3 for n, p in self.parameters.items()}
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.add_(directions[name], alpha=MOVED * self.size[name])
-        self._here = 0.0
+        for name, p in self.parameters.items():
+            p.data.add_(directions[name], alpha=MOVED * self.size[name])
+        self._here, self._whole = 0.0, whole
 
     def run(self, *, slope: float, difference: float) -> Quotients:
         """Everything. Beyond the tolerances `slope` and `difference` it is looked at more closely: from both sides,
         which parameters are cut off, whether other steps agree.
         """
+        dtype = shortest(self.outputs)
+        eps, double = torch.finfo(dtype).eps, dtype == torch.float64
         middle = self.objective, self.inputs, self.targets
         products = Products(*middle, index=self.index, parts=False, outputs=self.outputs)
         gradient = {n: None if g is None else g.detach() for n, g in zip(products.names, products._gradient)}
         value = float(self.objective.loss.values(self.outputs.detach(), self.targets).sum())
         here = value, {n: torch.zeros_like(self.parameters[n]) if g is None else g for n, g in gradient.items()}
         along = self._direction(gradient, products)
+        size = abs(value) if double else self._shorten(along, gradient)
         curved = products.hessian(along)
-        norm = sum(length(g) ** 2 for g in gradient.values() if g is not None) ** 0.5
+        norms = {n: 0.0 if g is None else length(g) for n, g in gradient.items()}
+        norm = sum(size**2 for size in norms.values()) ** 0.5
         off = dict.fromkeys(along, float("inf"))
         apart = tuple[str, ...]()
-        found = float("inf")
-        seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in along}
+        found, tells = float("inf"), False
+        seen: dict[str, list[_Seen]] = {name: [] for name in along}
         room = next(iter(along.values())).new_empty(max(u.numel() for u in along.values()))
-        for number, ends in enumerate(STEPS):
+        for number, ends in enumerate(STEPS[dtype]):
             (high, above), (low, below) = (self._at(along, end, gradient=True) if end else here for end in ends)
             width, step = ends[0] - ends[1], ends[0]
-            if number < 2 and found > slope:
-                rounding = ROUNDINGS * _EPS * abs(value) / step
-                found = _slope([above, below], along, (high - low) / width, rounding)
-                if number and found > slope:
-                    apart = self._cut_off(gradient, along, slope)
-            noise = ROUNDINGS * _EPS * norm / step
+            if found > slope and (number < 2 or not double):
+                rounding = ROUNDINGS * eps * size / step
+                off_slope, told = _slope([above, below], along, (high - low) / width, rounding)
+                if double or told:
+                    found, tells = min(found, off_slope), True
+                    if ends[1] and found > slope:
+                        apart = self._cut_off(gradient, along, ends, slope, eps)
             for name in along:
                 own = room[: above[name].numel()].view(above[name].shape)
                 quotient = torch.sub(above[name], below[name], out=own).div_(width)
+                noise = ROUNDINGS * eps * (norm if double else norms[name]) / step
                 beyond = max(length(quotient.sub_(curved[name])) - noise, 0.0)
-                size = max(length(quotient.add_(curved[name])), length(curved[name])) if beyond else 1.0
-                seen[name].append((beyond, size, step))
-                off[name] = min(off[name], beyond / size)
-            if max(off.values(), default=0.0) <= difference and (number or found <= slope):
+                full = max(length(quotient.add_(curved[name])), length(curved[name])) if beyond or not double else 1.0
+                seen[name].append(_Seen(beyond, full, noise, step))
+                off[name] = min(off[name], beyond / full if beyond else 0.0)
+            if max(off.values(), default=0.0) <= difference and (number or found <= slope) and double:
                 break
         left = [name for name, value in off.items() if value > difference]
-        for name, floor in self._floors(left).items():
-            off[name] = min(max(beyond - floor / step, 0.0) / size for beyond, size, step in seen[name])
-        return Quotients(found, apart, off)
+        for name, floor in self._floors(left, eps).items():
+            seen[name] = [one.above(floor) for one in seen[name]]
+            off[name] = min(one.beyond / one.size if one.beyond else 0.0 for one in seen[name])
+        if double:
+            return Quotients(found, apart, dict(off))
+        kinks = has_kinks(self.outputs)
+        least = {name: _least([one for one in seen[name] if one.tells], difference, kinks) for name in off}
+        return Quotients(found if tells else None, apart if found > slope else (), least)
 
-    def _floors(self, names: list[str]) -> dict[str, float]:
+    def _floors(self, names: list[str], eps: float) -> dict[str, float]:
         """What rounding leaves of gradients that may cancel, by a pass of its own: the others were moved away from."""
         if not names:
             return {}
         with torch.enable_grad():
             outputs = self.objective.outputs(self.inputs, self.targets, index=self.index)
         whole = {name: Uncancelled(outputs, {name: self.parameters[name]}) for name in names}
-        return {name: one.noise(one.slope(name)) for name, one in whole.items()}
+        return {name: ROUNDINGS * eps * one.slope(name) for name, one in whole.items()}
 
     def _direction(self, gradient: dict[str, Tensor | None], products: Products) -> dict[str, Tensor]:
         fixed = _padding(products.outputs)
@@ -141,9 +186,7 @@ class Moved:
         for name, p in self.parameters.items():
             u, g = self.directions[name], gradient[name]
             size = 0.0 if g is None else length(g)
-            if (
-                g is not None and size
-            ):  # on the side of u where the two add up: of a single number they could be opposite
+            if g is not None and size:  # on the side of u where both add up: single numbers could be opposite
                 u.add_(g, alpha=math.copysign(p.numel() ** 0.5 / size, float(g.flatten() @ u.flatten())))
             for leaf, row in fixed:
                 if leaf is p:
@@ -151,8 +194,24 @@ class Moved:
             along[name] = u.mul_(self.size[name])
         return along
 
+    def _shorten(self, along: dict[str, Tensor], gradient: dict[str, Tensor | None]) -> float:
+        """The size of what S consists of, and directions along which it changes by that, no more: rounding asks for
+        no longer ones.
+        """
+        rows = as_rows(self.outputs.detach()).double()
+        parts = float(rows.abs().sum() + 0.5 * rows.square().sum())
+        terms = sum(float(g.flatten() @ along[n].flatten()) for n, g in gradient.items() if g is not None)
+        for u in along.values() if terms > parts else ():
+            u.mul_(parts / terms)
+        return parts
+
     def _cut_off(
-        self, gradient: dict[str, Tensor | None], along: dict[str, Tensor], tolerance: float
+        self,
+        gradient: dict[str, Tensor | None],
+        along: dict[str, Tensor],
+        ends: tuple[float, float],
+        tolerance: float,
+        eps: float,
     ) -> tuple[str, ...]:
         """Parameters without any gradient, if leaving them where they are mends the slope."""
         names = tuple(name for name, g in gradient.items() if g is None)
@@ -160,11 +219,11 @@ class Moved:
             return ()
         self._move(along, 0.0)
         rest = {name: u for name, u in along.items() if name not in names}
-        high, low = STEPS[1]
+        high, low = ends
         values = [self._at(rest, end, gradient=False)[0] for end in (high, low)]
         self._move(rest, 0.0)
-        noise = ROUNDINGS * _EPS * abs(values[0]) / high
-        off = _slope([gradient], rest, (values[0] - values[1]) / (high - low), noise)
+        noise = ROUNDINGS * eps * abs(values[0]) / high
+        off, _ = _slope([gradient], rest, (values[0] - values[1]) / (high - low), noise)
         return names if off <= tolerance else ()
 
     def _at(self, along: dict[str, Tensor], step: float, *, gradient: bool) -> tuple[float, dict[str, Tensor]]:
@@ -174,28 +233,51 @@ class Moved:
             value, _ = self.objective.summed_loss(self.inputs, self.targets, index=self.index)
         found: Any = [None] * len(self.parameters)
         if gradient:
-            found = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
+            wanted = list(self.parameters.values())
+            found = torch.autograd.grad(value, wanted, retain_graph=self._whole, allow_unused=True)
         pairs = zip(self.parameters.items(), found)
         return float(value.detach()), {name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in pairs}
 
     def _move(self, along: dict[str, Tensor], step: float) -> None:
-        with torch.no_grad():
-            for name, u in along.items():
-                self.parameters[name].add_(u, alpha=step - self._here)
+        for name, u in along.items():
+            self.parameters[name].data.add_(u, alpha=step - self._here)
         self._here = step
 
 
 def _slope(
     gradients: Sequence[Mapping[str, Tensor | None]], along: dict[str, Tensor], quotient: float, noise: float
-) -> float:
-    """How far u . grad S, the mean of some places, is off a quotient, relative to its terms."""
+) -> tuple[float, bool]:
+    """How far u . grad S, the mean of some places, is off a quotient, relative to its terms; whether noise is less."""
     terms = []
     for name, u in along.items():
         found = (one[name] for one in gradients)
         terms.append(sum(float(g.flatten() @ u.flatten()) for g in found if g is not None) / len(gradients))
     scale = max(sum(abs(t) for t in terms), abs(quotient))
     off = max(abs(quotient - sum(terms)) - noise, 0.0)
-    return off / scale if off else 0.0
+    return off / scale if off else 0.0, noise <= 0.5 * scale or scale == 0.0
+
+
+def _least(seen: Sequence[_Seen], tolerance: float, kinks: bool) -> float | None:
+    """The least deviation over the steps that tell anything; what kinks can account for is left open."""
+    least = min((one.beyond / one.size if one.beyond else 0.0 for one in seen), default=None)
+    return None if least is not None and least > tolerance and kinks else least
+
+
+KINKED = (
+    "elu", "threshold", "hard", "abs", "max", "min", "clamp", "clip", "shrink", "sgn", "sort", "topk", "median",
+    "quantile", "where", "huber", "smoothl1", "l1loss", "kthvalue", "mode", "floor", "round", "ceil", "trunc",
+)  # fmt: skip
+"""Words in the names of nodes that may bend at once."""
+
+
+def has_kinks(outputs: Tensor) -> bool:
+    """Whether a step that is not small may cross a kink; of a function that is not torch's nobody knows."""
+    for node in forward_order(outputs.grad_fn):
+        own = isinstance(node, torch.autograd.function.BackwardCFunction)
+        name = node.name().lower().replace("softmax", "").replace("gelu", "")
+        if own or any(word in name for word in KINKED):
+            return True
+    return False
 
 
 def _padding(outputs: Tensor) -> list[tuple[Any, int]]:
@@ -209,11 +291,11 @@ def _padding(outputs: Tensor) -> list[tuple[Any, int]]:
     return found
 
 
-def loss_quotients(loss: Loss, outputs: Tensor, targets: Tensor) -> float:
+def loss_quotients(loss: Loss, outputs: Tensor, targets: Tensor) -> float | None:
     """Gradient and Hessian of a callable loss against quotients, the larger deviation; 0 for losses known by name.
 
-    In double where the loss runs so, else with the steps and the rounding of float32. Nothing is said where it does not
-    run twice.
+    In double where the loss runs so, else with the steps and the rounding of float32. None where it does not run twice:
+    nothing was compared.
     """
     if not isinstance(loss, CallableLoss):
         return 0.0
@@ -235,7 +317,7 @@ def loss_quotients(loss: Loss, outputs: Tensor, targets: Tensor) -> float:
         u, eps = as_rows(size * wave), torch.finfo(dtype).eps
         found = [_loss_off(ends, u, size, step, eps) for ends, (step, _) in zip(places, LOSS_STEPS[dtype])]
         return max(min(slope for slope, _ in found), min(curved for _, curved in found))
-    return 0.0
+    return None
 
 
 def _loss_off(ends: Sequence[Curvature], u: Tensor, size: float, step: float, eps: float) -> tuple[float, float]:

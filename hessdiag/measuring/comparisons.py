@@ -16,8 +16,8 @@ heads      for propagation, weighted squares of a layer that feeds the outputs a
 own        for a method from outside, a few entries of what it gives against Hessian-vector products, those of a
            stochastic method beyond eight standard errors of the mean of its replicates.
 Hutchinson needs no identity; there the double backward is checked by its symmetry v^T (H u) = u^T (H v). Whatever the
-method, autograd's derivatives are held against difference quotients (see `autograd_check`). No comparison asks for more
-digits than autograd has (see `rounding`).
+method, autograd's derivatives are held against difference quotients (see `autograd_check`); what cannot be is an entry
+without a deviation, and does not pass. No comparison asks for more digits than autograd has (see `rounding`).
 """
 
 from __future__ import annotations
@@ -52,17 +52,23 @@ AUDIT = 1 << 41  # sign streams of the audit
 
 @dataclass(frozen=True)
 class AuditEntry:
-    """One comparison: `deviation` relative to the scale named in the module's docstring."""
+    """One comparison: `deviation` relative to the scale named in the module's docstring, None if it was not made."""
 
     check: str
     layer: str
-    deviation: float
+    deviation: float | None
     tolerance: float
 
     @property
     def passed(self) -> bool:
-        """Within tolerance (NaN is not)."""
-        return self.deviation <= self.tolerance
+        """Compared, and within tolerance (NaN is not)."""
+        return self.deviation is not None and self.deviation <= self.tolerance
+
+    @property
+    def beyond(self) -> float:
+        """The deviation in tolerances; infinite where it is NaN or not known."""
+        off = math.nan if self.deviation is None else self.deviation / self.tolerance
+        return off if off == off else math.inf
 
 
 def identity(

@@ -21,6 +21,7 @@ from hessdiag.graph import Linearisation
 from hessdiag.graph.reading import rounding_guard
 from hessdiag.kernels.tensors import Tensors, hold_freed_memory
 from hessdiag.measuring.agreement import agreed
+from hessdiag.measuring.audit import Audit
 from hessdiag.measuring.choose import EXACT_BUDGET, check_budget, check_given, decide, stored_plan
 from hessdiag.measuring.diagonal import Diagonal
 from hessdiag.measuring.loop import Callback, Loop, first_states
@@ -137,7 +138,7 @@ def measure(
         case.chosen = _everywhere(case, plan)
         check_budget(case, budget)
         found, notes = effective(case)
-        notes += [*_left_out(objective), *told]
+        notes += [*_left_out(objective), *_unchecked(checked), *told]
         if case.survey.shuffled:
             notes.append("the data come in another order in every pass")
         course = Course(target, checked, "", notes, begun, found)
@@ -192,18 +193,19 @@ def diagonal(
         asked = plan.method if plan else method
         case = _case(objective, batches, asked, seed, deterministic_check, audit_model, world)
         if plan is None:
-            plan, _ = decide(case, method, Aim(replicates=replicates), audit_model=audit_model)
+            plan, checked = decide(case, method, Aim(replicates=replicates), audit_model=audit_model)
         else:
-            check_given(case, plan, audit_model=audit_model)
+            checked = check_given(case, plan, audit_model=audit_model)
         case.chosen = _everywhere(case, plan)
         check_budget(case, budget)
+        notes = [*_left_out(objective), *_unchecked(checked), *told]
         if per_sample:
-            return _per_sample(case, [*_left_out(objective), *told])
+            return _per_sample(case, notes)
         loop = Loop(case, invariant=False, progress=callback)
         loop.run_known()
         while loop.streams and loop.done < replicates:
             loop.run_round(min(plan.at_once, replicates - loop.done))
-        found = loop.diagonal(provenance(case, target="data") | _told([*_left_out(objective), *told]))
+        found = loop.diagonal(provenance(case, target="data") | _told(notes))
         squares = {name: float(t.flatten() @ t.flatten()) for name, t in found.total.items()}
         lost = underflown(objective, case.first, squares)
         if lost:
@@ -325,6 +327,10 @@ def _left_out(objective: Objective) -> list[str]:
     names = objective.frozen
     some = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     return [f"frozen parameters are left out (requires_grad=False): {some}"] if names else []
+
+
+def _unchecked(checked: Audit | None) -> list[str]:
+    return [] if checked is None else checked.notes
 
 
 def _told(notes: list[str]) -> dict[str, list[str]]:

@@ -202,6 +202,37 @@ class _Rounding(TorchDispatchMode):
         return out
 
 
+@contextmanager
+def in_double() -> Iterator[None]:
+    """What is given in double is computed in double: conversions to a shorter type and constants of one are lifted."""
+    with InDouble(), _Lifted():  # type: ignore[no-untyped-call]
+        yield
+
+
+class _Lifted(TorchFunctionMode):
+    """Tensors of a shorter type beside one in float64 are taken in float64: torch has no product of the two."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The operation on what is lifted, but for what it writes to."""
+        named = dict(kwargs or {})
+        if func is torch.autograd.grad:  # what it is asked for are nodes of a graph
+            return func(*args, **named)
+        if torch.float64 in {x.dtype for x in _pytree.tree_leaves((args, named)) if isinstance(x, Tensor)}:
+            name = getattr(func, "__name__", "")
+            writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name[:3] == "__i"
+            kept = {"out": named.pop("out")} if "out" in named else {}
+            args = (*args[:writes], *_pytree.tree_map(_lifted, args[writes:]))
+            named = _pytree.tree_map(_lifted, named) | kept
+        return func(*args, **named)
+
+
+def _lifted(value: Any) -> Any:
+    short = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return value.double() if short else value
+
+
 class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Conversions to a shorter type give float64: a model that computes its norms in float32 is audited in double."""
 

@@ -189,11 +189,16 @@ def audit(content: dict[str, Any]) -> str:
         return "none was made"
     if not found["entries"]:
         return "nothing to compare"
-    worst = max(found["entries"], key=lambda e: _size(e["deviation"]) / e["tolerance"])
-    word = "passed" if found["passed"] else "FAILED"
+    made = [entry for entry in found["entries"] if entry["deviation"] is not None]
+    if not made:
+        return "nothing could be compared"
+    worst = max(made, key=lambda e: _size(e["deviation"]) / e["tolerance"])
+    word = "passed" if all(entry["passed"] for entry in made) else "FAILED"
+    rest = len(found["entries"]) - len(made)
     return plain(
-        f"{word}: {counted(len(found['entries']), 'comparison')} with autograd in {found['dtype']}, worst "
+        f"{word}: {counted(len(made), 'comparison')} with autograd in {found['dtype']}, worst "
         f"{value(worst['deviation'], 2)} ({worst['check']}, {worst['layer']}; allowed {value(worst['tolerance'], 1)})"
+        + (f"; {counted(rest, 'comparison')} could not be made" if rest else "")
     )
 
 

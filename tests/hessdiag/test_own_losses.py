@@ -113,7 +113,7 @@ def test_a_loss_in_float32_is_measured_as_its_plain_twin(name: str, method: str,
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", HELD)
-def test_a_loss_that_no_double_enters_is_audited_in_float32(name: str, method: str) -> None:
+def test_a_loss_that_holds_float32_tensors_is_audited_in_double(name: str, method: str) -> None:
     loss, plain, make = HELD[name]
     batch = make(torch.float32)
     objective = hd.Objective(net(torch.float32), loss)
@@ -122,7 +122,7 @@ def test_a_loss_that_no_double_enters_is_audited_in_float32(name: str, method: s
     assert found.plan.method == twin.plan.method
     assert found.rms == pytest.approx(twin.rms, rel=1e-5)
     assert found.audit is not None
-    assert found.audit.dtype == "float32"
+    assert found.audit.dtype == "float64"
     if found.status == "exact":
         assert found.diagonal is not None
         for key, wanted in truth_of(plain, batch).items():
@@ -186,7 +186,7 @@ def test_a_wrong_derivative_beside_a_conversion_is_refused(name: str, method: st
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", WRONG_HELD)
-def test_a_wrong_derivative_is_refused_where_no_double_enters(name: str, method: str) -> None:
+def test_a_wrong_derivative_beside_float32_tensors_is_refused(name: str, method: str) -> None:
     loss, make = WRONG_HELD[name]
     with pytest.raises(AuditError, match="loss of"):
         hd.measure(hd.Objective(net(torch.float32), loss), [make(torch.float32)], method=method)
