@@ -418,3 +418,5 @@ def test_trades_on_cifar() -> None:
     rules = " ".join((ROOT / "docs/rules.md").read_text().split())
     assert f"claim falls (p {alone:.3f}); with" in rules
     assert f"runs of TRADES it falls ({whole:.3f})" in rules
+    flat = VERDICTS["S4.5.flat-is-robust"]["settings"]["campaign/trades"]
+    assert f"for the clean loss, {flat['word']} here as well ({flat['p_holm']:.3f})" in TOLD
