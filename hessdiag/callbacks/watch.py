@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from hessdiag.errors import AuditError, ConfigurationError, EmptyDataError, HessdiagError, UncoveredModelError
 from hessdiag.feed import Fed, batches
-from hessdiag.measuring.entry import check_arguments, measure
+from hessdiag.measuring.entry import check_arguments, measure, whole_seed
 from hessdiag.measuring.result import Measurement
 from hessdiag.methods import Plan
 from hessdiag.methods.base import known
@@ -73,8 +72,7 @@ class Watch:
             )
         known(self.method)
         check_arguments(self.rtol, seconds=self.max_seconds)
-        if not isinstance(self.seed, Integral):
-            raise ConfigurationError(f"seed={self.seed!r}: an integer is needed")
+        whole_seed(self.seed)
         self.last: Measurement | None = None
         """The whole of the last measurement."""
         self._kept: list[Pair] | None = None

@@ -15,9 +15,9 @@ from typing import NamedTuple
 from hessdiag import errors
 from hessdiag.errors import ConfigurationError, DistributedError, HessdiagError, NotDeterministicError
 from hessdiag.measuring.ranks import World
+from hessdiag.measuring.resume import digest_of
 from hessdiag.methods.batches import NEAR, Survey
 from hessdiag.problem.objective import Objective
-from hessdiag.problem.sparse import stored
 from hessdiag.store.states import digest
 
 SAME_BATCHES = (
@@ -83,14 +83,13 @@ _COUNT = 11
 def _facts(objective: Objective, facts: Survey, seed: int) -> list[_Fact]:
     """Those of the data to rounding, all others exactly."""
     state = {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())}
-    held = [part for tensor in state.values() for part in stored(tensor)]
     question = [objective.loss.name, objective.loss.options, objective.l2]
     size = NEAR * facts.data_size
     return [
         _Fact("seeds", _number(json.dumps(seed)), 0.0, SAME_CALL),
         _Fact("the names of the chosen parameters", _number(json.dumps(list(objective.parameters))), 0.0, SAME_CALL),
         _Fact("the losses' names or options, or l2", _number(json.dumps(question)), 0.0, SAME_CALL),
-        _Fact("the models", _number(digest(*held, text=" ".join(state))), 0.0, SAME_MODEL),
+        _Fact("the models", _number(digest_of(state)), 0.0, SAME_MODEL),
         _Fact("the numbers of samples", facts.samples, 0.0, SAME_BATCHES),
         _Fact("the numbers of batches", facts.batches, 0.0, SAME_BATCHES),
         _Fact("the sizes of the largest batch", facts.largest, 0.0, SAME_BATCHES),

@@ -282,21 +282,27 @@ def _basics(
     if not isinstance(objective, Objective):
         raise ConfigurationError(f"an Objective(model, loss) is needed first, not a {type(objective).__name__}")
     known(method)
-    if not isinstance(seed, Integral):
-        raise ConfigurationError(f"seed={seed!r}: an integer is needed")
+    seed = whole_seed(seed)
     if plan is None or isinstance(plan, Plan):
-        return int(seed), plan
+        return seed, plan
     if not isinstance(plan, Mapping):
         raise ConfigurationError(
             f"plan is a {type(plan).__name__}: give the plan of a measurement, m.plan, or the table that a file holds, "
             "read_result(path).content['plan']"
         )
     try:
-        return int(seed), Plan.from_dict(plan)
+        return seed, Plan.from_dict(plan)
     except HessdiagError:
         raise
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigurationError(f"plan={shown(str(dict(plan)))} holds no plan ({error})") from None
+
+
+def whole_seed(seed: Any) -> int:
+    """A seed, whatever holds a whole number."""
+    if not isinstance(seed, Integral):
+        raise ConfigurationError(f"seed={seed!r}: an integer is needed")
+    return int(seed)
 
 
 def check_arguments(

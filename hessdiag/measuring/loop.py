@@ -236,6 +236,10 @@ class Loop(Sums):
 
     def _begin_pass_anew(self) -> None:
         self._position = 0
+        self._clear_pass()
+
+    def _clear_pass(self) -> None:
+        """Take what an unfinished pass has begun out of the sums."""
         if not self.known_done:
             self.known = {}
         for part in self._partial.values():
@@ -320,11 +324,7 @@ class Loop(Sums):
         if self._next is not None and "random" in place:
             self._next = put_back(self._resume, place["random"].get("next"), self.batches)
         if self.world.rank:  # what one process had begun is counted once: by the first
-            if not self.known_done:
-                self.known = {}
-            for part in self._partial.values():
-                for tensor in part.values():
-                    tensor.zero_()
+            self._clear_pass()
 
     def _same_everywhere(self) -> None:
         """All processes must go on from one state: a resume file that only some of them see would mix two."""

@@ -96,12 +96,16 @@ DRAWN = 2
 """How signs are drawn, and products at outputs; what was drawn in another way cannot be taken up."""
 
 
+def digest_of(state: Mapping[str, Any]) -> str:
+    """SHA-256 of what tensors by name hold, sparse ones too, and of the names."""
+    held = [part for tensor in state.values() if isinstance(tensor, Tensor) for part in stored(tensor)]
+    return digest(*held, text=" ".join(state))
+
+
 def identity_of(case: Case) -> dict[str, Any]:
     """What must agree for a resume file to be taken up."""
     objective, facts, plan = case.objective, case.survey, case.plan
     method = find(plan.method)
-    state = objective.model.state_dict()
-    held = [part for tensor in state.values() if isinstance(tensor, Tensor) for part in stored(tensor)]
     identity: dict[str, Any] = {
         "seed": case.seed,
         "samples": facts.samples,
@@ -112,7 +116,7 @@ def identity_of(case: Case) -> dict[str, Any]:
         LOSS_OPTIONS: objective.loss.options,
         "l2": objective.l2,
         "parameters": list(objective.parameters),
-        "weights": digest(*held, text=" ".join(state)),
+        "weights": digest_of(objective.model.state_dict()),
         "method": plan.method,
         "gauss_newton": plan.gauss_newton,
         "parts": [*method.known(plan), "drawn", *method.streams(plan)],

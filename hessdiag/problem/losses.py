@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from hessdiag.errors import ConfigurationError, TargetError, UnknownNameError, nearest
 from hessdiag.problem.persample import WRITTEN, CallableLoss, Columns, Curvature, Diagonals, Loss, PerSample, as_rows
+from hessdiag.store.states import digest
 
 IGNORE = -100
 """torch's own ignore_index."""
@@ -62,10 +62,11 @@ class CrossEntropy(Loss):
         if self.label_smoothing:
             found["label_smoothing"] = float(self.label_smoothing)
         if self.class_weights is not None:
-            weights = self.class_weights.double().cpu()
-            digest = hashlib.sha256(weights.contiguous().numpy().data).hexdigest()[:12]
+            weights = self.class_weights.double()
             few = len(weights) <= TOLD
-            found["class_weights"] = weights.tolist() if few else f"{len(weights)} numbers, sha256 {digest}"
+            found["class_weights"] = (
+                weights.tolist() if few else f"{len(weights)} numbers, sha256 {digest(weights)[:12]}"
+            )
         if self.ignore_index != IGNORE:
             found["ignore_index"] = int(self.ignore_index)
         if self.class_axis is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import dense_diagonal
+from models import Half, dense_diagonal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -127,18 +127,6 @@ def test_a_loss_that_holds_float32_tensors_is_audited_in_double(name: str, metho
         assert found.diagonal is not None
         for key, wanted in truth_of(plain, batch).items():
             assert float((found.diagonal.total[key].double() - wanted).norm() / wanted.norm()) < 1e-5
-
-
-class Half(torch.autograd.Function):
-    """Half of what comes in, on the way back alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 0.5 * g
 
 
 class Forgetful(torch.autograd.Function):

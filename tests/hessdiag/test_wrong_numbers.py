@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import beyond_in_the_mean, dense_diagonal
+from models import Half, beyond_in_the_mean, dense_diagonal
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -501,18 +501,6 @@ def test_a_later_batch_that_is_not_covered(check: bool, dtype: torch.dtype) -> N
 
 
 # -- derivatives that are not the model's
-
-
-class Half(torch.autograd.Function):
-    """Half of what comes in, on the way back alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 0.5 * g
 
 
 class Forgetful(torch.autograd.Function):
