@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from experiments.sweep.store import Store
 from hessdiag.cli.exits import OK, complain
 from hessdiag.cli.exits import WIDE as SHORT
 from hessdiag.errors import ConfigurationError, HessdiagError, StoreError, UnknownNameError, nearest
+from hessdiag.show.text import counted
 
 EXECUTORS = ("local", "ray")
 
@@ -39,6 +41,7 @@ def command(
     retries: Annotated[int, typer.Option(help="How often a failed run is tried again.")] = 0,
     budget: Annotated[float | None, typer.Option(help="Refuse to start what takes longer, in minutes.")] = None,
     pilot: Annotated[bool, typer.Option(help="Time a few steps first where no timing is known.")] = True,
+    adopt: Annotated[bool, typer.Option(help="Take over the runs that --results holds.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would be done and what it costs, and stop.")] = False,
     list_runs: Annotated[bool, typer.Option("--list", help="List the runs with what came out, and stop.")] = False,
     results: Results = Path("results"),
@@ -68,13 +71,14 @@ def command(
     plan = local.Workers.plan(workers=workers, threads=threads, per_gpu=per_gpu)
     if executor == "local" and per_gpu > 1 and not plan.gpus and not dry_run:
         raise ConfigurationError(f"--per-gpu {per_gpu}: no GPU is visible here; leave it out, or see to the driver")
-    former = (list_runs or only_export) and Reader(store).former  # there must be one
+    former = (list_runs or only_export) and not adopt and Reader(store).former  # there must be one
     if not (list_runs or only_export):
         preflight.check(sweeps, tell=show.print if dry_run or executor == "ray" else None)
     if exporting or only_export:
         export.check_folder(results)
     if executor == "ray" and not (dry_run or list_runs or only_export):
         cluster.connect(ray_address)
+    exports = export.finished(results) if adopt else {}
     if not dry_run and not former:
         opened = Store(store)
         for sweep in sweeps:
@@ -84,6 +88,8 @@ def command(
             )  # fmt: skip
             for row in () if list_runs or only_export else opened.requeue_damaged(sweep.name):
                 print(f"{sweep.name}: {row.key[:8]} {row.label} is {row.error}; it is done again", file=sys.stderr)
+            for path, number in Counter(export.adopt(opened, sweep.runs, exports)).items():
+                print(f"{sweep.name}: {counted(number, 'run')} taken over from {path}", file=sys.stderr)
     if list_runs or only_export:
         reader = Reader(store)
         for sweep in sweeps:
@@ -98,6 +104,7 @@ def command(
             outcome = _run(
                 sweep, store, plan, show, executor=executor, address=ray_address, per_gpu=per_gpu, retries=retries,
                 budget=budget, pilot=pilot, dry_run=dry_run, results=results, exporting=exporting,
+                adopted=exports.keys(),
             )  # fmt: skip
             failures, unlearned = failures + outcome[0], unlearned + outcome[1]
     except KeyboardInterrupt:
@@ -120,11 +127,12 @@ def _run(
     dry_run: bool,
     results: Path,
     exporting: bool,
+    adopted: Collection[str],
 ) -> tuple[int, int]:
     """How many runs failed, and how many are done without having learned."""
     rows = Reader(store).rows(records=False) if (store / MARK).exists() else []  # a dry run makes none
     own = [(row.config, row.seconds) for row in rows if row.state == "done" and row.seconds]
-    finished = [row.key for row in rows if row.state == "done"]
+    finished = {row.key for row in rows if row.state == "done"} | set(adopted)
     try:
         exported = export.timings(export.read_all(results))
     except ConfigurationError as error:  # they serve the estimate only

@@ -18,6 +18,7 @@ from experiments.fields import storable
 from experiments.sweep.keys import TIERS, RunConfig
 from experiments.sweep.reader import DAMAGED, FAILED, Reader
 from experiments.sweep.seals import SEAL, DamagedError, sealed, unsealed
+from experiments.sweep.store import Store
 from hessdiag.errors import ConfigurationError, StoreError
 from hessdiag.show.text import counted
 from hessdiag.store.files import BadFileError, read_json, replace_file
@@ -126,8 +127,8 @@ def publish(store: Reader, name: str, folder: Path) -> str:
     if lost:
         raise StoreError(
             f"results {path}: holds {counted(len(lost), 'run')} of this sweep that store {store.root} does not "
-            f"({lost[0].key[:8]} {lost[0].config.label}, ...); not replaced: export to another directory "
-            "with --results, or delete it"
+            f"({lost[0].key[:8]} {lost[0].config.label}, ...); not replaced: take them over with --adopt, export to "
+            "another directory with --results, or delete it"
         )
     try:
         save(found, folder)
@@ -145,6 +146,18 @@ def publish(store: Reader, name: str, folder: Path) -> str:
     old = sum(not run.sealed for run in found.runs)
     told += [f"{old} recorded without a checksum"] if old else []
     return f"{path} ({', '.join(told)})"
+
+
+def finished(folder: Path) -> dict[str, tuple[Result, Path]]:
+    """Every run that exports below `folder` hold under a checksum, by key, with the file that holds it."""
+    files = ((results, folder / f"{results.name}.json") for results in read_all(folder))
+    return {run.key: (run, path) for results, path in files for run in results.runs if run.sealed}
+
+
+def adopt(store: Store, runs: Iterable[RunConfig], found: Mapping[str, tuple[Result, Path]]) -> list[Path]:
+    """Take the results of `runs` over that exports hold and the store does not; the file of each that was taken."""
+    wanted = [found[run.key] for run in runs if run.key in found]
+    return [path for run, path in wanted if store.adopt(run.config, run.record, run.seconds, source=str(path))]
 
 
 def _point(run: Result) -> tuple[str, str, int]:

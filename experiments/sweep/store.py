@@ -158,6 +158,28 @@ class Store(Reader):
                 os.replace(self.folder(row.key) / RESULT, self.folder(row.key) / "damaged.json")
         return damaged
 
+    def adopt(self, config: RunConfig, record: Mapping[str, Any], seconds: float, *, source: str) -> bool:
+        """Take a result over that was recorded elsewhere; False where the run is done already, or somebody does it."""
+        folder = self.folder(config.key)
+        with explained(self.root):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = lock(folder / LOCK)
+        if handle is None:
+            return False
+        tried = settled(read_attempts(folder))
+        claim = Claim(self.root, folder, config, tried, handle)
+        try:
+            if (folder / RESULT).exists():
+                return False
+            tried.append({"worker": source, "started": time.time(), "outcome": None, "error": None})
+            with explained(self.root):
+                write_attempts(folder, tried)
+                write_config(folder, config)
+            claim.finish(record, seconds)
+            return True
+        finally:
+            claim.let_go()
+
     def claim(
         self,
         *,

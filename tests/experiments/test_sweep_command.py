@@ -125,6 +125,62 @@ def test_an_export_says_what_is_missing_and_never_replaces_more(tmp_path, capsys
     assert (code, "(1 run, 3 missing)" in out) == (0, True)
 
 
+def test_what_was_exported_is_taken_over_into_a_new_store_and_not_done_again(tmp_path, capsys):
+    file, results = write(tmp_path), tmp_path / "results"
+    words = ("sweep", file, "--results", results)
+    finished(tmp_path / "lost", grid.load(file), 3)
+    assert call(capsys, *words, "--only-export", "--store", tmp_path / "lost")[0] == 0
+    path = results / "smoke" / "mine.json"
+    before = path.read_bytes()
+    store = tmp_path / "new"
+
+    code, _, err = call(capsys, *words, "--adopt", "--dry-run", "--store", store)
+    assert code == 0 and "3 done" in err and not store.exists()
+    code, _, err = call(capsys, *words, "--only-export", "--adopt", "--store", store)
+    assert code == 0 and f"3 runs taken over from {path}" in err
+    assert path.read_bytes() == before  # what is exported again is what was taken, to the last digit
+    assert Reader(store).counts()["done"] == 3 and Reader(store).counts()["queued"] == 1
+    sources = [Reader(store).attempts(row.key)[0]["worker"] for row in Reader(store).rows() if row.state == "done"]
+    assert sources == [str(path)] * 3
+    assert "taken over" not in call(capsys, *words, "--list", "--adopt", "--store", store)[2]  # once is enough
+
+    former = tmp_path / "former"
+    former.mkdir()
+    (former / "store.sqlite").touch()
+    code, _, err = call(capsys, *words, "--only-export", "--adopt", "--store", former)
+    assert code == 3 and "of the form before" in err
+
+
+def test_only_results_that_are_whole_and_free_are_taken_over(tmp_path):
+    sweep = grid.load(write(tmp_path))
+    finished(tmp_path / "lost", sweep, 4)
+    results = tmp_path / "results"
+    export.publish(Reader(tmp_path / "lost"), sweep.name, results)
+    path = results / f"{sweep.name}.json"
+    content = json.loads(path.read_text())
+    del content["runs"][0]["sha256"]  # of before there were checksums
+    content["runs"] = [run for run in content["runs"] if run["key"] != sweep.runs[1].key]
+    path.write_text(json.dumps(content))
+
+    store = Store(tmp_path / "new")
+    store.add(sweep.name, sweep.runs, tier=sweep.tier)
+    finished_keys = {run.key for run in sweep.runs[2:]}
+    found = export.finished(results)
+    assert found.keys() == finished_keys
+    claim = store._take(sweep.runs[2].key, sweep.runs[2], 0, 10)  # somebody does this one
+    assert claim is not None
+    assert export.adopt(store, sweep.runs, found) == [path]
+    claim.finish({"clean_accuracy": {"value": 0.25}}, 1.0)
+    assert export.adopt(store, sweep.runs, found) == []
+    record, seconds, _ = read_result(store.folder(sweep.runs[2].key), sweep.runs[2])
+    assert record == {"clean_accuracy": {"value": 0.25}} and seconds == 1.0
+
+    content["runs"][-1]["record"]["clean_accuracy"]["value"] = 0.75
+    path.write_text(json.dumps(content))
+    with pytest.raises(StoreError, match="not what was written"):
+        export.finished(results)
+
+
 def test_results_of_no_tier_are_refused_and_stop_no_sweep(tmp_path, capsys):
     finished(tmp_path / "s", grid.load(write(tmp_path)), 2)
     store = Reader(tmp_path / "s")
