@@ -144,7 +144,7 @@ def test_logcumsumexp_is_measured_by_every_method(dtype: torch.dtype) -> None:
     assert hd.measure(hd.Objective(model), [batch], method="auto").plan.method == "exact"
     for method in ("propagation", "hutchinson"):
         for plan in (None, hd.Plan(method, deflate=3) if method == "propagation" else None):
-            found = hd.diagonal(hd.Objective(model), [batch], method=method, plan=plan, replicates=400)
+            found = hd.diagonal(hd.Objective(model), [batch], method=method, plan=plan, replicates=150)
             off = {n: (found.total[n].double() - truth[n]).abs() - 6 * found.standard_errors[n] for n in truth}
             assert all(float(o.max()) < 1e-6 for o in off.values()), (method, plan)
 
@@ -299,7 +299,7 @@ CASES = [(kind, torch.float32) for kind in (*ODD, "scripted", "scripted inside",
 def test_what_has_no_ordinary_copy_is_held_against_quotients(kind: str, dtype: torch.dtype) -> None:
     """Wrong gradients were accepted there, with a clean status; right ones pass, and the model is not changed."""
     batch = data(dtype=dtype)
-    for seed in range(4):
+    for seed in range(4 if dtype == torch.float32 else 2):
         right, wrong = (odd(kind, factor, dtype, seed) for factor in (1.0, 0.1))
         for model in (right, wrong):
             model(batch[0])

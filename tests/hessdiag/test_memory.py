@@ -83,7 +83,7 @@ def stream(side: int, few: int, many: int, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["exact", "propagation"])
 def test_memory_is_flat_over_a_stream(method: str) -> None:
-    stream(64, 8, 160, method)
+    stream(64, 8, 80, method)
 
 
 @pytest.mark.slow

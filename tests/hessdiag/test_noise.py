@@ -37,7 +37,7 @@ def language(kind: type[Language] = Language, *, tied: bool = True) -> tuple[nn.
     return model, x[:, :-1], x[:, 1:]
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_variance_that_is_predicted_is_that_of_the_replicates(tied: bool) -> None:
     """The price at 30 replicates is time times variance: with the plan's own, on fresh signs, within a third by the
     mean of six pilots. One alone is off by up to two either way: so few samples leave a noise of heavy tails.

@@ -101,7 +101,7 @@ def test_unit_vectors_in_the_place_of_all_that_is_random_are_p_products(
     model, x, y = language(tied=tied)
     truth, outer, _, _ = reference.batch_diagonal(hd.Objective(model), x, y)
     rank = 3 if merged else 0
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5))[: 1 if merged else 2]:
         batch = Linearisation(hd.Objective(copy.deepcopy(model).to(dtype)), x, y)
         propagator = Propagator(batch, probes=probes)
         if rank and probes:
@@ -177,9 +177,10 @@ def test_padding_is_no_parameter() -> None:
     close(in_the_mean(propagator, merged=True), truth, outer, 1e-12)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("parts", [True, False])
-@pytest.mark.parametrize("gauss_newton", ["exact", "signs"])
+@pytest.mark.parametrize(
+    ("gauss_newton", "parts", "tied"),
+    [("exact", True, False), ("exact", False, True), ("signs", True, True), ("signs", False, False)],
+)
 def test_a_measurement_by_such_a_plan_has_the_parts_it_was_asked_for(
     gauss_newton: str, parts: bool, tied: bool
 ) -> None:

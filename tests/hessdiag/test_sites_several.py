@@ -251,7 +251,7 @@ def in_the_mean(linear: Linearisation, rank: int = 0) -> Tensors:
     return out
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "vit" else ()) for n in MODELS])
 def test_every_one_hot_vector_in_the_place_of_the_signs_is_p_products(name: str) -> None:
     model, x, y = prepared(name)
     gate(model, x, y)
@@ -265,7 +265,7 @@ def test_directions_taken_out_of_the_signs_leave_the_mean(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt", "qk norm", "vit", "rmsnorm and swiglu", "experts", "groupnorm"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_measurements_are_audited_and_right(name: str, dtype: torch.dtype) -> None:
     model, x, y = prepared(name)
     expected = sum(float(t.square().sum()) for t in truth(model, x, y).values()) ** 0.5 / SAMPLES
