@@ -184,7 +184,7 @@ class Objective:
             )
         self.loss.check(outputs, targets)
         if not all_finite(outputs):
-            raise NonFiniteError(f"batch {index}: {self._first_non_finite(inputs)}")
+            raise NonFiniteError(f"batch {index}: {self._first_non_finite(inputs, outputs)}")
         return outputs
 
     def summed_loss(self, inputs: Any, targets: Tensor, *, index: int = 0) -> tuple[Tensor, Tensor]:
@@ -269,7 +269,7 @@ class Objective:
             )
         return ConfigurationError(f"batch {index}: the model raised {type(error).__name__}: {text}")
 
-    def _first_non_finite(self, inputs: Any) -> str:
+    def _first_non_finite(self, inputs: Any, outputs: Tensor) -> str:
         """Name of the first module whose output is NaN or Inf, found by one more pass with hooks."""
         found: list[str] = []
 
@@ -293,7 +293,20 @@ class Objective:
                 handle.remove()
         if isinstance(inputs, Tensor) and inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
             return "the inputs hold NaN or Inf"
-        return f"layer {found[0]!r} gives NaN or Inf" if found else "the model's outputs are NaN or Inf"
+        if found:
+            return f"layer {found[0]!r} gives NaN or Inf"
+        return _masked(outputs) or "the model's outputs are NaN or Inf"
+
+
+def _masked(outputs: Tensor) -> str | None:
+    """What to do about outputs that are finite but for those put at minus infinity."""
+    low = outputs.isneginf()
+    if not bool(low.any()) or not bool((low | torch.isfinite(outputs)).all()):
+        return None
+    return (
+        f"{int(low.sum())} of {outputs.numel()} outputs are minus infinity (a mask?); put them at -1e9 instead: a "
+        "softmax gives them zero as well"
+    )
 
 
 def _uncut(inputs: Any) -> str | None:

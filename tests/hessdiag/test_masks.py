@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,36 @@ def test_a_checkpoint_holds_the_mask_and_a_parameter_of_minus_infinity_is_refuse
         model.mask[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="'mask' holds NaN or Inf"):
         hd.Objective(model)
+
+
+class Choices(nn.Module):
+    """Actions of which one is never allowed."""
+
+    def __init__(self, low: float) -> None:
+        super().__init__()
+        self.low, self.inside, self.out = low, nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        never = torch.tensor([False, False, True, False])
+        return self.out(torch.tanh(self.inside(x))).masked_fill(never, self.low)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_outputs_masked_by_a_number_are_those_left_out_and_by_infinity_are_told_how(dtype: torch.dtype) -> None:
+    """The oracle has no such output."""
+    torch.manual_seed(0)
+    model, x, y = Choices(-1e9).to(dtype), torch.randn(8, 5, dtype=dtype), torch.tensor([0, 1, 3, 0, 1, 3, 0, 1])
+    left = nn.Sequential(copy.deepcopy(model.inside), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(left[2], name).copy_(getattr(model.out, name)[[0, 1, 3]])
+    truth = hd.diagonal(hd.Objective(left.double()), [(x.double(), y - (y == 3).long())], method="reference").total
+    near = 1e-12 if dtype == torch.float64 else 1e-6
+    for method in ("exact", "reference"):
+        found = hd.diagonal(hd.Objective(model), [(x, y)], method=method).total
+        assert torch.allclose(found["inside.weight"].double(), truth["0.weight"], rtol=0, atol=near)
+        assert torch.allclose(found["out.weight"][[0, 1, 3]].double(), truth["2.weight"], rtol=0, atol=near)
+        assert not bool(found["out.weight"][2].any())
+    model.low = -float("inf")
+    with pytest.raises(NonFiniteError, match=r"8 of 32 outputs are minus infinity .* put them at -1e9 instead"):
+        hd.measure(hd.Objective(model), [(x, y)])
