@@ -129,8 +129,8 @@ def said(row: Mapping[str, Any]) -> str:
         return f"{where:36} {row['error']}"
     if not row["covered"]:
         return f"{where:36} Hutchinson: {row['why']}"
-    audited = ", audited" if row["audited"] else ""
-    return f"{where:36} exact and propagation{audited}; {row['entries']} entries off by {row['off']:.0e}"
+    audited = ", measured by both and audited" if row["audited"] else ""
+    return f"{where:36} read{audited}; {row['entries']} entries off by {row['off']:.0e}"
 
 
 def main() -> None:
@@ -154,7 +154,7 @@ def main() -> None:
         print(said(row), flush=True)
         store("models", SETTINGS, {"rows": rows}, folder=arguments.results)
     covered = sum(bool(row.get("covered")) and bool(row.get("exact")) for row in rows)
-    print(f"{covered} of {sum(row['built'] for row in rows)} covered by the exact method and by propagation")
+    print(f"{covered} of {sum(row['built'] for row in rows)} can be read by exact and propagation, entries right")
 
 
 if __name__ == "__main__":

@@ -103,6 +103,9 @@ def resnet18(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]
         rows.append(
             {
                 "seed": f"{s['seed']} ({s['data']})",
+                "loss": f"{s['loss']:.3g}",
+                "set-up": " against ".join(f"{s['setup_seconds'][name]:.0f}" for name in ("propagation", "hutchinson"))
+                + " s",
                 "propagation's product": f"±{p['relative_error']:.1%} in {p['seconds']:.1f} s each",
                 "Hutchinson's": f"±{h['relative_error']:.0%} in {h['seconds']:.1f} s each",
                 "variance, times less": f"{s['variance_ratio']:.0f}",
@@ -323,12 +326,20 @@ def models(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
                 "parameters": str(row.get("parameters", "")),
                 "by": "not built" if not row["built"] else "exact, propagation" if yes else "Hutchinson",
                 "entries against products": f"{row['entries']} off by {row['off']:.0e}" if yes and "off" in row else "",
+                "measured, audited": "by both" if yes and row["audited"] else "",
                 "why not": "" if yes else why.replace("|", " "),
             }
         )
     built = [row for row in found["rows"] if row["built"]]
     right = sum(bool(row.get("covered")) and bool(row.get("exact")) for row in built)
-    return [*rows, {"family": "all", "by": f"{right} of {len(built)} exact and propagation, entries right"}]
+    audited = sum(bool(row.get("covered")) and bool(row["audited"]) for row in built)
+    return [
+        *rows,
+        {
+            "family": "all", "by": f"{right} of {len(built)} can be read", "measured, audited": f"{audited}",
+            "entries against products": f"{sum(row.get('entries', 0) for row in built)}, all right",
+        },
+    ]  # fmt: skip
 
 
 def _of_seeds(m: Mapping[str, float], form: str) -> str:

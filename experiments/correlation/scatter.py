@@ -1,8 +1,8 @@
 """`python -m experiments.correlation.scatter`: how seeds scatter in the stored sweeps, and what it does to contrasts.
 
-Prints, for every quantity, the F of the seeds' effects (mean square of seeds over that of the residuals) and the
-variance of the seeds' own contrasts over that of the independent model, the figure behind `contrasts.INFLATION`; then
-the share of simulated curves without a truth whose contrasts are called different at 5%.
+Prints, tier by tier and for every quantity, the F of the seeds' effects (mean square of seeds over that of the
+residuals) and the variance of the seeds' own contrasts over that of the independent model, the figure behind
+`contrasts.INFLATION`; then the share of simulated curves without a truth whose contrasts are called different at 5%.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ LEVELS = (0.5, 1.0, 2.0, 4.0, 7.0, 10.0, 20.0, 50.0)
 
 
 def measured(results: Sequence[SweepResults], quantity: str) -> Iterator[tuple[float, list[float]]]:
-    """Of every complete curve with several seeds: F of the seeds, and the ratios of three contrasts."""
-    rules = shared_rules(load_rules())
+    """Of every complete curve with several seeds, each once: F of the seeds, and the ratios of three contrasts."""
+    rules, seen = shared_rules(load_rules()), set[frozenset[str]]()
     for sweep in results:
         if not sweep.figure.startswith("figure"):
             continue
         for key, members in split(rows(sweep), "method", "network", "data", "beta").items():
+            runs = frozenset(row.result.key for row in members)
+            if runs in seen:  # another sweep holds the same runs
+                continue
+            seen.add(runs)
             if quantity == "aa2" and key[0] == "standard":  # nothing is robust, nothing scatters
                 continue
             layout = layout_of(members, quantity)
@@ -84,18 +88,23 @@ def alarms(
 def main(arguments: list[str]) -> int:
     """Print both tables."""
     results = read_all(Path(arguments[0] if arguments else "results"))
-    everything: list[float] = []
-    print("quantity                          curves  F of seeds (least, median, most)  own variance / independent")
-    for quantity in QUANTITIES:
-        found = list(measured(results, quantity))
-        if found:
-            effects, ratios = [f for f, _ in found], [r for _, several in found for r in several]
-            everything += ratios
-            span = f"{min(effects):.1f}, {np.median(effects):.1f}, {max(effects):.1f}"
-            print(f"{quantity:33} {len(found):6}  {span:32}  {np.mean(ratios):.2f} over {len(ratios)} contrasts")
-    if everything:
-        print(f"all together: {np.mean(everything):.2f} over {len(everything)} contrasts; the rules take {INFLATION}")
-    print("\nseeds  dependent share  louder above 20  band less low, high: called at 5% (1,000 simulated curves)")
+    for tier in dict.fromkeys(sweep.tier for sweep in results):
+        everything: list[float] = []
+        told = []
+        for quantity in QUANTITIES:
+            found = list(measured([sweep for sweep in results if sweep.tier == tier], quantity))
+            if found:
+                effects, ratios = [f for f, _ in found], [r for _, several in found for r in several]
+                everything += ratios
+                span = f"{min(effects):.1f}, {np.median(effects):.1f}, {max(effects):.1f}"
+                told.append(
+                    f"{quantity:33} {len(found):6}  {span:32}  {np.mean(ratios):.2f} over {len(ratios)} contrasts"
+                )
+        if everything:
+            print(f"tier {tier:28} curves  F of seeds (least, median, most)  own variance / independent")
+            print("\n".join(told))
+            print(f"together: {np.mean(everything):.2f} over {len(everything)} contrasts; the rules take {INFLATION}\n")
+    print("seeds  dependent share  louder above 20  band less low, high: called at 5% (1,000 simulated curves)")
     generator = np.random.default_rng(0)
     for seeds in (2, 3, 4, 8):
         for dependent, louder in ((0.0, 1.0), (0.4, 1.0), (0.7, 1.0), (0.3, 2.0)):

@@ -115,7 +115,7 @@ def test_what_the_main_sweep_shows_so_far() -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"of AA-2, {robustness} points" in readme
     assert f"norm of the adversarial loss is level up to 4 and rises from there, to {factor}" in readme
-    assert f"AA-2 is {robust[best]:.0f}% here where the paper has 54.8." in TOLD
+    assert f"AA-2 is {robust[best]:.0f}% here; the paper has 54.8" in TOLD
 
 
 @pytest.mark.parametrize(
@@ -244,6 +244,21 @@ def test_what_perturbed_weights_end_with() -> None:
     assert f"ends with {trace:.2f} of the Gauss-Newton trace and {noise:.2f} of tr(HC)" in TOLD
 
 
+def test_the_trace_that_rises_at_a_constant_rate() -> None:
+    stored = {arm(row): row for row in rows(read(ROOT / "results/quick/overfitting.json"))}
+    at = {look["epoch"]: seen(look, "Gauss-Newton trace").value for look in looks(stored["constant"])}
+    assert f"(the Gauss-Newton trace does, from {at[25]:.0f} to {at[50]:.0f})" in TOLD
+
+
+def test_whose_factors_the_digits_control_has() -> None:
+    for run in json.loads((ROOT / "results/smoke/control.json").read_text())["runs"]:
+        alpha = run["config"]["train"]["control"]["as_alpha"]
+        assert (
+            alpha is None
+            or f"factors of α = {alpha:g} built into its training computes the function of α = {alpha:g}" in TOLD
+        )
+
+
 def test_what_correction_makes_of_the_peak() -> None:
     peak = VERDICTS["S4.2.peak-in-4-10"]["settings"]["campaign/main"]
     told = f"({peak['p_against']:.3f} against a peak in the band, {peak['p_holm']:.3f} corrected)"
@@ -301,6 +316,12 @@ def test_where_the_norm_is_lowest_after_trades_and_what_sweeps_could_see() -> No
     ("claim", "setting", "evidence", "said"),
     [
         ("H.same-function", "smoke/control", "ratio of the norms 10.3 [9.13, 11.6]", "10.3 times the norm [9.1, 11.6]"),
+        (
+            "S4.5.flat-is-robust",
+            "campaign/trades",
+            "-0.68 [-1.11, -0.25], 2 d.f.",
+            "degrees of freedom (-0.68 points [-1.11, -0.25]",
+        ),
         ("H.same-function", "smoke/control", "robustness -0.56 [-4.33, +3.22]", "differs by -0.6 points [-4.3, +3.2]"),
         (
             "H.minimum-after-adversarial-training",

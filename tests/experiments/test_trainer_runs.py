@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def test_what_a_run_writes(tmp_path: Path) -> None:
     assert record["clean_accuracy"] == result.clean_accuracy
     assert record["test_samples"] == 500
     assert torch.__version__.startswith(record["provenance"]["versions"]["torch"].split("+")[0])
+    assert record["provenance"]["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", record["provenance"]["commit"])
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert {"loss", "lr", "eps", "clean", "fgsm", "pgd", "train_adversarial", "images_per_second"} <= rows[0].keys()
