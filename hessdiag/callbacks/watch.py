@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hessdiag.errors import AuditError, ConfigurationError, EmptyDataError, HessdiagError, UncoveredModelError
@@ -30,6 +29,7 @@ from hessdiag.methods.base import known
 from hessdiag.problem.forward import mapped
 from hessdiag.problem.handing_back import as_it_was
 from hessdiag.problem.objective import Objective
+from hessdiag.problem.random_states import RandomStates
 
 Pair = tuple[Any, Tensor]
 SHARDS = ("DTensor", "FlatParameter")
@@ -148,15 +148,12 @@ def _nothing(*_given: Any, **_named: Any) -> None:
 
 @contextmanager
 def unmoved(data: Any) -> Iterator[None]:
-    """A loader's own generators, its sampler's too, as they were: the order of the epochs to come does not change."""
-    owners = (data, getattr(data, "sampler", None))
-    found = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
-    states = [generator.get_state() for generator in found]
+    """Random states as they were, a loader's own too: the order of the epochs to come does not change."""
+    states = RandomStates.now(data)
     try:
         yield
     finally:
-        for generator, state in zip(found, states):
-            generator.set_state(state)
+        states.put(data)
 
 
 def first(source: Fed, samples: int) -> Iterator[Pair]:

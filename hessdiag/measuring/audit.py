@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag.errors import AuditError, HessdiagError
+from hessdiag.errors import AuditError, HessdiagError, ran_out
 from hessdiag.graph import Layer, Linearisation
 from hessdiag.kernels.products import Products
 from hessdiag.kernels.tensors import Tensors
@@ -46,6 +46,8 @@ class Audit:
     entries: tuple[AuditEntry, ...]
     samples: int
     dtype: str
+    cramped: bool = False
+    """Whether the model in double did not fit in memory, so that all was compared in its own precision."""
 
     @property
     def passed(self) -> bool:
@@ -65,10 +67,19 @@ class Audit:
     @property
     def notes(self) -> list[str]:
         """What a result has to say of it, besides."""
-        names = [f"{entry.check} of {entry.layer!r}" for entry in self.left_out]
+        names = [f"{entry.check} of {entry.layer!r}" for entry in self.left_out if entry.check != "loss"]
         some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         why = "nothing of it runs in float64, and float32 leaves it open"
-        return [f"not compared with difference quotients: {some} ({why})"] if names else []
+        told = [f"not compared with difference quotients: {some} ({why})"] if names else []
+        told += [
+            f"not compared with difference quotients: the loss {entry.layer!r} (it does not run at outputs moved a "
+            "little; if these are probabilities, let the model give logits, and name the loss: cross_entropy, bce)"
+            for entry in self.left_out
+            if entry.check == "loss"
+        ]
+        if self.cramped:
+            told.append(f"audited in {self.dtype}: the model in float64 did not fit in memory")
+        return told
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -132,6 +143,7 @@ class _Twin:
     lifted: Arithmetic = nullcontext
     outputs: Tensor | None = None
     """Of the twin, with their graph; None where the model itself is looked at."""
+    cramped: bool = False
 
 
 class Checks:
@@ -237,7 +249,8 @@ def audit(objective: Objective, first: Numbered, *, method: str, seed: int) -> A
                 entries += comparisons.quotients(twin.moved)
     if twin.moved is None:
         entries += _where_it_stands(objective, few, signs)
-    return Audit(tuple(entries), len(twin.few.targets), str(twin.dtype).removeprefix("torch."))
+    dtype = str(twin.dtype).removeprefix("torch.")
+    return Audit(tuple(entries), len(twin.few.targets), dtype, cramped=twin.cramped)
 
 
 _FAILURES = (HessdiagError, RuntimeError, TypeError, NotImplementedError)
@@ -252,7 +265,7 @@ def _twin(objective: Objective, few: Numbered, signs: Signs, held: ExitStack) ->
     """
     own = _Twin(objective, few, nullcontext, objective.dtype)
     double = replace(few, inputs=_as_double(few.inputs), targets=_as_double(few.targets))
-    originals = list(objective.model.parameters())
+    originals, cramped = list(objective.model.parameters()), False
     for way in (copied, lent):
         with ExitStack() as stack:
             try:
@@ -261,7 +274,8 @@ def _twin(objective: Objective, few: Numbered, signs: Signs, held: ExitStack) ->
                 probe.loss = Probe()
                 moved = Moved(probe, double, random_directions(doubled, signs))
                 ran = _run_in_double(probe, double)
-            except _FAILURES:
+            except (*_FAILURES, MemoryError) as error:
+                cramped |= ran_out(error)
                 continue
             if ran is None or come_from(ran[0], originals):
                 continue
@@ -273,7 +287,7 @@ def _twin(objective: Objective, few: Numbered, signs: Signs, held: ExitStack) ->
             arithmetic, lossy = found
             dtype = min(lossy, shortest(moved.outputs), key=lambda one: one.itemsize)
             return _Twin(doubled, double, arithmetic, dtype, moved, lifted, moved.outputs)
-    return own
+    return replace(own, cramped=cramped)
 
 
 def _run_in_double(probe: Objective, double: Numbered) -> tuple[Tensor, Arithmetic] | None:
@@ -282,11 +296,16 @@ def _run_in_double(probe: Objective, double: Numbered) -> tuple[Tensor, Arithmet
     """
     found = None
     for arithmetic in (nullcontext, in_double):  # norms computed in float32, and the like
-        with contextlib.suppress(*_FAILURES), arithmetic():
-            outputs = _run(probe, double)
-            if shortest(outputs) == torch.float64:
-                return outputs, arithmetic
-            found = found or (outputs, arithmetic)
+        try:
+            with arithmetic():
+                outputs = _run(probe, double)
+        except _FAILURES as error:
+            if ran_out(error):
+                raise
+            continue
+        if shortest(outputs) == torch.float64:
+            return outputs, arithmetic
+        found = found or (outputs, arithmetic)
     return found
 
 

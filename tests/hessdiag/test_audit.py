@@ -430,6 +430,48 @@ def test_a_loss_that_cannot_be_compared_is_told(dtype: torch.dtype, monkeypatch:
     found.require()
 
 
+def test_a_loss_of_probabilities_is_told_why_it_was_not_compared() -> None:
+    """Beside 0 and 1 there is no place to move outputs to."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Sigmoid()).double()
+    with torch.no_grad():
+        model[2].weight.mul_(30)
+    x, y = data()[0], torch.randint(0, 2, (len(data()[0]), 3)).double()
+    found = audited(model, (x, y), "exact", 0, lambda f, t: F.binary_cross_entropy(f, t, reduction="none").mean(1))
+    (note,) = found.notes
+    assert "the loss '<lambda>' (it does not run at outputs moved a little" in note
+    assert "give logits" in note
+    assert "float64" not in note
+
+
+SHORT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+
+
+@pytest.mark.parametrize("error", [RuntimeError(SHORT_OF_MEMORY), MemoryError()])
+@pytest.mark.parametrize("place", ["copied and lent", "run"])
+def test_that_float64_did_not_fit_in_memory_is_told(
+    error: Exception, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise how strict the audit is would hang on free memory without a word."""
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), data(dtype=torch.float32)
+
+    honest = audit_module._run
+
+    def full(objective: Any, *few: Any) -> Any:
+        if few and objective.dtype == torch.float32:
+            return honest(objective, *few)
+        raise error
+
+    assert not audited(model, batch, "exact", 0).notes
+    for name in ("copied", "lent") if place == "copied and lent" else ("_run",):
+        monkeypatch.setattr(audit_module, name, full)
+    found = audited(model, batch, "exact", 0)
+    found.require()
+    assert (found.dtype, found.cramped) == ("float32", True)
+    assert found.notes[-1] == "audited in float32: the model in float64 did not fit in memory"
+
+
 def _focal(weight: Tensor | None, factor: float) -> Callable[[Tensor, Tensor], Tensor]:
     def loss(f: Tensor, y: Tensor) -> Tensor:
         ce = F.cross_entropy(f, y, weight=weight, reduction="none")

@@ -129,10 +129,13 @@ def test_a_loader_that_shuffles_gives_the_same_samples_to_every_epoch():
 def test_the_generator_of_a_sampler_stays_where_it_was():
     generator = torch.Generator().manual_seed(5)
     data = TensorDataset(X, Y)
-    loader = DataLoader(data, batch_size=8, sampler=torch.utils.data.RandomSampler(data, generator=generator))
-    before = generator.get_state()
-    assert Watch(loader, samples=16)(MLP())
-    assert torch.equal(generator.get_state(), before)
+    sampler = torch.utils.data.RandomSampler(data, generator=generator)
+    in_batches = torch.utils.data.BatchSampler(sampler, 8, False)
+    for loader in (DataLoader(data, batch_size=8, sampler=sampler), DataLoader(data, batch_sampler=in_batches)):
+        for samples in (16, None):
+            before = generator.get_state()
+            assert Watch(loader, samples=samples)(MLP())
+            assert torch.equal(generator.get_state(), before)
 
 
 def test_data_that_are_read_anew_are_all_of_them():

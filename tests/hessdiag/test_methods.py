@@ -25,7 +25,7 @@ from hessdiag.methods.batches import Numbered, numbered, survey
 from hessdiag.methods.hutchinson import blocks, probe
 
 ROOT = Path(__file__).parents[2]
-ENGINE = [p for p in (ROOT / "hessdiag").rglob("*.py") if not {"commands", "report"} & set(p.parts)]
+ENGINE = [p for p in (ROOT / "hessdiag").rglob("*.py") if not {"cli", "show"} & set(p.parts)]
 
 
 def small() -> nn.Module:

@@ -26,9 +26,10 @@ from hessdiag.cli.program import app
 from hessdiag.data import load
 from hessdiag.errors import ResumeError
 from hessdiag.measuring.loop import Event, Loop
-from hessdiag.measuring.resume import restore
+from hessdiag.measuring.resume import FORMAT, restore
 from hessdiag.methods import METHODS, Plan, Work
 from hessdiag.methods.batches import fingerprint
+from hessdiag.store.states import read_state, write_state
 
 COUNT = 40
 
@@ -311,9 +312,6 @@ def test_a_list_in_another_order_is_not_gone_on_with(tmp_path: Path, monkeypatch
 
 def test_other_groups_of_samples_are_another_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They cut the batches anew, and the place in the pass counts those. Files from before this was said say it, too."""
-    from hessdiag.measuring.resume import FORMAT
-    from hessdiag.store.states import read_state, write_state
-
     monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
     monkeypatch.setattr("hessdiag.measuring.loop.SAVE_SHARE", 0.0)
     objective, batches = setting("small_resnet")
@@ -335,6 +333,38 @@ def test_other_groups_of_samples_are_another_measurement(tmp_path: Path, monkeyp
             with pytest.raises(ResumeError, match="was made with sample groups="):
                 hd.measure(objective, batches, plan=other, resume=path, **rounds)
         assert plain(hd.measure(objective, batches, plan=own, resume=path, **rounds)) == whole[plans.index(own)]
+
+
+def test_a_file_of_before_there_were_trails_is_kept_where_it_is_stopped_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While what was seen before is passed over, there is nothing to say where it ended but the file's own place."""
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("hessdiag.measuring.loop.SAVE_SHARE", 0.0)
+    objective, batches = setting()[0], list(setting()[1])
+    options: dict[str, Any] = {"method": "hutchinson", "min_replicates": 12, "max_replicates": 12, "rtol": 1e-9}
+    whole, path, passes = plain(hd.measure(objective, batches, **options)), tmp_path / "r.st", [0]
+    with pytest.raises(Killed):
+        hd.measure(objective, batches, resume=path, progress=killer(7), **options)
+    content = read_state(path, FORMAT)
+    assert content["progress"]["position"] > 1
+    del content["progress"]["trail"]
+    content["progress"].pop("random", None)
+    write_state(path, FORMAT, content)
+
+    class Stopped:
+        """The third pass is that of the replicates; the first two look the data through."""
+
+        def __iter__(self) -> Iterator[Any]:
+            passes[0] += 1
+            yield batches[0]
+            if passes[0] > 2:
+                raise KeyboardInterrupt
+            yield from batches[1:]
+
+    assert "interrupted" in hd.measure(objective, Stopped(), resume=path, **options).status
+    assert passes[0] == 3
+    assert plain(hd.measure(objective, batches, resume=path, **options)) == whole
 
 
 def test_a_model_with_a_sparse_buffer_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +425,7 @@ def test_masks_of_infinities_tell_samples_apart(tmp_path: Path) -> None:
 
 
 def command(checkpoint: Path, *more: str) -> list[str]:
-    options = "--samples 40 --batch-size 20 --method hutchinson --min-replicates 100 --max-replicates 100"
+    options = "--samples 40 --batch-size 20 --method hutchinson --min-replicates 400 --max-replicates 400"
     return [sys.executable, "-m", "hessdiag", "measure", str(checkpoint), *options.split(), "-q", *more]
 
 
@@ -405,8 +435,8 @@ def kill_and_resume(tmp_path: Path, *, kills: int, seed: int) -> None:
     hd.save_checkpoint(checkpoint, model, data="digits")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     results = [tmp_path / "whole.json", tmp_path / "resumed.json"]
-    done = 0
-    while done < kills:
+    codes: list[int] = []
+    while len(codes) < kills and not results[1].exists():
         process = subprocess.Popen(command(checkpoint, "--resume", str(state), "--json", str(results[1])), env=env)
         before = state.stat().st_mtime_ns if state.exists() else 0
         while process.poll() is None:
@@ -415,11 +445,8 @@ def kill_and_resume(tmp_path: Path, *, kills: int, seed: int) -> None:
             time.sleep(0.005)
         time.sleep(rng.uniform(0.0, 0.3))
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        done += 1
-        if results[1].exists():
-            break
-    assert done > 0
+        codes.append(process.wait())
+    assert -signal.SIGKILL in codes, "every measurement was done before it could be killed"
     ended = subprocess.run(
         command(checkpoint, "--json", str(results[1]), "--resume", str(state)), env=env, capture_output=True, text=True
     )
@@ -450,9 +477,6 @@ def test_sigkill_at_many_times(tmp_path: Path, seed: int) -> None:
 
 def test_a_damaged_resume_file_is_refused_not_measured_with(tmp_path: Path) -> None:
     """Flipped bits by the checksum; numbers out of range even where the checksum is right."""
-    from hessdiag.measuring.resume import FORMAT
-    from hessdiag.store.states import read_state, write_state
-
     path = tmp_path / "r.st"
     measured(method="hutchinson", resume=path)
     data = path.read_bytes()
