@@ -148,8 +148,9 @@ def run_study(name: str, run: Run) -> Record:
 
 def study_key(name: str, run: Run) -> str:
     """The key under which a study's result is stored."""
-    inputs = b"".join(path.read_bytes() for path in exports(run.results)) if name == "stored" else b""
-    return state.key(STUDIES[name].module, name, quick=run.quick, inputs=inputs)
+    registered = STUDIES[name]
+    inputs = b"".join(path.read_bytes() for path in exports(run.results)) if registered.reads_results else b""
+    return state.key(registered.module, name, quick=run.quick, inputs=inputs)
 
 
 def usable(record: Record | None, key: str) -> bool:

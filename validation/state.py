@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("hessdiag", "theory", "validation")
+PACKAGES = ("hessdiag", "theory", "validation", "experiments")
 LIBRARIES = ("torch", "numpy", "scipy", "sympy", "mpmath")
 
 

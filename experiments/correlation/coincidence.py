@@ -69,7 +69,7 @@ def coincide(
     point = _distance([quadratic(c.x, c.mean, c.count.astype(float)) @ basis for c in curves])
     drawn = [quadratic(c.x, c.resample(c.mean, resamples, generator), c.count.astype(float)) @ basis for c in curves]
     upper = float(np.quantile(_distance(drawn), CONFIDENCE))
-    worst, worst_low, worst_at, comparisons = _levels(curves, margin)
+    worst, worst_low, worst_at, comparisons = _levels(curves)
     verdict = "coincide" if upper < margin else "differ" if worst_low > margin else "undecided"
     return Coincidence(
         verdict, margin, float(point), upper, worst, worst_low, worst_at, comparisons, len(curves), CONFIDENCE
@@ -82,8 +82,8 @@ def _distance(values: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
     return distance
 
 
-def _levels(curves: list[Curve], margin: float) -> tuple[float, float, float, int]:
-    """The difference of means, over pairs and shared levels, that lies farthest beyond the margin."""
+def _levels(curves: list[Curve]) -> tuple[float, float, float, int]:
+    """The difference of means, over pairs and shared levels, that is largest beyond its own uncertainty."""
     differences = []
     for a, b in itertools.combinations(curves, 2):
         for i, level in enumerate(a.x):

@@ -38,8 +38,6 @@ class UShape:
     left: Slope
     right: Slope
     p_value: float
-    quadratic_left: Slope
-    quadratic_right: Slope
     quadratic_p_value: float
     levels: int
 
@@ -63,7 +61,6 @@ def u_shape(
         left,
         right,
         max(left.p_value, right.p_value),
-        *ends,
         max(ends[0].p_value, ends[1].p_value),
         len(t),
     )

@@ -468,7 +468,7 @@ def test_timing_moves_nothing_of_the_run() -> None:
     found = train(configuration(**AUTO))
     assert torch.equal(torch.get_rng_state(), before)
     assert set(found.precision.step_seconds) == set(STEPS)
-    assert all(0 < seconds < 600 for seconds in found.precision.step_seconds.values())
+    assert all(seconds > 0 for seconds in found.precision.step_seconds.values())
     chosen = {"autocast": found.precision.autocast, "channels_last": found.precision.channels_last}
     assert bits(found) == bits(train(configuration(**chosen)))
 

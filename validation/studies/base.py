@@ -54,18 +54,21 @@ class Registered:
     function: Callable[[Run], Study]
     module: str
     draw: Draw | None
+    reads_results: bool
 
 
 STUDIES: dict[str, Registered] = {}
 
 
-def study(name: str, *, draw: Draw | None = None) -> Callable[[Callable[[Run], Study]], Callable[[Run], Study]]:
-    """Register a study."""
+def study(
+    name: str, *, draw: Draw | None = None, reads_results: bool = False
+) -> Callable[[Callable[[Run], Study]], Callable[[Run], Study]]:
+    """Register a study; one that reads stored results is made anew when they change."""
 
     def register(function: Callable[[Run], Study]) -> Callable[[Run], Study]:
         if name in STUDIES:
             raise ConfigurationError(f"there are two studies called {name!r}")
-        STUDIES[name] = Registered(name, function, function.__module__, draw)
+        STUDIES[name] = Registered(name, function, function.__module__, draw, reads_results)
         return function
 
     return register

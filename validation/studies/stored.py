@@ -114,7 +114,7 @@ def control_rows(path: Path) -> list[Row]:
     return rows
 
 
-@study("stored")
+@study("stored", reads_results=True)
 def run(options: Run) -> Study:
     """Every committed sweep by method and range of max|σ''|, and the control arm by arm."""
     rows: list[Row] = []
