@@ -22,7 +22,7 @@ from hessdiag.graph import Layer, Linearisation
 from hessdiag.kernels.products import Products
 from hessdiag.kernels.tensors import Tensors
 from hessdiag.measuring import comparisons
-from hessdiag.measuring.autograd_check import Moved, Probe, loss_quotients
+from hessdiag.measuring.autograd_check import Moved, Probe, WritesError, loss_quotients
 from hessdiag.measuring.comparisons import AuditEntry
 from hessdiag.measuring.copies import come_from, copied, is_scripted, lent, set_apart
 from hessdiag.measuring.ranks import World
@@ -53,6 +53,12 @@ class Audit:
     def passed(self) -> bool:
         """Whether every comparison could be made, and agreed."""
         return all(entry.passed for entry in self.entries)
+
+    def and_of(self, other: Audit) -> Audit:
+        """This one and that of other samples."""
+        dtype = min(self.dtype, other.dtype)  # float32 before float64
+        entries, samples = self.entries + other.entries, self.samples + other.samples
+        return Audit(entries, samples, dtype, cramped=self.cramped or other.cramped)
 
     @property
     def worst(self) -> AuditEntry:
@@ -279,6 +285,7 @@ def _twin(objective: Objective, few: Numbered, signs: Signs, held: ExitStack) ->
                 continue
             if ran is None or come_from(ran[0], originals):
                 continue
+            moved.check_stayed()
             held.push(stack.pop_all())
             moved.outputs, lifted = ran
             found = None if is_scripted(objective.model) else _of_loss(doubled, double, ran[0], lifted)
@@ -334,10 +341,16 @@ def _where_it_stands(objective: Objective, few: Numbered, signs: Signs) -> list[
     """Quotients of the model itself, whose parameters are moved and put back; what cannot be compared, as such."""
     probe = copy.copy(objective)
     probe.loss = Probe()
-    with contextlib.suppress(*_FAILURES), set_apart(objective.parameters):
-        moved = Moved(probe, few, random_directions(objective, signs), whole=True)
-        moved.outputs = _run(probe, few)
-        return comparisons.quotients(moved)
+    try:
+        with set_apart(objective.parameters):
+            moved = Moved(probe, few, random_directions(objective, signs), whole=True)
+            moved.outputs = _run(probe, few)
+            moved.check_stayed()
+            return comparisons.quotients(moved)
+    except WritesError:
+        raise
+    except _FAILURES:
+        pass
     names = ["the whole model", *objective.parameters]
     tolerances = [comparisons.SLOPE] + [comparisons.DIFFERENCE] * len(objective.parameters)
     checks = ["slope"] + ["difference"] * len(objective.parameters)

@@ -23,6 +23,7 @@ constant, and not moved.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,13 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag.errors import HessdiagError
+from hessdiag.errors import HessdiagError, NonFiniteError, UncoveredModelError
 from hessdiag.graph import saved
 from hessdiag.graph.nodes import forward_order, is_leaf
 from hessdiag.kernels.products import Products
 from hessdiag.measuring.rounding import ROUNDINGS, Uncancelled, length, shortest
 from hessdiag.methods.batches import Numbered
-from hessdiag.problem.objective import Objective
+from hessdiag.problem.objective import WRITES, Objective
 from hessdiag.problem.persample import CallableLoss, Curvature, Loss, as_rows
 
 STEPS = {
@@ -66,6 +67,10 @@ class Probe(Loss):
         rows = as_rows(outputs)
         signs = torch.cos(torch.arange(rows.numel(), device=rows.device) * 2.3).sign().to(rows).reshape(rows.shape)
         return (rows * signs).sum(1) + 0.5 * rows.square().sum(1)
+
+
+class WritesError(UncoveredModelError):
+    """A model whose forward pass writes to its own parameters."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +123,13 @@ class Moved:
         self.size = {n: length(p) / p.numel() ** 0.5 or 1e-3 for n, p in self.parameters.items()}
         for name, p in self.parameters.items():
             p.data.add_(directions[name], alpha=MOVED * self.size[name])
-        self._here, self._whole = 0.0, whole
+        self._here, self._whole, self._set = 0.0, whole, self._bits()
 
     def run(self, *, slope: float, difference: float) -> Quotients:
         """Everything. Beyond the tolerances `slope` and `difference` it is looked at more closely: from both sides,
         which parameters are cut off, whether other steps agree.
         """
+        self._set = self._bits()  # a method that moved them may have put them back but for rounding
         dtype = shortest(self.outputs)
         eps, double = torch.finfo(dtype).eps, dtype == torch.float64
         middle = self.objective, self.inputs, self.targets
@@ -165,11 +171,23 @@ class Moved:
         for name, floor in self._floors(left, eps).items():
             seen[name] = [one.above(floor) for one in seen[name]]
             off[name] = min(one.beyond / one.size if one.beyond else 0.0 for one in seen[name])
+        self._look_around(along)
         if double:
             return Quotients(found, apart, dict(off))
         kinks = has_kinks(self.outputs)
         least = {name: _least([one for one in seen[name] if one.tells], difference, kinks) for name in off}
         return Quotients(found if tells else None, apart if found > slope else (), least)
+
+    def _look_around(self, along: dict[str, Tensor]) -> None:
+        """All entries upward of where the model stood, and downward: the rest was on one side of any bound it sets."""
+        self._move(along, 0.0)
+        for way in (1.0, -2.0):
+            for name, p in self.parameters.items():
+                p.data.add_(4.0 * way * MOVED * self.size[name])
+            self._set = self._bits()
+            with contextlib.suppress(NonFiniteError), torch.no_grad():
+                self.objective.outputs(self.inputs, self.targets, index=self.index)
+            self.check_stayed()
 
     def _floors(self, names: list[str], eps: float) -> dict[str, float]:
         """What rounding leaves of gradients that may cancel, by a pass of its own: the others were moved away from."""
@@ -231,6 +249,7 @@ class Moved:
         self._move(along, step)
         with torch.set_grad_enabled(gradient):
             value, _ = self.objective.summed_loss(self.inputs, self.targets, index=self.index)
+        self.check_stayed()
         found: Any = [None] * len(self.parameters)
         if gradient:
             wanted = list(self.parameters.values())
@@ -241,7 +260,21 @@ class Moved:
     def _move(self, along: dict[str, Tensor], step: float) -> None:
         for name, u in along.items():
             self.parameters[name].data.add_(u, alpha=step - self._here)
-        self._here = step
+        self._here, self._set = step, self._bits()
+
+    def _bits(self) -> dict[str, int]:
+        """The sum of each parameter's bits, which one entry cannot change alone without changing it."""
+        words = {torch.float64: torch.int64, torch.float32: torch.int32}
+        return {
+            name: int(p.detach().contiguous().view(words[p.dtype]).sum(dtype=torch.int64))
+            for name, p in self.parameters.items()
+        }
+
+    def check_stayed(self) -> None:
+        """Refuse a model whose forward pass undoes a move: its quotients would be of other steps than were taken."""
+        for name, bits in self._bits().items():
+            if bits != self._set[name]:
+                raise WritesError(WRITES.format(name=name))
 
 
 def _slope(

@@ -55,10 +55,14 @@ def _require_covered(case: Case) -> None:
 
 
 def _audited(case: Case, method: str) -> Audit:
-    """The audit, passed."""
+    """The audit, passed, of a few samples of the first batch and of the longest."""
     checked = audit(case.objective, case.first, method=method, seed=case.seed)
     checked.require()
-    return checked
+    if case.longest is None:
+        return checked
+    longest = audit(case.objective, case.longest, method=method, seed=case.seed)
+    longest.require()
+    return checked.and_of(longest)
 
 
 def _cheapest(case: Case) -> tuple[str, str]:

@@ -44,11 +44,15 @@ def copied(objective: Objective) -> Iterator[Objective]:
         _doubled(value, known)
     try:
         with torch.no_grad():  # a copy of scripted code clones its tensors, and remembers of which
-            twin.model = copy.deepcopy(objective.model, known).double()
+            twin.model = copy.deepcopy(objective.model, known)
+            if not _share(twin.model, objective.model):  # else what is written to the copy is written to the model
+                twin.model = twin.model.double()
     except Exception as error:
         if ran_out(error):
             raise
         raise UncoveredModelError(f"the model has no copy: {type(error).__name__}: {error}") from error
+    if _share(twin.model, objective.model):
+        raise UncoveredModelError("the model has no copy: a module's __deepcopy__ gives its own parameters or buffers")
     everything = dict(twin.model.named_parameters())
     for name, parameter in objective.model.named_parameters():
         everything[name].requires_grad_(parameter.requires_grad)
@@ -99,6 +103,19 @@ def come_from(outputs: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
     """Whether any of these are leaves of the outputs' graph: of a twin those of the model itself, kept by a closure."""
     wanted = {id(p) for p in parameters}
     return any(id(node.variable) in wanted for node in forward_order(outputs.grad_fn) if is_leaf(node))
+
+
+def _share(one: nn.Module, other: nn.Module) -> bool:
+    """Whether a parameter or a buffer of one lies in memory of the other's, or a module is both's."""
+    if set(map(id, one.modules())) & set(map(id, other.modules())):
+        return True
+    places = [{_place(t) for t in (*m.parameters(), *m.buffers())} - {0} for m in (one, other)]
+    return bool(places[0] & places[1])
+
+
+def _place(tensor: Tensor) -> int:
+    """Where its numbers lie; 0 where they have no place of their own."""
+    return tensor.untyped_storage().data_ptr() if is_dense(tensor) else 0
 
 
 _OF_MODULES = frozenset(nn.Module().__dict__)

@@ -21,7 +21,7 @@ from hessdiag.graph import Linearisation
 from hessdiag.graph.reading import rounding_guard
 from hessdiag.kernels.tensors import Tensors, hold_freed_memory
 from hessdiag.measuring.agreement import agreed
-from hessdiag.measuring.audit import Audit
+from hessdiag.measuring.audit import SAMPLES, Audit
 from hessdiag.measuring.choose import EXACT_BUDGET, check_budget, check_given, decide, stored_plan
 from hessdiag.measuring.diagonal import Diagonal
 from hessdiag.measuring.loop import Callback, Loop, first_states
@@ -106,7 +106,7 @@ def measure(
 
     `budget` refuses an exact method that takes more multiplications (None: none is refused). `deterministic_check`
     looks at the data twice and refuses what differs, `audit_model` holds method, model and derivatives against each
-    other on two samples; either looks for samples that meet, in all batches or in the first. Switch them off only where
+    other on two samples of the first batch, and two of that with the longest samples; either looks for samples that meet, in all batches or in the first. Switch them off only where
     model and data are known to be right. `keep_diagonal` keeps the diagonal in the result (of a population, its
     estimate and standard errors). `progress` is True for a bar on a terminal or a line in a notebook, or a function of
     an `Event`. `resume` names a file that the state is written to as it goes; started again with the same file, the
@@ -226,7 +226,18 @@ def _case(
     sites = method not in METHODS or METHODS[method].sites
     found: list[tuple[Numbered, Tensor | None, Linearisation | HessdiagError | None, Stamp]] = []
 
+    longest: list[Numbered] = []
+    most = [0]
+
+    def longer(batch: Numbered) -> None:
+        if batch.numbers > most[0]:
+            most[0], longest[:] = batch.numbers, [batch.few(SAMPLES)] if batch.index else []
+
     def look(first: Numbered) -> Tensor | None:
+        if apart:
+            longer(first)
+        if first.index:
+            return None
         outputs: Tensor | None = None
         read: Linearisation | HessdiagError | None = None
         try:
@@ -255,7 +266,7 @@ def _case(
 
     facts = agreed(looked, world, objective, seed)
     first, outputs, read, stamp = found[0]
-    return Case(objective, batches, facts, first, seed, world, outputs, stamp, read)
+    return Case(objective, batches, facts, first, seed, world, outputs, stamp, read, next(iter(longest), None))
 
 
 def _refuse_rounding(objective: Objective, outputs: Tensor, first: Numbered) -> None:

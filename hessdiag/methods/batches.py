@@ -11,6 +11,7 @@ model, every batch's graph is read on the way, so that a batch they do not cover
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, overload
@@ -24,6 +25,7 @@ from hessdiag.errors import (
     EmptyDataError,
     HessdiagError,
     NotDeterministicError,
+    StochasticModeError,
     UncoveredModelError,
 )
 from hessdiag.graph.reading import Graph, detach_guard
@@ -31,6 +33,7 @@ from hessdiag.problem.forward import leaves, mapped
 from hessdiag.problem.handing_back import memory_errors
 from hessdiag.problem.objective import Objective
 from hessdiag.problem.persample import CallableLoss
+from hessdiag.problem.random_states import RandomStates
 from hessdiag.signs import cpu_generator
 
 Batches = Iterable[Any]
@@ -87,6 +90,13 @@ class Numbered:
         count = len(self.targets)
         inputs = mapped(self.inputs, lambda x: x[chosen] if _by_sample(x, count) else x)
         return Numbered(self.index, self.start, inputs, self.targets[chosen])
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a sample has in the inputs."""
+        count = len(self.targets)
+        cut: list[Tensor] = [x for x in leaves(self.inputs) if _by_sample(x, count)]
+        return sum(x.numel() for x in cut) // count
 
     def few(self, count: int) -> Numbered:
         """The first samples of the batch, `count` of them or all there are."""
@@ -182,7 +192,7 @@ def survey(
     """One pass: samples, weight, loss and fingerprints of the data.
 
     `coverage` reads the graphs of all batches but the first. `keep` takes what a second pass is held `against`. `read`
-    is handed the first batch, and may give its outputs.
+    is handed every batch; of the first, which it may keep, it may give the outputs.
     """
     objective.check_modes()
     samples = count = largest = counted = 0
@@ -349,8 +359,9 @@ def _whole(
 ) -> Iterator[_Passed]:
     """Every batch as it is."""
     for batch in numbered(objective, batches):
-        outputs = read(batch) if read is not None and not batch.index else None
         refusal = None
+        with drawing_refused(objective):
+            outputs = None if read is None else read(batch)
         if outputs is None:
             outputs, refusal = _outputs(objective, batch, coverage and batch.index > 0)
         yield batch, batch.marks, outputs, refusal
@@ -358,7 +369,7 @@ def _whole(
 
 def _outputs(objective: Objective, batch: Numbered, look: bool) -> tuple[Tensor, str | None]:
     """Outputs of a batch and, if asked to look, why the site identity does not cover it."""
-    with torch.set_grad_enabled(look):
+    with torch.set_grad_enabled(look), drawing_refused(objective):
         outputs = objective.outputs(batch.inputs, batch.targets, index=batch.index)
         if not look:
             return outputs, None
@@ -368,6 +379,24 @@ def _outputs(objective: Objective, batch: Numbered, look: bool) -> tuple[Tensor,
         except UncoveredModelError as error:
             return outputs.detach(), f"batch {batch.index}: {error}"
     return outputs.detach(), None
+
+
+@contextmanager
+def drawing_refused(objective: Objective) -> Iterator[None]:
+    """Refuse a model in training mode that draws random numbers: it may be another function once in many passes.
+
+    In eval mode a draw is most often for nothing, and what it changes is found where two passes differ.
+    """
+    cards = [objective.device] if objective.device.type == "cuda" else []
+    before, on_cards = RandomStates.now(), [torch.cuda.get_rng_state(device) for device in cards]
+    yield
+    drew = not RandomStates.now().same(before)
+    drew |= any(not torch.equal(torch.cuda.get_rng_state(d), state) for d, state in zip(cards, on_cards))
+    if drew and any(module.training for module in objective.model.modules()):
+        raise StochasticModeError(
+            "the model is in training mode and draws random numbers (dropout, stochastic depth, LayerDrop, noise): it "
+            "may be another function in some passes; call model.eval(), and take out what draws even then"
+        )
 
 
 @dataclass

@@ -36,6 +36,10 @@ class Case:
     """What the first batch held when they were computed."""
     read: Linearisation | HessdiagError | None = field(default=None, repr=False)
     """The linearisation of the first batch, or why there is none; None before anyone asked."""
+    longest: Numbered | None = None
+    """A few samples of the batch with the most numbers a sample, where the first has fewer: a model may do otherwise
+    with long sequences than with short ones.
+    """
     chosen: Plan | None = None
 
     @property

@@ -36,6 +36,10 @@ from hessdiag.problem.persample import Loss, PerSample
 from hessdiag.problem.selection import choose
 from hessdiag.problem.sparse import instead_of, is_dense, stored
 
+WRITES = (
+    "the forward pass writes to its own parameter {name!r} (a constraint such as clamp_ or renorm): at the bound the "
+    "loss has a kink that no gradient shows; constrain it after each step of training instead, or freeze it"
+)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _DROPOUT = nn.modules.dropout._DropoutNd
 
@@ -163,6 +167,7 @@ class Objective:
 
     def outputs(self, inputs: Any, targets: Tensor, *, index: int) -> Tensor:
         """The model's outputs for checked `inputs`, themselves checked against the `targets` of batch `index`."""
+        written = [p._version for p in self.parameters.values()]
         try:
             outputs = meant(forward(self.model, inputs, self.call), self.output)
         except HessdiagError:
@@ -171,6 +176,9 @@ class Objective:
             if ran_out(error):
                 raise
             raise self._failure(error, inputs, index) from error
+        for (name, p), before in zip(self.parameters.items(), written):
+            if p._version != before:
+                raise UncoveredModelError(WRITES.format(name=name))
         if not isinstance(outputs, Tensor):
             raise ConfigurationError(f"the model returned {_describe(outputs)}; {advice(outputs)}")
         if not outputs.is_floating_point():

@@ -307,7 +307,7 @@ class Moody(nn.Module):
 
 
 def test_buffers_and_random_state_are_handed_back() -> None:
-    model = Moody().double()
+    model = Moody().double().eval()
     state = torch.get_rng_state()
     hd.measure(hd.Objective(model), [data(5)])
     assert torch.equal(state, torch.get_rng_state())

@@ -370,8 +370,10 @@ def test_two_passes_tell_data_from_model() -> None:
         check_deterministic(objective, Shuffled(True))
     with pytest.raises(NotDeterministicError, match="augmentation"):
         check_deterministic(objective, Augmented(False))
-    with pytest.raises((NotDeterministicError, StochasticModeError), match=r"the model is random|dropout"):
+    with pytest.raises((NotDeterministicError, StochasticModeError), match="in training mode and draws random numbers"):
         check_deterministic(hd.Objective(Noisy()), [(X, Y)])
+    with pytest.raises((NotDeterministicError, StochasticModeError), match=r"the model is random|dropout"):
+        check_deterministic(hd.Objective(Noisy().eval()), [(X, Y)])
     assert check_deterministic(objective, Shuffled(False)).shuffled
     assert not check_deterministic(objective, [(X, Y)]).shuffled
 
