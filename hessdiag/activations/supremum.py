@@ -48,9 +48,10 @@ def supremum(function: Callable[[Tensor], Tensor]) -> Curvature:
     sigma' below 1e-7 of sigma' is not taken for a kink (torch's softplus has one of 2e-9 at its threshold); a
     transition narrower than about 4e-15 |x| is. The rounding of x moves sigma' by up to about 1e-15 |x sigma''|, that
     of larger numbers on the way by more: a jump which is no larger cannot be told from it and is not taken for a
-    kink. Where oscillations are too many to be resolved, those nearest to 0 are: kinks of sin(wx) + f(x) are found
-    for |x| <= 24 and up to about 2000/w, and may be missed beyond. Growth that has not stopped at |x| = 1e4 counts as
-    infinite, reached at ±inf, and so does growth as a power of the distance from a point (|x|^1.5 at 0).
+    kink. Where oscillations are too many to be resolved, those nearest to 0 are: kinks of sin(wx) + f(x), w up to 300,
+    are found for |x| <= 24 and up to about 2000/w, and may be missed beyond, or where w is larger. Growth that has
+    not stopped at |x| = 1e4 counts as infinite, reached at ±inf, and so does growth as a power of the distance from a
+    point (|x|^1.5 at 0).
     """
     at = Derivatives(function)
     x, bend, kinks = _refine(at, _grid())
