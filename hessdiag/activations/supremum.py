@@ -12,12 +12,16 @@ from torch import Tensor
 from hessdiag.activations.derivatives import STEP, WIDTH, Derivatives
 from hessdiag.errors import NonFiniteError
 
+EPS = torch.finfo(torch.float64).eps
 RANGE = 1e4
 SMALLEST = 1e-12
 CENTRE = 24.0
 RESOLVED = 1e-9  # an interval is resolved when sigma'' accounts for the change of sigma' up to this, relative
 JUMP = 1e-7  # what is unaccounted for at rounding distance is a jump of sigma' if larger than this, relative
-WIDEST = 4096  # intervals refined at one level, the worst first
+GRAIN = 1e-8  # no larger a shift of x is put down to the rounding of numbers on the way
+LEVELS = 16  # of refinement at which WIDEST intervals are halved in the centre, and as many beyond
+WIDEST = 32768
+DEEPEST = 4096  # intervals halved at each level from there on
 PLACES = 16  # how many places are told at most, the nearest to 0
 
 
@@ -35,14 +39,19 @@ def supremum(function: Callable[[Tensor], Tensor]) -> Curvature:
     sigma' and sigma'' come from autograd (sigma'' from central differences of sigma' where autograd has none
     or contradicts them: about six digits then). On each interval of a grid the change of sigma' is compared
     with Simpson's integral of sigma''; intervals where they differ are halved until they agree or are as
-    narrow as rounding allows. What still differs there is a jump of sigma' (or of sigma): the supremum is
-    infinite. Elsewhere the largest |sigma''| found is polished between its neighbours.
+    narrow as rounding allows. What still differs there by more than rounding may make of a smooth function is a jump
+    of sigma' (or of sigma): the supremum is infinite. Elsewhere the largest |sigma''| found is polished between its
+    neighbours.
 
     Limits: looks at |x| <= 1e4, on a grid that is logarithmic down to 1e-12 around 0 and of step 0.01 for
     |x| <= 24. A feature narrower than the grid is missed if sigma' is the same on both its sides; a jump of
     sigma' below 1e-7 of sigma' is not taken for a kink (torch's softplus has one of 2e-9 at its threshold); a
-    transition narrower than about 4e-15 |x| is. Growth that has not stopped at |x| = 1e4 counts as infinite,
-    reached at ±inf, and so does growth as a power of the distance from a point (|x|^1.5 at 0).
+    transition narrower than about 4e-15 |x| is. The rounding of x moves sigma' by up to about 1e-15 |x sigma''|, that
+    of larger numbers on the way by more: a jump which is no larger cannot be told from it and is not taken for a
+    kink. Where oscillations are too many to be resolved, those nearest to 0 are: kinks of sin(wx) + f(x), w up to 300,
+    are found for |x| <= 24 and up to about 2000/w, and may be missed beyond, or where w is larger. Growth that has
+    not stopped at |x| = 1e4 counts as infinite, reached at ±inf, and so does growth as a power of the distance from a
+    point (|x|^1.5 at 0).
     """
     at = Derivatives(function)
     x, bend, kinks = _refine(at, _grid())
@@ -77,32 +86,60 @@ def _refine(at: Derivatives, nodes: Tensor) -> tuple[Tensor, Tensor, list[float]
     the place in the vector brings about, and a jump that no interval holds is lost.
     """
     known = _evaluated(at, nodes)
-    central = known[1:3, nodes.abs() <= CENTRE]
-    floors = [1e-4 * float(f[f.isfinite()].abs().max()) for f in central]
+    sizes = [_Size(), _Size()]
     points, bends, suspects = [nodes], [known[3].abs()], []
+    for size, f in zip(sizes, known[1:3]):
+        size.add(nodes, f)
     low, high = known[:, :-1], known[:, 1:]
+    level = 0
     while low.shape[1]:
         middle = _evaluated(at, (low[0] + high[0]) / 2)
         points.append(middle[0])
         bends.append(middle[3].abs())
-        width = high[0] - low[0]
-        _, value, slope, second = torch.stack([low, middle, high], 1)
-        excess = torch.maximum(
-            _unaccounted(slope, second, width, floors[1]), _unaccounted(value, slope, width, floors[0])
-        )
-        narrow = width <= torch.clamp(4e-15 * middle[0].abs(), min=1e-18)
-        found = narrow & (excess > JUMP)
-        suspects += list(zip(middle[0, found].tolist(), excess[found].tolist()))
-        split = ~narrow & (excess > RESOLVED)
-        if int(split.sum()) > WIDEST:
-            worst = torch.where(split, excess, torch.zeros_like(excess)).topk(WIDEST).indices
-            split = torch.zeros_like(split).index_fill(0, worst, True)
+        narrow = high[0] - low[0] <= torch.clamp(4e-15 * middle[0].abs(), min=1e-18)
+        excess = torch.zeros_like(middle[0])
+        jumps = torch.zeros_like(narrow)
+        for order, size in enumerate(sizes, 1):
+            size.add(middle[0], middle[order])
+            three = torch.stack([low, middle, high], 1)[[0, order, order + 1]]
+            unaccounted = _unaccounted(*three)
+            unaccounted -= 4 * EPS * middle[0].abs() * three[2].abs().amax(0)
+            relative = unaccounted / torch.maximum(three[1].abs().amax(0), size.floor(middle[0]))
+            relative = torch.where(relative.isfinite(), relative, torch.zeros_like(relative))
+            excess = torch.maximum(excess, relative)
+            found = narrow & (relative > JUMP)
+            jumps[found] |= ~_rounding(at, order, three[:, :, found], unaccounted[found])
+        suspects += list(zip(middle[0, jumps].tolist(), excess[jumps].tolist()))
+        split = _most_wanted(middle[0], torch.where(narrow, torch.zeros_like(excess), excess), level)
+        level += 1
         low, middle, high = (ends[:, split] for ends in (low, middle, high))
         low, high = torch.cat([low, middle], 1), torch.cat([middle, high], 1)
-    x, order = torch.cat(points).sort()
-    bend = torch.cat(bends)[order]
+    x, order_of_x = torch.cat(points).sort()
+    bend = torch.cat(bends)[order_of_x]
     keep = torch.cat([torch.ones(1, dtype=torch.bool), x[1:] != x[:-1]]) & ~bend.isnan()
     return x[keep], bend[keep], _isolate(suspects)
+
+
+class _Size:
+    """The largest |f| met so far for |x| <= CENTRE, and in each octave beyond on either side."""
+
+    def __init__(self) -> None:
+        self._octaves = math.ceil(math.log2(RANGE / CENTRE))
+        self._largest = torch.zeros(2 * self._octaves + 3, dtype=torch.float64)
+
+    def add(self, x: Tensor, f: Tensor) -> None:
+        finite = f.isfinite()
+        self._largest.scatter_reduce_(0, self._octave(x[finite]), f[finite].abs(), "amax")
+
+    def floor(self, x: Tensor) -> Tensor:
+        """A ten-thousandth of the largest in the centre and within an octave of x: changes of less are rounding's."""
+        near = torch.stack([self._largest[:-2], self._largest[1:-1], self._largest[2:]]).amax(0)
+        return 1e-4 * torch.maximum(near[self._octave(x) - 1], self._largest[self._octaves + 1]).clamp(min=1e-196)
+
+    def _octave(self, x: Tensor) -> Tensor:
+        """A place in the table; its two ends stay empty."""
+        octave = (x.abs() / CENTRE).clamp(min=1).log2().ceil() * x.sign()
+        return octave.long() + self._octaves + 1
 
 
 def _evaluated(at: Derivatives, x: Tensor) -> Tensor:
@@ -112,15 +149,50 @@ def _evaluated(at: Derivatives, x: Tensor) -> Tensor:
     return torch.stack([x, value, slope, second])
 
 
-def _unaccounted(f: Tensor, slope: Tensor, width: Tensor, floor: float) -> Tensor:
-    """|f(high) - f(low) - Simpson's integral of f'|, relative to the largest |f| of the interval.
+def _unaccounted(x: Tensor, f: Tensor, slope: Tensor) -> Tensor:
+    """|f(high) - f(low) - Simpson's integral of f'|; each is given at the low end, the middle and the high end."""
+    return (f[2] - f[0] - (x[2] - x[0]) / 6 * (slope[0] + 4 * slope[1] + slope[2])).abs()
 
-    Both are given at its low end, its middle and its high end.
+
+def _rounding(at: Derivatives, order: int, known: Tensor, jump: Tensor) -> Tensor:
+    """Whether rounding may have made the jumps of f, the derivative of order - 1, between low and high end.
+
+    Numbers rounded on the way from x to f shift x by some grain, and f by up to grain |f'|: the jump is what a grain
+    of jump / |f'| would make. So f is looked at up to twice as far beside the interval (within a few of its widths if
+    that grain is larger than GRAIN). Rounding makes f depart there, too, from the integral of f' by a fair part of
+    the jump, or leaves the two sides as they would be without it; a true jump does neither.
     """
-    low, middle, high = slope
-    scale = torch.clamp(f.abs().amax(0), min=max(floor, 1e-200))
-    off = (f[2] - f[0] - width / 6 * (low + 4 * middle + high)).abs() / scale
-    return torch.where(off.isfinite(), off, torch.zeros_like(off))
+    x, _, slope = known
+    spacing = torch.nextafter(x[1].abs(), torch.full_like(x[1], math.inf)) - x[1].abs()
+    grain = jump / slope.abs().amax(0)
+    step = torch.where(grain <= GRAIN, torch.maximum(grain / 4, spacing), x[2] - x[0])
+    outward = step * torch.arange(1, 10, dtype=torch.float64)[:, None]
+    points = torch.stack([x[0] - outward, x[2] + outward]).clamp(-RANGE, RANGE)
+    f, slope = _evaluated(at, points.flatten())[order : order + 2].reshape(2, *points.shape)
+    departs = _off(points[:, :1], points, f[:, :1], f, slope[:, :1], slope).abs().amax((0, 1))
+    across = _off(points[0, 0], points[1, 0], f[0, 0], f[1, 0], slope[0, 0], slope[1, 0]).abs()
+    return (departs > jump / 4) | (across < jump / 2)
+
+
+def _off(x: Tensor, y: Tensor, f: Tensor, g: Tensor, slope: Tensor, steep: Tensor) -> Tensor:
+    """g at y less f at x, less the trapezoid of their slopes."""
+    return g - f - (y - x) * (slope + steep) / 2
+
+
+def _most_wanted(x: Tensor, excess: Tensor, level: int) -> Tensor:
+    """Which intervals to halve: of those not resolved the worst in the centre and the nearest beyond, or the worst.
+
+    While intervals are wide oscillations are many, and each must be resolved before a kink in it stands out; deeper
+    down little but kinks and rounding is left, and kinks are the larger.
+    """
+    split = excess > RESOLVED
+    centre = x.abs() <= CENTRE
+    wide = [(split & centre, excess, WIDEST), (split & ~centre, 1 / x.abs(), WIDEST)]
+    for part, rank, most in wide if level < LEVELS else [(split, excess, DEEPEST)]:
+        if int(part.sum()) > most:
+            split = split & ~part
+            split[torch.where(part, rank, torch.zeros_like(rank)).topk(most).indices] = True
+    return split
 
 
 def _isolate(suspects: list[tuple[float, float]]) -> list[float]:
@@ -146,7 +218,8 @@ def _polish(at: Derivatives, x: Tensor, bend: Tensor) -> Curvature:
     padded = torch.cat([bend.new_tensor([-1.0]), bend, bend.new_tensor([-1.0])])
     high_enough = bend >= 0.99 * bend.max()
     peak = (high_enough & (bend >= padded[:-2]) & (bend >= padded[2:])).nonzero().flatten()
-    peak = torch.cat([peak[x[peak].abs().argsort()[:64]], bend.argmax().reshape(1)])
+    nearest, highest = x[peak].abs().argsort()[:64], bend[peak].argsort(descending=True)[:64]
+    peak = torch.cat([peak[nearest], peak[highest], bend.argmax().reshape(1)])
     low, high = x[(peak - 1).clamp(min=0)], x[(peak + 1).clamp(max=x.numel() - 1)]
     best, best_bend = x[peak].clone(), bend[peak].clone()
     fractions = torch.linspace(0, 1, 17, dtype=torch.float64)

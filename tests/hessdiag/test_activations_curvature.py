@@ -131,6 +131,70 @@ def test_arbitrary_functions(name: str) -> None:
         assert found.at == pytest.approx(at, rel=1e-6, abs=1e-6)
 
 
+# By calculus: w² for sin(wx), w² 4/(3√3) for tanh(wx), w² √3/18 for sigmoid(wx), 2w for exp(-wx²), w √(2/π) for gelu(wx)/w.
+SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    **{f"sin({w}x)": (lambda x, w=w: torch.sin(w * x), w * w) for w in (11, 14, 15, 25, 30, 31, 45, 50, 100)},
+    "cos(30x)": (lambda x: torch.cos(30 * x), 900),
+    "sine of turns": (lambda x: torch.sin(2 * math.pi * 7 * x + 0.3), (14 * math.pi) ** 2),
+    "sine of a large sum": (lambda x: torch.sin(100 * (x + 1000)), 1e4),
+    "snake": (lambda x: x + torch.sin(15 * x) ** 2 / 15, 30),
+    "far step": (lambda x: torch.tanh(40 * (x - 77)), 1600 * 4 / (3 * math.sqrt(3))),
+    "far step, one product": (lambda x: torch.tanh(40 * x - 40 * 77), 1600 * 4 / (3 * math.sqrt(3))),
+    "far steep step": (lambda x: torch.tanh(1e6 * (x + 77)), 1e12 * 4 / (3 * math.sqrt(3))),
+    "far wide step": (lambda x: torch.tanh((x - 9000) / 50), 4 / (3 * math.sqrt(3)) / 2500),
+    "far sigmoid": (lambda x: torch.sigmoid(-40 * (x - 77)), 1600 * math.sqrt(3) / 18),
+    "far gelu": (lambda x: F.gelu(50 * (x - 777)) / 50, 50 * math.sqrt(2 / math.pi)),
+    "gaussian": (lambda x: torch.exp(-1600 * (x - 10 / 3) ** 2), 3200),
+    "steep softplus": (lambda x: F.softplus(x, beta=1e6), 2.5e5),
+    "identity of two": (lambda x: F.relu(x) - F.relu(-x), 0),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_functions_have_a_finite_supremum(name: str) -> None:
+    """However rounding of x, or of numbers on the way, makes sigma' jump where it is near 0."""
+    function, value = SMOOTH[name]
+    assert curvature(function).value == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+KINKS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, ...]]] = {
+    "sine of |x|": (lambda x: torch.sin(30 * x.abs()), (0.0,)),
+    "slow sine": (lambda x: torch.sin(3 * x) + 1e-4 * F.relu(x - 3), (3.0,)),
+    "sine": (lambda x: torch.sin(30 * x) + 1e-4 * F.relu(x + 3.3), (-3.3,)),
+    "fast sine": (lambda x: torch.sin(100 * x) + 1e-3 * F.relu(x - 23), (23.0,)),
+    "sine, farther": (lambda x: torch.sin(30 * x) + 1e-4 * F.relu(x - 50), (50.0,)),
+    "slow sine, far": (lambda x: torch.sin(3 * x) + 1e-3 * F.relu(x + 400), (-400.0,)),
+    "beside a far step": (lambda x: torch.tanh(40 * (x - 77)) + 1e-2 * F.relu(x - 77.01), (77.01,)),
+    "on a step": (lambda x: torch.tanh(x) + 1e-5 * F.relu(x - 3), (3.0,)),
+    "on a bend of half a million": (lambda x: F.silu(1e6 * x) / 1e6 + 1e-6 * x.abs(), (0.0,)),
+    "shifted": (lambda x: F.relu(x + 1000), (-1000.0,)),
+    "slight": (lambda x: F.leaky_relu(x - 3.3, 1 - 1e-6), (3.3,)),
+    "narrow": (lambda x: F.hardtanh(1e6 * x) / 1e6, (-1e-6, 1e-6)),
+    "steps on a sine": (lambda x: torch.sin(3 * x) + 1e-3 * torch.sign(x), (0.0,)),
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+def test_kinks_are_found_in_what_bends_and_oscillates(name: str) -> None:
+    function, at = KINKS[name]
+    found = curvature(function)
+    assert found.value == INF
+    assert found.at == pytest.approx(at, rel=1e-6, abs=1e-12)
+
+
+def test_the_highest_of_many_peaks_far_out() -> None:
+    """The envelope's top is near x = 35: peaks 0.1 apart, hundreds of which are within a hundredth of the highest."""
+
+    def bend(x: Tensor) -> Tensor:
+        e, s, c = torch.exp(-((x / 50) ** 2)), torch.sin(30 * x), torch.cos(30 * x)
+        p, q = 1 - 2 * x**2 / 2500, -6 * x / 2500 + 4 * x**3 / 2500**2  # (x e)'/e, (x e)''/e
+        return (e * (q * s + 60 * p * c - 900 * x * s)).abs()
+
+    dense = float(bend(torch.linspace(30, 40, 4_000_001, dtype=torch.float64)).max())
+    found = max_curvature(lambda x: x * torch.sin(30 * x) * torch.exp(-((x / 50) ** 2)))
+    assert found == pytest.approx(dense, rel=1e-8)
+
+
 class Twice(torch.autograd.Function):
     """SiLU whose second derivative autograd takes to be that of a constant: silently zero."""
 
