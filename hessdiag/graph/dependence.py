@@ -1,4 +1,8 @@
-"""What of a model's autograd graph depends on the chosen parameters, and who takes whose output."""
+"""What of a model's autograd graph depends on the chosen parameters, and who takes whose output.
+
+A tensor without entries depends on nothing, and nothing on it: an expert that a batch sends no rows is no part of that
+batch's graph, and its parameters have zero there.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from hessdiag.errors import UncoveredModelError
-from hessdiag.graph.nodes import forward_order, is_leaf, short_name
+from hessdiag.graph.nodes import Edge, filled, forward_order, is_leaf, short_name
 
 
 class Live:
@@ -17,7 +21,8 @@ class Live:
     def __init__(self, outputs: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
         self.outputs = outputs
         self._chosen = {id(parameter): name for name, parameter in parameters.items()}
-        self.nodes = forward_order(outputs.grad_fn)
+        self.nodes = forward_order(outputs.grad_fn, empty=False)
+        self._inputs = {id(node): filled(node) for node in self.nodes}
         self._uses: dict[int, list[tuple[Any, int]]] = {}
         self._live = self._mark()
         self._bits: dict[int, int] = {}
@@ -31,6 +36,10 @@ class Live:
         """Where a node stands: the layer last passed on the way to it."""
         below = self._below.get(id(node), "")
         return f"after {below!r}" if below else "at the model's entrance"
+
+    def inputs(self, node: Any) -> list[tuple[int, Edge]]:
+        """(input slot, edge) of all that a node of `nodes` is given within the graph and that has entries."""
+        return self._inputs[id(node)]
 
     def consumers(self, node: Any) -> list[tuple[Any, int]]:
         """(node, input slot) of everything that takes `node`'s output, dead branches included."""
@@ -52,11 +61,10 @@ class Live:
                 if id(node.variable) in self._chosen:
                     live.add(id(node))
                 continue
-            for slot, (source, _) in enumerate(node.next_functions):
-                if source is not None:
-                    self._uses.setdefault(id(source), []).append((node, slot))
-                    if id(source) in live:
-                        live.add(id(node))
+            for slot, (source, _) in self.inputs(node):
+                self._uses.setdefault(id(source), []).append((node, slot))
+                if id(source) in live:
+                    live.add(id(node))
         return live
 
     def through(self, node: Any) -> str:
@@ -69,7 +77,7 @@ class Live:
             seen.add(id(current))
             if is_leaf(current):
                 return self.parameter_of(current) or ""
-            stack += [source for source, _ in current.next_functions]
+            stack += [source for _, (source, _) in self.inputs(current)]
         return ""
 
     def leaf(self, name: str) -> Any:
@@ -82,7 +90,7 @@ class Live:
         if not self._bits:
             self._bits = {id(one): 1 << number for number, one in enumerate(leaves)}
             for one in self.nodes:
-                for source, _ in () if is_leaf(one) else one.next_functions:
+                for _, (source, _) in self.inputs(one):
                     self._bits[id(one)] = self._bits.get(id(one), 0) | self._bits.get(id(source), 0)
         bits = self._bits.get(id(node), 0)
         return [self._chosen[id(one.variable)] for number, one in enumerate(leaves) if bits >> number & 1]

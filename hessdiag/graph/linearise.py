@@ -191,7 +191,7 @@ class Linearisation:
         if output_seed is not None:
             roots.append(self.outputs)
             vectors.append(output_seed.to(self.outputs.dtype).reshape(self.outputs.shape))
-        if not roots:
+        if not roots or not targets:
             return (None,) * len(targets)
         wanted: Any = list(targets)
         found: tuple[Tensor | None, ...] = torch.autograd.grad(

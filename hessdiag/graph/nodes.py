@@ -46,8 +46,22 @@ def is_leaf(node: Any) -> bool:
     return node is not None and hasattr(node, "variable")
 
 
-def forward_order(root: Any) -> list[Any]:
-    """All nodes below `root`, every node after those it takes its inputs from; the order is the graph's own."""
+def is_empty(edge: Edge) -> bool:
+    """True for a tensor without entries: a batch sent no rows there, and no derivative passes through it."""
+    node, number = edge
+    return 0 in (node.variable if is_leaf(node) else node._input_metadata[number]).shape
+
+
+def filled(node: Any) -> list[tuple[int, Edge]]:
+    """(input slot, edge) of all that a node is given within the graph and that has entries."""
+    return [(slot, edge) for slot, edge in enumerate(node.next_functions) if edge[0] is not None and not is_empty(edge)]
+
+
+def forward_order(root: Any, *, empty: bool = True) -> list[Any]:
+    """All nodes below `root`, every node after those it takes its inputs from; the order is the graph's own.
+
+    Not `empty`, those alone that are reached by tensors with entries.
+    """
     order: list[Any] = []
     done: set[int] = set()
     stack: list[tuple[Any, bool]] = [(root, False)] if root is not None else []
@@ -60,7 +74,8 @@ def forward_order(root: Any) -> list[Any]:
             continue
         done.add(id(node))
         stack.append((node, True))
-        for source, _ in reversed(node.next_functions):
+        sources = node.next_functions if empty else [edge for _, edge in filled(node)]
+        for source, _ in reversed(sources):
             if source is not None and id(source) not in done:
                 stack.append((source, False))
     return order

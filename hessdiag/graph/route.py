@@ -51,7 +51,7 @@ class Route:
         reached: set[int] = set()
         above: list[Any] = []
         for node in graph.nodes:
-            if id(node) in first or any(id(source) in reached for source, _ in node.next_functions):
+            if id(node) in first or any(id(source) in reached for _, (source, _) in graph.inputs(node)):
                 reached.add(id(node))
                 above.append(node)
         self.sites = [(number, site) for number, site in sites if any(id(edge[0]) in reached for edge in site.edges)]
@@ -59,7 +59,7 @@ class Route:
         self.nodes: list[tuple[Any, list[int]]] = []
         for node in reversed(above):
             if id(node) in needed:
-                slots = [slot for slot, (source, _) in enumerate(node.next_functions) if id(source) in reached]
+                slots = [slot for slot, (source, _) in graph.inputs(node) if id(source) in reached]
                 needed |= {id(node.next_functions[slot][0]) for slot in slots}
                 self.nodes.append((node, slots))
         self.nodes.reverse()

@@ -81,7 +81,7 @@ def visit(entrances: Entrances, source: Source, visitor: Visitor, *, at_once: bo
         if not at_once:
             state.blanks = [_blank(edge) for edge in entrances.tops]
             roots += zip(entrances.tops, state.blanks)
-        if not roots:
+        if not roots or not first:
             return
         found = torch.autograd.grad(
             [GradientEdge(*edge) for edge, _ in roots],

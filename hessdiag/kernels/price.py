@@ -58,13 +58,12 @@ class _Nodes:
         for number in range(len(graph.nodes) - 1, -1, -1):
             if number not in leads:
                 continue
-            for edge in graph.nodes[number].next_functions:
-                if edge[0] is not None:
-                    place = self.place[id(edge[0])]
-                    leads.add(place)
-                    self.sources[number].append(place)
-                    last[edge_key(edge)] = max(last.get(edge_key(edge), -1), number)
-                    self.edges[edge_key(edge)] = edge
+            for _, edge in graph.inputs(graph.nodes[number]):
+                place = self.place[id(edge[0])]
+                leads.add(place)
+                self.sources[number].append(place)
+                last[edge_key(edge)] = max(last.get(edge_key(edge), -1), number)
+                self.edges[edge_key(edge)] = edge
         self.work = np.zeros(len(graph.nodes))
         self.alive = [
             (self.place[key[0]], end, float(edge_shape(self.edges[key]).numel())) for key, end in last.items()

@@ -137,11 +137,11 @@ def measure(
             plan = replace(plan, deflate=0, probe_rank=0, parts=False)
         case.chosen = _everywhere(case, plan)
         check_budget(case, budget)
-        found, notes = effective(case)
-        notes += [*_left_out(objective), *_unchecked(checked), *told]
+        found, unreached = effective(case)
+        notes = [*_left_out(objective), *_unchecked(checked), *told]
         if case.survey.shuffled:
             notes.append("the data come in another order in every pass")
-        course = Course(target, checked, "", notes, begun, found)
+        course = Course(target, checked, "", notes, begun, found, unreached)
         if target == POPULATION:
             stream = shards_of(case, min_replicates)
             notes.insert(0, f"population target: {stream.count} shards of the data, {case.plan.method}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ class Course:
     notes: list[str]
     begun: float
     effective: tuple[EffectiveCurvature, ...]
+    unreached: tuple[str, ...] = ()
+    """Parameters that the first samples do not reach; others may (an expert that they are not sent to)."""
     history: tuple[tuple[int, float, float, float], ...] = ()
     diagonal: Callable[[dict[str, Any]], Diagonal] | None = None
 
@@ -102,6 +105,11 @@ def summarise(case: Case, found: Reports, course: Course) -> Measurement:
     if norm.total.replicates and norm.total.high > 0.0 and norm.total.half_width <= 32.0 * eps:  # all share a rounding
         notes.append(f"the interval is of sampling alone, and narrower than rounding in {objective.dtype}")
     squares = {name: estimate.square for name, estimate in total.tensors.items()}
+    alone = {name: objective.l2**2 * objective.parameters[name].numel() for name in course.unreached}
+    unreached = [name for name, square in alone.items() if isclose(squares[name], square, rel_tol=1e-12)]
+    if unreached:
+        what = "zero" if objective.l2 == 0.0 else "those of l2 alone"
+        notes.append(f"parameters that do not reach the outputs (their entries are {what}): {', '.join(unreached)}")
     lost = underflown(objective, case.first, squares)
     if lost:
         status = underflow(status, lost, squares)
@@ -224,12 +232,14 @@ def _summary(
     return NormSummary(total, outer, inner, first, second, angle)
 
 
-def effective(case: Case) -> tuple[tuple[EffectiveCurvature, ...], list[str]]:
-    """|gain| max|sigma''| of each normalisation that feeds an activation directly; a note of parameters unreached."""
+def effective(case: Case) -> tuple[tuple[EffectiveCurvature, ...], tuple[str, ...]]:
+    """|gain| max|sigma''| of each normalisation that feeds an activation directly; parameters that the first samples do
+    not reach.
+    """
     try:
         graph = case.graph
     except UncoveredModelError:
-        return (), []
+        return (), ()
     norms = {id(layer.node): layer for layer in graph.layers if layer.kind.normalises and layer.weight}
     found = []
     for node in graph.of_kind("elementwise"):
@@ -241,6 +251,4 @@ def effective(case: Case) -> tuple[tuple[EffectiveCurvature, ...], list[str]]:
         found.append(
             EffectiveCurvature(layer.name, label, largest, float(gain.mean()) * largest, float(gain.max()) * largest)
         )
-    unused = ", ".join(graph.unused)
-    notes = [f"parameters that do not reach the outputs (their entries are zero): {unused}"] if unused else []
-    return tuple(found), notes
+    return tuple(found), graph.unused

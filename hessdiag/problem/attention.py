@@ -54,7 +54,9 @@ def multi_head(
     if add_zero_attn:
         k, v = (F.pad(part, (0, 0, 0, 1)) for part in (k, v))
     bias = None if bias is None else F.pad(bias, (0, k.shape[1] - tokens))
-    q, k, v = (part.reshape(*part.shape[:2], num_heads, -1).transpose(1, 2) for part in (q, k, v))
+    q, k, v = (
+        part.reshape(*part.shape[:2], num_heads, part.shape[2] // num_heads).transpose(1, 2) for part in (q, k, v)
+    )
     weights: Tensor | None = None
     if need_weights:
         scores = (q * (width // num_heads) ** -0.5) @ k.transpose(-1, -2)
@@ -89,7 +91,7 @@ def _bias(given: dict[str, Any]) -> Tensor | None:
     found: Tensor | None = None
     if attention is not None:
         found = _added(attention, query)
-        found = found if found.ndim == 2 else found.reshape(-1, heads, *found.shape[1:])
+        found = found if found.ndim == 2 else found.reshape(len(found) // heads, heads, *found.shape[1:])
     if padding is not None:
         own = _added(padding, query).reshape(key.shape[1], 1, 1, key.shape[0])
         found = own if found is None else found + own

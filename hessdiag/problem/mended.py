@@ -78,7 +78,14 @@ def _embedding(
     sparse: bool = False,
 ) -> Tensor:
     _below(weight, input, max_norm, norm_type)
-    return F.embedding(input, weight, padding_idx)
+    return _rows(input, weight, padding_idx)
+
+
+def _rows(numbers: Tensor, weight: Tensor, padding: int | None = None) -> Tensor:
+    """Rows of a table; where nothing is looked up torch has no second derivative."""
+    if numbers.numel():
+        return F.embedding(numbers, weight, padding)
+    return weight[:0].reshape(*numbers.shape, weight.shape[1])
 
 
 _BAG = inspect.signature(F.embedding_bag)
@@ -98,7 +105,10 @@ def _embedding_bag(*args: Any, **named: Any) -> Tensor:
         last = given["include_last_offset"]
         ends = offsets[1:] if last else torch.cat([offsets[1:], offsets.new_tensor([len(input)])])
         starts = offsets[:-1] if last else offsets
-        places = torch.arange(max(int((ends - starts).max()), 1), device=input.device)
+        if not len(input):  # no bag holds anything
+            input, factors = input.new_zeros(1), None
+        most = int((ends - starts).max()) if len(starts) else 1
+        places = torch.arange(max(most, 1), device=input.device)
         there = starts[:, None] + places < ends[:, None]
         where = torch.where(there, starts[:, None] + places, 0)
         numbers = input[where]
@@ -107,7 +117,7 @@ def _embedding_bag(*args: Any, **named: Any) -> Tensor:
         numbers, there = input, torch.ones_like(input, dtype=torch.bool)
     if padding is not None:
         there = there & (numbers != padding % len(weight))
-    rows = F.embedding(torch.where(there, numbers, 0), weight)
+    rows = _rows(torch.where(there, numbers, 0), weight)
     if mode == "max":
         picked = rows.masked_fill(~there[:, :, None], -torch.inf).max(1).values
         return picked.masked_fill(~there.any(1, keepdim=True), 0.0)

@@ -47,7 +47,7 @@ class Tested(SiteKind):
     @classmethod
     def match(cls, node: Any, graph: Graph) -> bool:
         """True where it bends, False where it is affine; refused where neither can be said."""
-        slots = [slot for slot, (source, _) in enumerate(node.next_functions) if graph.is_live(source)]
+        slots = [slot for slot, (source, _) in graph.inputs(node) if graph.is_live(source)]
         if getattr(node, "_forward_cls", None) is not None:
             graph.refuse(node, refusal_of(node))
         try:
