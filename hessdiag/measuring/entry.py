@@ -106,7 +106,8 @@ def measure(
 
     `budget` refuses an exact method that takes more multiplications (None: none is refused). `deterministic_check`
     looks at the data twice and refuses what differs, `audit_model` holds method, model and derivatives against each
-    other on two samples of the first batch, and two of that with the longest samples; either looks for samples that meet, in all batches or in the first. Switch them off only where
+    other on two samples of the first batch, and two of that with the longest samples; either looks for samples that
+    meet, in all batches or in the first. Switch them off only where
     model and data are known to be right. `keep_diagonal` keeps the diagonal in the result (of a population, its
     estimate and standard errors). `progress` is True for a bar on a terminal or a line in a notebook, or a function of
     an `Event`. `resume` names a file that the state is written to as it goes; started again with the same file, the

@@ -240,8 +240,17 @@ def check(model: nn.Module, data: Data, wanted: dict[str, Tensor], **options: An
     return found
 
 
+LONG = ("contracted", "attending", "normed")
+
+
 @pytest.mark.parametrize(
-    ("name", "how"), [*((name, "where") for name in KINDS), ("gated", "split"), ("gated", "skip"), ("looking", "split")]
+    ("name", "how"),
+    [
+        *(pytest.param(name, "where", marks=pytest.mark.slow if name in LONG else ()) for name in KINDS),
+        ("gated", "split"),
+        ("gated", "skip"),
+        ("looking", "split"),
+    ],
 )
 def test_every_kind_of_layer_in_experts_without_rows(name: str, how: str) -> None:
     model = routed(KINDS[name], how)
@@ -279,7 +288,13 @@ def test_every_method(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gauss_newton": "signs"}, {"deflate": 2}, {"sample_groups": {"experts.0.a": 2}}]
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"gauss_newton": "signs"},
+        pytest.param({"deflate": 2}, marks=pytest.mark.slow),
+        {"sample_groups": {"experts.0.a": 2}},
+    ],
 )
 def test_plans_of_propagation(options: dict[str, Any]) -> None:
     """Experts come and go beneath one plan, that of the first batch."""
@@ -308,7 +323,7 @@ def test_one_expert_alone(method: str) -> None:
     assert low * (1 - 1e-9) - 0.05 * norm <= norm <= high * (1 + 1e-9) + 0.05 * norm
 
 
-@pytest.mark.parametrize("method", ["exact", "propagation"])
+@pytest.mark.parametrize("method", ["exact", pytest.param("propagation", marks=pytest.mark.slow)])
 def test_a_population(method: str) -> None:
     """Shards of single sequences; replicates of the same data, their error that of data besides."""
     model, data = routed(), tokens(*[(1, 1 + n % 3) for n in range(33)])
