@@ -107,13 +107,13 @@ def measure(
     `budget` refuses an exact method that takes more multiplications (None: none is refused). `deterministic_check`
     looks at the data twice and refuses what differs, `audit_model` holds method, model and derivatives against each
     other on two samples of the first batch, and two of that with the longest samples; either looks for samples that
-    meet, in all batches or in the first. Switch them off only where
-    model and data are known to be right. `keep_diagonal` keeps the diagonal in the result (of a population, its
-    estimate and standard errors). `progress` is True for a bar on a terminal or a line in a notebook, or a function of
-    an `Event`. `resume` names a file that the state is written to as it goes; started again with the same file, the
-    measurement goes on from there to the same bits. A loader that shuffles is put back to where it was, if it draws
-    from torch's, numpy's or python's random state or its own generator; if from elsewhere, the pass that was
-    interrupted begins anew, and the bits are those of another order.
+    meet, in all batches or in the first. Switch them off only where model and data are known to be right.
+    `keep_diagonal` keeps the diagonal in the result (of a population, its estimate and standard errors). `progress` is
+    True for a bar on a terminal or a line in a notebook, or a function of an `Event`. `resume` names a file that the
+    state is written to as it goes; started again with the same file, the measurement goes on from there to the same
+    bits. A loader that shuffles is put back to where it was, if it draws from torch's, numpy's or python's random state
+    or its own generator; if from elsewhere, the pass that was interrupted begins anew, and the bits are those of
+    another order.
     """
     begun = time.monotonic()
     seed, plan = _basics(objective, method, seed, plan)

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import hessdiag as hd
-from hessdiag.errors import NotDeterministicError, UncoveredModelError
+from hessdiag.errors import StochasticModeError, UncoveredModelError
 from hessdiag.graph import Linearisation
 from hessdiag.problem.compared import check_mended
 from hessdiag.problem.forward import as_written
@@ -205,7 +205,7 @@ def test_what_is_drawn_at_random_is_not_called_another_function() -> None:
     torch.manual_seed(0)
     x, net = inputs(4, 3, 4), Dropping().double().train()
     check_mended(net, x)
-    with pytest.raises(NotDeterministicError):
+    with pytest.raises(StochasticModeError, match="draws random numbers"):
         hd.measure(hd.Objective(net), [(x, torch.tensor([0, 1, 2, 0]))], method="reference")
 
 
