@@ -45,13 +45,14 @@ def copied(objective: Objective) -> Iterator[Objective]:
     try:
         with torch.no_grad():  # a copy of scripted code clones its tensors, and remembers of which
             twin.model = copy.deepcopy(objective.model, known)
-            if not _share(twin.model, objective.model):  # else what is written to the copy is written to the model
-                twin.model = twin.model.double()
+            shared = _share(twin.model, objective.model)
+            if not shared:  # else what is written to the copy is written to the model
+                twin.model.double()
     except Exception as error:
         if ran_out(error):
             raise
         raise UncoveredModelError(f"the model has no copy: {type(error).__name__}: {error}") from error
-    if _share(twin.model, objective.model):
+    if shared:
         raise UncoveredModelError("the model has no copy: a module's __deepcopy__ gives its own parameters or buffers")
     everything = dict(twin.model.named_parameters())
     for name, parameter in objective.model.named_parameters():
