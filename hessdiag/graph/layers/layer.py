@@ -176,7 +176,7 @@ class LayerKind(NodeKind, ABC):
         if not self.out or self.out[0] % samples:
             raise UncoveredModelError(
                 f"{layer.name!r}: its outputs have the shape {list(self.out)} for {samples} samples, which do not lie "
-                "along its first axis; use method='hutchinson' (or 'auto')"
+                "along its first axis; use method='hutchinson'"
             )
         self.rows, self.fold = self.out[0], self.out[0] // samples
         self.read()
