@@ -437,7 +437,11 @@ def test_trades_on_cifar() -> None:
     closer: Any = next(found[name] for name in found if name.startswith("trades"))
     for quantity, ends, said in (
         ("contrasts", "by both", "for other images as well as seeds {} and {})"),
-        ("kept", "interval", "than at low curvature ({} points), unlike after PGD, and more than at high ({})"),
+        (
+            "kept",
+            "interval",
+            "than at low curvature ({} points), where PGD had no difference, and more than at high ({})",
+        ),
     ):
         each = [closer[quantity][side] for side in ("band less low", "band less high")]
         scaled = [[100 * number for number in (one["value"], *sorted(one[ends]))] for one in each]
