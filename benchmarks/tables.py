@@ -104,8 +104,7 @@ def resnet18(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]
             {
                 "seed": f"{s['seed']} ({s['data']})",
                 "loss": f"{s['loss']:.3g}",
-                "set-up": " against ".join(f"{s['setup_seconds'][name]:.0f}" for name in ("propagation", "hutchinson"))
-                + " s",
+                "set-up": "{propagation:.0f} against {hutchinson:.0f} s".format(**s["setup_seconds"]),
                 "propagation's product": f"±{p['relative_error']:.1%} in {p['seconds']:.1f} s each",
                 "Hutchinson's": f"±{h['relative_error']:.0%} in {h['seconds']:.1f} s each",
                 "variance, times less": f"{s['variance_ratio']:.0f}",

@@ -160,21 +160,13 @@ class Store(Reader):
 
     def adopt(self, config: RunConfig, record: Mapping[str, Any], seconds: float, *, source: str) -> bool:
         """Take a result over that was recorded elsewhere; False where the run is done already, or somebody does it."""
-        folder = self.folder(config.key)
-        with explained(self.root):
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = lock(folder / LOCK)
-        if handle is None:
+        claim = self._held(config)
+        if claim is None:
             return False
-        tried = settled(read_attempts(folder))
-        claim = Claim(self.root, folder, config, tried, handle)
         try:
-            if (folder / RESULT).exists():
+            if (claim.folder / RESULT).exists():
                 return False
-            tried.append({"worker": source, "started": time.time(), "outcome": None, "error": None})
-            with explained(self.root):
-                write_attempts(folder, tried)
-                write_config(folder, config)
+            self._enter(claim, source)
             claim.finish(record, seconds)
             return True
         finally:
@@ -194,22 +186,18 @@ class Store(Reader):
         for key, config in self.chosen(sweep, seeds=seeds, first=first):
             state, tried = self.standing(key)
             if state == FAILED and failures(tried) <= retries:
-                again.append((key, config))
-            elif state == QUEUED and (claim := self._take(key, config, retries, interruptions)):
+                again.append(config)
+            elif state == QUEUED and (claim := self._take(config, retries, interruptions)):
                 return claim
-        return next((claim for run in again if (claim := self._take(*run, retries, interruptions))), None)
+        return next((claim for config in again if (claim := self._take(config, retries, interruptions))), None)
 
-    def _take(self, key: str, config: RunConfig, retries: int, limit: int) -> Claim | None:
+    def _take(self, config: RunConfig, retries: int, limit: int) -> Claim | None:
         """The claim on one run, if it is still free."""
-        folder = self.folder(key)
-        with explained(self.root):
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = lock(folder / LOCK)
-        if handle is None:
+        claim = self._held(config)
+        if claim is None:
             return None
-        claim = Claim(self.root, folder, config, settled(read_attempts(folder)), handle)
         try:
-            if not (folder / RESULT).exists() and self._begin(claim, retries, limit):
+            if not (claim.folder / RESULT).exists() and self._begin(claim, retries, limit):
                 return claim
         except BaseException:
             claim.let_go()
@@ -225,11 +213,23 @@ class Store(Reader):
         if died >= limit:
             claim.note(FAILED, f"its worker died {died} times without an error of its own (memory?)")
             return False
-        claim.tried.append({"worker": worker_name(os.getpid()), "started": time.time(), "outcome": None, "error": None})
+        self._enter(claim, worker_name(os.getpid()))
+        return True
+
+    def _held(self, config: RunConfig) -> Claim | None:
+        """A hold on a run's directory; None where another process has it."""
+        folder = self.folder(config.key)
+        with explained(self.root):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = lock(folder / LOCK)
+        return None if handle is None else Claim(self.root, folder, config, settled(read_attempts(folder)), handle)
+
+    def _enter(self, claim: Claim, worker: str) -> None:
+        """Write down that an attempt begins, and what the run is."""
+        claim.tried.append({"worker": worker, "started": time.time(), "outcome": None, "error": None})
         with explained(self.root):
             write_attempts(claim.folder, claim.tried)
             write_config(claim.folder, claim.config)
-        return True
 
 
 def worker_name(pid: int) -> str:

@@ -279,13 +279,15 @@ def _twin(objective: Objective, few: Numbered, signs: Signs, held: ExitStack) ->
                 probe = copy.copy(doubled)
                 probe.loss = Probe()
                 moved = Moved(probe, double, random_directions(doubled, signs))
-                ran = _run_in_double(probe, double)
+                with moved.staying():
+                    ran = _run_in_double(probe, double)
+            except WritesError:
+                raise
             except (*_FAILURES, MemoryError) as error:
                 cramped |= ran_out(error)
                 continue
             if ran is None or come_from(ran[0], originals):
                 continue
-            moved.check_stayed()
             held.push(stack.pop_all())
             moved.outputs, lifted = ran
             found = None if is_scripted(objective.model) else _of_loss(doubled, double, ran[0], lifted)
@@ -344,8 +346,8 @@ def _where_it_stands(objective: Objective, few: Numbered, signs: Signs) -> list[
     try:
         with set_apart(objective.parameters):
             moved = Moved(probe, few, random_directions(objective, signs), whole=True)
-            moved.outputs = _run(probe, few)
-            moved.check_stayed()
+            with moved.staying():
+                moved.outputs = _run(probe, few)
             return comparisons.quotients(moved)
     except WritesError:
         raise

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,13 +123,12 @@ class Moved:
         self.size = {n: length(p) / p.numel() ** 0.5 or 1e-3 for n, p in self.parameters.items()}
         for name, p in self.parameters.items():
             p.data.add_(directions[name], alpha=MOVED * self.size[name])
-        self._here, self._whole, self._set = 0.0, whole, self._bits()
+        self._here, self._whole = 0.0, whole
 
     def run(self, *, slope: float, difference: float) -> Quotients:
         """Everything. Beyond the tolerances `slope` and `difference` it is looked at more closely: from both sides,
         which parameters are cut off, whether other steps agree.
         """
-        self._set = self._bits()  # a method that moved them may have put them back but for rounding
         dtype = shortest(self.outputs)
         eps, double = torch.finfo(dtype).eps, dtype == torch.float64
         middle = self.objective, self.inputs, self.targets
@@ -184,10 +183,8 @@ class Moved:
         for way in (1.0, -2.0):
             for name, p in self.parameters.items():
                 p.data.add_(4.0 * way * MOVED * self.size[name])
-            self._set = self._bits()
-            with contextlib.suppress(NonFiniteError), torch.no_grad():
+            with self.staying(), contextlib.suppress(NonFiniteError), torch.no_grad():
                 self.objective.outputs(self.inputs, self.targets, index=self.index)
-            self.check_stayed()
 
     def _floors(self, names: list[str], eps: float) -> dict[str, float]:
         """What rounding leaves of gradients that may cancel, by a pass of its own: the others were moved away from."""
@@ -249,7 +246,6 @@ class Moved:
         self._move(along, step)
         with torch.set_grad_enabled(gradient):
             value, _ = self.objective.summed_loss(self.inputs, self.targets, index=self.index)
-        self.check_stayed()
         found: Any = [None] * len(self.parameters)
         if gradient:
             wanted = list(self.parameters.values())
@@ -260,7 +256,7 @@ class Moved:
     def _move(self, along: dict[str, Tensor], step: float) -> None:
         for name, u in along.items():
             self.parameters[name].data.add_(u, alpha=step - self._here)
-        self._here, self._set = step, self._bits()
+        self._here = step
 
     def _bits(self) -> dict[str, int]:
         """The sum of each parameter's bits, which one entry cannot change alone without changing it."""
@@ -270,10 +266,13 @@ class Moved:
             for name, p in self.parameters.items()
         }
 
-    def check_stayed(self) -> None:
+    @contextlib.contextmanager
+    def staying(self) -> Iterator[None]:
         """Refuse a model whose forward pass undoes a move: its quotients would be of other steps than were taken."""
+        before = self._bits()
+        yield
         for name, bits in self._bits().items():
-            if bits != self._set[name]:
+            if bits != before[name]:
                 raise WritesError(WRITES.format(name=name))
 
 

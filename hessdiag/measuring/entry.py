@@ -45,6 +45,7 @@ from hessdiag.methods import METHODS, Aim, Case, Plan, find
 from hessdiag.methods.base import FUNCTIONAL, GAUSS_NEWTON, known
 from hessdiag.methods.batches import (
     Batches,
+    Longest,
     Numbered,
     Pass,
     Stamp,
@@ -227,18 +228,10 @@ def _case(
     sites = method not in METHODS or METHODS[method].sites
     found: list[tuple[Numbered, Tensor | None, Linearisation | HessdiagError | None, Stamp]] = []
 
-    longest: list[Numbered] = []
-    most = [0]
-
-    def longer(batch: Numbered) -> None:
-        if batch.numbers > most[0]:
-            most[0], longest[:] = batch.numbers, [batch.few(SAMPLES)] if batch.index else []
+    longest = Longest(SAMPLES)
+    notice = longest if apart else None
 
     def look(first: Numbered) -> Tensor | None:
-        if apart:
-            longer(first)
-        if first.index:
-            return None
         outputs: Tensor | None = None
         read: Linearisation | HessdiagError | None = None
         try:
@@ -255,10 +248,10 @@ def _case(
 
     def looked() -> Survey:
         if twice:
-            facts = check_deterministic(objective, batches, coverage=sites, read=look)
+            facts = check_deterministic(objective, batches, coverage=sites, read=look, notice=notice)
         else:
             seen = Pass() if apart else None
-            facts = survey(objective, batches, coverage=sites, read=look, keep=seen)
+            facts = survey(objective, batches, coverage=sites, read=look, keep=seen, notice=notice)
             if seen is not None:
                 check_apart(objective, found[0][0], seen)
         if apart:
@@ -267,7 +260,7 @@ def _case(
 
     facts = agreed(looked, world, objective, seed)
     first, outputs, read, stamp = found[0]
-    return Case(objective, batches, facts, first, seed, world, outputs, stamp, read, next(iter(longest), None))
+    return Case(objective, batches, facts, first, seed, world, outputs, stamp, read, longest.few)
 
 
 def _refuse_rounding(objective: Objective, outputs: Tensor, first: Numbered) -> None:

@@ -295,9 +295,7 @@ class Loop(Sums):
             return
         begun, alone = begun or time.monotonic(), self.world.size == 1
         place = self.place(partial=alone or met is not None)
-        if (
-            place["position"] and self._position in self._trails
-        ):  # not where a file without one was taken up, and stopped at once
+        if place["position"] and self._position in self._trails:  # a file of before may have had none
             place["trail"] = self._trails[self._position]
         if self._first is not None and self._next is not None:
             place["random"] = {"first": self._first.plain(), "next": self._next.plain()}

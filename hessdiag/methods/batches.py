@@ -129,6 +129,23 @@ def numbered(objective: Objective, batches: Batches, *, align: int = 1) -> Itera
         yield Numbered(index, start, *rest)
 
 
+Read = Callable[[Numbered], Tensor | None]
+Notice = Callable[[Numbered], None]
+
+
+class Longest:
+    """A few samples of the batch with the most numbers a sample, where the first batch has fewer; None before."""
+
+    def __init__(self, samples: int) -> None:
+        self.few: Numbered | None = None
+        self._samples, self._most = samples, 0
+
+    def __call__(self, batch: Numbered) -> None:
+        """Look at the next batch."""
+        if batch.numbers > self._most:
+            self._most, self.few = batch.numbers, batch.few(self._samples) if batch.index else None
+
+
 @dataclass(frozen=True)
 class Seen:
     """Of one batch of the first pass: fingerprints of its samples, of their outputs, and the outputs' largest entry."""
@@ -187,12 +204,13 @@ def survey(
     coverage: bool = False,
     keep: Pass | None = None,
     against: Sequence[Seen] | None = None,
-    read: Callable[[Numbered], Tensor | None] | None = None,
+    read: Read | None = None,
+    notice: Notice | None = None,
 ) -> Survey:
     """One pass: samples, weight, loss and fingerprints of the data.
 
     `coverage` reads the graphs of all batches but the first. `keep` takes what a second pass is held `against`. `read`
-    is handed every batch; of the first, which it may keep, it may give the outputs.
+    is handed the first batch, and may give its outputs; `notice` sees every one.
     """
     objective.check_modes()
     samples = count = largest = counted = 0
@@ -200,7 +218,7 @@ def survey(
     uncovered: str | None = None
     with torch.no_grad():
         if against is None:
-            passed = _whole(objective, batches, coverage, read)
+            passed = _whole(objective, batches, coverage, read, notice)
         else:
             passed = _in_two(objective, numbered(objective, batches), against, coverage)
         for batch, marks, outputs, refusal in passed:
@@ -235,11 +253,12 @@ def check_deterministic(
     batches: Batches,
     *,
     coverage: bool = False,
-    read: Callable[[Numbered], Tensor | None] | None = None,
+    read: Read | None = None,
+    notice: Notice | None = None,
 ) -> Survey:
     """Two passes compared; the exception says whether the data or the model changed between them."""
     seen = Pass()
-    first = survey(objective, batches, keep=seen, read=read)
+    first = survey(objective, batches, keep=seen, read=read, notice=notice)
     second = survey(objective, batches, coverage=coverage, against=seen)
     if first.samples != second.samples:
         raise NotDeterministicError(
@@ -355,13 +374,17 @@ _Passed = tuple[Numbered, Tensor, Tensor, str | None]  # a batch, its fingerprin
 
 
 def _whole(
-    objective: Objective, batches: Batches, coverage: bool, read: Callable[[Numbered], Tensor | None] | None
+    objective: Objective, batches: Batches, coverage: bool, read: Read | None, notice: Notice | None
 ) -> Iterator[_Passed]:
     """Every batch as it is."""
     for batch in numbered(objective, batches):
         refusal = None
-        with drawing_refused(objective):
-            outputs = None if read is None else read(batch)
+        if notice is not None:
+            notice(batch)
+        outputs = None
+        if read is not None and not batch.index:
+            with drawing_refused(objective):
+                outputs = read(batch)
         if outputs is None:
             outputs, refusal = _outputs(objective, batch, coverage and batch.index > 0)
         yield batch, batch.marks, outputs, refusal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 
 from experiments import provenance
 
+pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+
 
 def git(folder: Path, *words: str) -> str:
-    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
     return subprocess.run(
         ["git", "-C", str(folder), *who, *words], capture_output=True, text=True, check=True
     ).stdout.strip()

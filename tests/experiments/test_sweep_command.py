@@ -167,7 +167,7 @@ def test_only_results_that_are_whole_and_free_are_taken_over(tmp_path):
     finished_keys = {run.key for run in sweep.runs[2:]}
     found = export.finished(results)
     assert found.keys() == finished_keys
-    claim = store._take(sweep.runs[2].key, sweep.runs[2], 0, 10)  # somebody does this one
+    claim = store._take(sweep.runs[2], 0, 10)  # somebody does this one
     assert claim is not None
     assert export.adopt(store, sweep.runs, found) == [path]
     claim.finish({"clean_accuracy": {"value": 0.25}}, 1.0)

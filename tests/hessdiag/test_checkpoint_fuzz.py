@@ -24,7 +24,7 @@ def fuzzer() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("count", [80, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [150, pytest.param(1500, marks=pytest.mark.slow)])
 def test_mutated_files_raise_only_our_errors(
     count: int, fuzzer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

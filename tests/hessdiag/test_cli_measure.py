@@ -311,7 +311,7 @@ def test_dry_run_says_what_does_not_serve(code: Path) -> None:
     assert "inner" in found.stdout
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("columns", [60, 80, 120, *(pytest.param(c, marks=pytest.mark.slow) for c in (70, 100, 200))])
 def test_no_line_is_wider_than_the_terminal(columns: int) -> None:
     found = run("digits-example", "--samples", "8", "--method", "propagation", "--max-replicates", "10",
                 columns=columns)  # fmt: skip

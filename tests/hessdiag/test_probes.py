@@ -93,20 +93,27 @@ def in_the_mean(propagator: Propagator, *, merged: bool) -> Tensors:
 
 
 @pytest.mark.parametrize("probes", [{}, {"embed": 1, "position": 1, "up": 1}, {"embed": 1, "up": 2}], ids=len)
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    ("merged", "dtype", "tolerance"),
+    [
+        (False, torch.float64, 1e-12),
+        (False, torch.float32, 1e-5),
+        (True, torch.float64, 1e-12),
+        pytest.param(True, torch.float32, 1e-5, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_unit_vectors_in_the_place_of_all_that_is_random_are_p_products(
-    tied: bool, merged: bool, probes: dict[str, int]
+    tied: bool, merged: bool, dtype: torch.dtype, tolerance: float, probes: dict[str, int]
 ) -> None:
     model, x, y = language(tied=tied)
     truth, outer, _, _ = reference.batch_diagonal(hd.Objective(model), x, y)
     rank = 3 if merged else 0
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5))[: 1 if merged else 2]:
-        batch = Linearisation(hd.Objective(copy.deepcopy(model).to(dtype)), x, y)
-        propagator = Propagator(batch, probes=probes)
-        if rank and probes:
-            propagator.probes.find(Signs(1), rank)
-        close(in_the_mean(propagator, merged=merged), truth, outer, tolerance)
+    batch = Linearisation(hd.Objective(copy.deepcopy(model).to(dtype)), x, y)
+    propagator = Propagator(batch, probes=probes)
+    if rank and probes:
+        propagator.probes.find(Signs(1), rank)
+    close(in_the_mean(propagator, merged=merged), truth, outer, tolerance)
 
 
 class Padded(Language):
@@ -179,8 +186,13 @@ def test_padding_is_no_parameter() -> None:
 
 @pytest.mark.parametrize(
     ("gauss_newton", "parts", "tied"),
-    [("exact", True, False), ("exact", False, True), ("signs", True, True), ("signs", False, False)],
-)
+    [
+        ("exact", True, False), ("exact", False, True), ("signs", True, True), ("signs", False, False),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (
+            ("exact", True, True), ("exact", False, False), ("signs", True, False), ("signs", False, True),
+        )),
+    ],
+)  # fmt: skip
 def test_a_measurement_by_such_a_plan_has_the_parts_it_was_asked_for(
     gauss_newton: str, parts: bool, tied: bool
 ) -> None:
