@@ -128,10 +128,26 @@ def ours(method: str, settings: Settings) -> tuple[float, float]:
     return whole, timed(once, settings)
 
 
-def plain(method: str, settings: Settings) -> float:
-    """Seconds per step of the plain loop."""
+class Half(nn.Module):
+    """A network under bfloat16 autocast, its images with the channels last."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits in float32."""
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            logits: Tensor = self.inner(x.contiguous(memory_format=torch.channels_last))
+        return logits.float()
+
+
+def plain(method: str, settings: Settings, *, half: bool = False) -> float:
+    """Seconds per step of the plain loop, with `half` in the trainer's precision and memory layout."""
     net = networks.build(settings.network, activation=settings.activation, width=settings.width, seed=0)
     model: nn.Module = (SplitNorm(net) if method == "dajat" else net).to(settings.device).train()
+    if half:
+        model = Half(model)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     data = images(settings)
     views: list[Tensor] = [

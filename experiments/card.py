@@ -2,12 +2,11 @@
 
     1  speed of standard and N-FGSM training beside a plain loop          benchmarks.card throughput
     2  a replicate beside a gradient and a product, GPT of 124M           benchmarks.card nanogpt
-    3  N-FGSM on the whole ResNet-18 over max|σ''|, the first seed        sweeps/campaign/card.toml, stage 1
+    3  N-FGSM on the whole ResNet-18 over max|σ''|, seed after seed       sweeps/campaign/card.toml
     4  norms beside Hutchinson's probes                                   benchmarks.card norms
-    5  the second seed: from two on there are intervals                   card.toml, stage 2
-    6  what an activation costs                                           benchmarks.card table2
-    7  norms of transformers                                              benchmarks.transformers
-    8  the third seed, then standard training                             card.toml, stage 3; card_standard.toml
+    5  what an activation costs                                           benchmarks.card table2
+    6  norms of transformers                                              benchmarks.transformers
+    7  standard training                                                  sweeps/campaign/card_standard.toml
 
 What `results` or `out` already hold is left out, so that the next quarter of an hour goes on where this one ended.
 Every part runs in processes of its own, ended when the time is over: what they had stored by then stays. The runs of a
@@ -49,11 +48,10 @@ DATA = "cifar10"
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to do: a sweep up to a stage, or a module to run."""
+    """One thing to do: a sweep, or a module to run."""
 
     name: str
     sweep: str = ""
-    stage: int | None = None
     module: str = ""
     words: tuple[str, ...] = ()
 
@@ -61,12 +59,10 @@ class Part:
 PARTS = (
     Part("speed of training", module="benchmarks.card", words=("throughput",)),
     Part("a replicate of a GPT", module="benchmarks.card", words=("nanogpt",)),
-    Part("N-FGSM, seed 0", sweep="campaign/card", stage=1),
+    Part("N-FGSM", sweep="campaign/card"),
     Part("norms of ResNet-18", module="benchmarks.card", words=("norms",)),
-    Part("N-FGSM, seed 1", sweep="campaign/card", stage=2),
     Part("what an activation costs", module="benchmarks.card", words=("table2",)),
     Part("norms of transformers", module="benchmarks.transformers"),
-    Part("N-FGSM, seed 2", sweep="campaign/card", stage=3),
     Part("standard training", sweep="campaign/card_standard"),
 )
 
@@ -98,7 +94,7 @@ def run(
         if part.sweep and found is None:
             tell(f"{part.name}: left out, {DATA} is not here")
             continue
-        sweep = grid.load(part.sweep, stage=part.stage) if part.sweep else None
+        sweep = grid.load(part.sweep) if part.sweep else None
         if sweep is not None:
             if rehearse:
                 sweep = replace(sweep, runs=tuple(shrunk(run) for run in sweep.runs[:REHEARSED]))

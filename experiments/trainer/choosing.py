@@ -52,7 +52,7 @@ def _step(config: TrainConfig, images: Images, sampler: Sampler, precision: Prec
     eager = replace(config, compile=False)
     rig = build(eager, tuple(images.inputs.shape[1:]), images.classes, device, precision)
     rig.model.train()
-    stepper, tally = Stepper(rig), Tally(device)
+    stepper, tally = Stepper(rig, replay=False), Tally(device)
     budget = attack_budget(config.attack, eps=config.radius, epoch=config.epochs, epochs=config.epochs)
     views, labels = sampler.batch(sampler.order(1), 1, 0)
 

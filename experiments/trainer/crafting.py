@@ -109,8 +109,7 @@ class Crafter:
         """Plain numbers, or tensors where a compiled attack would otherwise be compiled anew for every radius."""
         if not self.rig.config.compile:
             return budget.eps, budget.step
-        both = torch.tensor([budget.eps, budget.step], dtype=x.dtype).to(x.device, non_blocking=True)
-        return both[0], both[1]
+        return x.new_full((), budget.eps), x.new_full((), budget.step)
 
 
 def _dkl_values(logits: Tensor, target: tuple[Tensor, Tensor], *, alpha: float, beta: float) -> Tensor:

@@ -40,6 +40,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.stepper = Stepper(self.rig)
+        self.told: str | None = None
         self.rig.average.paced(self.sampler.steps)
 
     @property
@@ -81,6 +82,9 @@ class Loop:
             self.reporter.step(epoch, step)
             if (step + 1) % CHECK_EVERY == 0 and tally.broken_step() is not None:
                 break
+        if self.stepper.note != self.told:
+            self.told = self.stepper.note
+            self.reporter.note(str(self.told))
         refuse_broken(rig.model, epoch=epoch, step=tally.broken_step(), config=config, saved=self.saved)
         if rig.means is not None:
             rig.means.turn()

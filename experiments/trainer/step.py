@@ -7,10 +7,11 @@ from torch import Tensor
 
 from experiments.methods import Batch
 from experiments.methods.awp import Perturbed, ascent
-from experiments.methods.base import Objective
+from experiments.methods.base import Objective, Outcome
 from experiments.schedules import Budget
-from experiments.seeds import generator
+from experiments.seeds import derived
 from experiments.trainer.crafting import Crafter
+from experiments.trainer.replay import Given, Replays
 from experiments.trainer.rig import Rig
 
 
@@ -56,15 +57,22 @@ NEVER = 2**62
 
 
 class Stepper:
-    """The step of a rig, its loss compiled where the configuration asks for it."""
+    """The step of a rig, its loss compiled where the configuration asks for it, the whole replayed on a CUDA card."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, *, replay: bool = True) -> None:
         self.rig, self.craft = rig, Crafter(rig)
         self.objective: Objective = rig.method.objective
         self.weight_objective: Objective = rig.method.weight_objective or rig.method.objective
         if rig.config.compile:
             self.objective = torch.compile(self.objective)
             self.weight_objective = torch.compile(self.weight_objective)
+        device = next(rig.model.parameters()).device
+        self.replays = Replays(self._move, rig.optimiser, device) if replay and device.type == "cuda" else None
+
+    @property
+    def note(self) -> str | None:
+        """Why steps on a card are made one by one, where they are."""
+        return None if self.replays is None else self.replays.note
 
     def __call__(
         self, views: list[Tensor], labels: Tensor, *, epoch: int, step: int, lr: float, budget: Budget, tally: Tally
@@ -72,11 +80,29 @@ class Stepper:
         """Move the weights once."""
         rig, config = self.rig, self.rig.config
         prior = None if rig.means is None else rig.means.of(labels)
-        noise = generator(labels.device, config.seed, "attack", epoch, step)
-        crafted = self.craft(views, labels, budget=budget, generator=noise, prior=prior, first=step == 0 and epoch > 1)
-        batch = Batch(crafted, labels, prior)
+        perturbs = bool(config.awp.gamma) and epoch >= config.awp.start
+        first = step == 0 and epoch > 1 and config.attack.bn == "train_but_first"
+        given = Given(views, labels, prior, budget, first, perturbs)
+        noise = derived(config.seed, "attack", epoch, step)
+        rig.set_lr(lr)
+        if self.replays is None:
+            outcome = self._move(given, torch.Generator(labels.device).manual_seed(noise))
+        else:
+            outcome = self.replays(given, noise)
+        rig.average.after_step()
+        if rig.means is not None and outcome.clean is not None:
+            rig.means.add(outcome.clean, labels)
+        tally.add(step, outcome.loss, outcome.clean, outcome.adversarial, labels)
+
+    def _move(self, given: Given, noise: torch.Generator) -> Outcome:
+        """What is done to the weights: tensor operations alone, none of which waits for the device."""
+        rig, config = self.rig, self.rig.config
+        crafted = self.craft(
+            given.views, given.labels, budget=given.budget, generator=noise, prior=given.prior, first=given.first
+        )
+        batch = Batch(crafted, given.labels, given.prior)
         moved = None
-        if config.awp.gamma and epoch >= config.awp.start:
+        if given.perturbs:
             deltas = ascent(
                 rig.model,
                 rig.weights,
@@ -89,9 +115,5 @@ class Stepper:
         outcome.loss.backward()  # type: ignore[no-untyped-call]
         if moved is not None:
             moved.restore(rig.decays)
-        rig.set_lr(lr)
         rig.optimiser.step()
-        rig.average.after_step()
-        if rig.means is not None and outcome.clean is not None:
-            rig.means.add(outcome.clean, labels)
-        tally.add(step, outcome.loss, outcome.clean, outcome.adversarial, labels)
+        return Outcome(*(None if part is None else part.detach() for part in outcome))  # type: ignore[arg-type]

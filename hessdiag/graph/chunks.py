@@ -9,12 +9,25 @@ from torch import Tensor
 
 CHUNK = 1 << 26
 """Bytes of per-sample gradients or patches that exist at one time."""
+LARGEST = 1 << 31
+"""The most of them on a card, where each chunk costs a launch of every operation."""
+SHARE = 64
+"""One part in so many of a card's memory is a chunk, between the two."""
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes of per-sample gradients or patches that may exist at one time on this device."""
+    if device.type != "cuda":
+        return CHUNK
+    memory: int = torch.cuda.get_device_properties(device).total_memory
+    return min(max(memory // SHARE, CHUNK), LARGEST)
 
 
 def outer(left: Tensor, right: Tensor, group: int) -> Iterator[Tensor]:
     """sum_s left[n, ..., a, s] right[n, ..., b, s], summed over groups of samples, in chunks of samples."""
     samples = len(left)
-    step = chunk_samples(left[0].numel() // left.shape[-1] * right.shape[-2] * left.element_size(), group)
+    each = left[0].numel() // left.shape[-1] * right.shape[-2] * left.element_size()
+    step = chunk_samples(each, group, left.device)
     for low in range(0, samples, step):
         a, b = left[low : low + step], right[low : low + step]
         full = len(a) // group * group
@@ -26,7 +39,7 @@ def outer(left: Tensor, right: Tensor, group: int) -> Iterator[Tensor]:
 def gram_product(x: Tensor, d: Tensor) -> Tensor:
     """X X^T d for every sample, x and d [n, positions, features]: the smaller product first, in chunks of samples."""
     pairs, weights = x.shape[1] ** 2, x.shape[2] * d.shape[2]
-    step = chunk_samples(min(pairs, weights) * d.element_size(), 1)
+    step = chunk_samples(min(pairs, weights) * d.element_size(), 1, d.device)
     parts = []
     for low in range(0, len(x), step):
         a, b = x[low : low + step], d[low : low + step]
@@ -53,9 +66,9 @@ def grouped(x: Tensor, group: int) -> Tensor:
     return torch.cat(parts)
 
 
-def chunk_samples(bytes_per_sample: int, group: int) -> int:
-    """Samples, in whole groups, that fit into `CHUNK` bytes; one group at least."""
-    return max(CHUNK // max(bytes_per_sample, 1) // group, 1) * group
+def chunk_samples(bytes_per_sample: int, group: int, device: torch.device) -> int:
+    """Samples, in whole groups, that fit into a chunk; one group at least."""
+    return max(chunk_bytes(device) // max(bytes_per_sample, 1) // group, 1) * group
 
 
 def over_pixels(x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Rows:
         looked_up = {place: delta for place, delta in deltas.items() if place in self._which}
         rows, width = self._head.out[-1], self._given.shape[-1]
         out = self._given.new_zeros(rows + 1, width)
-        step = chunk_samples(3 * most * width * out.element_size(), 1)
+        step = chunk_samples(3 * most * width * out.element_size(), 1, out.device)
         for low in range(0, samples, step):
             high = min(low + step, samples)
             x = out.new_zeros((high - low) * most, width)

@@ -109,7 +109,8 @@ class Uses:
                 halves.append((key, half, seed))
         joined = {key: tuple(torch.cat(side, -1) for side in zip(*parts)) for key, parts in factors.items()}
         samples, size = self.batch.samples, sum(p.numel() for n, p in self.parameters.items() if n not in without)
-        step = chunk_samples(2 * size * self.batch.outputs.element_size(), 1)
+        outputs = self.batch.outputs
+        step = chunk_samples(2 * size * outputs.element_size(), 1, outputs.device)
         for low in range(0, samples, step) if factors or rest or halves else ():
             high = min(low + step, samples)
             found: Tensors = {}

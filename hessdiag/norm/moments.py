@@ -12,7 +12,14 @@ from hessdiag.errors import ConfigurationError
 from hessdiag.norm.jackknife import Array
 
 CHUNK = 1 << 16
-"""Entries handled at once where a float64 copy of values is needed."""
+"""Entries handled at once where a float64 copy of values is needed: a processor finds them in its cache."""
+CARD_CHUNK = 1 << 24
+"""The same on a card, where each part costs a launch of every operation."""
+
+
+def chunk(device: torch.device) -> int:
+    """Entries handled at once on this device."""
+    return CHUNK if device.type == "cpu" else CARD_CHUNK
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,9 @@ def tensor_moments(
     """
     own = own.clone()
     gram, fourth = sums.new_zeros(sums.shape[0], sums.shape[0]), sums.new_zeros(())
-    for start in range(0, sums.shape[1], CHUNK):
-        values = sums[:, start : start + CHUNK]
+    step = chunk(sums.device)
+    for start in range(0, sums.shape[1], step):
+        values = sums[:, start : start + step]
         scale = None if weight is None else _part(weight, start, sums)
         if scale is not None:
             values = values * scale
@@ -70,7 +78,7 @@ def tensor_moments(
 
 
 def _part(tensor: Tensor, start: int, like: Tensor) -> Tensor:
-    return tensor.reshape(-1)[start : start + CHUNK].to(like)
+    return tensor.reshape(-1)[start : start + chunk(like.device)].to(like)
 
 
 def quarters(sizes: tuple[int, ...], device: torch.device) -> Tensor:

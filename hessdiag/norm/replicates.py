@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.errors import ConfigurationError, DtypeError, NonFiniteError, NoParametersError, ResumeError
-from hessdiag.norm.moments import CHUNK, Moments, quarters, tensor_moments
+from hessdiag.norm.moments import Moments, chunk, quarters, tensor_moments
 
 Target = Literal["data", "population"]
 CAPACITY = 1 << 16
@@ -73,16 +73,16 @@ class Replicates:
         if self._seen[index]:
             raise ConfigurationError(f"replicate {index} is counted already: replicates must be independent")
         self._check(replicate, f"replicate {index}")
-        squares, weighted, traces = [], [], []
+        squares, weighted, traces, step = [], [], [], chunk(self.device)
         for name in self.shapes:
             flat = replicate[name].detach().reshape(-1)
             theta = None if self.weights is None else self.weights[name].reshape(-1)
             square, heavy, trace = self._traces.new_zeros(3)
-            for start in range(0, flat.numel(), CHUNK):
-                values = self._double(flat[start : start + CHUNK])
+            for start in range(0, flat.numel(), step):
+                values = self._double(flat[start : start + step])
                 square, trace = square + values.dot(values), trace + values.sum()
                 if theta is not None:
-                    values = values * self._double(theta[start : start + CHUNK])
+                    values = values * self._double(theta[start : start + step])
                     heavy = heavy + values.dot(values)
             squares.append(square)
             weighted.append(heavy)
@@ -196,13 +196,13 @@ class Replicates:
         if len(used) < 2:
             raise ConfigurationError("errors need two groups of replicates: number them 0, 1, 2, ...")
         n = torch.tensor([self.sizes[g] for g in used], dtype=torch.float64, device=self.device)
-        m, out = n.sum(), {}
+        m, out, step = n.sum(), {}, chunk(self.device)
         for name, sums in self._sums.items():
             flat = sums.new_empty(sums.shape[1])
-            for start in range(0, sums.shape[1], CHUNK):
-                part = sums[used, start : start + CHUNK]
+            for start in range(0, sums.shape[1], step):
+                part = sums[used, start : start + step]
                 spread = part / n[:, None] - part.sum(0) / m
-                flat[start : start + CHUNK] = (spread.square() * (n / (m - n))[:, None]).mean(0).sqrt()
+                flat[start : start + step] = (spread.square() * (n / (m - n))[:, None]).mean(0).sqrt()
             out[name] = flat.view(self.shapes[name])
         return out
 

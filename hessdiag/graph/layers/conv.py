@@ -162,7 +162,7 @@ class Conv(PositionWise):
         scale = torch.tensor(signs, dtype=torch.float64, device=together.device)
         total = torch.zeros(groups, len(deltas), wide // len(deltas), self._kernel[1:].numel()).to(scale)
         each = groups * self._kernel[1:].numel() * (wide + together.shape[3]) * together.element_size()
-        step = chunk_samples(2 * each, 1)
+        step = chunk_samples(2 * each, 1, together.device)
         for low in range(0, self.rows, step):
             seen = patches(self._x[low : low + step], self.layer.node, self._kernel, groups)
             square = (together[low : low + step] @ seen.transpose(-1, -2)).square_().sum(0)
@@ -180,7 +180,7 @@ class Conv(PositionWise):
         if self.layer.weight:
             groups, kernel = self._groups, self._kernel
             d = c.reshape(self.rows, groups, kernel[0] // groups, -1)
-            step = chunk_samples(groups * kernel[1:].numel() * d.shape[3] * d.element_size(), 1)
+            step = chunk_samples(groups * kernel[1:].numel() * d.shape[3] * d.element_size(), 1, d.device)
             total = torch.zeros(kernel.numel(), dtype=torch.float64, device=c.device)
             for low in range(0, self.rows, step):
                 seen = (
@@ -272,11 +272,11 @@ class Conv(PositionWise):
         return d, seen
 
     def _chunks(self, delta: Tensor, group: int) -> Iterator[tuple[int, int]]:
-        """Ranges of rows whose patches and gradients fit into `CHUNK` bytes, samples left whole."""
+        """Ranges of rows whose patches and gradients fit into a chunk, samples left whole."""
         positions = delta[0, 0].numel()
         width = self._kernel[0] // self._groups + positions
         each = 2 * self._groups * self._kernel[1:].numel() * width * delta.element_size()
-        step = chunk_samples(each, group * self.fold)
+        step = chunk_samples(each, group * self.fold, delta.device)
         for low in range(0, self.rows, step):
             yield low, min(low + step, self.rows)
 

@@ -148,7 +148,7 @@ class Embedding(LayerKind):
         return flat.reshape(high - low, self._rows + 1, self._width)[:, :-1]
 
     def _chunks(self, delta: Tensor, group: int) -> Iterator[Tensor]:
-        step = chunk_samples((self._rows + 1) * self._width * delta.element_size(), group)
+        step = chunk_samples((self._rows + 1) * self._width * delta.element_size(), group, delta.device)
         for low in range(0, self.samples, step):
             yield grouped(self._tables(delta, low, min(low + step, self.samples)), group)
 

@@ -86,7 +86,8 @@ class Transposed(Conv):
     def _outer(self, x: Tensor, delta: Tensor, group: int) -> Iterator[Tensor]:
         """Sums over groups of rows of x_is delta_o(stride s + k), in chunks of rows whose patches fit into memory."""
         places = x[0, 0].numel()
-        step = chunk_samples(2 * self._kernel[1:].numel() * self._groups * places * delta.element_size(), group)
+        each = 2 * self._kernel[1:].numel() * self._groups * places * delta.element_size()
+        step = chunk_samples(each, group, delta.device)
         for low in range(0, self.rows, step):
             seen = patches(delta[low : low + step], self.layer.node, self._kernel, self._groups, x.shape[2:])
             own = x[low : low + step].reshape(len(seen), self._groups, -1, places)
