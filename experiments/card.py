@@ -10,7 +10,7 @@
 
 What `results` or `out` already hold is left out, so that the next quarter of an hour goes on where this one ended.
 Every part runs in processes of its own, ended when the time is over: what they had stored by then stays. The runs of a
-sweep are done several at a time, since none fills the GPU by itself; what is timed has it alone.
+sweep are done one at a time, since training fills the GPU by itself; what is timed has it alone.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from hessdiag.store.files import BadFileError, write_bytes
 Tell = Callable[[str], None]
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 LEAST = 20.0  # seconds below which no part is begun
-WORKERS = 3  # that train and attack at a time: more finish later, and any prefix of the runs is to be of use
+WORKERS = 1  # that train and attack at a time: replayed steps fill a GPU, and beside them small kernels wait for their turn
 REHEARSED = 2  # runs of each sweep
 LAST = 20  # lines that are told of what a benchmark said
 DATA = "cifar10"

@@ -14,7 +14,7 @@ def command(
     results: Annotated[Path, typer.Option(help="Exported results: what they hold is left out.")] = Path("results"),
     out: Annotated[Path | None, typer.Option(help="Where new results go; by default to the others.")] = None,
     store: Annotated[Path, typer.Option(help="Directory for what is under way.")] = Path("runs/card"),
-    workers: Annotated[int | None, typer.Option(help="Runs of a sweep at a time, by default a few.", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Runs of a sweep at a time.", min=1)] = None,
     rehearse: Annotated[bool, typer.Option(help="Every part at a tiny size on the CPU; numbers say nothing.")] = False,
 ) -> int:
     """Measure on this GPU, in order of worth, what nobody has measured yet; the same command goes on where it ended.

@@ -3,9 +3,9 @@ longer than they do.
 
 A step of a kind (sizes of its batch, radius of its attack, ...) is made as usual a few times, so that every library has
 chosen its kernels, and then recorded: what changes from step to step, images, labels, learning rates and the seed of
-the noise, is written into the places that the recording reads. A replay computes what the step itself would have, kernel
-by kernel; learning rates reach it in float32. A step that cannot be recorded, one that waits for the device say, is made
-as before: a `note` says why.
+the noise, is written into the places that the recording reads. A replay computes what the step itself would have,
+kernel by kernel; learning rates reach it in float32. A step that cannot be recorded, one that waits for the device say,
+is made as before: a `note` says why.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def test_parts_are_unpacked_once_and_what_is_missing_is_told(tmp_path: Path, tol
 def test_the_store_is_made_before_the_data_lie_in_it(
     tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(card, "PARTS", (card.Part("N-FGSM", sweep="campaign/card", stage=1),))
+    monkeypatch.setattr(card, "PARTS", (card.Part("N-FGSM", sweep="campaign/card"),))
     monkeypatch.setenv(
         "HESSDIAG_DATA", str(tmp_path / "nowhere")
     )  # the command names its own place for all that follows

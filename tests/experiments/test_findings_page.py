@@ -206,15 +206,33 @@ def test_right_more_often_and_not_held_more_often() -> None:
     assert f"leaves the same share right ({100 * kept['low']:.1f}% in both," in TOLD
 
 
-def test_the_cards_two_runs_image_by_image() -> None:
+def test_the_cards_table_is_what_is_stored() -> None:
+    stored = recorded("campaign/card", "n_fgsm")
+    told = table("curvature")
+    assert len(told) == len(stored)
+    for cells, (level, (record,)) in zip(told, stored.items()):
+        clean, hard = (record["norms"][f"train/{loss}"] for loss in ("clean", "adversarial"))
+        expected = [level, 100 * record["clean_accuracy"]["value"]]
+        expected += [100 * record["aa2"][key] for key in ("value", "low", "high")] + [100 * record["pgd"]["value"]]
+        expected += [norm[key] for norm in (clean, hard) for key in ("rms", "low", "high")]
+        expected.append(hard["cosine"]["value"])
+        numbers = [number for cell in cells for number in re.findall(r"[-+]?\d*\.?\d+", cell)]
+        assert all(map(close, numbers, expected)) and len(numbers) == len(expected), (numbers, expected)
+    hard = {level: record["norms"]["train/adversarial"]["rms"] for level, (record,) in stored.items()}
+    assert min(hard, key=hard.__getitem__) == min(hard)
+    assert f"to {hard[25] / min(hard.values()):.1f} times its least at 25" in TOLD
+
+
+def test_the_cards_runs_image_by_image() -> None:
     steps = next(iter(CLOSER["campaign/card"].values()))["steps"]
-    for name, said in (
-        ("aa2", "lies {:.2f} points [{:.2f}, {:.2f}] lower there"),
-        ("pgd", "{:.2f} [{:.2f}, {:+.2f}] lower."),
-    ):
-        (step,) = steps[name]
-        high, low = (-100 * end for end in step["interval"])
-        assert said.format(-100 * step["value"], low, high) in TOLD
+    said = [
+        "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * part for part in (step["value"], *step["interval"])))
+        for name in ("aa2", "pgd")
+        for step in steps[name]
+    ]
+    first, second, third, *others = said
+    assert f"AA-2 goes {first} points from 2.5 to 6, {second} from 6 to 12 and {third} from 12 to 25" in TOLD
+    assert "PGD-10 {}, {} and {}.".format(*others) in TOLD
 
 
 @pytest.mark.parametrize("page", ["docs/findings.md", "README.md"])
