@@ -40,7 +40,7 @@ from hessdiag.store.files import BadFileError, write_bytes
 Tell = Callable[[str], None]
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 LEAST = 20.0  # seconds below which no part is begun
-WORKERS = 1  # that train and attack at a time: replayed steps fill a GPU, and beside them small kernels wait for their turn
+WORKERS = 1  # that train and attack at a time: replayed steps fill a GPU, and small kernels beside them wait for it
 REHEARSED = 2  # runs of each sweep
 LAST = 20  # lines that are told of what a benchmark said
 DATA = "cifar10"
