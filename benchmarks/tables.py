@@ -460,7 +460,7 @@ def card(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
             keys = ("images_per_second", "plain_images_per_second", "plain_half_images_per_second")
             ours, plain, half = (f"{row[key]:,.0f}" for key in keys)
             shown = {"method": name, "images a second": ours, "plain loop": plain, "plain loop in bfloat16": half}
-            rows.append({**shown, "times the faster": f"{row['ratio']:.2f}"})
+            rows.append({**shown, "ratio to the faster": f"{row['ratio']:.2f}"})
         elif "milliseconds" in row:
             how, _, activation = name.partition(" ")
             kept, peak = (row[key] and f"{row[key]:.2f} GB" for key in ("kept_gb", "peak_gb"))

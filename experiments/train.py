@@ -58,6 +58,7 @@ class TrainResult:
     seconds: float
     images_per_second: float
     precision: Precision
+    steps: str  # how they were made: "one by one", or on a card "replayed as a CUDA graph"
     data: Mapping[str, Any]
     provenance: Mapping[str, Any]
     folder: Path | None
@@ -99,6 +100,7 @@ class TrainResult:
             "train_seconds": self.seconds,
             "images_per_second": self.images_per_second,
             "precision": self.precision.described(self.config),
+            "steps": self.steps,
             "data": dict(self.data),
             "provenance": dict(self.provenance),
         }
@@ -184,6 +186,7 @@ def train(
         seconds=standing.seconds,
         images_per_second=shown / max(sum(train_seconds), 1e-9),
         precision=precision,
+        steps=loop.stepper.how,
         data={
             "name": train_set.name,
             "train_sha256": train_set.sha256,

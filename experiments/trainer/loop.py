@@ -40,7 +40,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.stepper = Stepper(self.rig)
-        self.told: str | None = None
+        self.told = self.stepper.how
         self.rig.average.paced(self.sampler.steps)
 
     @property
@@ -50,6 +50,12 @@ class Loop:
 
     def run(self, standing: Standing, after_epoch: Callable[[Standing], None]) -> None:
         """The epochs that are left; `after_epoch` is called with a standing that may be saved."""
+        try:
+            self._epochs(standing, after_epoch)
+        finally:
+            self.stepper.forget()
+
+    def _epochs(self, standing: Standing, after_epoch: Callable[[Standing], None]) -> None:
         while standing.epoch < self.config.epochs and standing.reason is None:
             begin, epoch = time.monotonic(), standing.epoch + 1
             metrics = self._epoch(epoch)
@@ -82,9 +88,9 @@ class Loop:
             self.reporter.step(epoch, step)
             if (step + 1) % CHECK_EVERY == 0 and tally.broken_step() is not None:
                 break
-        if self.stepper.note != self.told:
-            self.told = self.stepper.note
-            self.reporter.note(str(self.told))
+        if self.stepper.how != self.told:
+            self.told = self.stepper.how
+            self.reporter.note(f"steps are made {self.told}")
         refuse_broken(rig.model, epoch=epoch, step=tally.broken_step(), config=config, saved=self.saved)
         if rig.means is not None:
             rig.means.turn()

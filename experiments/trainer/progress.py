@@ -12,7 +12,7 @@ class Reporter:
     """What the loop tells while it runs; this one says nothing."""
 
     def note(self, text: str) -> None:
-        """Something to know before the first step."""
+        """Something to know of how the run computes."""
 
     def step(self, epoch: int, step: int) -> None:
         """A step was made; called often, must not wait for the device."""

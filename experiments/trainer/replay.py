@@ -1,28 +1,32 @@
 """On a CUDA card a step is recorded once and replayed as one graph: launching its thousands of kernels one by one takes
 longer than they do.
 
-A step of a kind (sizes of its batch, radius of its attack, ...) is made as usual a few times, so that every library has
-chosen its kernels, and then recorded: what changes from step to step, images, labels, learning rates and the seed of
-the noise, is written into the places that the recording reads. A replay computes what the step itself would have,
-kernel by kernel; learning rates reach it in float32. A step that cannot be recorded, one that waits for the device say,
-is made as before: a `note` says why.
+Steps of one kind (sizes of the batch, radius of the attack, ...) that follow one another are made as usual a few times,
+so that every library has chosen its kernels, and then recorded: what changes from step to step, images, labels, class
+means, learning rates and the seed of the noise, is written into the places that the recording reads. A replay computes
+what the step itself would have, kernel by kernel. Learning rates are in float32 either way, as a recording holds them.
+A kind that comes once in an epoch, as its short last batch does, is never recorded, and one whose radius is past is
+given up: a recording holds the memory of a step. A step that waits for the device, or of which two do not fit into its
+memory, is made as before; `how` says so.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from experiments.methods.base import Outcome
 from experiments.schedules import Budget
 
-USUAL = 3  # steps of a kind that are made as usual before one is recorded
-KEPT = 2  # recordings that are kept, each of which holds a step's memory
+USUAL = 3  # steps of one kind in a row that are made as usual before one is recorded
+WAITS = "called a synchronizing CUDA operation"  # what torch says of it, where it is asked to
 
 
 class Given(NamedTuple):
@@ -39,7 +43,12 @@ class Given(NamedTuple):
     def kind(self) -> tuple[object, ...]:
         """Equal for steps of the same operations."""
         sizes = tuple(tuple(view.shape) for view in self.views)
-        return sizes, self.prior is None, self.budget, self.first, self.perturbs
+        return sizes, self.prior is None, self.first, *self.phase
+
+    @property
+    def phase(self) -> tuple[object, ...]:
+        """What lasts for an epoch at least: kinds of another phase do not come again."""
+        return self.budget, self.perturbs
 
 
 Move = Callable[[Given, torch.Generator], Outcome]
@@ -47,6 +56,10 @@ Move = Callable[[Given, torch.Generator], Outcome]
 
 class Tape(Protocol):
     """Records what a function does to tensors, and does it again."""
+
+    def fits(self) -> bool:
+        """Whether a step and the recording of one have room beside each other."""
+        ...
 
     def record(self, function: Callable[[], Outcome], generator: torch.Generator) -> Outcome:
         """The tensors that every replay writes to; nothing is computed yet."""
@@ -58,20 +71,32 @@ class Tape(Protocol):
 
 
 class CudaTape:
-    """A CUDA graph."""
+    """A CUDA graph on a device."""
 
-    def __init__(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            self.graph = torch.cuda.CUDAGraph()
+
+    def fits(self) -> bool:
+        """By the most that was ever allocated beyond what is now."""
+        held, most = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - held
+        return free > 2 * (most - held)
 
     def record(self, function: Callable[[], Outcome], generator: torch.Generator) -> Outcome:
-        """See `Tape`."""
+        """See `Tape`. Torch leaves its stream in place of the caller's where a recording fails, hence the outer one."""
         self.graph.register_generator_state(generator)
-        with torch.cuda.graph(self.graph):
-            return function()
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
+            own: Any = torch.cuda.Stream  # untyped
+            with torch.cuda.graph(self.graph, stream=own()):
+                outcome = function()
+        return outcome
 
     def replay(self) -> None:
         """See `Tape`."""
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            self.graph.replay()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,28 +121,66 @@ class Recording:
 
 
 class Replays:
-    """Makes steps by `move`, and by replaying it where that goes."""
+    """Makes steps by `move`, and by replaying one of them where that goes."""
 
     def __init__(
-        self, move: Move, optimiser: torch.optim.Optimizer, device: torch.device, *, tape: Callable[[], Tape] = CudaTape
+        self,
+        move: Move,
+        optimiser: torch.optim.Optimizer,
+        device: torch.device,
+        *,
+        tape: Callable[[torch.device], Tape] = CudaTape,
     ) -> None:
         self.move, self.optimiser, self.device, self.tape = move, optimiser, device, tape
-        self.seen: Counter[object] = Counter()
-        self.kept: dict[object, Recording] = {}
-        self.note: str | None = None  # why steps are no longer recorded
+        self.kind: tuple[object, ...] = ()
+        self.in_a_row = 0  # steps of this kind, so far
+        self.kept: Recording | None = None
+        self.refused: str | None = None  # why steps are not recorded
+
+    @property
+    def how(self) -> str:
+        """How steps are made, in a sentence."""
+        return "replayed as a CUDA graph" if self.refused is None else f"one by one: {self.refused}"
 
     def __call__(self, given: Given, seed: int) -> Outcome:
         """One step, with the learning rates that the optimiser has now and noise from this seed."""
-        found = self.kept.get(given.kind)
-        if found is None and self.note is None and self.seen[given.kind] >= USUAL:
-            found = self._recorded(given)
-        if found is not None:
-            return found.play(given, [group["lr"] for group in self.optimiser.param_groups], seed)
-        self.seen[given.kind] += 1
-        return self.move(given, torch.Generator(self.device).manual_seed(seed))
+        for group in self.optimiser.param_groups:
+            group["lr"] = float(np.float32(group["lr"]))
+        self.in_a_row = self.in_a_row + 1 if given.kind == self.kind else 1
+        self.kind = given.kind
+        if self.kept is not None and self.kept.given.phase != given.phase:
+            self.forget()
+        if self.refused is None and self.in_a_row > USUAL and not self._known(given):
+            self._record(given)
+        if self.kept is not None and self._known(given):
+            return self.kept.play(given, [group["lr"] for group in self.optimiser.param_groups], seed)
+        noise = torch.Generator(self.device).manual_seed(seed)
+        if self.refused is not None or self.in_a_row != USUAL:
+            return self.move(given, noise)
+        with waiting(self.device) as waits:
+            outcome = self.move(given, noise)
+        if waits:
+            self._refuse("a step waits for the device")
+        return outcome
 
-    def _recorded(self, given: Given) -> Recording | None:
-        """This kind of step on a tape of its own, the oldest of too many given up; None where it cannot be."""
+    def forget(self) -> None:
+        """Give up what is recorded, and the memory that it holds."""
+        self.kept = None
+
+    def _known(self, given: Given) -> bool:
+        return self.kept is not None and self.kept.given.kind == given.kind
+
+    def _refuse(self, reason: str) -> None:
+        self.forget()
+        self.refused = reason
+
+    def _record(self, given: Given) -> None:
+        """This kind of step in place of what was recorded before; refused from then on where it cannot be."""
+        self.forget()
+        tape = self.tape(self.device)
+        if not tape.fits():
+            self._refuse("the card's memory does not hold two steps")
+            return
         places = given._replace(
             views=[view.clone() for view in given.views],
             labels=given.labels.clone(),
@@ -126,23 +189,42 @@ class Replays:
         groups: list[dict[str, Any]] = self.optimiser.param_groups
         usual = [group["lr"] for group in groups]
         rates = [torch.tensor(rate, dtype=torch.float32, device=self.device) for rate in usual]
-        noise, tape = torch.Generator(self.device), self.tape()
-        while len(self.kept) >= KEPT:
-            del self.kept[next(iter(self.kept))]
+        noise = torch.Generator(self.device)
         try:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
             outcome = tape.record(lambda: self.move(places, noise), noise)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.note = f"steps are not replayed as a graph: {reason}"
-            return None
+            cause = error.__context__ or error  # the end of a recording fails with words of its own
+            self._refuse(str(cause).splitlines()[0] if str(cause) else type(cause).__name__)
+            return
         finally:
             for group, rate in zip(groups, usual, strict=True):
                 group["lr"] = rate
-        self.kept[given.kind] = Recording(tape, places, rates, noise, outcome)
-        return self.kept[given.kind]
+        self.kept = Recording(tape, places, rates, noise, outcome)
 
 
 def _tensors(given: Given) -> list[Tensor]:
     return [*given.views, given.labels, *([] if given.prior is None else [given.prior])]
+
+
+@contextmanager
+def waiting(device: torch.device) -> Iterator[list[str]]:
+    """A list that holds, once this is over, what torch said of operations that waited for a card."""
+    found: list[str] = []
+    if device.type != "cuda":
+        yield found
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in heard:
+        if WAITS in str(warning.message):
+            found.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -70,9 +70,15 @@ class Stepper:
         self.replays = Replays(self._move, rig.optimiser, device) if replay and device.type == "cuda" else None
 
     @property
-    def note(self) -> str | None:
-        """Why steps on a card are made one by one, where they are."""
-        return None if self.replays is None else self.replays.note
+    def how(self) -> str:
+        """How steps are made: as a CUDA graph, or one by one and why."""
+        return "one by one" if self.replays is None else self.replays.how
+
+    def forget(self) -> None:
+        """Give up what of the card's memory serves steps alone."""
+        if self.replays is not None:
+            self.replays.forget()
+            self.rig.optimiser.zero_grad(set_to_none=True)
 
     def __call__(
         self, views: list[Tensor], labels: Tensor, *, epoch: int, step: int, lr: float, budget: Budget, tally: Tally

@@ -42,7 +42,7 @@ def _run(tensors: list[Tensor], alpha: float, beta: int, order: int) -> Tensor |
     try:
         return kernel(beta, order, len(tensors) == 2, wide)(*tensors, alpha=alpha)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or torch.cuda.is_current_stream_capturing():
             raise
         _refused.append(str(error))
         reason = (str(error).splitlines() or ["no reason given"])[0]

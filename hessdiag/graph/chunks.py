@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 26
-"""Bytes of per-sample gradients or patches that exist at one time."""
+"""Bytes of per-sample gradients or patches that exist at one time; on a card the least that may."""
 LARGEST = 1 << 31
 """The most of them on a card, where each chunk costs a launch of every operation."""
 SHARE = 64

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from hessdiag.errors import ConfigurationError
+from hessdiag.graph.chunks import chunk_bytes
 from hessdiag.norm.jackknife import Array
 
 CHUNK = 1 << 16
-"""Entries handled at once where a float64 copy of values is needed: a processor finds them in its cache."""
-CARD_CHUNK = 1 << 24
-"""The same on a card, where each part costs a launch of every operation."""
+"""Entries handled at once where float64 copies of values are needed: a processor finds them in its cache."""
+COPIES = 3
+"""Numbers in float64 that are made of each entry."""
 
 
-def chunk(device: torch.device) -> int:
-    """Entries handled at once on this device."""
-    return CHUNK if device.type == "cpu" else CARD_CHUNK
+def chunk(device: torch.device, groups: int = 1) -> int:
+    """Entries handled at once, each in so many groups; more on a card, where each part costs a launch of everything."""
+    return max(CHUNK, chunk_bytes(device) // (8 * COPIES * groups)) if device.type == "cuda" else CHUNK
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ def tensor_moments(
     """
     own = own.clone()
     gram, fourth = sums.new_zeros(sums.shape[0], sums.shape[0]), sums.new_zeros(())
-    step = chunk(sums.device)
+    step = chunk(sums.device, len(sums))
     for start in range(0, sums.shape[1], step):
         values = sums[:, start : start + step]
-        scale = None if weight is None else _part(weight, start, sums)
+        scale = None if weight is None else weight.reshape(-1)[start : start + step].to(sums)
         if scale is not None:
             values = values * scale
         if offset is not None:
-            known = _part(offset, start, sums)
+            known = offset.reshape(-1)[start : start + step].to(sums)
             if scale is not None:
                 known = known * scale
             own += counts * known.dot(known) + 2.0 * (values @ known)
@@ -75,10 +76,6 @@ def tensor_moments(
         gram += values @ values.T
         fourth = fourth + (parts @ values).prod(0).sum()
     return gram, own, fourth
-
-
-def _part(tensor: Tensor, start: int, like: Tensor) -> Tensor:
-    return tensor.reshape(-1)[start : start + chunk(like.device)].to(like)
 
 
 def quarters(sizes: tuple[int, ...], device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 A *replicate* is one unbiased estimate of a Hessian diagonal, already summed over all batches. Replicate `r`
 falls into group `r % groups`, whichever process made it, so that the sums of several processes or of several
 sittings add up to the same state. Memory: 8 * groups * p bytes for p parameters, however many replicates
-come.
+come, and what `moments.chunk` says beside them.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Replicates:
         if len(used) < 2:
             raise ConfigurationError("errors need two groups of replicates: number them 0, 1, 2, ...")
         n = torch.tensor([self.sizes[g] for g in used], dtype=torch.float64, device=self.device)
-        m, out, step = n.sum(), {}, chunk(self.device)
+        m, out, step = n.sum(), {}, chunk(self.device, self.groups)
         for name, sums in self._sums.items():
             flat = sums.new_empty(sums.shape[1])
             for start in range(0, sums.shape[1], step):

@@ -7,8 +7,10 @@ that were recorded. What CUDA itself makes of a step is tested where there is a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ from experiments.config import TrainConfig
 from experiments.methods.base import Outcome
 from experiments.train import train
 from experiments.trainer import replay
-from experiments.trainer.loop import Loop
-from experiments.trainer.replay import Replays
+from experiments.trainer.progress import Reporter
+from experiments.trainer.replay import Given, Replays
 from experiments.trainer.rig import Rig
 from experiments.trainer.step import Stepper
 from hessdiag.data.dataset import DataSet, make
@@ -64,7 +66,10 @@ class Remembered:
     """A tape that does the function itself: once in vain when it is recorded, then at each replay."""
 
     def __init__(self, rig: Rig) -> None:
-        self.rig = rig
+        self.rig, self.times = rig, 0
+
+    def fits(self) -> bool:
+        return True
 
     def _touched(self) -> Iterator[Tensor]:
         yield from self.rig.model.state_dict().values()
@@ -73,6 +78,7 @@ class Remembered:
 
     def record(self, function: Callable[[], Outcome], generator: torch.Generator) -> Outcome:
         before = [(place, place.clone()) for place in self._touched()]
+        self.rates = [group["lr"] for group in self.rig.optimiser.param_groups]
         self.function, self.outcome = function, function()
         with torch.no_grad():
             for place, value in before:
@@ -80,36 +86,67 @@ class Remembered:
         return self.outcome
 
     def replay(self) -> None:
-        for place, value in zip(self.outcome, self.function(), strict=True):
+        """With the tensors that held the learning rates when it was recorded, as a graph has them."""
+        self.times += 1
+        groups = self.rig.optimiser.param_groups
+        usual = [group["lr"] for group in groups]
+        for group, rate in zip(groups, self.rates, strict=True):
+            group["lr"] = rate
+        outcome = self.function()
+        for group, rate in zip(groups, usual, strict=True):
+            group["lr"] = rate
+        for place, value in zip(self.outcome, outcome, strict=True):
             if place is not None:
                 assert value is not None
                 place.copy_(value)
 
 
-class Broken:
-    """A tape on which nothing can be recorded."""
+class Broken(Remembered):
+    """A tape on which nothing can be recorded; what ends a recording has words of its own, as torch's has."""
 
     def record(self, function: Callable[[], Outcome], generator: torch.Generator) -> Outcome:
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        finally:
+            raise RuntimeError("failed due to a previous error during capture")
 
-    def replay(self) -> None:
-        raise AssertionError("nothing was recorded")
+
+class Small(Remembered):
+    """A tape on a card that holds one step."""
+
+    def fits(self) -> bool:
+        return False
 
 
-def trained(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tape: Any = None) -> tuple[Any, list[Replays]]:
-    """The run, its steps on tapes where a tape is given, and what replayed them."""
+class Taped(NamedTuple):
+    """A run and what replayed its steps."""
+
+    run: Any
+    steps: Replays
+    tapes: list[Any]
+
+
+def trained(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tape: Any = None) -> Taped:
+    """The run, its steps on tapes where a tape is given."""
     made: list[Replays] = []
+    tapes: list[Any] = []
     plain = Stepper.__init__
 
-    def taped(self: Stepper, rig: Rig, *, replay: bool = True) -> None:
-        plain(self, rig, replay=False)
-        if tape is not None:
-            self.replays = Replays(self._move, rig.optimiser, torch.device("cpu"), tape=lambda: tape(rig))
-            made.append(self.replays)
+    def taped(self: Stepper, rig: Rig) -> None:
+        plain(self, rig)
+
+        def another(device: torch.device) -> Any:
+            assert device.type == "cpu"
+            tapes.append(tape(rig))
+            return tapes[-1]
+
+        made.append(Replays(self._move, rig.optimiser, torch.device("cpu"), tape=another))
+        self.replays = None if tape is None else made[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "__init__", taped)
-        return train(config, sets=(images(), make(images().inputs, images().targets, name="noise", split="test"))), made
+        test = make(images().inputs, images().targets, name="noise", split="test")
+        return Taped(train(config, sets=(images(), test)), made[-1], tapes)
 
 
 def same(first: Any, second: Any) -> bool:
@@ -121,66 +158,128 @@ def same(first: Any, second: Any) -> bool:
 
 @pytest.mark.parametrize("method", RECIPES)
 def test_replayed_steps_are_the_steps(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps an epoch, of which a phase makes three as usual: the others are replayed."""
     config = configuration(method)
-    usual, _ = trained(config, monkeypatch)
-    replayed, (steps,) = trained(config, monkeypatch, Remembered)
-    assert same(usual, replayed)
-    assert steps.note is None and len(steps.kept) >= 1
-    assert sum(steps.seen.values()) < 3 * 5, "some steps were replayed"
+    usual, replayed = trained(config, monkeypatch).run, trained(config, monkeypatch, Remembered)
+    assert same(usual, replayed.run)
+    assert replayed.tapes
+    assert sum(tape.times for tape in replayed.tapes) == 3 * 5 - 3 * len(replayed.tapes)
+    assert (usual.steps, replayed.run.steps) == ("one by one", "replayed as a CUDA graph")
 
 
-def test_learning_rates_and_noise_reach_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recording that kept the first learning rate, batch or seed would end elsewhere."""
-    config = configuration("n_fgsm", epochs=4, schedule={"name": "piecewise", "milestones": [3], "factors": [0.5]})
-    usual, _ = trained(config, monkeypatch)
-    assert same(usual, trained(config, monkeypatch, Remembered)[0])
+def test_learning_rates_batches_and_noise_reach_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of parameters with factors of their own, and a rate that changes; a recording that missed one of
+    these would end elsewhere.
+    """
+    more: dict[str, Any] = {"schedule": {"name": "piecewise", "milestones": [3], "factors": [0.5]}, "epochs": 4}
+    more["groups"] = [{"match": "conv", "lr": 0.5}]
+    config = configuration("n_fgsm", **more)
+    usual = trained(config, monkeypatch).run
+    assert len({group["lr_scale"] for group in trained(config, monkeypatch).steps.optimiser.param_groups}) == 2
+    assert same(usual, trained(config, monkeypatch, Remembered).run)
+    play = replay.Recording.play
 
-    def forgetful(self: Any, given: Any, rates: list[float], seed: int) -> Outcome:
-        self.noise.manual_seed(0)
-        self.tape.replay()
-        return self.outcome  # type: ignore[no-any-return]
+    def without(what: str) -> Callable[..., Outcome]:
+        def forgetful(self: Any, given: Given, rates: list[float], seed: int) -> Outcome:
+            if what == "rates":
+                rates = [float(rate) for rate in self.rates]
+            given = self.given if what == "batch" else given
+            return play(self, given, rates, 0 if what == "noise" else seed)
 
-    monkeypatch.setattr(replay.Recording, "play", forgetful)
-    assert not same(usual, trained(config, monkeypatch, Remembered)[0])
+        return forgetful
 
-
-def test_steps_of_other_kinds_are_recorded_apart_and_the_oldest_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A radius that grows by the epoch, and a last batch that is smaller."""
-    config = configuration(
-        "pgd_at", attack={"steps": 2, "step": "0.05", "ramp": "linear"}, batch_size=9, drop_last=False, epochs=5
-    )
-    usual, _ = trained(config, monkeypatch)
-    replayed, (steps,) = trained(config, monkeypatch, Remembered)
-    assert same(usual, replayed)
-    assert len(steps.kept) == replay.KEPT < len({kind for kind, count in steps.seen.items() if count >= replay.USUAL})
+    for what in ("rates", "batch", "noise"):
+        with monkeypatch.context() as patch:
+            patch.setattr(replay.Recording, "play", without(what))
+            assert not same(usual, trained(config, monkeypatch, Remembered).run), what
 
 
+def test_learning_rates_are_those_that_a_recording_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.1 is none of float32's numbers: the first steps have it rounded, too."""
+    found = trained(configuration("standard", lr=0.1, epochs=1), monkeypatch, Broken)
+    assert {group["lr"] for group in found.steps.optimiser.param_groups} == {float(np.float32(0.1))}
+
+
+def test_a_kind_that_comes_once_an_epoch_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first step that is crafted in another mode, and a last batch that is smaller."""
+    attack = {"steps": 2, "step": "0.05", "bn": "train_but_first"}
+    config = configuration("pgd_at", attack=attack, batch_size=7, drop_last=False, epochs=6)
+    usual, replayed = trained(config, monkeypatch).run, trained(config, monkeypatch, Remembered)
+    assert same(usual, replayed.run)
+    (tape,) = replayed.tapes
+    assert tape.times == 6 * 6 - 3 - 2 * 6 + 1, "all but three as usual, the last of each epoch and the later firsts"
+
+
+def test_a_recording_whose_radius_is_past_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration("pgd_at", attack={"steps": 2, "step": "0.05", "ramp": "linear"})
+    usual = trained(config, monkeypatch).run
+    held: list[int] = []
+    move = Stepper._move
+
+    def watched(self: Stepper, given: Given, noise: torch.Generator) -> Outcome:
+        held.append(self.replays is not None and self.replays.kept is not None)
+        return move(self, given, noise)
+
+    monkeypatch.setattr(Stepper, "_move", watched)
+    replayed = trained(config, monkeypatch, Remembered)
+    assert same(usual, replayed.run)
+    assert len(replayed.tapes) == 3, "one a radius"
+    assert held.count(True) == 3 * 2, "steps as usual find nothing kept: only replays do"
+    assert replayed.steps.kept is None, "nor does anything stay behind"
+
+
+@pytest.mark.parametrize(
+    ("tape", "reason"),
+    [
+        (Broken, "operation not permitted when stream is capturing"),
+        (Small, "the card's memory does not hold two steps"),
+    ],
+)
 def test_what_cannot_be_recorded_is_made_as_before_and_says_why(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tape: Any, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configuration("n_fgsm")
-    usual, _ = trained(config, monkeypatch)
+    usual, refused = trained(config, monkeypatch).run, trained(config, monkeypatch, tape)
+    assert same(usual, refused.run)
+    assert len(refused.tapes) == 1, "it is tried once"
+    assert refused.run.steps == f"one by one: {reason}"
+    assert refused.run.to_dict()["steps"] == refused.run.steps
+
+
+def test_a_step_that_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def said(device: torch.device) -> Iterator[list[str]]:
+        yield [replay.WAITS]
+
+    monkeypatch.setattr(replay, "waiting", said)
+    found = trained(configuration("n_fgsm"), monkeypatch, Remembered)
+    assert not found.tapes
+    assert found.run.steps == "one by one: a step waits for the device"
+
+
+def test_why_steps_are_made_one_by_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    epoch = Loop._epoch
-    monkeypatch.setattr(Loop, "_epoch", lambda self, n: (epoch(self, n), told.append(str(self.stepper.note)))[0])
-    replayed, (steps,) = trained(config, monkeypatch, lambda rig: Broken())
-    assert same(usual, replayed)
-    assert not steps.kept
-    assert steps.note == "steps are not replayed as a graph: operation not permitted when stream is capturing"
-    assert told[-1] == steps.note
+    monkeypatch.setattr(Reporter, "note", lambda self, text: told.append(text))
+    trained(configuration("n_fgsm"), monkeypatch, Small)
+    assert told == ["steps are made one by one: the card's memory does not hold two steps"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 @pytest.mark.parametrize("method", RECIPES)
-def test_a_card_replays_the_steps(method: str) -> None:
+@pytest.mark.parametrize(
+    "more", [{}, {"autocast": "bfloat16", "channels_last": True, "lr": 0.1}], ids=["float", "half"]
+)
+def test_a_card_replays_the_steps(method: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Within what its kernels' own order of sums leaves, which two runs of usual steps show."""
-    ends = []
     sets = (images(), make(images().inputs, images().targets, name="noise", split="test"))
-    plain = Stepper.__init__
-    for replayed in (False, True):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Stepper, "__init__", lambda self, rig, r=replayed, **_: plain(self, rig, replay=r))
-            patch.setattr(torch.backends.cudnn, "deterministic", True)
-            found = train(configuration(method), device="cuda", sets=sets)
-        ends.append(torch.cat([value.double().flatten() for value in found.model.parameters()]))
-    assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 1e-4
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+    def end() -> tuple[Tensor, str]:
+        found = train(configuration(method, **more), device="cuda", sets=sets)
+        return torch.cat([value.double().flatten() for value in found.model.parameters()]), found.steps
+
+    replayed, how = end()
+    assert how == "replayed as a CUDA graph"
+    monkeypatch.setattr(replay, "USUAL", 10**6)
+    usual, _ = end()
+    assert float((replayed - usual).norm() / usual.norm()) < 1e-4
