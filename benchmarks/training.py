@@ -1,10 +1,11 @@
 """Images per second of the training methods, and what activations cost: `python -m benchmarks.training`.
 
 Each method is timed twice in one run: the trainer (bfloat16 autocast, channels-last, on a GPU replayed as a graph and,
-with --compile, compiled; augmentation included) and a plain eager loop of the same method with torch's defaults (float32 with TF32 as torch sets
-it, no compilation, batches ready on the device). The floor is what the method's forward-equivalent units would take at
-the speed of the trainer's own forward pass: a step of the attack costs 2 units, a training pass 3 (one backward pass
-being two forward passes); on a GPU, where that pass is launched kernel by kernel, it is none. Images are random bytes shaped like CIFAR-10; without a GPU everything is tiny.
+with --compile, compiled; augmentation included) and a plain eager loop of the same method with torch's defaults
+(float32 with TF32 as torch sets it, no compilation, batches ready on the device). The floor is what the method's
+forward-equivalent units would take at the speed of the trainer's own forward pass: a step of the attack costs 2 units,
+a training pass 3 (one backward pass being two forward passes); on a GPU, where that pass is launched kernel by kernel,
+it is none. Images are random bytes shaped like CIFAR-10; without a GPU everything is tiny.
 
 The second table is that of the paper's Table 2 (arXiv 2603.23860): standard training steps of ResNet-18, batch 128, in
 plain float32, with the largest memory allocated on a GPU, or the bytes kept for the backward pass on a CPU.

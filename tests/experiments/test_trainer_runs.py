@@ -14,6 +14,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -388,14 +389,15 @@ def timings(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> list[
     """Steps take these seconds by a clock of their own; returns the names of the candidates as they are timed."""
     now, timed = [0.0], []
 
-    def step(config: Any, images: Any, sampler: Any, precision: Precision) -> Any:
-        def advance() -> None:
-            timed.append(precision.name)
-            now[0] += seconds[precision.name]
+    class Step:
+        def __init__(self, config: Any, images: Any, sampler: Any, precision: Precision) -> None:
+            self.name, self.stepper = precision.name, SimpleNamespace(forget=lambda: None)
 
-        return advance
+        def __call__(self) -> None:
+            timed.append(self.name)
+            now[0] += seconds[self.name]
 
-    monkeypatch.setattr(choosing, "_step", step)
+    monkeypatch.setattr(choosing, "_Step", Step)
     monkeypatch.setattr(choosing.time, "perf_counter", lambda: now[0])
     return timed
 
