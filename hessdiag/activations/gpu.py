@@ -42,12 +42,17 @@ def _run(tensors: list[Tensor], alpha: float, beta: int, order: int) -> Tensor |
     try:
         return kernel(beta, order, len(tensors) == 2, wide)(*tensors, alpha=alpha)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or torch.cuda.is_current_stream_capturing():
+        if isinstance(error, torch.OutOfMemoryError) or _recorded():
             raise
         _refused.append(str(error))
         reason = (str(error).splitlines() or ["no reason given"])[0]
         warnings.warn(f"RCT-AF runs unfused on this GPU, and slower: {reason}", stacklevel=2)
         return None
+
+
+def _recorded() -> bool:
+    """Whether a CUDA graph is being recorded: what fails then is no compiler."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @cache

@@ -99,3 +99,15 @@ def test_a_compiler_that_refuses_leaves_the_closed_form(monkeypatch: pytest.Monk
     with pytest.warns(UserWarning, match="unfused on this GPU.*no such architecture$"):
         assert gpu.value(torch.randn(3), 1.0, 1, 0) is None
     assert gpu._refused
+
+
+def test_what_fails_while_a_graph_is_recorded_is_not_the_compilers_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(gpu, "kernel", lambda *_: fail)
+    monkeypatch.setattr(gpu, "_refused", [])
+    monkeypatch.setattr(gpu, "_recorded", lambda: True)
+    with pytest.raises(RuntimeError, match="capturing"):
+        gpu.value(torch.randn(3), 1.0, 1, 0)
+    assert not gpu._refused
