@@ -207,6 +207,17 @@ def test_right_more_often_and_not_held_more_often() -> None:
     assert f"leaves the same share right ({100 * kept['low']:.1f}% in both," in TOLD
 
 
+def test_the_control_so_far() -> None:
+    found = {}
+    for run in json.loads((ROOT / "results/campaign/control.json").read_text())["runs"]:
+        control, seed = run["config"]["train"]["control"], run["config"]["train"]["seed"]
+        found[control["as_alpha"], len(control["factors"]), seed] = 100 * run["record"]["aa2"]["value"]
+    assert len(found) == 3 + 2
+    said = "that seed has an AA-2 of {:.1f}%; with all factors that make it the net at 6, {:.1f}%; with its initial weights"
+    assert said.format(found[None, 4, 0], found[12, 4, 0]) in TOLD
+    assert f"with its initial weights alone, {found[12, 1, 0]:.1f}%" in TOLD
+
+
 def test_the_cards_table_is_what_is_stored() -> None:
     stored = recorded("campaign/card", "n_fgsm")
     told = table("curvature")
