@@ -30,7 +30,8 @@ from experiments.splitnorm import SplitNorm
 from experiments.sweep.run import saved_bytes
 from experiments.trainer.compiling import fresh_compiler
 from experiments.trainer.images import Sampler, on_device
-from experiments.trainer.rig import build
+from experiments.trainer.precision import Precision
+from experiments.trainer.rig import build, make_forward
 from experiments.trainer.step import Stepper, Tally
 from hessdiag import networks
 from hessdiag.data.dataset import DataSet, make
@@ -130,17 +131,16 @@ def ours(method: str, settings: Settings) -> tuple[float, float]:
 
 
 class Half(nn.Module):
-    """A network under bfloat16 autocast, its images with the channels last."""
+    """A network in the trainer's precision and memory layout."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.logits = make_forward(self.inner, Precision("bfloat16", True))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits in float32."""
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            logits: Tensor = self.inner(x.contiguous(memory_format=torch.channels_last))
-        return logits.float()
+        return self.logits(x)
 
 
 def plain(method: str, settings: Settings, *, half: bool = False) -> float:

@@ -144,6 +144,7 @@ def train(
     precision = _precision(config, images, sampler, folder)
     rig = rigs.build(config, shape, images.classes, home, precision)
     standing = Standing() if folder is None else folder.resume(rig)
+    taken_up = standing.epoch
     with (
         reporting(progress, config.label, epochs=config.epochs, steps=sampler.steps, done=standing.epoch) as reporter,
         fresh_compiler(config.compile),
@@ -172,6 +173,7 @@ def train(
     status = OVERFITTED if standing.reason is not None else FINISHED if seen.learned else UNLEARNED
     train_seconds = [row["seconds"] for row in standing.history]
     shown = sampler.per_epoch * len(standing.history)
+    before = {} if folder is None else folder.read_json("result.json") or {}
     result = TrainResult(
         config=config,
         model=model,
@@ -186,7 +188,7 @@ def train(
         seconds=standing.seconds,
         images_per_second=shown / max(sum(train_seconds), 1e-9),
         precision=precision,
-        steps=loop.stepper.how,
+        steps=loop.stepper.how if standing.epoch > taken_up else str(before.get("steps", loop.stepper.how)),
         data={
             "name": train_set.name,
             "train_sha256": train_set.sha256,
@@ -198,7 +200,6 @@ def train(
         folder=None if folder is None else folder.path,
     )
     if folder is not None:
-        before = folder.read_json("result.json") or {}
         folder.write_json("result.json", {**before, **result.to_dict()})
     return result
 

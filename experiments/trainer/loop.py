@@ -39,8 +39,7 @@ class Loop:
     saved: Callable[[], str]
 
     def __post_init__(self) -> None:
-        self.stepper = Stepper(self.rig)
-        self.told = self.stepper.how
+        self.stepper, self._told = Stepper(self.rig), False
         self.rig.average.paced(self.sampler.steps)
 
     @property
@@ -88,9 +87,9 @@ class Loop:
             self.reporter.step(epoch, step)
             if (step + 1) % CHECK_EVERY == 0 and tally.broken_step() is not None:
                 break
-        if self.stepper.how != self.told:
-            self.told = self.stepper.how
-            self.reporter.note(f"steps are made {self.told}")
+        if self.stepper.refused and not self._told:
+            self._told = True
+            self.reporter.note(f"steps are made {self.stepper.how}")
         refuse_broken(rig.model, epoch=epoch, step=tally.broken_step(), config=config, saved=self.saved)
         if rig.means is not None:
             rig.means.turn()

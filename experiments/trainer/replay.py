@@ -26,6 +26,7 @@ from experiments.methods.base import Outcome
 from experiments.schedules import Budget
 
 USUAL = 3  # steps of one kind in a row that are made as usual before one is recorded
+ONE_BY_ONE, REPLAYED = "one by one", "replayed as a CUDA graph"  # how steps are made
 WAITS = "called a synchronizing CUDA operation"  # what torch says of it, where it is asked to
 
 
@@ -136,14 +137,11 @@ class Replays:
         self.in_a_row = 0  # steps of this kind, so far
         self.kept: Recording | None = None
         self.refused: str | None = None  # why steps are not recorded
+        self.how = ONE_BY_ONE
+        """In a few words; a run may end before anything is recorded."""
 
-    @property
-    def how(self) -> str:
-        """How steps are made, in a sentence."""
-        return "replayed as a CUDA graph" if self.refused is None else f"one by one: {self.refused}"
-
-    def __call__(self, given: Given, seed: int) -> Outcome:
-        """One step, with the learning rates that the optimiser has now and noise from this seed."""
+    def __call__(self, given: Given, noise: torch.Generator) -> Outcome:
+        """One step, with the learning rates that the optimiser has now; `noise` is as it was seeded."""
         for group in self.optimiser.param_groups:
             group["lr"] = float(np.float32(group["lr"]))
         self.in_a_row = self.in_a_row + 1 if given.kind == self.kind else 1
@@ -153,8 +151,7 @@ class Replays:
         if self.refused is None and self.in_a_row > USUAL and not self._known(given):
             self._record(given)
         if self.kept is not None and self._known(given):
-            return self.kept.play(given, [group["lr"] for group in self.optimiser.param_groups], seed)
-        noise = torch.Generator(self.device).manual_seed(seed)
+            return self.kept.play(given, [group["lr"] for group in self.optimiser.param_groups], noise.initial_seed())
         if self.refused is not None or self.in_a_row != USUAL:
             return self.move(given, noise)
         with waiting(self.device) as waits:
@@ -172,7 +169,7 @@ class Replays:
 
     def _refuse(self, reason: str) -> None:
         self.forget()
-        self.refused = reason
+        self.refused, self.how = reason, f"{ONE_BY_ONE}: {reason}"
 
     def _record(self, given: Given) -> None:
         """This kind of step in place of what was recorded before; refused from then on where it cannot be."""
@@ -201,7 +198,7 @@ class Replays:
         finally:
             for group, rate in zip(groups, usual, strict=True):
                 group["lr"] = rate
-        self.kept = Recording(tape, places, rates, noise, outcome)
+        self.kept, self.how = Recording(tape, places, rates, noise, outcome), REPLAYED
 
 
 def _tensors(given: Given) -> list[Tensor]:

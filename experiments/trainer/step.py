@@ -9,9 +9,9 @@ from experiments.methods import Batch
 from experiments.methods.awp import Perturbed, ascent
 from experiments.methods.base import Objective, Outcome
 from experiments.schedules import Budget
-from experiments.seeds import derived
+from experiments.seeds import generator
 from experiments.trainer.crafting import Crafter
-from experiments.trainer.replay import Given, Replays
+from experiments.trainer.replay import ONE_BY_ONE, Given, Replays
 from experiments.trainer.rig import Rig
 
 
@@ -72,7 +72,12 @@ class Stepper:
     @property
     def how(self) -> str:
         """How steps are made: as a CUDA graph, or one by one and why."""
-        return "one by one" if self.replays is None else self.replays.how
+        return ONE_BY_ONE if self.replays is None else self.replays.how
+
+    @property
+    def refused(self) -> bool:
+        """Whether steps on a card are not replayed."""
+        return self.replays is not None and self.replays.refused is not None
 
     def forget(self) -> None:
         """Give up what of the card's memory serves steps alone."""
@@ -89,12 +94,9 @@ class Stepper:
         perturbs = bool(config.awp.gamma) and epoch >= config.awp.start
         first = step == 0 and epoch > 1 and config.attack.bn == "train_but_first"
         given = Given(views, labels, prior, budget, first, perturbs)
-        noise = derived(config.seed, "attack", epoch, step)
+        noise = generator(labels.device, config.seed, "attack", epoch, step)
         rig.set_lr(lr)
-        if self.replays is None:
-            outcome = self._move(given, torch.Generator(labels.device).manual_seed(noise))
-        else:
-            outcome = self.replays(given, noise)
+        outcome = (self.replays or self._move)(given, noise)
         rig.average.after_step()
         if rig.means is not None and outcome.clean is not None:
             rig.means.add(outcome.clean, labels)

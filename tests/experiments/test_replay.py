@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from test_methods_steps import configuration as plain_configuration
+from test_methods_steps import images
 from torch import Tensor
 
 from experiments.config import TrainConfig
@@ -23,7 +25,7 @@ from experiments.trainer.progress import Reporter
 from experiments.trainer.replay import Given, Replays
 from experiments.trainer.rig import Rig
 from experiments.trainer.step import Stepper
-from hessdiag.data.dataset import DataSet, make
+from hessdiag.data.dataset import make
 
 RECIPES: dict[str, dict[str, Any]] = {
     "standard": {},
@@ -35,31 +37,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def images(count: int = 40) -> DataSet:
-    g = torch.Generator().manual_seed(5)
-    x = torch.randint(256, (count, 3, 8, 8), generator=g, dtype=torch.uint8)
-    return make(x, torch.arange(count) % 4, name="noise", split="train", num_classes=4)
-
-
 def configuration(method: str, **more: Any) -> TrainConfig:
     """Learning rates that float32 holds exactly."""
-    table = {
-        "method": method,
-        "network": "small_resnet",
-        "network_options": {"width": 4, "strides": [1]},
-        "activation": "rct:beta=1,curvature=7",
-        "data": "digits",
-        "epochs": 3,
-        "batch_size": 8,
-        "lr": 0.125,
-        "weight_decay": 0.01,
-        "schedule": {"name": "constant", "milestones": [], "factors": []},
-        "eps": "0.1",
-        "watch": {"every": 0},
-        "seed": 3,
-        **RECIPES[method],
-    }
-    return TrainConfig.from_dict(table | more)
+    own = {"activation": "rct:beta=1,curvature=7", "epochs": 3, "lr": 0.125, "dtype": "float32", **RECIPES[method]}
+    return plain_configuration(method, **own | more)
 
 
 class Remembered:
@@ -145,8 +126,8 @@ def trained(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tape: Any = No
 
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "__init__", taped)
-        test = make(images().inputs, images().targets, name="noise", split="test")
-        return Taped(train(config, sets=(images(), test)), made[-1], tapes)
+        test = make(images(count=40).inputs, images(count=40).targets, name="noise", split="test")
+        return Taped(train(config, sets=(images(count=40), test)), made[-1], tapes)
 
 
 def same(first: Any, second: Any) -> bool:
@@ -271,7 +252,7 @@ def test_why_steps_are_made_one_by_one_is_told(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_a_card_replays_the_steps(method: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Within what its kernels' own order of sums leaves, which two runs of usual steps show."""
-    sets = (images(), make(images().inputs, images().targets, name="noise", split="test"))
+    sets = (images(count=40), make(images(count=40).inputs, images(count=40).targets, name="noise", split="test"))
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
     def end() -> tuple[Tensor, str]:
@@ -283,3 +264,9 @@ def test_a_card_replays_the_steps(method: str, more: dict[str, Any], monkeypatch
     monkeypatch.setattr(replay, "USUAL", 10**6)
     usual, _ = end()
     assert float((replayed - usual).norm() / usual.norm()) < 1e-4
+
+
+def test_an_epoch_too_short_for_a_recording_is_not_said_to_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trained(configuration("standard", batch_size=20, epochs=1), monkeypatch, Remembered)
+    assert not found.tapes
+    assert found.run.steps == "one by one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from hessdiag.errors import (
     NoParametersError,
     ResumeError,
 )
-from hessdiag.norm import Replicates, course, estimate, exact_norm, plug_in_square, trace
+from hessdiag.graph import chunks
+from hessdiag.norm import Replicates, course, estimate, exact_norm, moments, plug_in_square, trace
 
 SHAPES = {"conv.weight": (3, 2, 2, 2), "conv.bias": (3,), "gain": ()}
 
@@ -381,3 +383,13 @@ def test_the_course_is_what_looking_each_time_would_have_shown(count: int) -> No
             assert getattr(look, name) == pytest.approx(getattr(wanted, name), rel=1e-12, nan_ok=True)
     whole = estimate(filled(replicates, groups=groups), offset=offset, confidence=0.9, sequential=True).total
     assert repr(found[-1]) == repr(whole)
+
+
+def test_chunks_on_a_card_go_by_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between what a processor has and 2 GiB; of norms' entries as many as their copies fit into that."""
+    card, cpu = torch.device("cuda"), torch.device("cpu")
+    for memory, expected in ((1 << 30, 1 << 26), (1 << 33, 1 << 27), (1 << 38, 1 << 31)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, m=memory: SimpleNamespace(total_memory=m))
+        assert chunks.chunk_bytes(card) == expected
+        assert 8 * moments.COPIES * 16 * moments.chunk(card, 16) <= expected
+        assert moments.chunk(card, 16) >= moments.chunk(cpu, 16) == moments.CHUNK
